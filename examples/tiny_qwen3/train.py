@@ -1,0 +1,183 @@
+"""Train the tiny Qwen3 that the demo, the tests and the training examples start from.
+
+    OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=200000000 \
+        python examples/tiny_qwen3/train.py --output-dir build/tiny_qwen3
+
+The `MALLOC_*` variables keep glibc from handing the logits' memory back after each step (about a quarter of the time).
+Interrupted, the same command continues from the last checkpoint. The finished model lies in `OUTPUT_DIR/final`; its
+held-out losses and everything it was made with in `OUTPUT_DIR/final/training.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import arithmetic
+import corpus
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+END_OF_TEXT, PAD, START, END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+# Words with their leading space, single digits, runs of punctuation, runs of white space up to the last one.
+PRE_TOKENS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|endoftext|>{% else %}Question: {{ m.content }}\nAnswer:"
+    "{% endif %}{% endfor %}"
+)
+
+
+@dataclass
+class Recipe:
+    """What is trained, on how much of what."""
+
+    output_dir: str = field(metadata={"help": "Folder for checkpoints and the finished model."})
+    tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, all domains together."})
+    code_share: float = field(default=0.55, metadata={"help": "Share of the tokens that is source code."})
+    arithmetic_share: float = field(default=0.33, metadata={"help": "Share that is arithmetic; the rest is prose."})
+    row_length: int = field(default=512, metadata={"help": "Tokens per training row."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate (linear warm-up, cosine decay)."})
+    vocab_size: int = field(default=4096, metadata={"help": "Entries of the byte-level BPE."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights, the order of rows and dropout."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model (needs a C compiler; a third faster)."})
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that splits digits, with the chat template of the arithmetic domain."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PAD, START, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=PAD, padding_side="left", model_max_length=2048,
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], tokens: int, rng: random.Random) -> np.ndarray:
+    """`tokens` ids of the shuffled texts, each closed by end-of-text, the texts repeated as often as needed."""
+    encoded = [np.array(ids + [tokenizer.eos_token_id], dtype=np.uint16) for ids in tokenizer(texts, return_attention_mask=False)["input_ids"]]
+    chunks: list[np.ndarray] = []
+    while (have := sum(map(len, chunks))) < tokens:
+        rng.shuffle(encoded)
+        chunks += encoded
+    assert have >= tokens
+    return np.concatenate(chunks)[:tokens]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Fixed-length rows of a flat array of ids, as a causal LM's inputs."""
+
+    def __init__(self, ids: np.ndarray, length: int) -> None:
+        self.rows = ids[: len(ids) // length * length].reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.rows[index].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Qwen3ForCausalLM:
+    """About 5.8 M parameters: hidden 256, 6 layers, 4 query and 2 key/value heads of 64, tied embeddings."""
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model
+
+
+def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[arithmetic.Problem]) -> float:
+    """Share of problems whose greedy completion ends in the right number."""
+    right = 0
+    for start in range(0, len(problems), 50):
+        part = problems[start : start + 50]
+        batch = tokenizer([p.prompt for p in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        ids = model.generate(**batch, max_new_tokens=96, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        right += sum(arithmetic.read_answer(text) == p.result for text, p in zip(texts, part, strict=True))
+    return right / len(problems)
+
+
+def main() -> None:
+    (recipe,) = HfArgumentParser(Recipe).parse_args_into_dataclasses()
+    transformers.set_seed(recipe.seed)
+    rng, started, out = random.Random(recipe.seed), time.perf_counter(), Path(recipe.output_dir)
+
+    shares = {"code": recipe.code_share, "arithmetic": recipe.arithmetic_share, "prose": 1 - recipe.code_share - recipe.arithmetic_share}
+    train = {
+        "code": corpus.code_texts(held_out=False),
+        "prose": corpus.prose_texts(held_out=False),
+        "arithmetic": corpus.arithmetic_texts(held_out=False, count=max(1000, int(recipe.tokens * recipe.arithmetic_share / 60))),
+    }
+    held_out = {
+        "code": corpus.code_texts(held_out=True),
+        "prose": corpus.prose_texts(held_out=True),
+        "arithmetic": corpus.arithmetic_texts(held_out=True, count=500),
+    }
+    tokenizer = train_tokenizer(train["code"] + train["prose"] + train["arithmetic"][:5000], recipe.vocab_size)
+    streams = {d: pack(tokenizer, train[d], int(recipe.tokens * shares[d]), rng) for d in corpus.DOMAINS}
+    rows = np.concatenate([Rows(ids, recipe.row_length).rows for ids in streams.values()])
+    evals = {}
+    for domain, texts in held_out.items():
+        count = min(120_000, sum(len(tokenizer(t)["input_ids"]) + 1 for t in texts))
+        evals[domain] = Rows(pack(tokenizer, texts, count, random.Random(0)), recipe.row_length)
+
+    model = build_model(tokenizer, recipe.vocab_size)
+    args = TrainingArguments(
+        output_dir=str(out), use_cpu=not torch.cuda.is_available(), bf16=True, seed=recipe.seed, num_train_epochs=1,
+        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=100, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, logging_steps=20,
+        save_steps=400, save_total_limit=1, report_to="none", torch_compile=recipe.compile, dataloader_drop_last=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(rows.reshape(-1), recipe.row_length), processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+    minutes = (time.perf_counter() - started) / 60
+
+    final = out / "final"
+    model = model.to(torch.bfloat16).eval()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(final)
+    tokenizer.save_pretrained(final)
+
+    measured = model.float()
+    evaluator = Trainer(model=measured, args=TrainingArguments(output_dir=str(out), use_cpu=args.use_cpu, report_to="none"))
+    report = {
+        "recipe": {k: v for k, v in asdict(recipe).items() if k != "output_dir"},
+        "parameters": model.num_parameters(),
+        "unique_training_tokens": {d: int(sum(map(len, tokenizer(t)["input_ids"]))) for d, t in train.items()},
+        "held_out_loss_nats_per_token": {d: evaluator.evaluate(rows)["eval_loss"] for d, rows in evals.items()},
+        "held_out_tokens": {d: int(rows.rows.size) for d, rows in evals.items()},
+        "arithmetic_exact_match": {
+            "held_out_seeds": exact_match(measured, tokenizer, arithmetic.held_out_problems(400)),
+            "held_out_templates": exact_match(measured, tokenizer, arithmetic.held_out_problems(200, arithmetic.HELD_OUT_TEMPLATES)),
+        },
+        "minutes_of_this_process_to_the_end_of_training": round(minutes, 1),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
+    }  # fmt: skip
+    (final / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""A static cache whose rows have lengths of their own, written first and committed later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+
+class JacobiStaticLayer(StaticLayer):
+    """Keys and values of one layer, `(B, heads, capacity, head_dim)`, full length even where attention slides.
+
+    `update` writes a step's slots behind each row's committed tokens and returns the part of the buffers that any row
+    uses; it never advances a length.
+    """
+
+    def __init__(self, capacity: int, steps: _Step) -> None:
+        super().__init__(max_cache_len=capacity)
+        self._step = steps
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `(B, heads, Q, head_dim)` states; returns `(B, heads, extent, head_dim)` keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.write(self._step.slot_BQ, key_states, value_states)
+        return self.keys[:, :, : self._step.extent], self.values[:, :, : self._step.extent]
+
+    def write(self, index_BQ: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Put `(B, heads, Q, head_dim)` states at the given places of each row."""
+        index_BQ = index_BQ.to(self.keys.device)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if len(buffer) == 1:
+                buffer.index_copy_(2, index_BQ[0], states)
+            else:
+                buffer.scatter_(2, index_BQ[:, None, :, None].expand_as(states), states)
+
+    def read(self, index_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the states at the given places of each row, `(B, heads, N, head_dim)`."""
+        index = index_BN.to(self.keys.device)[:, None, :, None]
+        keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
+        values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
+        return keys, values
+
+
+class _Step:
+    """What the layers share while one forward runs: where its slots go and how far the cache is read."""
+
+    slot_BQ: torch.Tensor
+    extent: int
+
+
+class JacobiStaticCache(StaticCache):
+    """Key/value cache of a ragged batch: *write, then commit*.
+
+    A forward's slots are written at `lengths_B + arange(Q)`; only `commit` advances `lengths_B`, so unverified slots are
+    simply written over by the next forward and nothing is ever rolled back.
+
+    Args:
+        config: the model's config.
+        batch_size: B.
+        capacity: tokens a row can hold, one step's slots included.
+        device: of the lengths; layers live where their keys come from.
+    """
+
+    EXTENT_MULTIPLE = 64
+
+    def __init__(self, config: PreTrainedConfig, batch_size: int, capacity: int, device: torch.device) -> None:
+        self._step = _Step()
+        layers = [JacobiStaticLayer(capacity, self._step) for _ in range(config.get_text_config(decoder=True).num_hidden_layers)]
+        Cache.__init__(self, layers=layers)
+        self.capacity = capacity
+        self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def open_step(self, slots: int, longest: int) -> int:
+        """Prepare for a forward of `slots` slots; `longest` is the largest of `lengths_B`, known to the host.
+
+        Returns the extent: how many columns the forward reads.
+        """
+        needed = longest + slots
+        if needed > self.capacity:
+            raise RuntimeError(f"a step of {slots} slots behind {longest} tokens does not fit into a cache of {self.capacity}")
+        self._step.slot_BQ = self.lengths_B[:, None] + torch.arange(slots, device=self.lengths_B.device)
+        self._step.extent = min(self.capacity, -(-needed // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE)
+        return self._step.extent
+
+    def commit(self, counts_B: torch.Tensor, slot_BN: torch.Tensor | None = None) -> None:
+        """Keep `counts_B` of the written slots per row.
+
+        Args:
+            counts_B: tokens that became part of each row.
+            slot_BN: the slots that hold them, where they are not the first N: their states are moved to the front.
+        """
+        if slot_BN is not None:
+            first_B1 = self.lengths_B[:, None]
+            target_BN = first_B1 + torch.arange(slot_BN.shape[1], device=slot_BN.device)
+            for layer in self.layers:
+                layer.write(target_BN, *layer.read(first_B1 + slot_BN))
+        self.lengths_B += counts_B
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The longest row's committed tokens."""
+        return int(self.lengths_B.max())
+
+    def load(self, source: Cache, pad_B: torch.Tensor) -> None:
+        """Take over a left-padded cache of an earlier turn, each row shifted left by its `pad_B` pads; `source` is only read."""
+        past = int(source.get_seq_length())
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            stored = min(past, theirs.keys.shape[2])  # a sliding layer has kept the last tokens only
+            mine.lazy_initialization(theirs.keys, theirs.values)
+            device = theirs.keys.device
+            compact_BN = torch.arange(past - stored, past, device=device) - pad_B.to(device)[:, None]
+            valid_BN = compact_BN >= 0
+            # Pads are sent to the last place, which is written over before it is ever visible.
+            index_BN = torch.where(valid_BN, compact_BN, torch.full_like(compact_BN, self.capacity - 1))
+            buffers = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            for buffer, states in buffers:
+                buffer.scatter_(2, index_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states[:, :, :stored])
+        self.lengths_B.copy_((past - pad_B).clamp(min=0))
+
+    def append_to(self, target: Cache, first: int, last: int, pad_B: torch.Tensor) -> None:
+        """Append the tokens `first..last-1` (counted with left pads) to `target`, and free this cache layer by layer."""
+        index_BN = (torch.arange(first, last, device=pad_B.device) - pad_B[:, None]).clamp(min=0)
+        for number, layer in enumerate(self.layers):
+            keys, values = layer.read(index_BN)
+            layer.keys = layer.values = None
+            target.update(keys, values, number)

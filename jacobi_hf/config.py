@@ -1,0 +1,114 @@
+"""The knobs of Jacobi decoding: one dataclass, its validation, and its flat names in `GenerationConfig`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+JACOBI, MULTIBLOCK = "jacobi", "jacobi_multiblock"
+DECODINGS = (JACOBI, MULTIBLOCK)
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
+def _knob(default: int | float, low: int | float, high: int | float, text: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "help": text})
+
+
+@dataclass(frozen=True)
+class JacobiConfig:
+    """How `generate` drafts and verifies.
+
+    Parameters:
+        decoding: `"jacobi"`, one block at a time, each new block from random ids; or `"jacobi_multiblock"`, a rolling
+            window of blocks with candidate branches.
+        jacobi_block_size: n, the positions of a block.
+        jacobi_max_blocks: K, the blocks in flight.
+        jacobi_activation_ratio: r; a block is appended when the newest one has `ceil(r * n)` agreed tokens. 0 keeps K
+            blocks in flight at all times, 1 waits for a block to finish.
+        jacobi_pool_size: branches per forward from recycled n-grams; 0 switches the pool off.
+        jacobi_lookup_tokens: length of the branch from n-gram lookup in prompt and output; 0 switches it off.
+        jacobi_branch_length: tokens of a pool branch.
+
+    The tokens do not depend on any of these, only the number of forwards does. With `"jacobi"` only the block size applies.
+
+    Raises:
+        ValueError: a value out of range, or of the wrong type, named with what is allowed.
+    """
+
+    decoding: str = MULTIBLOCK
+    jacobi_block_size: int = _knob(16, 2, 1024, "positions of a block (n)")
+    jacobi_max_blocks: int = _knob(2, 1, 64, "blocks in flight (K)")
+    jacobi_activation_ratio: float = _knob(0.0, 0.0, 1.0, "share of a block that must agree before the next one starts (r)")
+    jacobi_pool_size: int = _knob(2, 0, 64, "branches from recycled n-grams, 0 = off")
+    jacobi_lookup_tokens: int = _knob(16, 0, 1024, "length of the n-gram lookup branch, 0 = off")
+    jacobi_branch_length: int = _knob(8, 1, 256, "tokens of a branch from the pool")
+
+    def __post_init__(self) -> None:
+        if self.decoding not in DECODINGS:
+            raise ValueError(f"decoding={self.decoding!r} is not known{_nearest(self.decoding, DECODINGS)}; allowed: None, {', '.join(map(repr, DECODINGS))}.")
+        for knob in fields(self)[1:]:
+            value, integral = getattr(self, knob.name), isinstance(knob.default, int)
+            low, high = knob.metadata["low"], knob.metadata["high"]
+            wanted = f"{'an integer' if integral else 'a number'} from {low} to {high}"
+            if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)) or not low <= value <= high:
+                raise ValueError(f"{knob.name}={value!r} is out of range; it must be {wanted}.")
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The setting that arXiv 2512.14681 recommends: n=64, K=2, r=0.85, a pool of 4, no lookup."""
+        return cls(jacobi_block_size=64, jacobi_max_blocks=2, jacobi_activation_ratio=0.85, jacobi_pool_size=4, jacobi_lookup_tokens=0)
+
+    @classmethod
+    def from_knobs(cls, knobs: Mapping[str, Any]) -> Self | None:
+        """The config that flat `knobs` describe (missing ones and None take the defaults); None when `decoding` is None."""
+        if knobs.get("decoding") is None:
+            return None
+        return cls(**{name: value for name, value in knobs.items() if name in KNOBS and value is not None})
+
+    @classmethod
+    def from_generation_config(cls, generation_config: GenerationConfig) -> Self | None:
+        """The config that a `GenerationConfig` carries, or None when it does not ask for Jacobi decoding."""
+        return cls.from_knobs({name: getattr(generation_config, name, None) for name in KNOBS})
+
+    def to_knobs(self) -> dict[str, Any]:
+        """The flat names and values, as `generate` and `GenerationConfig` take them."""
+        names = KNOBS if self.decoding == MULTIBLOCK else ("decoding", "jacobi_block_size")
+        return {name: getattr(self, name) for name in names}
+
+    def save_defaults(self, model: PreTrainedModel) -> None:
+        """Make this the way `model` decodes, now and after `save_pretrained` and a reload in which jacobi_hf is imported.
+
+        Clears what would lose the knobs on the way: the mark of a config derived from the model config (on reload it drops
+        additional fields) and, for a greedy config, left-over sampling fields (with them `save_pretrained` refuses).
+        """
+        config: Any = model.generation_config
+        for name in KNOBS:
+            if hasattr(config, name):
+                delattr(config, name)
+        for name, value in self.to_knobs().items():
+            setattr(config, name, value)
+        config._from_model_config = False
+        if not config.do_sample:
+            for name in _SAMPLING_FIELDS:
+                setattr(config, name, None)
+
+
+KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(JacobiConfig))
+
+
+def reject_misspelt(names: Iterable[str]) -> None:
+    """Raise `ValueError` for a name that starts like a knob, or nearly is one, and is none."""
+    for name in names:
+        close = difflib.get_close_matches(name, KNOBS, 1, cutoff=0.85)
+        if name not in KNOBS and (name.startswith("jacobi_") or close):
+            raise ValueError(f"{name!r} is not a knob of Jacobi decoding{_nearest(name, KNOBS)}; the knobs are {', '.join(KNOBS)}.")
+
+
+def _nearest(name: object, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(allowed), 1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,128 @@
+"""Stopping criteria and streamer, called as `generate` calls them: one token at a time, with the full batch.
+
+Rows run ahead of each other; the *frontier* is the number of tokens that every unfinished row has. It moves on as far as the
+slowest row allows, replaying for each index what ordinary decoding does there, and tokens behind a stop are dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+if TYPE_CHECKING:
+    from transformers.generation import BaseStreamer
+
+
+class Scores:
+    """Per-token `(B, V)` tensors that the caller asked for (`output_scores`, `output_logits`), filled row by row."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def record(self, value_BNV: torch.Tensor, first: list[int], count: list[int]) -> None:
+        """Store the values of each row's committed tokens at the indices `first .. first + count - 1`."""
+        for row, (start, number) in enumerate(zip(first, count, strict=True)):
+            while len(self.steps) < start + number:
+                self.steps.append(torch.zeros_like(value_BNV[:, 0], dtype=torch.float32))
+            for offset in range(number):
+                self.steps[start + offset][row] = value_BNV[row, offset]
+
+
+class Frontier:
+    """Output ids of the batch, and who has finished.
+
+    Args:
+        input_BP: the prompt as the caller gave it, pads included.
+        criteria: as `generate` prepared them; a `MaxLengthCriteria` is among them.
+        streamer: receives one `(B,)` tensor per token.
+        max_length: the limit where the criteria name none.
+        pad_token_id: what follows a finished row, or None.
+        scores: handed to the criteria when the caller asked for scores.
+        one_by_one: replay every token even where all criteria could be answered at once.
+
+    Attributes:
+        limit: most new tokens.
+        ids_BT: the output so far, `P + limit` columns and one that is thrown away.
+        generated: tokens behind the frontier.
+        pads: whether a finished row is followed by pads (it goes on generating where no criterion knows an end token).
+        eos_E: ids that end a row.
+        ended: per row, its number of tokens once it has finished, else None.
+    """
+
+    def __init__(
+        self,
+        input_BP: torch.Tensor,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        max_length: int,
+        pad_token_id: int | None,
+        scores: Scores | None,
+        one_by_one: bool = False,
+    ) -> None:
+        self._criteria, self._streamer, self._scores = criteria, streamer, scores
+        self._prompt = input_BP.shape[1]
+        self._one_by_one = one_by_one or streamer is not None or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [max_length]
+        self.limit = max(1, min(lengths) - self._prompt)
+        self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
+        self.pad = 0 if pad_token_id is None else pad_token_id
+        eos = [c.eos_token_id.to(input_BP.device).view(-1) for c in criteria if type(c) is EosTokenCriteria]
+        self.eos_E = torch.cat(eos) if eos else torch.empty(0, dtype=torch.long, device=input_BP.device)
+        self.ids_BT = torch.full((len(input_BP), self._prompt + self.limit + 1), self.pad, dtype=torch.long, device=input_BP.device)
+        self.ids_BT[:, : self._prompt] = input_BP
+        self.generated = 0
+        self.ended: list[int | None] = [None] * len(input_BP)
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has finished."""
+        return None not in self.ended
+
+    @property
+    def sequences(self) -> torch.Tensor:
+        """The output up to the frontier, `(B, P + generated)`."""
+        return self.ids_BT[:, : self._prompt + self.generated].clone()
+
+    def write(self, token_BN: torch.Tensor, first_B: torch.Tensor, count_B: torch.Tensor) -> None:
+        """Put the first `count_B` of `token_BN` at the new-token indices from `first_B` on."""
+        offset_N = torch.arange(token_BN.shape[1], device=token_BN.device)
+        index_BN = torch.where(offset_N < count_B[:, None], self._prompt + first_B[:, None] + offset_N, self.ids_BT.shape[1] - 1)
+        self.ids_BT.scatter_(1, index_BN, token_BN)
+
+    def advance(self, available: list[int], at_eos: list[bool]) -> list[int]:
+        """Move on as far as every unfinished row has tokens.
+
+        Args:
+            available: tokens each row has.
+            at_eos: whether the row's last token ends it.
+
+        Returns:
+            rows that a criterion finished before the last token they have: what they have behind that is void.
+        """
+        if not self._one_by_one:
+            for row, (tokens, stops) in enumerate(zip(available, at_eos, strict=True)):
+                if self.ended[row] is None and (stops or tokens >= self.limit):
+                    self.ended[row] = tokens
+            self.generated = max(available if self.done else [0]) if not self.pads else max(end or 0 for end in self.ended)
+            return []
+        overtaken: list[int] = []
+        while not self.done and self.generated < min(a for a, end in zip(available, self.ended, strict=True) if end is None or not self.pads):
+            overtaken += [row for row in self._one_token() if available[row] > self.generated]
+        return overtaken
+
+    def _one_token(self) -> list[int]:
+        column = self._prompt + self.generated
+        finished = torch.tensor([end is not None for end in self.ended], device=self.ids_BT.device)
+        if self.pads:
+            self.ids_BT[:, column].masked_fill_(finished, self.pad)
+        self.generated += 1
+        scores = None if self._scores is None else tuple(self._scores.steps[: self.generated])
+        stops = self._criteria(self.sequences, scores).tolist()
+        newly = [row for row, stop in enumerate(stops) if stop and self.ended[row] is None]
+        for row in newly:
+            self.ended[row] = self.generated
+        if self._streamer is not None:
+            self._streamer.put(self.ids_BT[:, column].clone().cpu())
+        return newly if self.pads else []

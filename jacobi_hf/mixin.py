@@ -1,0 +1,306 @@
+"""Where Jacobi decoding meets `generate`: the only file that touches transformers' private hooks.
+
+`JacobiGenerationMixin` goes into the bases of a model class and overrides three inner stages of `GenerationMixin.generate`:
+`_prepare_generation_config` (takes the knobs), `_validate_generation_mode` (refuses or falls back) and `_sample` (decodes).
+`generate` itself stays transformers' own, so inputs, processors, criteria and streamers arrive prepared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
+from transformers.generation import GenerationMode
+
+from jacobi_hf.cache import JacobiStaticCache
+from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
+from jacobi_hf.decoding import Decoder, step_slots
+from jacobi_hf.frontier import Frontier, Scores
+from jacobi_hf.layout import Layout, attention_mask
+from jacobi_hf.output import JacobiDecoderOnlyOutput
+from jacobi_hf.prompt import Prompt, read_prompt
+from jacobi_hf.selection import FixedNoise, Selector
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers.generation import BaseStreamer
+
+_REQUEST = "_jacobi_request"
+_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds", "cache_position"}
+_ATTENTION = ("sdpa", "eager")
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A wish for Jacobi decoding, and whether the call itself expressed it (or a saved generation config)."""
+
+    config: JacobiConfig
+    in_call: bool
+    own_positions: bool
+
+
+class JacobiGenerationMixin:
+    """Adds `decoding="jacobi"` and `decoding="jacobi_multiblock"` to `generate`."""
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+        reject_misspelt([*kwargs, *(vars(generation_config) if generation_config is not None else ())])
+        persisted = getattr(self.generation_config, "decoding", None)  # type: ignore[attr-defined]
+        in_call = given.get("decoding") is not None or getattr(generation_config, "decoding", None) not in (None, persisted)
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        config = JacobiConfig.from_knobs({name: getattr(prepared, name, None) for name in KNOBS} | given)
+        _reject_pointless(given, config)
+        if config is not None:
+            setattr(prepared, _REQUEST, _Request(config, in_call, kwargs.get("position_ids") is not None))
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any) -> None:
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]
+        request: _Request | None = getattr(generation_config, _REQUEST, None)
+        if request is None:
+            return
+        contradiction = _contradiction(self, generation_mode, generation_config)
+        if contradiction and request.in_call:
+            raise ValueError(f"decoding={request.config.decoding!r} does not work with {contradiction}; drop one of the two.")
+        reason = contradiction or _unserved(self, generation_config, request)
+        if reason:
+            _fall_back(generation_config, request, reason)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        request: _Request | None = getattr(generation_config, _REQUEST, None)
+        extra = sorted(name for name in model_kwargs if name not in _HANDLED and model_kwargs[name] is not None)
+        if request is not None and extra:
+            request = _fall_back(generation_config, request, f"the additional model arguments {', '.join(extra)}")
+        if request is None:
+            return super()._sample(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )  # fmt: skip
+        model: Any = self
+        call = _Call(model, request.config, generation_config, input_ids, model_kwargs)
+        return call.decode(logits_processor, stopping_criteria, streamer, synced_gpus)
+
+
+def _reject_pointless(given: dict[str, Any], config: JacobiConfig | None) -> None:
+    """Knobs in the call that nothing would listen to."""
+    set_knobs = [name for name in given if name != "decoding" and given[name] is not None]
+    if config is None and set_knobs:
+        raise ValueError(f"{', '.join(set_knobs)} given without decoding: add decoding='jacobi_multiblock' or drop it.")
+    if config is not None and config.decoding == JACOBI:
+        idle = [name for name in set_knobs if name != "jacobi_block_size"]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} has no meaning with decoding='jacobi', which knows jacobi_block_size only; use 'jacobi_multiblock'.")
+
+
+def _contradiction(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
+    """What in the call asks for something that Jacobi decoding cannot be or give."""
+    config = model.config.get_text_config(decoder=True)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"{mode.value.replace('_', ' ')} (num_beams, assistant_model, prompt_lookup_num_tokens and the like)"
+    if generation_config.cache_implementation not in (None, "static", "dynamic"):
+        return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "output_attentions or output_hidden_states"
+    if config._attn_implementation not in _ATTENTION:
+        return (
+            f"attn_implementation={config._attn_implementation!r}, which takes no mask of our own: load the model with "
+            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
+        )
+    unknown = set(_layer_types(config)) - _LAYER_TYPES
+    return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _unserved(model: Any, generation_config: GenerationConfig, request: _Request) -> str | None:
+    """What sends a call back to ordinary decoding."""
+    if generation_config.use_cache is False:
+        return "use_cache=False"
+    if generation_config.guidance_scale is not None and generation_config.guidance_scale != 1:
+        return "guidance_scale"
+    if request.own_positions:
+        return "position_ids given by the caller"
+    if generation_config.prefill_chunk_size is not None:
+        return "prefill_chunk_size"
+    if "prepare_inputs_for_generation" in vars(model):
+        return "a prompt-learning adapter (PEFT replaced prepare_inputs_for_generation)"
+    return None
+
+
+def _fall_back(generation_config: GenerationConfig, request: _Request, reason: str) -> None:
+    delattr(generation_config, _REQUEST)
+    warnings.warn(f"decoding={request.config.decoding!r} does not serve {reason}: decoding ordinarily.", UserWarning, stacklevel=2)
+
+
+def _layer_types(config: Any) -> list[str]:
+    declared = getattr(config, "layer_types", None)
+    kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    return list(declared) if declared else [kind] * config.num_hidden_layers
+
+
+class _Call:
+    """One call of `generate` between `_sample` and the decoder: inputs in, caches and outputs out."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: JacobiConfig, generation_config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> None:
+        self._model, self._config, self._generation_config, self._input_BP = model, config, generation_config, input_ids
+        self._target: Cache | None = model_kwargs.get("past_key_values")
+        past = _past_length(self._target, len(input_ids))
+        embeddings = model.get_input_embeddings()
+        vocab_size = getattr(embeddings, "num_embeddings", model.config.get_text_config(decoder=True).vocab_size)
+        self._prompt = read_prompt(
+            input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds"), past,
+            getattr(generation_config, "_mask_length", None), vocab_size,
+        )  # fmt: skip
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is not None and self._prompt.total > positions:
+            raise ValueError(f"the prompt has {self._prompt.total} tokens, more than the model's {positions} positions.")
+
+    def decode(
+        self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, streamer: BaseStreamer | None, synced_gpus: bool
+    ) -> JacobiDecoderOnlyOutput | torch.Tensor:
+        """Run the decoder and hand everything back as `_sample` does."""
+        options, input_BP, prompt = self._generation_config, self._input_BP, self._prompt
+        config = self._model.config.get_text_config(decoder=True)
+        wants_dict = bool(options.return_dict_in_generate)
+        scores = Scores() if wants_dict and options.output_scores else None
+        logits = Scores() if wants_dict and options.output_logits else None
+        noise = FixedNoise(len(input_BP), config.vocab_size, input_BP.device) if options.do_sample else None
+        selector = Selector(processors, noise, input_BP, config.vocab_size)
+        pad = options._pad_token_tensor
+        frontier = Frontier(
+            input_BP, criteria, streamer, options.max_length, None if pad is None else int(pad), scores, one_by_one=not selector.is_vectorised
+        )
+        cache = self._open_cache(frontier.limit)
+        hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
+        fills = bool(hands_out_cache or scores or logits)
+        decoder = Decoder(_Forward(self._model, cache), self._config, cache, prompt, selector, frontier, scores, logits, fills)
+        try:
+            decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
+        finally:
+            if noise is not None:
+                noise.rewind(frontier.generated)
+        if hands_out_cache and self._target is not None:
+            cache.append_to(self._target, prompt.past, prompt.total + frontier.generated - 1, prompt.pad_B)
+        if streamer is not None:
+            streamer.end()
+        if not wants_dict:
+            return frontier.sequences
+        return JacobiDecoderOnlyOutput(
+            sequences=frontier.sequences,
+            scores=None if scores is None else tuple(scores.steps[: frontier.generated]),
+            logits=None if logits is None else tuple(logits.steps[: frontier.generated]),
+            past_key_values=self._target,
+            jacobi_stats=decoder.stats,
+        )
+
+    def _open_cache(self, limit: int) -> JacobiStaticCache:
+        needed = self._prompt.total + limit
+        if isinstance(self._target, StaticCache) and getattr(self._target, "_is_user_defined", False):
+            room = min((int(layer.max_cache_len) for layer in self._target.layers if not layer.is_sliding), default=needed)
+            if needed - 1 > room:
+                raise ValueError(f"past_key_values holds {room} tokens, but prompt and new tokens need {needed - 1}: give a larger cache or fewer new tokens.")
+        multiple = JacobiStaticCache.EXTENT_MULTIPLE
+        capacity = -(-(needed + step_slots(self._config)) // multiple) * multiple
+        cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
+        if self._prompt.past and self._target is not None:
+            cache.load(self._target, self._prompt.pad_B)
+        return cache
+
+
+def _past_length(cache: Cache | None, batch_size: int) -> int:
+    if cache is None or not getattr(cache, "_is_user_defined", False):
+        return 0
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded.")
+    past = int(cache.get_seq_length())
+    held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
+    if past and held and held[0] != batch_size:
+        raise ValueError(f"past_key_values holds a batch of {held[0]} rows, the prompt has {batch_size}.")
+    return past
+
+
+class _Forward:
+    """A forward of the model over a layout's slots, with our cache, positions and masks."""
+
+    def __init__(self, model: Any, cache: JacobiStaticCache) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self._model, self._cache = model, cache
+        self._windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in set(_layer_types(config))}
+        self._is_eager = config._attn_implementation == "eager"
+
+    def __call__(
+        self, token_BQ: torch.Tensor | None, embeds_BQH: torch.Tensor | None, layout: Layout, longest: int, keep_BN: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`.
+
+        Args:
+            longest: most cached tokens of a row.
+        """
+        cache = self._cache
+        extent = cache.open_step(layout.slots, longest)
+        masks: dict[str, torch.Tensor] = {}
+        for kind, window in self._windows.items():
+            mask = attention_mask(layout, cache.lengths_B, extent, window)
+            # A bool mask is added to the scores by eager attention, silently.
+            masks[kind] = mask if not self._is_eager else torch.where(mask, 0.0, torch.finfo(self._model.dtype).min).to(self._model.dtype)
+        outputs = self._model(
+            input_ids=token_BQ,
+            inputs_embeds=embeds_BQH,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=cache.lengths_B[:, None] + layout.depth_Q,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=0 if keep_BN is None else keep_BN,
+            return_dict=True,
+        )
+        return outputs.logits.to(cache.lengths_B.device)
+
+
+_registered: list[type] = []
+
+
+def register(model_class: type) -> type:
+    """Give a decoder-only class with full or sliding attention the `decoding` argument; returns the class.
+
+    Idempotent; subclasses made before and after have it too. Usable as a decorator. `unregister` takes it back.
+
+    Raises:
+        TypeError: the class is not a causal language model of transformers whose forward takes what a Jacobi step needs.
+    """
+    if JacobiGenerationMixin in model_class.__mro__:
+        return model_class
+    forward = getattr(model_class, "forward", None)
+    names = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
+    if not issubclass(model_class, GenerationMixin) or not issubclass(model_class, PreTrainedModel) or forward is None:
+        raise TypeError(f"{model_class.__name__} is not a transformers model that generates: it needs PreTrainedModel and GenerationMixin as bases.")
+    missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(names.co_varnames if names else ())
+    if missing:
+        raise TypeError(f"{model_class.__name__}.forward does not take {', '.join(sorted(missing))}, which Jacobi decoding passes.")
+    model_class.__bases__ = (JacobiGenerationMixin, *model_class.__bases__)
+    _registered.append(model_class)
+    return model_class
+
+
+def unregister(model_class: type | None = None) -> None:
+    """Take Jacobi decoding out of a class, or of all registered ones. A class that never had it is left alone."""
+    for known in [c for c in _registered if model_class in (None, c)]:
+        known.__bases__ = tuple(base for base in known.__bases__ if base is not JacobiGenerationMixin)
+        _registered.remove(known)
+
+
+def register_defaults() -> None:
+    """Register Qwen2 and Qwen3, as importing jacobi_hf does."""
+    register(Qwen2ForCausalLM)
+    register(Qwen3ForCausalLM)

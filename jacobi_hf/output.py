@@ -1,0 +1,72 @@
+"""What a call returns besides the tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+@dataclass
+class JacobiStats:
+    """Counts of one call to `generate`.
+
+    Attributes:
+        forwards: model calls, prefill included.
+        new_tokens: per row, up to and with its end-of-sequence token.
+        row_forwards: per row, the forwards until that row ended.
+        accepted_lengths: how often a row committed that many tokens in one decoding forward.
+        accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup".
+        drafted: guesses of the window that were sent to the model (and those that were confirmed there, `drafted_confirmed`).
+        slots: positions computed in decoding forwards, per row of the batch.
+        slots_by_width: how many decoding forwards had that many slots.
+        prefill_seconds, decode_seconds: wall time of the call, split behind the prefill.
+    """
+
+    forwards: int = 0
+    new_tokens: list[int] = field(default_factory=list)
+    row_forwards: list[int] = field(default_factory=list)
+    accepted_lengths: Counter[int] = field(default_factory=Counter)
+    accepted_from: Counter[str] = field(default_factory=Counter)
+    drafted: int = 0
+    drafted_confirmed: int = 0
+    slots_by_width: Counter[int] = field(default_factory=Counter)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_forward(self) -> list[float]:
+        """Per row, new tokens over the forwards until it ended; ordinary decoding is 1.0."""
+        return [tokens / forwards for tokens, forwards in zip(self.new_tokens, self.row_forwards, strict=True)]
+
+    @property
+    def mean_tokens_per_forward(self) -> float:
+        """New tokens over forwards, all rows together."""
+        return sum(self.new_tokens) / sum(self.row_forwards)
+
+    @property
+    def slots(self) -> int:
+        """Positions computed in decoding forwards, per row of the batch."""
+        return sum(width * count for width, count in self.slots_by_width.items())
+
+    @property
+    def mean_slots(self) -> float:
+        """Positions per decoding forward; 0 when the prefill was the only one."""
+        return self.slots / max(1, self.slots_by_width.total())
+
+    @property
+    def window_acceptance(self) -> float:
+        """Share of the window's guesses that the forward confirmed."""
+        return self.drafted_confirmed / max(1, self.drafted)
+
+
+@dataclass
+class JacobiDecoderOnlyOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` with the statistics of the decoding.
+
+    Attributes:
+        jacobi_stats: counts of forwards, tokens and guesses.
+    """
+
+    jacobi_stats: JacobiStats | None = None

@@ -1,0 +1,155 @@
+"""The model's choice at every slot, greedy or sampled, and how many guesses it confirms.
+
+Sampled decoding is greedy decoding under fixed noise: `torch.multinomial(p, 1)` is `argmax(p / q)` with exponential noise
+`q`, so when each new-token index keeps its own `q`, drafts can be verified by equality and the text is that of `generate`.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as processors_of_transformers
+
+from jacobi_hf.layout import Layout
+
+# Processors that look at one slot's scores alone: applied to all slots at once.
+SCORE_ONLY = tuple(
+    getattr(processors_of_transformers, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+        "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
+    )
+)  # fmt: skip
+RepetitionPenalty = processors_of_transformers.RepetitionPenaltyLogitsProcessor
+
+
+class FixedNoise:
+    """Exponential noise `(B, V)` per new-token index, drawn in order from torch's default generator of the device.
+
+    Indices may be drawn ahead of the tokens that are finally kept; `rewind` sets the generator to where ordinary sampling of a
+    given number of tokens leaves it.
+    """
+
+    def __init__(self, batch_size: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (batch_size, vocab_size), device
+        self._noise: dict[int, torch.Tensor] = {}
+        self._states = {0: self._get_state()}
+        self._drawn = 0
+
+    def _get_state(self) -> torch.Tensor:
+        return torch.get_rng_state() if self._device.type == "cpu" else torch.get_device_module(self._device).get_rng_state(self._device)
+
+    def _set_state(self, state: torch.Tensor) -> None:
+        if self._device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(self._device).set_rng_state(state, self._device)
+
+    def draw(self, first: int, last: int) -> None:
+        """Make the indices `first..last` available and forget those before."""
+        while self._drawn <= last:
+            self._noise[self._drawn] = torch.empty(self._shape, device=self._device).exponential_()
+            self._drawn += 1
+            self._states[self._drawn] = self._get_state()
+        for index in [i for i in self._noise if i < first]:
+            del self._noise[index]
+            self._states.pop(index, None)
+
+    def at(self, index_BQ: torch.Tensor) -> torch.Tensor:
+        """The noise of each row at its indices, `(B, Q, V)`."""
+        first = min(self._noise)
+        ring_IBV = torch.stack([self._noise[i] for i in range(first, self._drawn)])
+        rows_B1 = torch.arange(len(index_BQ), device=self._device)[:, None]
+        return ring_IBV[(index_BQ - first).clamp(0, len(ring_IBV) - 1), rows_B1]
+
+    def rewind(self, tokens: int) -> None:
+        """Leave the generator as if exactly `tokens` tokens per row had been sampled."""
+        if tokens in self._states:
+            self._set_state(self._states[tokens])
+
+
+class Selector:
+    """Scores and choices of a call to `generate`: its processors, its noise, its tokens seen so far.
+
+    Args:
+        processors: as `generate` prepared them.
+        noise: for sampling, or None for greedy decoding.
+        prompt_BP: prompt ids as the processors see them, pads included.
+        vocab_size: V.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, noise: FixedNoise | None, prompt_BP: torch.Tensor, vocab_size: int) -> None:
+        self.processors, self.noise = processors, noise
+        self.is_vectorised = all(type(p) in (*SCORE_ONLY, RepetitionPenalty) for p in processors)
+        self._penalties = [p for p in processors if type(p) is RepetitionPenalty] if self.is_vectorised else []
+        self._seen = [_prompt_tokens(p, prompt_BP, vocab_size) for p in self._penalties]
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the choice is the plain argmax of the logits."""
+        return self.noise is None and not self.processors
+
+    def scores(self, logits_BQV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor) -> torch.Tensor:
+        """Processed float32 scores of every slot, each under the tokens before it on its own path. Vectorised processors only."""
+        scores_BQV = logits_BQV.float()
+        batch, slots, vocab = scores_BQV.shape
+        penalties = iter(self._seen)
+        for processor in self.processors:
+            if type(processor) is RepetitionPenalty:
+                scores_BQV = _penalise(scores_BQV, _on_path(next(penalties), layout, token_BQ), processor.penalty)
+            else:
+                scores_BQV = processor(None, scores_BQV.reshape(batch * slots, vocab)).view(batch, slots, vocab)
+        return scores_BQV
+
+    def choose(self, scores_BQV: torch.Tensor, index_BQ: torch.Tensor) -> torch.Tensor:
+        """The token of every slot; `index_BQ` is the new-token index that each slot predicts."""
+        if self.noise is None:
+            return scores_BQV.argmax(-1)
+        return (scores_BQV.float().softmax(-1) / self.noise.at(index_BQ)).argmax(-1)
+
+    def commit(self, token_BN: torch.Tensor, count_B: torch.Tensor) -> None:
+        """Note the first `count_B` of `token_BN` as part of each row."""
+        for seen_BV in self._seen:
+            kept_BN = torch.arange(token_BN.shape[1], device=token_BN.device) < count_B[:, None]
+            added_BV = torch.zeros_like(seen_BV, dtype=torch.uint8).scatter_reduce_(1, token_BN, kept_BN.to(torch.uint8), "amax")
+            seen_BV |= added_BV.bool()
+
+
+def _prompt_tokens(penalty: RepetitionPenalty, prompt_BP: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """bool `(B, V)`: which ids of the prompt the penalty counts."""
+    seen_BV = torch.zeros(len(prompt_BP), vocab_size + 1, dtype=torch.bool, device=prompt_BP.device)
+    ignored = penalty.prompt_ignore_length
+    if ignored is not None:
+        ignored_B1 = ignored.to(prompt_BP.device)[:, None] if isinstance(ignored, torch.Tensor) else ignored
+        prompt_BP = prompt_BP.masked_fill(torch.arange(prompt_BP.shape[1], device=prompt_BP.device) < ignored_B1, vocab_size)
+    return seen_BV.scatter_(1, prompt_BP, True)[:, :-1].contiguous()
+
+
+def _on_path(seen_BV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor) -> torch.Tensor:
+    """bool `(B, Q, V)`: what each slot has seen, the guesses on its own path included. The pending token is among `seen_BV`."""
+    batch, slots = token_BQ.shape
+    nothing = seen_BV.shape[1]
+    guess_BQQ = torch.where(layout.sees_QQ, token_BQ[:, None, :], nothing)[:, :, 1:]
+    path_BQV = torch.zeros(batch, slots, nothing + 1, dtype=torch.bool, device=seen_BV.device)
+    path_BQV.scatter_(2, guess_BQQ, torch.ones_like(guess_BQQ, dtype=torch.bool))
+    return path_BQV[..., :-1] | seen_BV[:, None]
+
+
+def _penalise(scores_BQV: torch.Tensor, seen_BQV: torch.Tensor, penalty: float) -> torch.Tensor:
+    return torch.where(seen_BQV, torch.where(scores_BQV < 0, scores_BQV * penalty, scores_BQV / penalty), scores_BQV)
+
+
+def confirmed(layout: Layout, token_BQ: torch.Tensor, choice_BQ: torch.Tensor, length_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which guesses equal the model's choice one slot before.
+
+    Args:
+        token_BQ: what went in; `choice_BQ`: what the model chose at each slot.
+        length_BS: valid guesses of each segment.
+
+    Returns:
+        `(agrees_BSD, accepted_BS)`: agreement of each segment's guess at depths 1..D, and the length of its confirmed prefix.
+    """
+    guess_BSD, chosen_BSD = token_BQ[:, layout.path_SD[:, 1:]], choice_BQ[:, layout.path_SD[:, :-1]]
+    depth_D = torch.arange(1, guess_BSD.shape[2] + 1, device=token_BQ.device)
+    agrees_BSD = (guess_BSD == chosen_BSD) & (depth_D <= length_BS[..., None])
+    return agrees_BSD, agrees_BSD.long().cumprod(-1).sum(-1)

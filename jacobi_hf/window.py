@@ -1,0 +1,87 @@
+"""The drafts in flight: a chain of blocks behind the pending token.
+
+New tokens are numbered from 0. A row has `generated` tokens, the last of which is pending, and guesses for the indices
+`generated .. end - 1`. Block b covers the indices `b*n .. (b+1)*n - 1`, so `end` is a multiple of n, a fresh first block has n-1
+guesses behind its verified first token, and the real-active block is the one that the next token falls into.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from jacobi_hf.config import JACOBI, JacobiConfig
+
+
+class Window:
+    """Guesses of a batch and the rule by which blocks are appended.
+
+    Attributes:
+        draft_BW: guesses, the first for index `generated_B`; `W = K * n`.
+        end_B: first index behind the guesses.
+    """
+
+    def __init__(self, config: JacobiConfig, batch_size: int, device: torch.device) -> None:
+        self._restarts = config.decoding == JACOBI
+        self._block = config.jacobi_block_size
+        self._blocks = 1 if self._restarts else config.jacobi_max_blocks
+        self._needed = math.ceil(config.jacobi_activation_ratio * self._block)
+        self._offset_W = torch.arange(self._blocks * self._block, device=device)
+        self.draft_BW = torch.zeros(batch_size, len(self._offset_W), dtype=torch.long, device=device)
+        self.end_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def append_blocks(self, before_B: torch.Tensor, generated_B: torch.Tensor, agrees_BD: torch.Tensor) -> None:
+        """Move `end_B` on after a step that brought a row from `before_B` to `generated_B` tokens.
+
+        Args:
+            agrees_BD: whether the window's guess for index `before_B + d - 1` equalled the model's choice, d = 1..D.
+        """
+        n = self._block
+        if self._restarts:  # a finished block is followed by the next one only when the first token of that is verified
+            self.end_B = -(-generated_B // n) * n
+            return
+        front_B = generated_B // n * n
+        if self._needed == 0:
+            self.end_B = front_B + self._blocks * n
+            return
+        end_B = torch.maximum(self.end_B, front_B)
+        end_B = torch.where(end_B == front_B, end_B + n, end_B)
+        index_Bn = end_B[:, None] - n + torch.arange(n, device=end_B.device)
+        depth_Bn = index_Bn - before_B[:, None]
+        agrees_Bn = index_Bn < generated_B[:, None]
+        if agrees_BD.shape[1]:
+            within_Bn = (depth_Bn >= 0) & (depth_Bn < agrees_BD.shape[1])
+            agrees_Bn = agrees_Bn | (within_Bn & agrees_BD.gather(1, depth_Bn.clamp(0, agrees_BD.shape[1] - 1)))
+        run_B = agrees_Bn.long().cumprod(1).sum(1)
+        appends_B = (run_B >= self._needed) & (end_B - front_B < self._blocks * n)
+        self.end_B = torch.where(appends_B, end_B + n, end_B)
+
+    def redraft(
+        self,
+        generated_B: torch.Tensor,
+        count_B: torch.Tensor,
+        choices: list[tuple[torch.Tensor, torch.Tensor]],
+        text_BL: torch.Tensor,
+        text_length_B: torch.Tensor,
+    ) -> None:
+        """The Jacobi update: every guess becomes the model's newest choice, and what has none an id of the text so far.
+
+        Args:
+            count_B: tokens committed in this step.
+            choices: `(choice_BD, length_B)`, best first: `choice_BD[:, d]` is the choice for the d-th token behind the former
+                pending one, and there is one for `d <= length_B`.
+        """
+        depth_BW = count_B[:, None] + self._offset_W
+        self.draft_BW = _ids_of_the_text(generated_B[:, None] + self._offset_W, text_BL, text_length_B)
+        for choice_BD, length_B in reversed(choices):
+            last = choice_BD.shape[1] - 1
+            known_BW = depth_BW <= length_B.clamp(max=last)[:, None]
+            self.draft_BW = torch.where(known_BW, choice_BD.gather(1, depth_BW.clamp(max=last)), self.draft_BW)
+
+
+def _ids_of_the_text(index_BW: torch.Tensor, text_BL: torch.Tensor, text_length_B: torch.Tensor) -> torch.Tensor:
+    """Ids drawn from the text with replacement, by a hash of the index: no generator, and the same in any batch."""
+    mixed = (index_BW * 2654435761 + 974711) & 0x7FFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0x7FFFFFFF
+    return text_BL.gather(1, (mixed ^ (mixed >> 13)) % text_length_B[:, None])
