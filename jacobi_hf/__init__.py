@@ -3,11 +3,11 @@
 Importing this package gives Qwen2 and Qwen3 models `generate(..., decoding="jacobi_multiblock")`.
 """
 
+from jacobi_hf._version import __version__
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 
-__version__ = "0.1.0.dev0"
-__all__ = ["JacobiConfig", "JacobiDecoderOnlyOutput", "JacobiGenerationMixin", "JacobiStats", "register", "unregister"]
+__all__ = ["JacobiConfig", "JacobiDecoderOnlyOutput", "JacobiGenerationMixin", "JacobiStats", "__version__", "register", "unregister"]
 
 register_defaults()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from transformers import GenerationConfig, PreTrainedModel
 
 JACOBI, MULTIBLOCK = "jacobi", "jacobi_multiblock"
@@ -15,7 +16,7 @@ DECODINGS = (JACOBI, MULTIBLOCK)
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
-def _knob(default: int | float, low: int | float, high: int | float, text: str) -> Any:
+def _knob(default: float, low: float, high: float, text: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "help": text})
 
 
@@ -50,7 +51,10 @@ class JacobiConfig:
 
     def __post_init__(self) -> None:
         if self.decoding not in DECODINGS:
-            raise ValueError(f"decoding={self.decoding!r} is not known{_nearest(self.decoding, DECODINGS)}; allowed: None, {', '.join(map(repr, DECODINGS))}.")
+            raise ValueError(
+                f"decoding={self.decoding!r} is not known{_nearest(self.decoding, DECODINGS)}; "
+                f"allowed: None, {', '.join(map(repr, DECODINGS))}."
+            )
         for knob in fields(self)[1:]:
             value, integral = getattr(self, knob.name), isinstance(knob.default, int)
             low, high = knob.metadata["low"], knob.metadata["high"]

@@ -8,18 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
-from jacobi_hf.frontier import Frontier, Scores
 from jacobi_hf.layout import Layout, build_layout, chain_layout
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.pool import CandidateSource, NgramLookup, NgramPool, Rejection, Text
-from jacobi_hf.prompt import Prompt
-from jacobi_hf.selection import FixedNoise, Selector, confirmed
+from jacobi_hf.selection import Selector, confirmed
 from jacobi_hf.window import Window
+
+if TYPE_CHECKING:
+    from jacobi_hf.cache import JacobiStaticCache
+    from jacobi_hf.frontier import Frontier, Scores
+    from jacobi_hf.prompt import Prompt
 
 Forward = Callable[..., torch.Tensor]
 
@@ -275,7 +278,9 @@ class Decoder:
         moves = not slots.layout.is_chain and bool(((verdict.best_B > 0) & (count_B > 1)).any())
         self._cache.commit(count_B, verdict.path_BD if moves else None)
         offset_D = torch.arange(run_BD.shape[1], device=run_BD.device)
-        place_BD = torch.where(offset_D < count_B[:, None], self._text_start_B[:, None] + before_B[:, None] + offset_D, self._text_BL.shape[1] - 1)
+        place_BD = torch.where(
+            offset_D < count_B[:, None], self._text_start_B[:, None] + before_B[:, None] + offset_D, self._text_BL.shape[1] - 1
+        )
         self._text_BL.scatter_(1, place_BD, run_BD)
         self._frontier.write(run_BD, before_B, count_B)
         self._selector.commit(run_BD, count_B)
@@ -308,8 +313,12 @@ class Decoder:
         columns = [self._generated_B, self._width_B, verdict.at_eos_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0]]
         rows = torch.stack([c.long() for c in columns] + [length_B for _, _, length_B in self._proposals], 1).tolist()
         former = self._plan
-        generated, widths, at_eos, counts, best, in_window = (list(column) for column in zip(*(row[: len(columns)] for row in rows), strict=True))
-        self._plan = plan = Plan(generated, widths, [bool(e) for e in at_eos], counts, best, in_window, [row[len(columns) :] for row in rows])
+        generated, widths, at_eos, counts, best, in_window = (
+            list(column) for column in zip(*(row[: len(columns)] for row in rows), strict=True)
+        )
+        self._plan = plan = Plan(
+            generated, widths, [bool(e) for e in at_eos], counts, best, in_window, [row[len(columns) :] for row in rows]
+        )
         self._count(former, slots, running)
         overtaken = self._frontier.advance(plan.generated, plan.at_eos)
         if overtaken:

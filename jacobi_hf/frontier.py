@@ -108,7 +108,9 @@ class Frontier:
             self.generated = max(available if self.done else [0]) if not self.pads else max(end or 0 for end in self.ended)
             return []
         overtaken: list[int] = []
-        while not self.done and self.generated < min(a for a, end in zip(available, self.ended, strict=True) if end is None or not self.pads):
+        while not self.done and self.generated < min(
+            a for a, end in zip(available, self.ended, strict=True) if end is None or not self.pads
+        ):
             overtaken += [row for row in self._one_token() if available[row] > self.generated]
         return overtaken
 

@@ -21,7 +21,7 @@ from jacobi_hf.decoding import Decoder, step_slots
 from jacobi_hf.frontier import Frontier, Scores
 from jacobi_hf.layout import Layout, attention_mask
 from jacobi_hf.output import JacobiDecoderOnlyOutput
-from jacobi_hf.prompt import Prompt, read_prompt
+from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class JacobiGenerationMixin:
         request: _Request | None = getattr(generation_config, _REQUEST, None)
         extra = sorted(name for name in model_kwargs if name not in _HANDLED and model_kwargs[name] is not None)
         if request is not None and extra:
-            request = _fall_back(generation_config, request, f"the additional model arguments {', '.join(extra)}")
+            _fall_back(generation_config, request, f"the additional model arguments {', '.join(extra)}")
+            request = None
         if request is None:
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
@@ -101,7 +102,9 @@ def _reject_pointless(given: dict[str, Any], config: JacobiConfig | None) -> Non
     if config is not None and config.decoding == JACOBI:
         idle = [name for name in set_knobs if name != "jacobi_block_size"]
         if idle:
-            raise ValueError(f"{', '.join(idle)} has no meaning with decoding='jacobi', which knows jacobi_block_size only; use 'jacobi_multiblock'.")
+            raise ValueError(
+                f"{', '.join(idle)} has no meaning with decoding='jacobi', which knows jacobi_block_size only; use 'jacobi_multiblock'."
+            )
 
 
 def _contradiction(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
@@ -152,7 +155,12 @@ class _Call:
     """One call of `generate` between `_sample` and the decoder: inputs in, caches and outputs out."""
 
     def __init__(
-        self, model: PreTrainedModel, config: JacobiConfig, generation_config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        config: JacobiConfig,
+        generation_config: GenerationConfig,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
     ) -> None:
         self._model, self._config, self._generation_config, self._input_BP = model, config, generation_config, input_ids
         self._target: Cache | None = model_kwargs.get("past_key_values")
@@ -180,7 +188,13 @@ class _Call:
         selector = Selector(processors, noise, input_BP, config.vocab_size)
         pad = options._pad_token_tensor
         frontier = Frontier(
-            input_BP, criteria, streamer, options.max_length, None if pad is None else int(pad), scores, one_by_one=not selector.is_vectorised
+            input_BP,
+            criteria,
+            streamer,
+            options.max_length,
+            None if pad is None else int(pad),
+            scores,
+            one_by_one=not selector.is_vectorised,
         )
         cache = self._open_cache(frontier.limit)
         hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
@@ -210,7 +224,10 @@ class _Call:
         if isinstance(self._target, StaticCache) and getattr(self._target, "_is_user_defined", False):
             room = min((int(layer.max_cache_len) for layer in self._target.layers if not layer.is_sliding), default=needed)
             if needed - 1 > room:
-                raise ValueError(f"past_key_values holds {room} tokens, but prompt and new tokens need {needed - 1}: give a larger cache or fewer new tokens.")
+                raise ValueError(
+                    f"past_key_values holds {room} tokens, but prompt and new tokens need {needed - 1}: "
+                    "give a larger cache or fewer new tokens."
+                )
         multiple = JacobiStaticCache.EXTENT_MULTIPLE
         capacity = -(-(needed + step_slots(self._config)) // multiple) * multiple
         cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
@@ -223,7 +240,9 @@ def _past_length(cache: Cache | None, batch_size: int) -> int:
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return 0
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
-        raise ValueError(f"past_key_values is a {type(cache).__name__}; Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded.")
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded."
+        )
     past = int(cache.get_seq_length())
     held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
     if past and held and held[0] != batch_size:
@@ -284,7 +303,9 @@ def register(model_class: type) -> type:
     forward = getattr(model_class, "forward", None)
     names = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
     if not issubclass(model_class, GenerationMixin) or not issubclass(model_class, PreTrainedModel) or forward is None:
-        raise TypeError(f"{model_class.__name__} is not a transformers model that generates: it needs PreTrainedModel and GenerationMixin as bases.")
+        raise TypeError(
+            f"{model_class.__name__} is not a transformers model that generates: it needs PreTrainedModel and GenerationMixin as bases."
+        )
     missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(names.co_varnames if names else ())
     if missing:
         raise TypeError(f"{model_class.__name__}.forward does not take {', '.join(sorted(missing))}, which Jacobi decoding passes.")

@@ -69,7 +69,9 @@ def read_prompt(
     total = covered if past and covered != given else given
     new = total - past
     if new < 1 or new > given:
-        raise ValueError(f"the cache holds {past} tokens and the prompt {total}: there must be at least one new token behind those in the cache.")
+        raise ValueError(
+            f"the cache holds {past} tokens and the prompt {total}: there must be at least one new token behind those in the cache."
+        )
     pad_B = _left_pads(mask_BT, batch, total, input_BP.device)
     new_pad_B = (pad_B - past).clamp(min=0)
     ids_BP = embeds_BPH = None

@@ -6,11 +6,16 @@ Sampled decoding is greedy decoding under fixed noise: `torch.multinomial(p, 1)`
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import LogitsProcessorList
+from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation import logits_process as processors_of_transformers
 
-from jacobi_hf.layout import Layout
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
+
+    from jacobi_hf.layout import Layout
 
 # Processors that look at one slot's scores alone: applied to all slots at once.
 SCORE_ONLY = tuple(
@@ -20,7 +25,6 @@ SCORE_ONLY = tuple(
         "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     )
 )  # fmt: skip
-RepetitionPenalty = processors_of_transformers.RepetitionPenaltyLogitsProcessor
 
 
 class FixedNoise:
@@ -80,8 +84,8 @@ class Selector:
 
     def __init__(self, processors: LogitsProcessorList, noise: FixedNoise | None, prompt_BP: torch.Tensor, vocab_size: int) -> None:
         self.processors, self.noise = processors, noise
-        self.is_vectorised = all(type(p) in (*SCORE_ONLY, RepetitionPenalty) for p in processors)
-        self._penalties = [p for p in processors if type(p) is RepetitionPenalty] if self.is_vectorised else []
+        self.is_vectorised = all(type(p) in (*SCORE_ONLY, RepetitionPenaltyLogitsProcessor) for p in processors)
+        self._penalties = [p for p in processors if type(p) is RepetitionPenaltyLogitsProcessor] if self.is_vectorised else []
         self._seen = [_prompt_tokens(p, prompt_BP, vocab_size) for p in self._penalties]
 
     @property
@@ -95,7 +99,7 @@ class Selector:
         batch, slots, vocab = scores_BQV.shape
         penalties = iter(self._seen)
         for processor in self.processors:
-            if type(processor) is RepetitionPenalty:
+            if type(processor) is RepetitionPenaltyLogitsProcessor:
                 scores_BQV = _penalise(scores_BQV, _on_path(next(penalties), layout, token_BQ), processor.penalty)
             else:
                 scores_BQV = processor(None, scores_BQV.reshape(batch * slots, vocab)).view(batch, slots, vocab)
@@ -112,21 +116,21 @@ class Selector:
         for seen_BV in self._seen:
             kept_BN = torch.arange(token_BN.shape[1], device=token_BN.device) < count_B[:, None]
             added_BV = torch.zeros_like(seen_BV, dtype=torch.uint8).scatter_reduce_(1, token_BN, kept_BN.to(torch.uint8), "amax")
-            seen_BV |= added_BV.bool()
+            seen_BV.logical_or_(added_BV.bool())
 
 
-def _prompt_tokens(penalty: RepetitionPenalty, prompt_BP: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """bool `(B, V)`: which ids of the prompt the penalty counts."""
+def _prompt_tokens(penalty: RepetitionPenaltyLogitsProcessor, prompt_BP: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Bool `(B, V)`: which ids of the prompt the penalty counts."""
     seen_BV = torch.zeros(len(prompt_BP), vocab_size + 1, dtype=torch.bool, device=prompt_BP.device)
     ignored = penalty.prompt_ignore_length
     if ignored is not None:
         ignored_B1 = ignored.to(prompt_BP.device)[:, None] if isinstance(ignored, torch.Tensor) else ignored
         prompt_BP = prompt_BP.masked_fill(torch.arange(prompt_BP.shape[1], device=prompt_BP.device) < ignored_B1, vocab_size)
-    return seen_BV.scatter_(1, prompt_BP, True)[:, :-1].contiguous()
+    return seen_BV.scatter_(1, prompt_BP, value=True)[:, :-1].contiguous()
 
 
 def _on_path(seen_BV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor) -> torch.Tensor:
-    """bool `(B, Q, V)`: what each slot has seen, the guesses on its own path included. The pending token is among `seen_BV`."""
+    """Bool `(B, Q, V)`: what each slot has seen, the guesses on its own path included. The pending token is among `seen_BV`."""
     batch, slots = token_BQ.shape
     nothing = seen_BV.shape[1]
     guess_BQQ = torch.where(layout.sees_QQ, token_BQ[:, None, :], nothing)[:, :, 1:]
@@ -139,7 +143,9 @@ def _penalise(scores_BQV: torch.Tensor, seen_BQV: torch.Tensor, penalty: float) 
     return torch.where(seen_BQV, torch.where(scores_BQV < 0, scores_BQV * penalty, scores_BQV / penalty), scores_BQV)
 
 
-def confirmed(layout: Layout, token_BQ: torch.Tensor, choice_BQ: torch.Tensor, length_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def confirmed(
+    layout: Layout, token_BQ: torch.Tensor, choice_BQ: torch.Tensor, length_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which guesses equal the model's choice one slot before.
 
     Args:

@@ -116,13 +116,16 @@ def earn_weeks(rng: random.Random) -> tuple[str, list[str], int]:
     week = day * days
     return (
         f"{name} earns {day} dollars a day and works {days} days a week. How many dollars does {name} earn in {weeks} weeks?",
-        [f"In one week {name} earns {day} * {days} = {week} dollars.", f"In {weeks} weeks {name} earns {week} * {weeks} = {week * weeks} dollars."],
+        [
+            f"In one week {name} earns {day} * {days} = {week} dollars.",
+            f"In {weeks} weeks {name} earns {week} * {weeks} = {week * weeks} dollars.",
+        ],
         week * weeks,
     )
 
 
 def three_groups(rng: random.Random) -> tuple[str, list[str], int]:
-    name, other, things = _pair(rng)
+    name, _, things = _pair(rng)
     a, b, c = (rng.randint(4, 35) for _ in range(3))
     return (
         f"{name} finds {a} {things} on Monday, {b} on Tuesday and {c} on Friday. How many {things} does {name} find in all?",
@@ -168,13 +171,16 @@ def rows_of_seats(rng: random.Random) -> tuple[str, list[str], int]:
     taken = rng.randint(2, rows * seats - 1)
     return (
         f"A hall has {rows} rows of {seats} seats. {taken} seats are taken. How many seats are free?",
-        [f"The hall has {rows} * {seats} = {rows * seats} seats.", f"The free seats are {rows * seats} - {taken} = {rows * seats - taken}."],
+        [
+            f"The hall has {rows} * {seats} = {rows * seats} seats.",
+            f"The free seats are {rows * seats} - {taken} = {rows * seats - taken}.",
+        ],
         rows * seats - taken,
     )
 
 
 def lost_and_found(rng: random.Random) -> tuple[str, list[str], int]:
-    name, other, things = _pair(rng)
+    name, _, things = _pair(rng)
     a = rng.randint(20, 70)
     lost, found = rng.randint(2, 15), rng.randint(2, 20)
     return (
@@ -190,7 +196,10 @@ def pooled_share(rng: random.Random) -> tuple[str, list[str], int]:
     a = rng.randint(1, each * people - 1)
     b = each * people - a
     return (
-        f"{name} has {a} {things} and {other} has {b}. They share all of them equally among {people} children. How many does each child get?",
+        (
+            f"{name} has {a} {things} and {other} has {b}. They share all of them equally among {people} children. "
+            "How many does each child get?"
+        ),
         [f"Together they have {a} + {b} = {a + b} {things}.", f"Each child gets {a + b} / {people} = {each} {things}."],
         each,
     )
@@ -201,7 +210,10 @@ def ages(rng: random.Random) -> tuple[str, list[str], int]:
     age, older, later = rng.randint(5, 40), rng.randint(2, 12), rng.randint(2, 15)
     return (
         f"{name} is {age} years old. {other} is {older} years older. How old will {other} be in {later} years?",
-        [f"Now {other} is {age} + {older} = {age + older} years old.", f"In {later} years: {age + older} + {later} = {age + older + later}."],
+        [
+            f"Now {other} is {age} + {older} = {age + older} years old.",
+            f"In {later} years: {age + older} + {later} = {age + older + later}.",
+        ],
         age + older + later,
     )
 

@@ -33,7 +33,9 @@ def _modules(held_out: bool) -> Iterator[str]:
     root, chosen = Path(sysconfig.get_path("stdlib")), held_out_modules()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.intersection(relative.parts) or (relative.parts[0] == "encodings" and "decoding_table" in path.read_text("utf-8", "replace")):
+        if _SKIPPED_FOLDERS.intersection(relative.parts) or (
+            relative.parts[0] == "encodings" and "decoding_table" in path.read_text("utf-8", "replace")
+        ):
             continue
         if (relative.as_posix() in chosen) == held_out:
             yield path.read_text(encoding="utf-8", errors="replace")
@@ -83,7 +85,8 @@ def prompts(domain: str, count: int) -> list[str]:
     if domain == "prose":
         texts = prose_texts(held_out=True)
         rng.shuffle(texts)
-        return [re.match(r"(\S+\s+){%d}" % rng.randint(19, 39), text + " ").group().rstrip() for text in texts if len(text.split()) > 60][:count]  # type: ignore[union-attr]
+        long_texts = [text for text in texts if len(text.split()) > 60][:count]
+        return ["".join(re.findall(r"\S+\s+", text)[: rng.randint(20, 40)]).rstrip() for text in long_texts]
     if domain != "code":
         raise ValueError(f"domain={domain!r} is none of {DOMAINS}")
     starts = []

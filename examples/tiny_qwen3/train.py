@@ -72,7 +72,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], tokens: int, rng: random.Random) -> np.ndarray:
     """`tokens` ids of the shuffled texts, each closed by end-of-text, the texts repeated as often as needed."""
-    encoded = [np.array(ids + [tokenizer.eos_token_id], dtype=np.uint16) for ids in tokenizer(texts, return_attention_mask=False)["input_ids"]]
+    encoded = [
+        np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in tokenizer(texts, return_attention_mask=False)["input_ids"]
+    ]
     chunks: list[np.ndarray] = []
     while (have := sum(map(len, chunks))) < tokens:
         rng.shuffle(encoded)

@@ -1,0 +1,181 @@
+"""Decoders side by side on held-out prompts: tokens per forward, slots, milliseconds, tokens per second, equality.
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/decode.py compare
+    OMP_NUM_THREADS=1 python examples/benchmarks/decode.py grid
+
+`compare` runs the settings that the documentation quotes on 64 prompts of each domain; `grid` sweeps n, K, r, pool and lookup on a
+few. All decoders run in one process, prompt by prompt in turn; seconds are medians of the repeats. The last line on stdout is the
+path of the JSON document that was written (schema: jacobi_hf/results.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import common
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from jacobi_hf.results import Agreement, Measurement, Prompts, Results, Speedup
+
+app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
+Model = Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")]
+Output = Annotated[Path | None, typer.Option(help="Where the JSON document goes.")]
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    contenders: list[common.Contender],
+    prompt_count: int,
+    max_new_tokens: int,
+    repeats: int,
+    *,
+    with_times: bool,
+) -> list[Measurement]:
+    """Every contender on every prompt; the first contender is the reference of equality and of speed."""
+    measurements = []
+    for domain, texts in common.prompts(prompt_count).items():
+        runs: dict[str, list[list[common.Run]]] = {c.decoder.name: [] for c in contenders}
+        for _ in range(repeats):
+            for c in contenders:
+                runs[c.decoder.name].append([])
+            for text in track(texts, description=domain, console=Console(stderr=True)):
+                for c in contenders:
+                    runs[c.decoder.name][-1].append(common.run(model, tokenizer, c, text, max_new_tokens))
+        reference = runs[contenders[0].decoder.name]
+        looping = [i for i, one in enumerate(reference[0]) if common.is_looping(one.tokens)]
+        seconds = {name: statistics.median(sum(one.seconds for one in repeat) for repeat in mine) for name, mine in runs.items()}
+        for c in contenders:
+            name, mine = c.decoder.name, runs[c.decoder.name]
+            first = mine[0]
+            different = [i for i, (a, b) in enumerate(zip(reference[0], first, strict=True)) if a.tokens != b.tokens]
+            free = [one for i, one in enumerate(first) if i not in looping]
+            tokens, slots = sum(len(one.tokens) for one in first), [s for one in first for s in one.slots]
+            baselines = [b for b in ("generate", "generate-static-compiled") if b in seconds and b != name]
+            measurements.append(
+                Measurement(
+                    decoder=c.decoder,
+                    prompts=Prompts(
+                        domain=domain, source="examples/tiny_qwen3/prompts.json", count=len(texts), max_new_tokens=max_new_tokens
+                    ),
+                    new_tokens=tokens,
+                    forwards=sum(one.forwards for one in first),
+                    tokens_per_forward=round(tokens / sum(one.forwards for one in first), 4),
+                    tokens_per_forward_loop_free=round(sum(len(o.tokens) for o in free) / sum(o.forwards for o in free), 4)
+                    if free
+                    else None,
+                    per_prompt_tokens_per_forward=[round(len(one.tokens) / one.forwards, 3) for one in first] if with_times else None,
+                    looping=looping,
+                    mean_slots=round(statistics.mean(slots), 2) if slots else 0.0,
+                    seconds=round(seconds[name], 4),
+                    repeats=repeats,
+                    tokens_per_second=round(tokens / seconds[name], 2),
+                    speedups=[Speedup(baseline=b, factor=round(seconds[b] / seconds[name], 4)) for b in baselines],
+                    agreement=Agreement(
+                        baseline=contenders[0].decoder.name, identical=len(texts) - len(different), total=len(texts), different=different
+                    ),
+                    ms_per_forward=common.medians_by_width([one for repeat in mine for one in repeat]) if with_times else None,
+                )
+            )
+    return measurements
+
+
+def show(measurements: list[Measurement], most: int = 60) -> None:
+    """The figures as a table, by domain."""
+    table = Table()
+    for column in ("domain", "decoder", "TPF", "loop-free", "slots", "tok/s", "x generate", "identical"):
+        table.add_column(column, justify="left" if column in ("domain", "decoder") else "right")
+    for m in measurements[:most]:
+        factor = next((f"{s.factor:.2f}" for s in m.speedups if s.baseline == "generate"), "")
+        free = "" if m.tokens_per_forward_loop_free is None else f"{m.tokens_per_forward_loop_free:.2f}"
+        equal = "" if m.agreement is None else f"{m.agreement.identical}/{m.agreement.total}"
+        table.add_row(
+            m.prompts.domain,
+            m.decoder.name,
+            f"{m.tokens_per_forward:.2f}",
+            free,
+            f"{m.mean_slots:.1f}",
+            f"{m.tokens_per_second:.0f}",
+            factor,
+            equal,
+        )
+    Console(stderr=True, width=120).print(table)
+
+
+def finish(results: Results, measurements: list[Measurement], output: Path) -> None:
+    """Write, show, and name the document on stdout."""
+    results.with_measurements(measurements).write(output)
+    show(measurements)
+    print(output)
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    output: Output = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes over all prompts.")] = 1,
+    compiled: Annotated[bool, typer.Option(help="Also generate with a StaticCache and torch.compile.")] = True,
+) -> None:
+    """The settings that the documentation quotes."""
+    loaded, tokenizer, name = common.load(model)
+    contenders = [
+        common.ordinary(),
+        common.prompt_lookup(10),
+        common.prompt_lookup(16),
+        common.jacobi("jacobi", decoding="jacobi"),
+        common.jacobi("multiblock-window", jacobi_pool_size=0, jacobi_lookup_tokens=0),
+        common.jacobi("multiblock-pool", jacobi_lookup_tokens=0),
+        common.jacobi("multiblock-lookup", jacobi_pool_size=0),
+        common.jacobi("multiblock-both"),
+        common.jacobi("multiblock-both-pool4", jacobi_pool_size=4),
+        common.jacobi("paper", **{k: v for k, v in common.jacobi_hf.JacobiConfig.paper().to_knobs().items() if k != "decoding"}),
+    ]
+    if compiled:
+        contenders.insert(1, common.compiled(512))
+        common.run(loaded, tokenizer, contenders[1], "def main(", 4)  # compiles outside the clock
+    results = Results.start("TPF, slots, speed and equality of decoders on held-out prompts", loaded, name)
+    measurements = measure(loaded, tokenizer, contenders, prompts, max_new_tokens, repeats, with_times=True)
+    finish(results, measurements, output or common.RESULTS / "decode_compare.json")
+
+
+@app.command()
+def grid(
+    model: Model = None,
+    output: Output = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """N in {4, 8, 16, 32}, K in {1, 2, 3}, r in {0, .5, .85}, pool in {0, 2, 4}, lookup on and off."""
+    loaded, tokenizer, name = common.load(model)
+    contenders = [common.ordinary(), common.jacobi("jacobi", decoding="jacobi")]
+    for n, blocks, ratio, pool, lookup in itertools.product((4, 8, 16, 32), (1, 2, 3), (0.0, 0.5, 0.85), (0, 2, 4), (0, 16)):
+        contenders.append(
+            common.jacobi(
+                f"n{n}-K{blocks}-r{ratio:g}-pool{pool}-lookup{lookup}",
+                jacobi_block_size=n,
+                jacobi_max_blocks=blocks,
+                jacobi_activation_ratio=ratio,
+                jacobi_pool_size=pool,
+                jacobi_lookup_tokens=lookup,
+            )
+        )
+    results = Results.start("TPF, slots and speed over n, K, r, pool and lookup", loaded, name)
+    measurements = measure(loaded, tokenizer, contenders, prompts, max_new_tokens, 1, with_times=False)
+    best = sorted(measurements, key=lambda m: (m.prompts.domain, -(m.tokens_per_second or 0)))
+    results.with_measurements(measurements).write(output or common.RESULTS / "decode_grid.json")
+    show([m for domain in ("arithmetic", "code", "prose") for m in [b for b in best if b.prompts.domain == domain][:12]])
+    print(output or common.RESULTS / "decode_grid.json")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    app()

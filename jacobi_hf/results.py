@@ -1,0 +1,237 @@
+"""The one schema of measured results: whatever measures writes it, whatever reports reads it.
+
+A document holds one run of one program on one machine with one model, and a list of measurements. Every field of a measurement
+is something that was measured or set, never derived from another document.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from jacobi_hf.config import JACOBI, JacobiConfig
+
+_PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Hardware(_Strict):
+    """The machine. `gpu` is None where none was used."""
+
+    cpu: str
+    cores: int
+    gpu: str | None = None
+
+
+class Software(_Strict):
+    """Versions of what ran, and the revision of this repository (with "+changes" when the working tree had any)."""
+
+    python: str
+    packages: dict[str, str]
+    git_revision: str | None = None
+
+
+class Decoder(_Strict):
+    """How text was produced. `name` is unique within a document; the other fields are None where they do not apply."""
+
+    name: str
+    kind: Literal["generate", "generate-static-compiled", "prompt-lookup", "jacobi", "jacobi_multiblock"]
+    block_size: int | None = Field(default=None, description="n")
+    max_blocks: int | None = Field(default=None, description="K")
+    activation_ratio: float | None = Field(default=None, description="r")
+    pool_size: int | None = None
+    branch_length: int | None = None
+    lookup_tokens: int | None = Field(default=None, description="length of the lookup branch, or draft tokens of prompt lookup")
+
+    @classmethod
+    def of(cls, name: str, config: JacobiConfig) -> Self:
+        """The setting of a `JacobiConfig` under a name."""
+        if config.decoding == JACOBI:
+            return cls(name=name, kind="jacobi", block_size=config.jacobi_block_size)
+        return cls(
+            name=name,
+            kind="jacobi_multiblock",
+            block_size=config.jacobi_block_size,
+            max_blocks=config.jacobi_max_blocks,
+            activation_ratio=config.jacobi_activation_ratio,
+            pool_size=config.jacobi_pool_size,
+            branch_length=config.jacobi_branch_length,
+            lookup_tokens=config.jacobi_lookup_tokens,
+        )
+
+
+class Prompts(_Strict):
+    """What was continued."""
+
+    domain: str
+    source: str
+    count: int
+    max_new_tokens: int
+    do_sample: bool = False
+    batch_size: int = 1
+
+
+class Speedup(_Strict):
+    """Tokens per second over those of a decoder of the same document, on the same prompts, in the same process."""
+
+    baseline: str
+    factor: float
+
+
+class Agreement(_Strict):
+    """Outputs equal, token for token, to those of `baseline`; `different` lists the prompts that are not."""
+
+    baseline: str
+    identical: int
+    total: int
+    different: list[int] = []
+
+
+class Quality(_Strict):
+    """A score with its 95 % interval."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    samples: int
+
+
+class Measurement(_Strict):
+    """One decoder on one set of prompts.
+
+    Attributes:
+        tokens_per_forward: new tokens over forwards, prefill counted, all prompts together.
+        mean_slots: positions per decoding forward.
+        seconds: median of the repeats, all prompts; `repeats` says how many there were.
+        ms_per_forward: milliseconds per decoding forward by its number of slots (wall time of the whole step).
+        per_prompt_tokens_per_forward: the figure of each prompt, in order.
+        looping: prompts whose output ends in a loop, by index; `tokens_per_forward_loop_free` leaves them out.
+        extra: anything specific to the program, by name.
+    """
+
+    decoder: Decoder
+    prompts: Prompts
+    new_tokens: int | None = None
+    forwards: int | None = None
+    tokens_per_forward: float | None = None
+    tokens_per_forward_loop_free: float | None = None
+    per_prompt_tokens_per_forward: list[float] | None = None
+    looping: list[int] | None = None
+    mean_slots: float | None = None
+    seconds: float | None = None
+    repeats: int | None = None
+    tokens_per_second: float | None = None
+    speedups: list[Speedup] = []
+    agreement: Agreement | None = None
+    quality: Quality | None = None
+    ms_per_forward: dict[int, float] | None = None
+    extra: dict[str, Any] = {}
+
+
+class Results(_Strict):
+    """A document of measured results."""
+
+    schema_version: Literal[1] = 1
+    what: str
+    command: str
+    created: str
+    model: str
+    parameters: int
+    dtype: str
+    device: str
+    threads: int
+    attention: str
+    hardware: Hardware
+    software: Software
+    measurements: list[Measurement] = []
+
+    @classmethod
+    def start(cls, what: str, model: Any, name: str) -> Self:
+        """A document without measurements, with everything that this process knows of itself.
+
+        Args:
+            what: what is measured, in a sentence.
+            model: the model that is measured.
+            name: the model's name or path as a reader can find it.
+        """
+        program = Path(sys.argv[0]).name if Path(sys.argv[0]).is_absolute() else sys.argv[0]
+        return cls(
+            what=what,
+            command=" ".join([program, *sys.argv[1:]]),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=name,
+            parameters=model.num_parameters(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            threads=torch.get_num_threads(),
+            attention=model.config._attn_implementation,
+            hardware=_hardware(model.device),
+            software=Software(python=platform.python_version(), packages=_versions(), git_revision=_git_revision()),
+        )
+
+    def with_measurements(self, measurements: list[Measurement]) -> Self:
+        """A copy that holds these measurements."""
+        return self.model_copy(update={"measurements": measurements})
+
+    def write(self, path: str | Path) -> None:
+        """Write the document as JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
+            part.write(self.model_dump_json(indent=1, exclude_none=True) + "\n")
+        Path(part.name).chmod(0o644)
+        Path(part.name).replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a document.
+
+        Raises:
+            pydantic.ValidationError: unknown or missing fields, named, or a schema version that this package does not know.
+        """
+        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _hardware(device: torch.device) -> Hardware:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    gpu = torch.get_device_module(device).get_device_name(device) if device.type not in ("cpu", "meta") else None
+    return Hardware(cpu=cpu, cores=os.cpu_count() or 1, gpu=gpu)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603, S607
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,37 @@
+"""Tiny random models in fp32, on one thread."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+import jacobi_hf  # noqa: F401  (registers Qwen2 and Qwen3)
+from tests.models import TINY, tiny_model
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("jacobi", deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
+hypothesis.settings.load_profile("jacobi")
+
+
+@pytest.fixture(params=TINY, scope="session")
+def any_model(request):
+    """Each of the tiny models in turn."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """One tiny model, where the kind does not matter."""
+    return tiny_model("qwen3")
+
+
+@pytest.fixture
+def prompt():
+    """A prompt of two rows, the first with two pads on the left."""
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 3, 4, 9, 3, 4]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pad_token_id": 0, "do_sample": False}

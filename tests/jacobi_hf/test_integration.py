@@ -1,0 +1,147 @@
+"""The ways in which people call a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
+
+from tests.models import fresh_model, tiny_model
+from tests.tiny import CHECKPOINT
+
+KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+
+
+def same(model, inputs, **arguments):
+    torch.manual_seed(0)
+    reference = model.generate(**inputs, **arguments)
+    torch.manual_seed(0)
+    output = model.generate(**inputs, **arguments, **KNOBS)
+    assert torch.equal(reference, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32), AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes(context, model, prompt):
+    with context():
+        same(model, prompt, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("cache", [None, "static", "dynamic"])
+def test_cache_implementations(cache, any_model, prompt):
+    same(any_model, prompt, max_new_tokens=20, cache_implementation=cache)
+    output = any_model.generate(**prompt, max_new_tokens=20, cache_implementation=cache, return_dict_in_generate=True, **KNOBS)
+    assert type(output.past_key_values) is (StaticCache if cache == "static" else DynamicCache)
+    assert int(output.past_key_values.get_seq_length()) == output.sequences.shape[1] - 1
+
+
+def test_num_return_sequences(any_model, prompt):
+    assert same(any_model, {**prompt, "do_sample": True}, num_return_sequences=3, max_new_tokens=12).shape[0] == 6
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_inputs_embeds(any_model, prompt, with_ids):
+    embeds = any_model.get_input_embeddings()(prompt["input_ids"])
+    inputs = {**prompt, "inputs_embeds": embeds}
+    if not with_ids:
+        inputs.pop("input_ids")
+    same(any_model, inputs, max_new_tokens=15)
+
+
+def test_inputs_without_a_mask(any_model):
+    same(any_model, {"inputs": torch.tensor([[5, 6, 7]])}, max_new_tokens=15, do_sample=False, pad_token_id=0)
+
+
+def test_max_length_and_a_single_token(any_model, prompt):
+    same(any_model, prompt, max_length=7)
+    same(any_model, prompt, max_length=20)
+
+
+def test_bf16_runs(prompt):
+    model = fresh_model("qwen3").to(torch.bfloat16)
+    assert model.generate(**prompt, max_new_tokens=20, **KNOBS).shape == (2, 26)
+
+
+def test_peft_lora_attached_and_merged(prompt):
+    peft = pytest.importorskip("peft")
+    model = fresh_model("qwen3")
+    plain = model.generate(**prompt, max_new_tokens=20)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    output = same(adapted, prompt, max_new_tokens=20)
+    assert not torch.equal(output, plain)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(same(merged, prompt, max_new_tokens=20), output)
+
+
+def test_prompt_learning_falls_back(prompt):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(fresh_model("qwen3"), config).eval()
+    reference = model.generate(**prompt, max_new_tokens=8)
+    with pytest.warns(UserWarning, match="decoding ordinarily"):
+        assert torch.equal(model.generate(**prompt, max_new_tokens=8, **KNOBS), reference)
+
+
+def test_accelerate_hooks(tmp_path, prompt):
+    """A device map makes accelerate hook every module, and offload to disk move weights in and out."""
+    model = fresh_model("qwen3")
+    reference = model.generate(**prompt, max_new_tokens=12)
+    model.save_pretrained(tmp_path / "model")
+    hooked = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto", dtype=torch.float32)
+    assert torch.equal(hooked.generate(**prompt, max_new_tokens=12, **KNOBS), reference)
+    on_disk = {"model.layers.1", "model.layers.2"}
+    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb", "lm_head"]
+    spread = {part: "disk" if part in on_disk else "cpu" for part in parts}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=spread, offload_folder=str(tmp_path / "off"), dtype=torch.float32
+    )
+    assert torch.equal(offloaded.generate(**prompt, max_new_tokens=12, **KNOBS), reference)
+
+
+def test_compiled_wrapper_delegates(prompt):
+    model = tiny_model("qwen3")
+    wrapper = torch.compile(model, backend="eager")
+    assert torch.equal(wrapper.generate(**prompt, max_new_tokens=6, **KNOBS), model.generate(**prompt, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_pipeline(tiny, sample):
+    model, tokenizer = tiny
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["def main(", "Question: Ben has 4 apples and buys 3 more. How many apples does Ben have now?\nAnswer:"]
+    texts = []
+    for knobs in ({}, {"decoding": "jacobi_multiblock"}):
+        torch.manual_seed(0)
+        texts.append(pipe(prompts, batch_size=2, max_new_tokens=24, do_sample=sample, **knobs))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_the_trained_model(tiny, sample):
+    model, tokenizer = tiny
+    inputs = tokenizer(["class Queue:\n    def put(", "Return the"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    same(model, inputs, max_new_tokens=48, do_sample=sample)
+    output = model.generate(**inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True, decoding="jacobi_multiblock")
+    assert output.jacobi_stats.mean_tokens_per_forward > 1
+
+
+def test_synced_gpus_runs_idle_forwards_until_the_peers_are_done(prompt, monkeypatch):
+    """With peers that need three more rounds, a rank that is done goes on calling the model and changes nothing."""
+    model, calls = fresh_model("qwen3"), []
+    reference = model.generate(**prompt, max_new_tokens=6)
+    peers = iter([True] * 3 + [False])
+
+    def unfinished(self, done, synced, device=None):
+        return next(peers) if done else True
+
+    monkeypatch.setattr(type(model), "_has_unfinished_sequences", unfinished)
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    output = model.generate(**prompt, max_new_tokens=6, synced_gpus=True, return_dict_in_generate=True, **KNOBS)
+    hook.remove()
+    assert torch.equal(output.sequences, reference)
+    assert len(calls) == output.jacobi_stats.forwards + 3

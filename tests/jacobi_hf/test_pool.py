@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jacobi_hf.pool import NgramLookup, NgramPool, Rejection, Text
+
+ids = st.integers(0, 4)
+
+
+def text_of(*rows):
+    longest = max(map(len, rows))
+    return Text(torch.tensor([row + [9] * (longest - len(row)) for row in rows]), torch.tensor([len(row) for row in rows]))
+
+
+def lookup_by_definition(row, length, max_ngram=3):
+    """Longest match of the last tokens, the latest of those, continued with its own beginning."""
+    for order in range(min(max_ngram, len(row) - 1), 0, -1):
+        for end in range(len(row) - 2, order - 2, -1):
+            if row[end - order + 1 : end + 1] == row[-order:]:
+                period = len(row) - 1 - end
+                return [row[end + 1 + i % period] for i in range(length)]
+    return None
+
+
+@given(rows=st.lists(st.lists(ids, min_size=1, max_size=14), min_size=1, max_size=3), length=st.integers(1, 6))
+def test_lookup_is_as_defined(rows, length):
+    tokens, lengths = NgramLookup(length).propose(text_of(*rows))
+    for number, row in enumerate(rows):
+        wanted = lookup_by_definition(row, length)
+        assert lengths[number, 0] == (length if wanted else 0)
+        if wanted:
+            assert tokens[number, 0].tolist() == wanted
+
+
+def test_lookup_goes_on_with_a_repetition():
+    tokens, lengths = NgramLookup(7).propose(text_of([1, 2, 3, 1, 2, 3]))
+    assert lengths.tolist() == [[7]]
+    assert tokens[0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
+
+
+class PlainPool:
+    """A list of n-grams, the newest last."""
+
+    def __init__(self, branches, length, capacity):
+        self.branches, self.length, self.capacity, self.grams = branches, length, capacity, []
+
+    def learn(self, tokens, choices, accepted, width):
+        for slot in range(accepted + 1, width + 1):
+            self.grams.append((tokens[slot], choices[slot : min(slot + self.length, width + 1)]))
+        self.grams = self.grams[-self.capacity :]
+
+    def propose(self, pending):
+        found = []
+        for key, gram in reversed(self.grams):
+            if key == pending and gram[0] not in [other[0] for other in found] and len(found) < self.branches:
+                found.append(gram)
+        return found
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(ids, min_size=1, max_size=6), st.lists(ids, min_size=6, max_size=6), st.integers(0, 5), ids), max_size=8
+    ),
+    branches=st.integers(1, 3), length=st.integers(1, 4),
+)  # fmt: skip
+def test_pool_is_as_defined(steps, branches, length):
+    pool = NgramPool(branches, length, 1, torch.device("cpu"), capacity=8)
+    plain = PlainPool(branches, length, capacity=8)
+    for tokens, choices, accepted, pending in steps:
+        width = len(tokens) - 1
+        accepted = min(accepted, width)
+        choices = choices[: width + 1]
+        pool.learn(Rejection(torch.tensor([tokens]), torch.tensor([choices]), torch.tensor([accepted]), torch.tensor([width])))
+        plain.learn(tokens, choices, accepted, width)
+        proposed, lengths = pool.propose(text_of([pending]))
+        found = [proposed[0, c, :n].tolist() for c, n in enumerate(lengths[0].tolist()) if n]
+        assert found == plain.propose(pending)
+
+
+def test_rows_have_pools_of_their_own():
+    pool = NgramPool(1, 2, 2, torch.device("cpu"))
+    pool.learn(Rejection(torch.tensor([[1, 2], [1, 3]]), torch.tensor([[5, 6], [5, 7]]), torch.tensor([0, 0]), torch.tensor([1, 1])))
+    tokens, lengths = pool.propose(text_of([2], [2]))
+    assert lengths.tolist() == [[1], [0]]
+    assert tokens[0, 0, 0] == 6

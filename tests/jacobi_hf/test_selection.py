@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from jacobi_hf.layout import build_layout
+from jacobi_hf.selection import FixedNoise, Selector, confirmed
+
+CPU = torch.device("cpu")
+
+
+@given(batch=st.integers(1, 4), vocab=st.sampled_from([2, 17, 1000]), tokens=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
+    """The choice under the noise of an index, however far ahead it was drawn, is what multinomial would have sampled."""
+    torch.manual_seed(seed)
+    scores = torch.randn(tokens, batch, vocab)
+    before = torch.get_rng_state()
+    sampled = [torch.multinomial(step.softmax(-1), 1)[:, 0] for step in scores]
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    noise = FixedNoise(batch, vocab, CPU)
+    noise.draw(0, tokens + 3)
+    selector = Selector(LogitsProcessorList(), noise, torch.zeros(batch, 1, dtype=torch.long), vocab)
+    chosen = selector.choose(scores.transpose(0, 1), torch.arange(tokens).expand(batch, -1))
+    assert torch.equal(chosen, torch.stack(sampled, 1))
+    noise.rewind(tokens)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@given(data=st.data(), penalty=st.sampled_from([0.7, 1.3]), ignore=st.sampled_from([None, 2, "per row"]))
+def test_scores_of_every_slot_are_those_of_its_true_prefix(data, penalty, ignore):
+    """The vectorised repetition penalty and warpers against the processors themselves, slot by slot."""
+    lengths = tuple(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)))
+    batch, vocab, layout = 2, 7, build_layout(lengths, CPU)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    prompt = torch.randint(0, vocab, (batch, 4), generator=generator)
+    tokens = torch.randint(0, vocab, (batch, layout.slots), generator=generator)
+    logits = torch.randn(batch, layout.slots, vocab, generator=generator)
+    ignored = torch.tensor([1, 3]) if ignore == "per row" else ignore
+    processors = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(penalty, ignored), TemperatureLogitsWarper(0.6), TopPLogitsWarper(0.8)]
+    )
+    selector = Selector(processors, None, prompt, vocab)
+    assert selector.is_vectorised
+    selector.commit(tokens[:, :1], torch.ones(batch, dtype=torch.long))  # the pending token
+    scores = selector.scores(logits, layout, tokens)
+    for segment, length in enumerate(lengths):
+        for depth in range(length + 1):
+            path = layout.path_SD[segment, : depth + 1]
+            prefix = torch.cat([prompt, tokens[:, path]], 1)
+            assert torch.equal(scores[:, path[-1]], processors(prefix, logits[:, path[-1]].clone()))
+
+
+def test_an_unknown_processor_is_not_vectorised():
+    class Mine(TemperatureLogitsWarper):
+        pass
+
+    assert not Selector(LogitsProcessorList([Mine(0.5)]), None, torch.zeros(1, 1, dtype=torch.long), 5).is_vectorised
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple),
+    seed=st.integers(0, 10**6),
+)
+def test_confirmed_prefixes_are_as_defined(lengths, seed):
+    layout, generator = build_layout(lengths, CPU), torch.Generator().manual_seed(seed)
+    tokens, choices = (torch.randint(0, 2, (2, layout.slots), generator=generator) for _ in range(2))
+    valid = torch.stack([torch.randint(0, length + 1, (2,), generator=generator) for length in lengths], 1)
+    _, accepted = confirmed(layout, tokens, choices, valid)
+    for row in range(2):
+        for segment in range(len(lengths)):
+            path, run = layout.path_SD[segment].tolist(), 0
+            while run < valid[row, segment] and tokens[row, path[run + 1]] == choices[row, path[run]]:
+                run += 1
+            assert accepted[row, segment] == run
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fixed_noise_is_multinomial_on_cuda():
+    device = torch.device("cuda")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        probabilities = torch.randn(3, 1000, device=device).softmax(-1)
+        state = torch.cuda.get_rng_state()
+        sampled = torch.multinomial(probabilities, 1)[:, 0]
+        after = torch.cuda.get_rng_state()
+        torch.cuda.set_rng_state(state)
+        noise = FixedNoise(3, 1000, device)
+        noise.draw(0, 0)
+        assert torch.equal((probabilities / noise.at(torch.zeros(3, 1, dtype=torch.long, device=device))[:, 0]).argmax(-1), sampled)
+        assert torch.equal(torch.cuda.get_rng_state(), after)
