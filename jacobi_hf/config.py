@@ -108,7 +108,7 @@ KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(JacobiConfig))
 def reject_misspelt(names: Iterable[str]) -> None:
     """Raise `ValueError` for a name that starts like a knob, or nearly is one, and is none."""
     for name in names:
-        close = difflib.get_close_matches(name, KNOBS, 1, cutoff=0.85)
+        close = difflib.get_close_matches(name, KNOBS, 1, cutoff=0.9)
         if name not in KNOBS and (name.startswith("jacobi_") or close):
             raise ValueError(f"{name!r} is not a knob of Jacobi decoding{_nearest(name, KNOBS)}; the knobs are {', '.join(KNOBS)}.")
 

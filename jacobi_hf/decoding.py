@@ -177,8 +177,7 @@ class Decoder:
 
     def _next_slots(self) -> Slots:
         """Pending token, window, and the branches that some active row has, none longer than any of these uses."""
-        plan = self._plan
-        active = [row for row, halted in enumerate(plan.at_eos) if self._fills or not halted]
+        plan, active = self._plan, self._active_rows()
         width = max(plan.widths[row] for row in active)
         used = [max(plan.branches[row][c] for row in active) for c in range(len(self._proposals))]
         kept = [c for c, length in enumerate(used) if length]
@@ -187,13 +186,17 @@ class Decoder:
         layout = build_layout((width, *(used[c] for c in kept)), self._pending_B.device)
         return Slots(layout, torch.cat(tokens, 1), torch.stack(lengths, 1), ("window", *(self._proposals[c][0] for c in kept)))
 
+    def _active_rows(self) -> list[int]:
+        """Rows that the next step moves on: the unfinished, and with `fills` all."""
+        return [row for row, halted in enumerate(self._plan.at_eos) if self._fills or not halted]
+
     def _settle(self, logits_BQV: torch.Tensor, slots: Slots) -> None:
         """Everything behind the forward: select, accept, commit, redraft, tell the frontier, plan the next step."""
         self.stats.forwards += 1
         running = [end is None for end in self._frontier.ended]
         if self._selector.noise is not None:
-            deepest = slots.layout.path_SD.shape[1] - 1
-            self._selector.noise.draw(min(self._plan.generated), max(self._plan.generated) + deepest)
+            deepest, running_at = slots.layout.path_SD.shape[1] - 1, [self._plan.generated[row] for row in self._active_rows()]
+            self._selector.noise.draw(min(running_at), max(running_at) + deepest)
         accept = self._accept if self._selector.is_vectorised else self._accept_one_by_one
         verdict = accept(logits_BQV, slots)
         self._record(self._logits, logits_BQV, verdict)

@@ -98,7 +98,10 @@ def _left_pads(mask_BT: torch.Tensor | None, batch: int, total: int, device: tor
         raise ValueError(f"row {row} is padded on the right; decoding needs left padding (tokenizer.padding_side = 'left').")
     holes_B = (token_BT[:, :-1] & ~token_BT[:, 1:]).any(1)
     for row in holes_B.nonzero().flatten().tolist()[:1]:
-        raise ValueError(f"attention_mask of row {row} has holes: zeros are supported to the left of the first token only.")
+        raise ValueError(
+            f"attention_mask of row {row} has holes: zeros are supported to the left of the first token only. "
+            "(Where no attention_mask is given, transformers takes every pad_token_id for a pad: give one.)"
+        )
     return total - token_BT.sum(1)
 
 

@@ -2,12 +2,18 @@
 
 Three domains, each with held-out material: `code` (source files), `prose` (longer docstrings, and the language reference
 that `help()` shows), `arithmetic` (`arithmetic.py`). Modules in `held_out_modules.txt` are in no training text.
+
+    python examples/tiny_qwen3/corpus.py
+
+writes `prompts.json`, 64 held-out prompts of each domain, which the demo, the tests and the benchmarks use.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
+import platform
 import random
 import re
 import sysconfig
@@ -94,3 +100,8 @@ def prompts(domain: str, count: int) -> list[str]:
         lines = source.splitlines(keepends=True)
         starts += [(lines, i) for i, line in enumerate(lines) if re.match(r"\s{0,4}(def|class) \w", line) and i + 20 < len(lines)]
     return ["".join(lines[i : i + rng.randint(3, 10)]) for lines, i in rng.sample(starts, count)]
+
+
+if __name__ == "__main__":
+    document = {"python": platform.python_version(), "prompts": {domain: prompts(domain, 64) for domain in DOMAINS}}
+    (HERE / "prompts.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

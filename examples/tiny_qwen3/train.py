@@ -159,6 +159,7 @@ def main() -> None:
     final = out / "final"
     model = model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
+    model.config.use_cache = True  # Trainer switches it off
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
 

@@ -68,7 +68,7 @@ def test_a_conversation_continues_in_the_callers_cache(kind, make, turns, sample
     for turn, new in enumerate(turns):
         addition = torch.randint(1, VOCAB, (1, 4), generator=torch.Generator().manual_seed(turn))
         text, other = torch.cat([text, addition], 1), torch.cat([other, addition], 1)
-        arguments = {"max_new_tokens": new, "do_sample": sampled, "pad_token_id": 0}
+        arguments = {"max_new_tokens": new, "do_sample": sampled, "pad_token_id": 0, "attention_mask": torch.ones_like(text)}
         torch.manual_seed(turn)
         text = model.generate(text, past_key_values=ordinary, **arguments)
         torch.manual_seed(turn)

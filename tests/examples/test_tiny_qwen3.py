@@ -1,0 +1,94 @@
+"""The tiny checkpoint and the corpus that it was trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import CHECKPOINT, EXAMPLE
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    sys.path.insert(0, str(EXAMPLE))
+    import corpus
+
+    yield corpus
+    sys.path.remove(str(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def test_every_template_computes_what_it_says(corpus):
+    arithmetic = corpus.arithmetic
+    assert len(arithmetic.TEMPLATES) >= 12
+    assert len(arithmetic.HELD_OUT_TEMPLATES) == 2
+    for template in arithmetic.TEMPLATES:
+        for seed in range(100):
+            problem = arithmetic.problem(template, seed)
+            equations = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem.completion)
+            assert equations
+            for a, sign, b, result in equations:
+                a, b = int(a), int(b)
+                assert {"+": a + b, "-": a - b, "*": a * b, "/": a // b if a % b == 0 else None}[sign] == int(result)
+            assert int(equations[-1][3]) == problem.result == arithmetic.read_answer(problem.completion)
+            assert problem.result >= 0
+
+
+def test_training_and_held_out_problems_are_apart(corpus):
+    training = {p.question for p in corpus.arithmetic.training_problems(3000)}
+    held_out = corpus.arithmetic.held_out_problems(400)
+    assert training.isdisjoint(p.question for p in held_out)
+    assert {p.template for p in held_out}.isdisjoint(corpus.arithmetic.HELD_OUT_TEMPLATES)
+
+
+def test_held_out_modules_are_in_no_training_text(corpus):
+    held_out, training = corpus.code_texts(held_out=True), corpus.code_texts(held_out=False)
+    assert len(held_out) >= 20
+    assert set(held_out).isdisjoint(training)
+    assert set(corpus.prose_texts(held_out=True)).isdisjoint(corpus.prose_texts(held_out=False))
+
+
+def test_stored_prompts_are_held_out(corpus):
+    stored = json.loads((EXAMPLE / "prompts.json").read_text(encoding="utf-8"))["prompts"]
+    assert {domain: len(texts) for domain, texts in stored.items()} == dict.fromkeys(corpus.DOMAINS, 64)
+    assert stored["arithmetic"] == corpus.prompts("arithmetic", 64)
+    training = "\n".join(corpus.prose_texts(held_out=False))
+    assert not [text for text in stored["prose"] if text in training]
+
+
+def test_checkpoint_is_small_and_plain():
+    files = [path for path in CHECKPOINT.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+
+
+def test_tokenizer_gives_back_what_it_was_given(trained):
+    _, tokenizer = trained
+    for text in ("def f(x):\n    return x ** 2  # naïve\n", "Question: 12 + 7?\nAnswer:", "tabs\tand   spaces\n\n\n", "日本語 🙂"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("1234")["input_ids"]) == 4
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
+    assert chat == "Question: 1 + 1?\nAnswer:"
+
+
+def test_checkpoint_solves_what_its_report_says(trained, corpus):
+    """On a sample: no more than 15 points below the share of right answers in training.json."""
+    model, tokenizer = trained
+    report = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
+    problems = corpus.arithmetic.held_out_problems(60)
+    batch = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, return_token_type_ids=False)
+    ids = model.generate(**batch, max_new_tokens=96, do_sample=False, decoding="jacobi_multiblock")
+    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = sum(corpus.arithmetic.read_answer(text) == p.result for text, p in zip(texts, problems, strict=True)) / len(problems)
+    assert right >= report["arithmetic_exact_match"]["held_out_seeds"] - 0.15

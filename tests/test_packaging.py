@@ -1,0 +1,41 @@
+"""What is installed is what is in the tree."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import jacobi_hf
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_is_listed():
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jacobi_hf").rglob("__init__.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_public_names_exist_and_have_docstrings():
+    for name in jacobi_hf.__all__:
+        assert getattr(jacobi_hf, name)
+        if name != "__version__":
+            assert getattr(jacobi_hf, name).__doc__
+
+
+def test_constraints_pin_what_the_project_declares():
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    declared = [*PROJECT["project"]["dependencies"], *(d for extra in PROJECT["project"]["optional-dependencies"].values() for d in extra)]
+    names = {requirement.split(">")[0].split("<")[0].split("[")[0].strip().lower() for requirement in declared}
+    assert names <= pinned
+
+
+def test_no_machine_paths_in_the_repository():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".yml", ".json", ".txt", ""} and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert "/" + "root/" not in text, name
+            assert "/" + "work/" not in text, name
