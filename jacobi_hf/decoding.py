@@ -323,9 +323,9 @@ class Decoder:
             generated, widths, [bool(e) for e in at_eos], counts, best, in_window, [row[len(columns) :] for row in rows]
         )
         self._count(former, slots, running)
-        overtaken = self._frontier.advance(plan.generated, plan.at_eos)
-        if overtaken:
-            self._halt(overtaken)
+        stopped = self._frontier.advance(plan.generated, plan.at_eos)
+        if stopped:
+            self._halt(stopped)
         self._longest_cached = max(base + tokens for base, tokens in zip(self._base, self._plan.generated, strict=True))
 
     def _measure_drafts(self) -> None:
@@ -353,7 +353,7 @@ class Decoder:
             stats.drafted_confirmed += self._plan.confirmed_in_window[row]
 
     def _halt(self, rows: list[int]) -> None:
-        """A criterion ended these rows before their newest token: put them back to where they ended, and go on with pads."""
+        """A criterion ended these rows: put them back to where they ended, and go on with pads."""
         generated = list(self._plan.generated)
         for row in rows:
             end = self._frontier.ended[row]

@@ -99,7 +99,7 @@ class Frontier:
             at_eos: whether the row's last token ends it.
 
         Returns:
-            rows that a criterion finished before the last token they have: what they have behind that is void.
+            rows that a criterion finished otherwise than by their last token: what they have behind their end is void.
         """
         if not self._one_by_one:
             for row, (tokens, stops) in enumerate(zip(available, at_eos, strict=True)):
@@ -107,12 +107,12 @@ class Frontier:
                     self.ended[row] = tokens
             self.generated = max(available if self.done else [0]) if not self.pads else max(end or 0 for end in self.ended)
             return []
-        overtaken: list[int] = []
+        stopped: list[int] = []
         while not self.done and self.generated < min(
             a for a, end in zip(available, self.ended, strict=True) if end is None or not self.pads
         ):
-            overtaken += [row for row in self._one_token() if available[row] > self.generated]
-        return overtaken
+            stopped += [row for row in self._one_token() if available[row] > self.generated or not at_eos[row]]
+        return stopped
 
     def _one_token(self) -> list[int]:
         column = self._prompt + self.generated

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from transformers.generation import BaseStreamer
 
 _REQUEST = "_jacobi_request"
-_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds", "cache_position"}
+_HANDLED = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "inputs_embeds",
+    "cache_position",
+    "tokenizer",
+}
 _ATTENTION = ("sdpa", "eager")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 

@@ -55,7 +55,7 @@ def test_same_as_generate_in_thousands_of_cases(record_property) -> None:
     seed=st.integers(0, 10**6),
     share=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
     setting=knobs(),
-    tokens=st.integers(2, 40),
+    tokens=st.integers(1, 40),
 )
 @hypothesis.settings(max_examples=80)
 def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict, tokens: int) -> None:
@@ -81,7 +81,7 @@ def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict
     assert torch.equal(output.sequences, reference)
     stats = output.jacobi_stats
     if share == 1.0:
-        assert stats.window_acceptance == 1.0
+        assert stats.drafted_confirmed == stats.drafted
         assert stats.forwards <= 1 + -(-(tokens - 1) // setting["jacobi_block_size"]) * 2
     if share == 0.0 and setting.get("jacobi_pool_size", 0) == 0 and setting.get("jacobi_lookup_tokens", 0) == 0:
         assert stats.forwards == tokens
