@@ -237,8 +237,7 @@ class _Call:
                     f"past_key_values holds {room} tokens, but prompt and new tokens need {needed - 1}: "
                     "give a larger cache or fewer new tokens."
                 )
-        multiple = JacobiStaticCache.EXTENT_MULTIPLE
-        capacity = -(-(needed + step_slots(self._config)) // multiple) * multiple
+        capacity = needed + step_slots(self._config)
         cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
         if self._prompt.past and self._target is not None:
             cache.load(self._target, self._prompt.pad_B)

@@ -1,0 +1,209 @@
+"""Write docs/results.md from the JSON documents under examples/benchmarks/results.
+
+    python examples/benchmarks/report.py
+
+Every figure of the page is read from a document; a test fails when page and documents differ.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from jacobi_hf.results import Measurement, Results
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "results.md"
+
+HEAD = """# Measured results
+
+Written by `python examples/benchmarks/report.py` from the JSON documents under `examples/benchmarks/results`; each names the command that
+wrote it. Terms: *TPF*, new tokens over forwards, prefill counted, so ordinary decoding is 1.0; *slots*, positions that one decoding
+forward computes; *loop-free*, the same over prompts whose output does not end in a loop (the last 48 tokens periodic with a period under
+20): a small model loops often when decoded greedily, and lookup lives on repetition, so quote that column for it.
+"""
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; all columns but the first two are aligned right."""
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" if i < 2 else "---:" for i in range(len(head))) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+
+
+def setting(results: Results) -> str:
+    """Where and with what a document was measured."""
+    packages = results.software.packages
+    return (
+        f"`{results.command}` on {results.hardware.cpu} ({results.device}, {results.threads} thread{'s' * (results.threads != 1)}), "
+        f"{results.dtype}, {results.attention}, torch {packages['torch']}, transformers {packages['transformers']}, "
+        f"revision {results.software.git_revision}, {results.created[:10]}. Model: {results.model}, {results.parameters / 1e6:.1f} M parameters.\n"
+    )
+
+
+def factor(m: Measurement, baseline: str) -> str:
+    """Speed-up over a baseline, or a dash."""
+    return next((f"{s.factor:.2f}" for s in m.speedups if s.baseline == baseline), "-")
+
+
+def compare(results: Results) -> str:
+    """Decoders side by side."""
+    rows = []
+    for m in results.measurements:
+        equal, free = m.agreement, m.tokens_per_forward_loop_free
+        rows.append(
+            [m.prompts.domain, m.decoder.name, f"{m.tokens_per_forward:.2f}", "-" if free is None else f"{free:.2f}", f"{m.mean_slots:.1f}",
+             f"{m.tokens_per_second:.0f}", factor(m, "generate"), factor(m, "generate-static-compiled"),
+             "-" if equal is None else f"{equal.identical} of {equal.total}"]
+        )  # fmt: skip
+    first = results.measurements[0].prompts
+    looping = {m.prompts.domain: len(m.looping or []) for m in results.measurements}
+    return (
+        f"## Decoders side by side\n\n{setting(results)}\n{first.count} held-out prompts per domain, up to {first.max_new_tokens} new tokens, greedy, "
+        "batch 1, all decoders in one process, prompt by prompt in turn. Prompt lookup is transformers' own, with n-grams of up to 3 tokens as "
+        "our lookup. `multiblock-window` has no candidates, `-pool` the pool alone, `-lookup` lookup alone, `-both` is the default setting. "
+        f"Outputs that end in a loop: {', '.join(f'{n} of {first.count} {d}' for d, n in looping.items())}.\n\n"
+        + table(
+            ["domain", "decoder", "TPF", "loop-free", "slots", "tok/s", "x eager generate", "x compiled generate", "identical to generate"],
+            rows,
+        )
+        + "\n"
+        + losers(results)
+    )
+
+
+def losers(results: Results) -> str:
+    """Prompts on which the default setting needs more forwards than another decoder."""
+    lines = []
+    for domain in dict.fromkeys(m.prompts.domain for m in results.measurements):
+        mine = {m.decoder.name: m for m in results.measurements if m.prompts.domain == domain}
+        both = mine["multiblock-both"].per_prompt_tokens_per_forward or []
+        others = ("jacobi", "multiblock-window", "multiblock-pool", "multiblock-lookup", "prompt-lookup-16")
+        best = max(mine[name].tokens_per_forward or 0 for name in others)
+        lost = [
+            f"{i} ({both[i]:.2f} against {max((mine[n].per_prompt_tokens_per_forward or [])[i] for n in others):.2f})"
+            for i in range(len(both))
+            if both[i] < max((mine[n].per_prompt_tokens_per_forward or [])[i] for n in others)
+        ]
+        ratio = (mine["multiblock-both"].tokens_per_forward or 0) / best
+        lines.append(
+            f"- {domain}: {ratio:.2f} of the best of the others; behind on {len(lost)} prompts"
+            + (": " + ", ".join(lost) if lost else "")
+            + "."
+        )
+    return (
+        "A step of the default setting never accepts less than its window or its branches alone would; over a whole prompt another decoder "
+        "can still need fewer forwards, because one more accepted token changes what is looked up next. Tokens per forward of "
+        "`multiblock-both` against the best of `jacobi`, window, pool, lookup and prompt lookup of 16 tokens:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def widths(results: Results) -> str:
+    """What a forward costs by its slots."""
+    rows = []
+    for name in ("generate", "generate-static-compiled", "jacobi", "prompt-lookup-16", "multiblock-window", "multiblock-both", "paper"):
+        times: dict[int, list[float]] = {}
+        for m in results.measurements:
+            if m.decoder.name == name:
+                for width, value in (m.ms_per_forward or {}).items():
+                    times.setdefault(width, []).append(value)
+        for width in [w for w in sorted(times) if w in (1, 2, 8, 11, 16, 17, 32, 33, 49, 57, 65) or w == max(times)]:
+            rows.append([name, width, f"{statistics.median(times[width]):.2f}"])  # noqa: PERF401
+    return (
+        "## Milliseconds per forward, by slots\n\nMedian wall time from one forward to the next, everything around it included, of the runs above "
+        "(some widths; all are in the document).\n\n" + table(["decoder", "slots", "ms"], rows)
+    )
+
+
+def grid(results: Results, best: int = 8) -> str:
+    """The sweep, the best by speed and the best by TPF."""
+    text = f"## n, K, r, pool, lookup\n\n{setting(results)}\nThe {best} fastest settings of each domain, and the {best // 2} with the highest TPF.\n\n"
+    for domain in dict.fromkeys(m.prompts.domain for m in results.measurements):
+        mine = [m for m in results.measurements if m.prompts.domain == domain and m.decoder.kind == "jacobi_multiblock"]
+        fastest = sorted(mine, key=lambda m: -(m.tokens_per_second or 0))[:best]
+        highest = sorted(mine, key=lambda m: (-(m.tokens_per_forward or 0), m.mean_slots or 0))[: best // 2]
+        rows = [
+            [
+                domain,
+                m.decoder.name,
+                f"{m.tokens_per_forward:.2f}",
+                f"{m.mean_slots:.1f}",
+                f"{m.tokens_per_second:.0f}",
+                factor(m, "generate"),
+            ]
+            for m in (*fastest, *highest)
+        ]
+        text += table(["domain", "setting", "TPF", "slots", "tok/s", "x eager generate"], rows) + "\n"
+    wrong = sum((m.agreement.total - m.agreement.identical) for m in results.measurements if m.agreement)
+    return text + f"Outputs that differ from `generate`, over all {len(results.measurements)} measurements: {wrong}.\n"
+
+
+def overhead(results: Results) -> str:
+    """Step against bare forward."""
+    rows = [
+        [
+            m.decoder.block_size,
+            f"{m.mean_slots:.1f}",
+            f"{m.extra['ms_per_step']:.2f}",
+            f"{m.extra['ms_bare_forward']:.2f}",
+            f"{100 * m.extra['overhead']:.1f} %",
+        ]
+        for m in results.measurements
+    ]
+    return (
+        f"## What a step costs beside its forward\n\n{setting(results)}\nDrafts replayed from the true continuation, so that every guess is confirmed; "
+        "the bare forward is the same module with the same arguments, alternating with the steps.\n\n"
+        + table(["n", "mean slots", "ms per step", "ms bare forward", "overhead"], rows)
+    )
+
+
+def bf16(results: Results) -> str:
+    """Mismatch rates."""
+    rows = [
+        [
+            m.prompts.domain,
+            m.decoder.name,
+            f"{m.agreement.total - m.agreement.identical} of {m.agreement.total}",
+            m.extra["mismatches_per_1000_tokens"],
+        ]
+        for m in results.measurements
+        if m.agreement
+    ]
+    return (
+        f"## Equality in bf16\n\n{setting(results)}\nTexts that differ from `generate` at batch 1. The row `generate, batch 4` is ordinary decoding against "
+        "itself: what a user accepts already when batching.\n\n"
+        + table(["domain", "decoder", "texts that differ", "per 1000 tokens"], rows)
+    )
+
+
+def memory(results: Results) -> str:
+    """Peak memory in units of one cache."""
+    rows = [
+        [m.decoder.name, m.forwards, f"{m.extra['bytes'] / 2**20:.0f}", f"{m.extra['share_of_one_cache']:.3f}"]
+        for m in results.measurements
+    ]
+    cache = results.measurements[0].extra["one_cache"] / 2**20
+    return (
+        f"## Memory\n\n{setting(results)}\n{results.measurements[0].prompts.max_new_tokens} new tokens; one cache of prompt and new tokens is {cache:.0f} MiB; "
+        "highest resident memory of the generation beyond the model.\n\n"
+        + table(["decoder", "forwards", "MiB", "in units of one cache"], rows)
+    )
+
+
+def page() -> str:
+    """The whole page, from the documents that are there."""
+    parts = [HEAD]
+    for name, sections in {
+        "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,)
+    }.items():  # fmt: skip
+        path = HERE / "results" / f"{name}.json"
+        if path.is_file():
+            results = Results.read(path)
+            parts += [section(results) for section in sections]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE)

@@ -1,0 +1,67 @@
+"""The benchmarks run, and the page of results is what its documents say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jacobi_hf.results import Results
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_compare_writes_a_results_document(tmp_path):
+    out = tmp_path / "compare.json"
+    printed = run(BENCHMARKS / "decode.py", "compare", "--prompts", 1, "--max-new-tokens", 8, "--no-compiled", "--output", out)
+    assert printed.splitlines()[-1] == str(out)
+    results = Results.read(out)
+    assert {m.prompts.domain for m in results.measurements} == {"code", "arithmetic", "prose"}
+    assert all(m.agreement and m.agreement.identical == 1 for m in results.measurements)
+    assert all((m.tokens_per_forward or 0) >= 1 for m in results.measurements)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (BENCHMARKS / "results").glob("*.json")))
+def test_stored_documents_fit_the_schema(name):
+    results = Results.read(BENCHMARKS / "results" / name)
+    assert results.measurements
+    assert results.command
+
+
+def test_the_page_of_results_is_what_the_documents_say():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import report
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == report.page()
+
+
+@pytest.mark.parametrize(
+    ("tail", "looping"),
+    [
+        ([1, 2, 3] * 20, True),
+        ([7] * 60, True),
+        (list(range(60)), False),
+        ([*range(19)] * 4, True),
+        ([*range(20)] * 4, False),
+        ([5] * 20, False),
+    ],
+)
+def test_loops_are_told(tail, looping):
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import common
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    assert common.is_looping(tail) == looping
