@@ -20,6 +20,12 @@ class JacobiStaticLayer(StaticLayer):
         super().__init__(max_cache_len=capacity)
         self._step = steps
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate; values may have another dtype than keys (autocast)."""
+        super().lazy_initialization(key_states, value_states)
+        if value_states.dtype != self.values.dtype:
+            self.values = self.values.to(value_states.dtype)
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `(B, heads, Q, head_dim)` states; returns `(B, heads, extent, head_dim)` keys and values."""
         if not self.is_initialized:

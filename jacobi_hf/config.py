@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -59,8 +60,10 @@ class JacobiConfig:
             value, integral = getattr(self, knob.name), isinstance(knob.default, int)
             low, high = knob.metadata["low"], knob.metadata["high"]
             wanted = f"{'an integer' if integral else 'a number'} from {low} to {high}"
-            if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)) or not low <= value <= high:
-                raise ValueError(f"{knob.name}={value!r} is out of range; it must be {wanted}.")
+            kind = numbers.Integral if integral else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
+            object.__setattr__(self, knob.name, int(value) if integral else float(value))  # numpy's numbers do not serialise
 
     @classmethod
     def paper(cls) -> Self:
@@ -88,7 +91,8 @@ class JacobiConfig:
         """Make this the way `model` decodes, now and after `save_pretrained` and a reload in which jacobi_hf is imported.
 
         Clears what would lose the knobs on the way: the mark of a config derived from the model config (on reload it drops
-        additional fields) and, for a greedy config, left-over sampling fields (with them `save_pretrained` refuses).
+        additional fields) and, for a greedy config, left-over sampling fields (with them `save_pretrained` refuses; a later
+        `generate(do_sample=True)` then samples with transformers' defaults unless the call says otherwise).
         """
         config: Any = model.generation_config
         for name in KNOBS:

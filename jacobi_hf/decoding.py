@@ -89,11 +89,11 @@ def candidate_sources(config: JacobiConfig, batch_size: int, device: torch.devic
     return sources
 
 
-def step_slots(config: JacobiConfig) -> int:
-    """Most slots of one forward under a config: pending token, window and branches."""
+def step_slots(config: JacobiConfig, limit: int) -> int:
+    """Most slots of one forward that is to yield at most `limit` tokens: pending token, window and branches."""
     sources = candidate_sources(config, 1, torch.device("cpu"))
     window = Window(config, 1, torch.device("cpu")).draft_BW.shape[1]
-    return 1 + window + sum(s.branches * s.length for s in sources)
+    return 1 + min(window, limit) + sum(s.branches * min(s.length, limit) for s in sources)
 
 
 class Decoder:
@@ -196,10 +196,10 @@ class Decoder:
         running = [end is None for end in self._frontier.ended]
         if self._selector.noise is not None:
             deepest, running_at = slots.layout.path_SD.shape[1] - 1, [self._plan.generated[row] for row in self._active_rows()]
-            self._selector.noise.draw(min(running_at), max(running_at) + deepest)
+            last = max(running_at) + deepest if self._selector.noise.ahead else -1
+            self._selector.noise.draw(min(running_at), last, (len(logits_BQV), logits_BQV.shape[-1]))
         accept = self._accept if self._selector.is_vectorised else self._accept_one_by_one
         verdict = accept(logits_BQV, slots)
-        self._record(self._logits, logits_BQV, verdict)
         before_B = self._generated_B
         self._commit(slots, verdict)
         self._redraft(before_B, slots, verdict)
@@ -220,7 +220,9 @@ class Decoder:
         count_B = accepted_BS.gather(1, best_B[:, None])[:, 0] + 1
         count_B, at_eos_B = self._cut(run_BD, count_B)
         verdict = Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, run_BD, count_B, at_eos_B)
+        selector.check(path_BD, count_B)
         self._record(self._scores, scores_BQV, verdict)
+        self._record(self._logits, logits_BQV, verdict)
         return verdict
 
     def _cut(self, run_BD: torch.Tensor, count_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,18 +245,26 @@ class Decoder:
         """
         selector, frontier, layout = self._selector, self._frontier, slots.layout
         row_B = torch.arange(len(slots.token_BQ), device=slots.token_BQ.device)
-        choice_BQ = selector.choose(logits_BQV, self._generated_B[:, None] + layout.depth_Q)
+        if selector.noise is None or not selector.noise.ahead:
+            choice_BQ = logits_BQV.argmax(-1)
+        else:
+            choice_BQ = selector.choose(logits_BQV, self._generated_B[:, None] + layout.depth_Q)
         alive_BS = torch.ones_like(slots.length_BS, dtype=torch.bool)
         for depth in range(layout.path_SD.shape[1]):
             best_B = alive_BS.long().argmax(1)
             index, slot_B = frontier.generated, layout.path_SD[best_B, depth]
-            scores_BV = selector.processors(frontier.sequences, logits_BQV[row_B, slot_B].to(torch.float32, copy=True))
+            logits_BV = logits_BQV[row_B, slot_B].to(torch.float32, copy=True)
+            scores_BV = selector.processors(frontier.sequences, logits_BV)
+            if selector.noise is not None:
+                selector.noise.draw(index, index, tuple(scores_BV.shape))
             token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
+            selector.check(torch.zeros_like(row_B)[:, None], torch.ones_like(row_B))
             token_B = torch.where(self._halted_B, frontier.pad, token_B)
             slot_BS = layout.path_SD[:, depth].expand_as(alive_BS)
             choice_BQ = choice_BQ.scatter(1, slot_BS, torch.where(alive_BS, token_B[:, None], choice_BQ.gather(1, slot_BS)))
-            if self._scores is not None:
-                self._scores.record(scores_BV[:, None], [index] * len(row_B), [1] * len(row_B))
+            for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
+                if wanted is not None:
+                    wanted.record(value_BV[:, None], [index] * len(row_B), [1] * len(row_B))
             frontier.write(token_B[:, None], torch.full_like(row_B, index), torch.ones_like(row_B))
             frontier.advance([index + 1] * len(row_B), [False] * len(row_B))
             if frontier.pads:
@@ -322,8 +332,8 @@ class Decoder:
         self._plan = plan = Plan(
             generated, widths, [bool(e) for e in at_eos], counts, best, in_window, [row[len(columns) :] for row in rows]
         )
-        self._count(former, slots, running)
         stopped = self._frontier.advance(plan.generated, plan.at_eos)
+        self._count(former, slots, running)
         if stopped:
             self._halt(stopped)
         self._longest_cached = max(base + tokens for base, tokens in zip(self._base, self._plan.generated, strict=True))
@@ -341,14 +351,16 @@ class Decoder:
     def _count(self, former: Plan, slots: Slots, running: list[bool]) -> None:
         stats, is_prefill = self.stats, self.stats.forwards == 1
         for row, runs in enumerate(running):
-            if not runs or former.at_eos[row]:
+            if not runs or former.at_eos[row] or former.generated[row] >= self._frontier.limit:
                 continue
             stats.row_forwards[row] += 1
             if is_prefill:
                 continue
-            count, name = self._plan.counts[row], slots.names[self._plan.best[row]]
+            end = self._frontier.ended[row]
+            kept = self._plan.generated[row] if end is None else min(end, self._plan.generated[row])
+            count, name = kept - former.generated[row], slots.names[self._plan.best[row]]
             stats.accepted_lengths[count] += 1
-            stats.accepted_from[name] += count - 1
+            stats.accepted_from[name] += min(count, self._plan.counts[row] - 1)
             stats.drafted += former.widths[row]
             stats.drafted_confirmed += self._plan.confirmed_in_window[row]
 
@@ -360,6 +372,7 @@ class Decoder:
             assert end is not None
             self._cache.lengths_B[row] -= generated[row] - end
             self._pending_B[row] = self._text_BL[row, int(self._text_start_B[row]) + end - 1]
+            self._selector.recount(row, self._frontier.output(row))
             generated[row] = end
         self._generated_B = torch.tensor(generated, device=self._pending_B.device)
         halted = [halted or row in rows for row, halted in enumerate(self._plan.at_eos)]

@@ -30,6 +30,12 @@ class Scores:
                 self.steps[start + offset][row] = value_BNV[row, offset]
 
 
+def token_limit(criteria: StoppingCriteriaList, max_length: int, prompt_columns: int) -> int:
+    """Most new tokens that the criteria allow; `max_length` counts the prompt, and applies where they name no length."""
+    lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [max_length]
+    return max(1, min(lengths) - prompt_columns)
+
+
 class Frontier:
     """Output ids of the batch, and who has finished.
 
@@ -37,13 +43,12 @@ class Frontier:
         input_BP: the prompt as the caller gave it, pads included.
         criteria: as `generate` prepared them; a `MaxLengthCriteria` is among them.
         streamer: receives one `(B,)` tensor per token.
-        max_length: the limit where the criteria name none.
+        limit: most new tokens, see `token_limit`.
         pad_token_id: what follows a finished row, or None.
         scores: handed to the criteria when the caller asked for scores.
         one_by_one: replay every token even where all criteria could be answered at once.
 
     Attributes:
-        limit: most new tokens.
         ids_BT: the output so far, `P + limit` columns and one that is thrown away.
         generated: tokens behind the frontier.
         pads: whether a finished row is followed by pads (it goes on generating where no criterion knows an end token).
@@ -56,7 +61,7 @@ class Frontier:
         input_BP: torch.Tensor,
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
-        max_length: int,
+        limit: int,
         pad_token_id: int | None,
         scores: Scores | None,
         one_by_one: bool = False,
@@ -64,8 +69,7 @@ class Frontier:
         self._criteria, self._streamer, self._scores = criteria, streamer, scores
         self._prompt = input_BP.shape[1]
         self._one_by_one = one_by_one or streamer is not None or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
-        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [max_length]
-        self.limit = max(1, min(lengths) - self._prompt)
+        self.limit = limit
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self.pad = 0 if pad_token_id is None else pad_token_id
         eos = [c.eos_token_id.to(input_BP.device).view(-1) for c in criteria if type(c) is EosTokenCriteria]
@@ -84,6 +88,10 @@ class Frontier:
     def sequences(self) -> torch.Tensor:
         """The output up to the frontier, `(B, P + generated)`."""
         return self.ids_BT[:, : self._prompt + self.generated].clone()
+
+    def output(self, row: int) -> torch.Tensor:
+        """Prompt and tokens of a finished row, pads on the left included."""
+        return self.ids_BT[row, : self._prompt + (self.ended[row] or 0)]
 
     def write(self, token_BN: torch.Tensor, first_B: torch.Tensor, count_B: torch.Tensor) -> None:
         """Put the first `count_B` of `token_BN` at the new-token indices from `first_B` on."""
@@ -108,8 +116,10 @@ class Frontier:
             self.generated = max(available if self.done else [0]) if not self.pads else max(end or 0 for end in self.ended)
             return []
         stopped: list[int] = []
+        # A criterion that is given scores is given those of finished rows too.
+        waits_for_all = not self.pads or self._scores is not None
         while not self.done and self.generated < min(
-            a for a, end in zip(available, self.ended, strict=True) if end is None or not self.pads
+            a for a, end in zip(available, self.ended, strict=True) if end is None or waits_for_all
         ):
             stopped += [row for row in self._one_token() if available[row] > self.generated or not at_eos[row]]
         return stopped

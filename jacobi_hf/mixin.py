@@ -18,7 +18,7 @@ from transformers.generation import GenerationMode
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder, step_slots
-from jacobi_hf.frontier import Frontier, Scores
+from jacobi_hf.frontier import Frontier, Scores, token_limit
 from jacobi_hf.layout import Layout, attention_mask
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
@@ -62,6 +62,8 @@ class JacobiGenerationMixin:
         in_call = given.get("decoding") is not None or getattr(generation_config, "decoding", None) not in (None, persisted)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
         config = JacobiConfig.from_knobs({name: getattr(prepared, name, None) for name in KNOBS} | given)
+        if persisted is None and "decoding" not in given:
+            given = {name: getattr(generation_config, name, None) for name in KNOBS} | given
         _reject_pointless(given, config)
         if config is not None:
             setattr(prepared, _REQUEST, _Request(config, in_call, kwargs.get("position_ids") is not None))
@@ -99,8 +101,14 @@ class JacobiGenerationMixin:
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )  # fmt: skip
         model: Any = self
-        call = _Call(model, request.config, generation_config, input_ids, model_kwargs)
-        return call.decode(logits_processor, stopping_criteria, streamer, synced_gpus)
+        try:
+            call = _Call(model, request.config, generation_config, input_ids, model_kwargs, stopping_criteria)
+        except ValueError as error:
+            if request.in_call:
+                raise
+            _fall_back(generation_config, request, f"this call ({error})")
+            return self._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs)
+        return call.decode(logits_processor, streamer, synced_gpus)
 
 
 def _reject_pointless(given: dict[str, Any], config: JacobiConfig | None) -> None:
@@ -144,9 +152,20 @@ def _unserved(model: Any, generation_config: GenerationConfig, request: _Request
         return "position_ids given by the caller"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
+    if _frequencies_depend_on_length(model.config.get_text_config(decoder=True)):
+        return "rotary embeddings whose frequencies depend on the length (rope_type 'dynamic' and 'longrope')"
+    if model.training and getattr(model, "is_activation_checkpointing", False):
+        return "a model that is being trained with gradient checkpointing (which drops the cache)"
     if "prepare_inputs_for_generation" in vars(model):
         return "a prompt-learning adapter (PEFT replaced prepare_inputs_for_generation)"
     return None
+
+
+def _frequencies_depend_on_length(config: Any) -> bool:
+    """Whether a forward over drafts would rotate the tokens before them differently."""
+    declared = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [declared, *(value for value in declared.values() if isinstance(value, dict))]
+    return any(one.get("rope_type", one.get("type")) in ("dynamic", "longrope") for one in nested)
 
 
 def _fall_back(generation_config: GenerationConfig, request: _Request, reason: str) -> None:
@@ -170,10 +189,12 @@ class _Call:
         generation_config: GenerationConfig,
         input_ids: torch.Tensor,
         model_kwargs: dict[str, Any],
+        criteria: StoppingCriteriaList,
     ) -> None:
-        self._model, self._config, self._generation_config, self._input_BP = model, config, generation_config, input_ids
+        self._model, self._config, self._generation_config, self._input_BP = model, config, generation_config, input_ids.long()
+        self._criteria = criteria
         self._target: Cache | None = model_kwargs.get("past_key_values")
-        past = _past_length(self._target, len(input_ids))
+        past = _past_length(self._target, len(input_ids), model.config.get_text_config(decoder=True).num_hidden_layers)
         embeddings = model.get_input_embeddings()
         vocab_size = getattr(embeddings, "num_embeddings", model.config.get_text_config(decoder=True).vocab_size)
         self._prompt = read_prompt(
@@ -181,34 +202,50 @@ class _Call:
             getattr(generation_config, "_mask_length", None), vocab_size,
         )  # fmt: skip
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if positions is not None and self._prompt.total > positions:
-            raise ValueError(f"the prompt has {self._prompt.total} tokens, more than the model's {positions} positions.")
+        longest = int((self._prompt.total - self._prompt.pad_B).max())
+        if positions is not None and longest > positions:
+            raise ValueError(f"the prompt has {longest} tokens, more than the model's {positions} positions.")
+        self._limit = token_limit(criteria, generation_config.max_length, input_ids.shape[1])
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """A StaticCache of the caller's has to hold the whole call."""
+        if isinstance(self._target, StaticCache) and getattr(self._target, "_is_user_defined", False):
+            needed = self._prompt.total + self._limit - 1
+            room = min((int(layer.max_cache_len) for layer in self._target.layers if not layer.is_sliding), default=needed)
+            if needed > room:
+                raise ValueError(
+                    f"past_key_values holds {room} tokens, but prompt and new tokens need {needed}: "
+                    "give a larger cache or fewer new tokens."
+                )
 
     def decode(
-        self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, streamer: BaseStreamer | None, synced_gpus: bool
+        self, processors: LogitsProcessorList, streamer: BaseStreamer | None, synced_gpus: bool
     ) -> JacobiDecoderOnlyOutput | torch.Tensor:
         """Run the decoder and hand everything back as `_sample` does."""
         options, input_BP, prompt = self._generation_config, self._input_BP, self._prompt
-        config = self._model.config.get_text_config(decoder=True)
         wants_dict = bool(options.return_dict_in_generate)
         scores = Scores() if wants_dict and options.output_scores else None
         logits = Scores() if wants_dict and options.output_logits else None
-        noise = FixedNoise(len(input_BP), config.vocab_size, input_BP.device) if options.do_sample else None
-        selector = Selector(processors, noise, input_BP, config.vocab_size)
+        # Somebody else's processor may draw from torch's generator between two tokens.
+        foreign = any(not type(p).__module__.startswith("transformers.") for p in processors)
+        noise = FixedNoise(input_BP.device, ahead=not foreign) if options.do_sample else None
+        selector = Selector(processors, noise, input_BP)
         pad = options._pad_token_tensor
         frontier = Frontier(
             input_BP,
-            criteria,
+            self._criteria,
             streamer,
-            options.max_length,
+            self._limit,
             None if pad is None else int(pad),
             scores,
             one_by_one=not selector.is_vectorised,
         )
-        cache = self._open_cache(frontier.limit)
+        cache = self._open_cache()
         hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
         fills = bool(hands_out_cache or scores or logits)
-        decoder = Decoder(_Forward(self._model, cache), self._config, cache, prompt, selector, frontier, scores, logits, fills)
+        forward = _Forward(self._model, cache, prompt.total + self._limit - 1)
+        decoder = Decoder(forward, self._config, cache, prompt, selector, frontier, scores, logits, fills)
         try:
             decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
         finally:
@@ -228,23 +265,16 @@ class _Call:
             jacobi_stats=decoder.stats,
         )
 
-    def _open_cache(self, limit: int) -> JacobiStaticCache:
-        needed = self._prompt.total + limit
-        if isinstance(self._target, StaticCache) and getattr(self._target, "_is_user_defined", False):
-            room = min((int(layer.max_cache_len) for layer in self._target.layers if not layer.is_sliding), default=needed)
-            if needed - 1 > room:
-                raise ValueError(
-                    f"past_key_values holds {room} tokens, but prompt and new tokens need {needed - 1}: "
-                    "give a larger cache or fewer new tokens."
-                )
-        capacity = needed + step_slots(self._config)
+    def _open_cache(self) -> JacobiStaticCache:
+        capacity = self._prompt.total + self._limit + step_slots(self._config, self._limit)
         cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
         if self._prompt.past and self._target is not None:
             cache.load(self._target, self._prompt.pad_B)
         return cache
 
 
-def _past_length(cache: Cache | None, batch_size: int) -> int:
+def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:
+    """Tokens in a cache of the caller's, checked to be one that this call can continue."""
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return 0
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
@@ -253,17 +283,24 @@ def _past_length(cache: Cache | None, batch_size: int) -> int:
         )
     past = int(cache.get_seq_length())
     held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
-    if past and held and held[0] != batch_size:
+    if held and held[0] != batch_size and (past or isinstance(cache, StaticCache)):
         raise ValueError(f"past_key_values holds a batch of {held[0]} rows, the prompt has {batch_size}.")
+    if len(cache.layers) not in (0, layers):
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {layers}: it belongs to another model.")
     return past
 
 
 class _Forward:
-    """A forward of the model over a layout's slots, with our cache, positions and masks."""
+    """A forward of the model over a layout's slots, with our cache, positions and masks.
 
-    def __init__(self, model: Any, cache: JacobiStaticCache) -> None:
+    Slots behind `last_position` are those of rows that need fewer slots than others; what comes of them is never used.
+    """
+
+    def __init__(self, model: Any, cache: JacobiStaticCache, last_position: int) -> None:
         config = model.config.get_text_config(decoder=True)
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._last_position = model, cache, last_position
+        # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
+        self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
         self._windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in set(_layer_types(config))}
         self._is_eager = config._attn_implementation == "eager"
 
@@ -282,14 +319,15 @@ class _Forward:
             mask = attention_mask(layout, cache.lengths_B, extent, window)
             # A bool mask is added to the scores by eager attention, silently.
             masks[kind] = mask if not self._is_eager else torch.where(mask, 0.0, torch.finfo(self._model.dtype).min).to(self._model.dtype)
+        masks = {kind: mask.to(self._device) for kind, mask in masks.items()}
         outputs = self._model(
-            input_ids=token_BQ,
+            input_ids=None if token_BQ is None else token_BQ.to(self._device),
             inputs_embeds=embeds_BQH,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=cache.lengths_B[:, None] + layout.depth_Q,
+            position_ids=(cache.lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=0 if keep_BN is None else keep_BN,
+            logits_to_keep=0 if keep_BN is None else keep_BN.to(self._device),
             return_dict=True,
         )
         return outputs.logits.to(cache.lengths_B.device)
@@ -301,13 +339,16 @@ _registered: list[type] = []
 def register(model_class: type) -> type:
     """Give a decoder-only class with full or sliding attention the `decoding` argument; returns the class.
 
-    Idempotent; subclasses made before and after have it too. Usable as a decorator. `unregister` takes it back.
+    Idempotent; subclasses made before and after have it too. Usable as a decorator. `unregister` takes it back. A class must take
+    its mask and positions from outside; one that builds a bias of its own (ALiBi, GPT-Neo) is refused where it can be told.
 
     Raises:
         TypeError: the class is not a causal language model of transformers whose forward takes what a Jacobi step needs.
     """
     if JacobiGenerationMixin in model_class.__mro__:
         return model_class
+    for subclass in [known for known in _registered if issubclass(known, model_class)]:
+        unregister(subclass)  # it inherits from now on
     forward = getattr(model_class, "forward", None)
     names = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
     if not issubclass(model_class, GenerationMixin) or not issubclass(model_class, PreTrainedModel) or forward is None:
@@ -317,6 +358,10 @@ def register(model_class: type) -> type:
     missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(names.co_varnames if names else ())
     if missing:
         raise TypeError(f"{model_class.__name__}.forward does not take {', '.join(sorted(missing))}, which Jacobi decoding passes.")
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise TypeError(
+            f"{model_class.__name__} does not use transformers' attention interface, through which the mask of a step is passed."
+        )
     model_class.__bases__ = (JacobiGenerationMixin, *model_class.__bases__)
     _registered.append(model_class)
     return model_class

@@ -58,6 +58,7 @@ def read_prompt(
     Raises:
         ValueError: an empty batch, right pads, holes, ids outside the vocabulary, nothing new behind the cache.
     """
+    input_BP = input_BP.long()
     batch, columns = input_BP.shape
     given = columns if embeds_BTH is None else embeds_BTH.shape[1]
     if batch == 0 or given == 0:
@@ -66,7 +67,9 @@ def read_prompt(
     if len(outside):
         raise ValueError(f"input_ids holds {int(outside[0])}, which is outside the model's vocabulary of {vocab_size} ids.")
     covered = mask_BT.shape[1] if mask_BT is not None else mask_length if mask_length is not None else given
-    total = covered if past and covered != given else given
+    if not past and covered != given:
+        raise ValueError(f"attention_mask covers {covered} tokens, the prompt has {given}.")
+    total = covered
     new = total - past
     if new < 1 or new > given:
         raise ValueError(

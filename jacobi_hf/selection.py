@@ -32,13 +32,18 @@ class FixedNoise:
 
     Indices may be drawn ahead of the tokens that are finally kept; `rewind` sets the generator to where ordinary sampling of a
     given number of tokens leaves it.
+
+    Args:
+        device: whose default generator is drawn from.
+        ahead: whether indices may be drawn before the tokens in front of them are chosen. Not so where somebody else draws
+            from the same generator in between.
     """
 
-    def __init__(self, batch_size: int, vocab_size: int, device: torch.device) -> None:
-        self._shape, self._device = (batch_size, vocab_size), device
+    def __init__(self, device: torch.device, *, ahead: bool = True) -> None:
+        self._device, self.ahead = device, ahead
         self._noise: dict[int, torch.Tensor] = {}
         self._states = {0: self._get_state()}
-        self._drawn = 0
+        self._drawn = self._first = 0
 
     def _get_state(self) -> torch.Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.get_device_module(self._device).get_rng_state(self._device)
@@ -49,10 +54,11 @@ class FixedNoise:
         else:
             torch.get_device_module(self._device).set_rng_state(state, self._device)
 
-    def draw(self, first: int, last: int) -> None:
-        """Make the indices `first..last` available and forget those before."""
+    def draw(self, first: int, last: int, shape: tuple[int, int]) -> None:
+        """Make the indices `first..last` available, each of shape `(B, V)`, and forget those before."""
+        self._first = first
         while self._drawn <= last:
-            self._noise[self._drawn] = torch.empty(self._shape, device=self._device).exponential_()
+            self._noise[self._drawn] = torch.empty(shape, device=self._device).exponential_()
             self._drawn += 1
             self._states[self._drawn] = self._get_state()
         for index in [i for i in self._noise if i < first]:
@@ -67,9 +73,9 @@ class FixedNoise:
         return ring_IBV[(index_BQ - first).clamp(0, len(ring_IBV) - 1), rows_B1]
 
     def rewind(self, tokens: int) -> None:
-        """Leave the generator as if exactly `tokens` tokens per row had been sampled."""
-        if tokens in self._states:
-            self._set_state(self._states[tokens])
+        """Leave the generator as if exactly `tokens` tokens per row had been sampled (or all that were kept, if those are more)."""
+        if self.ahead:
+            self._set_state(self._states[max(tokens, self._first)])
 
 
 class Selector:
@@ -79,14 +85,16 @@ class Selector:
         processors: as `generate` prepared them.
         noise: for sampling, or None for greedy decoding.
         prompt_BP: prompt ids as the processors see them, pads included.
-        vocab_size: V.
+
+    Attributes:
+        is_vectorised: whether all slots can be scored at once.
     """
 
-    def __init__(self, processors: LogitsProcessorList, noise: FixedNoise | None, prompt_BP: torch.Tensor, vocab_size: int) -> None:
-        self.processors, self.noise = processors, noise
-        self.is_vectorised = all(type(p) in (*SCORE_ONLY, RepetitionPenaltyLogitsProcessor) for p in processors)
-        self._penalties = [p for p in processors if type(p) is RepetitionPenaltyLogitsProcessor] if self.is_vectorised else []
-        self._seen = [_prompt_tokens(p, prompt_BP, vocab_size) for p in self._penalties]
+    def __init__(self, processors: LogitsProcessorList, noise: FixedNoise | None, prompt_BP: torch.Tensor) -> None:
+        self.processors, self.noise, self._prompt_BP = processors, noise, prompt_BP
+        self.is_vectorised = all(type(p) in SCORE_ONLY or _counts_all_new_tokens(p, prompt_BP.shape[1]) for p in processors)
+        self._seen: list[torch.Tensor] = []  # per repetition penalty, (B, V): ids that it counts
+        self._broken_BQ: torch.Tensor | None = None
 
     @property
     def is_argmax(self) -> bool:
@@ -97,6 +105,9 @@ class Selector:
         """Processed float32 scores of every slot, each under the tokens before it on its own path. Vectorised processors only."""
         scores_BQV = logits_BQV.float()
         batch, slots, vocab = scores_BQV.shape
+        if not self._seen:
+            penalties_of_call = [p for p in self.processors if type(p) is RepetitionPenaltyLogitsProcessor]
+            self._seen = [_counted_ids(p, self._prompt_BP, vocab) for p in penalties_of_call]
         penalties = iter(self._seen)
         for processor in self.processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
@@ -109,7 +120,21 @@ class Selector:
         """The token of every slot; `index_BQ` is the new-token index that each slot predicts."""
         if self.noise is None:
             return scores_BQV.argmax(-1)
-        return (scores_BQV.float().softmax(-1) / self.noise.at(index_BQ)).argmax(-1)
+        probability_BQV = scores_BQV.float().softmax(-1)
+        self._broken_BQ = probability_BQV.sum(-1).isnan()
+        return (probability_BQV / self.noise.at(index_BQ)).argmax(-1)
+
+    def check(self, path_BD: torch.Tensor, count_B: torch.Tensor) -> None:
+        """Refuse to commit samples from what is no distribution, as `torch.multinomial` does.
+
+        Raises:
+            RuntimeError: a score is NaN, or all scores of a token are -inf.
+        """
+        if self._broken_BQ is None:
+            return
+        committed_BD = torch.arange(path_BD.shape[1], device=path_BD.device) < count_B[:, None]
+        if (self._broken_BQ.gather(1, path_BD) & committed_BD).any():
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
     def commit(self, token_BN: torch.Tensor, count_B: torch.Tensor) -> None:
         """Note the first `count_B` of `token_BN` as part of each row."""
@@ -118,22 +143,38 @@ class Selector:
             added_BV = torch.zeros_like(seen_BV, dtype=torch.uint8).scatter_reduce_(1, token_BN, kept_BN.to(torch.uint8), "amax")
             seen_BV.logical_or_(added_BV.bool())
 
+    def recount(self, row: int, ids_T: torch.Tensor) -> None:
+        """Forget what was noted of a row, and note its output `ids_T` instead, prompt and pads included."""
+        penalties = [p for p in self.processors if type(p) is RepetitionPenaltyLogitsProcessor]
+        for penalty, seen_BV in zip(penalties, self._seen, strict=False):
+            ids_BT = self._prompt_BP.new_zeros(len(seen_BV), len(ids_T))
+            ids_BT[row] = ids_T
+            seen_BV[row] = _counted_ids(penalty, ids_BT, seen_BV.shape[1])[row]
 
-def _prompt_tokens(penalty: RepetitionPenaltyLogitsProcessor, prompt_BP: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Bool `(B, V)`: which ids of the prompt the penalty counts."""
+
+def _counts_all_new_tokens(processor: object, prompt_columns: int) -> bool:
+    """Whether this is a repetition penalty, and one that ignores nothing behind the prompt."""
+    if type(processor) is not RepetitionPenaltyLogitsProcessor:
+        return False
+    ignored = processor.prompt_ignore_length
+    return ignored is None or int(torch.as_tensor(ignored).max()) <= prompt_columns
+
+
+def _counted_ids(penalty: RepetitionPenaltyLogitsProcessor, prompt_BP: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Bool `(B, V)`: which ids of a text the penalty counts."""
     seen_BV = torch.zeros(len(prompt_BP), vocab_size + 1, dtype=torch.bool, device=prompt_BP.device)
     ignored = penalty.prompt_ignore_length
     if ignored is not None:
         ignored_B1 = ignored.to(prompt_BP.device)[:, None] if isinstance(ignored, torch.Tensor) else ignored
         prompt_BP = prompt_BP.masked_fill(torch.arange(prompt_BP.shape[1], device=prompt_BP.device) < ignored_B1, vocab_size)
-    return seen_BV.scatter_(1, prompt_BP, value=True)[:, :-1].contiguous()
+    return seen_BV.scatter_(1, prompt_BP.clamp(max=vocab_size), value=True)[:, :-1].contiguous()
 
 
 def _on_path(seen_BV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor) -> torch.Tensor:
     """Bool `(B, Q, V)`: what each slot has seen, the guesses on its own path included. The pending token is among `seen_BV`."""
     batch, slots = token_BQ.shape
     nothing = seen_BV.shape[1]
-    guess_BQQ = torch.where(layout.sees_QQ, token_BQ[:, None, :], nothing)[:, :, 1:]
+    guess_BQQ = torch.where(layout.sees_QQ, token_BQ[:, None, :], nothing)[:, :, 1:].clamp(max=nothing)
     path_BQV = torch.zeros(batch, slots, nothing + 1, dtype=torch.bool, device=seen_BV.device)
     path_BQV.scatter_(2, guess_BQQ, torch.ones_like(guess_BQQ, dtype=torch.bool))
     return path_BQV[..., :-1] | seen_BV[:, None]

@@ -5,7 +5,7 @@
 
 The `MALLOC_*` variables keep glibc from handing the logits' memory back after each step (about a quarter of the time).
 Interrupted, the same command continues from the last checkpoint. The finished model lies in `OUTPUT_DIR/final`; its
-held-out losses and everything it was made with in `OUTPUT_DIR/final/training.json`.
+held-out losses and everything it was made with in `OUTPUT_DIR/final/training.json`. The committed checkpoint is a copy of that folder.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Recipe:
     output_dir: str = field(metadata={"help": "Folder for checkpoints and the finished model."})
     tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, all domains together."})
     code_share: float = field(default=0.55, metadata={"help": "Share of the tokens that is source code."})
-    arithmetic_share: float = field(default=0.33, metadata={"help": "Share that is arithmetic; the rest is prose."})
+    arithmetic_share: float = field(default=0.35, metadata={"help": "Share that is arithmetic; the rest is prose."})
     row_length: int = field(default=512, metadata={"help": "Tokens per training row."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate (linear warm-up, cosine decay)."})
+    batch_size: int = field(default=4, metadata={"help": "Rows per step."})
+    learning_rate: float = field(default=2.5e-3, metadata={"help": "Peak learning rate (linear warm-up, cosine decay)."})
     vocab_size: int = field(default=4096, metadata={"help": "Entries of the byte-level BPE."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights, the order of rows and dropout."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model (needs a C compiler; a third faster)."})
@@ -149,8 +149,8 @@ def main() -> None:
     args = TrainingArguments(
         output_dir=str(out), use_cpu=not torch.cuda.is_available(), bf16=True, seed=recipe.seed, num_train_epochs=1,
         per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=100, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, logging_steps=20,
-        save_steps=400, save_total_limit=1, report_to="none", torch_compile=recipe.compile, dataloader_drop_last=True,
+        lr_scheduler_type="cosine", warmup_steps=150, weight_decay=0.1, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50,
+        save_steps=500, save_total_limit=1, report_to="none", torch_compile=recipe.compile, dataloader_drop_last=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=args, train_dataset=Rows(rows.reshape(-1), recipe.row_length), processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)

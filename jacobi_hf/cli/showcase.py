@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -137,8 +136,7 @@ def _stream(loaded: Loaded, example: Example, max_new_tokens: int, console: Cons
     painters: list[_Painter] = []
 
     def redraw() -> None:
-        panels = [painter.panel() for painter in painters]
-        live.update(Columns(panels, equal=True, expand=True) if console.width >= 100 else Group(*panels))
+        live.update(_side_by_side([painter.panel() for painter in painters], console.width))
 
     with Live(console=console, refresh_per_second=12) as live:
         for name, knobs in _decoders().items():
@@ -149,6 +147,18 @@ def _stream(loaded: Loaded, example: Example, max_new_tokens: int, console: Cons
                 loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=painter, **knobs)
             finally:
                 painter.end()
+    if not console.is_terminal:
+        console.print()  # Live ends its only frame without a line break
+
+
+def _side_by_side(panels: list[Panel], width: int) -> RenderableType:
+    if width < 100:
+        return Group(*panels)
+    grid = Table.grid(expand=True)
+    for _ in _decoders():
+        grid.add_column(ratio=1)
+    grid.add_row(*panels, *[""] * (len(_decoders()) - len(panels)))
+    return grid
 
 
 def _measure(loaded: Loaded, example: Example, max_new_tokens: int) -> list[Measurement]:

@@ -65,6 +65,17 @@ def test_stored_prompts_are_held_out(corpus):
     assert not [text for text in stored["prose"] if text in training]
 
 
+def test_readme_says_what_the_report_says():
+    text = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    report = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
+    for domain, loss in report["held_out_loss_nats_per_token"].items():
+        assert f"| {domain} | {loss:.3f} |" in text
+    for kind, share in report["arithmetic_exact_match"].items():
+        assert f"{kind.replace('_', ' ')}: {share:.3f}" in text
+    assert f"{report['minutes_of_this_process_to_the_end_of_training']} minutes" in text
+    assert f"torch {report['torch'].removesuffix('+cpu')}, transformers {report['transformers']}" in text
+
+
 def test_checkpoint_is_small_and_plain():
     files = [path for path in CHECKPOINT.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20

@@ -13,7 +13,7 @@ from tests.models import fresh_model
     ("changes", "message"),
     [
         ({"decoding": "jacobi_multibloc"}, r"decoding='jacobi_multibloc' is not known \(did you mean 'jacobi_multiblock'\?\)"),
-        ({"jacobi_block_size": 1}, "jacobi_block_size=1 is out of range; it must be an integer from 2 to 1024"),
+        ({"jacobi_block_size": 1}, "jacobi_block_size=1 cannot be used; it must be an integer from 2 to 1024"),
         ({"jacobi_block_size": 4.0}, "must be an integer"),
         ({"jacobi_block_size": True}, "must be an integer"),
         ({"jacobi_max_blocks": 0}, "jacobi_max_blocks=0"),

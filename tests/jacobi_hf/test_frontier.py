@@ -27,11 +27,12 @@ class Stateful(StoppingCriteria):
     """Counts its calls, as lm-eval's criterion does, and stops each row at a token of its own."""
 
     def __init__(self, stops, at_once_after=None):
-        self.stops, self.at_once_after, self.calls = stops, at_once_after, []
+        self.stops, self.at_once_after, self.calls, self.scores = stops, at_once_after, [], []
         self.done = None
 
     def __call__(self, input_ids, scores, **kwargs):
         self.calls.append((input_ids.tolist(), None if scores is None else len(scores)))
+        self.scores += [] if scores is None else [scores[-1].clone()]
         if self.done is None:
             self.done = [False] * len(input_ids)
         self.done = [was or row[-1] in self.stops for was, row in zip(self.done, input_ids.tolist(), strict=True)]
@@ -55,12 +56,14 @@ class Counting(LogitsProcessor):
 
 @given(
     kind=st.sampled_from(TINY), seed=st.integers(0, 10**6), batch=st.integers(1, 4), new=st.integers(1, 25),
-    end=st.none() | st.integers(1, VOCAB - 1),
-    stops=st.lists(st.integers(1, VOCAB - 1), max_size=3), at_once=st.none() | st.integers(1, 20), streams=st.booleans(),
-    processes=st.booleans(), samples=st.booleans(), scores=st.booleans(), block=st.sampled_from([2, 5, 16]),
+    end=st.none() | st.integers(1, VOCAB - 1), stops=st.lists(st.integers(1, VOCAB - 1), max_size=3),
+    at_once=st.none() | st.integers(1, 20), streams=st.booleans(), processes=st.booleans(), samples=st.booleans(),
+    scores=st.booleans(), penalty=st.sampled_from([None, 1.3]), block=st.sampled_from([2, 5, 16]),
 )  # fmt: skip
 @settings(max_examples=150)
-def test_call_sequences_are_those_of_sample(kind, seed, batch, new, end, stops, at_once, streams, processes, samples, scores, block):
+def test_call_sequences_are_those_of_sample(
+    kind, seed, batch, new, end, stops, at_once, streams, processes, penalty, samples, scores, block
+):
     model = tiny_model(kind)
     ids = torch.randint(1, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(seed))
     runs = []
@@ -70,18 +73,62 @@ def test_call_sequences_are_those_of_sample(kind, seed, batch, new, end, stops, 
         output = model.generate(
             ids, max_new_tokens=new, do_sample=samples, top_k=0, pad_token_id=0, eos_token_id=end, streamer=streamer,
             stopping_criteria=StoppingCriteriaList([criterion]), output_scores=scores, return_dict_in_generate=True,
-            logits_processor=LogitsProcessorList([processor] if processes else []), **knobs,
+            logits_processor=LogitsProcessorList([processor] if processes else []), repetition_penalty=penalty, **knobs,
         )  # fmt: skip
-        runs.append((output, criterion.calls, processor.calls, streamer and streamer.calls, torch.get_rng_state()))
+        runs.append((output, criterion.calls, processor.calls, streamer and streamer.calls, torch.get_rng_state(), criterion.scores))
     (a, *first), (b, *second) = runs
     assert a.sequences.tolist() == b.sequences.tolist()
     assert first[:3] == second[:3]
     assert torch.equal(first[3], second[3])
+    assert all(torch.allclose(x, y, atol=2e-4) for x, y in zip(first[4], second[4], strict=True))
     if scores:
         assert len(a.scores) == len(b.scores)
         assert all(torch.allclose(x, y, atol=2e-4) for x, y in zip(a.scores, b.scores, strict=True))
     for x, y in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
         assert torch.allclose(x.keys, y.keys, atol=2e-4)
+
+
+class Noisy(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + torch.randn_like(scores)
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_processor_that_draws_from_the_same_generator(any_model, prompt, samples):
+    runs = []
+    for knobs in ({}, {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}):
+        torch.manual_seed(1)
+        arguments = {**prompt, "do_sample": samples, "max_new_tokens": 15, "logits_processor": LogitsProcessorList([Noisy()])}
+        runs.append((any_model.generate(**arguments, **knobs), torch.get_rng_state()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_statistics_do_not_depend_on_who_watches(model):
+    ids = torch.tensor([[20, 13, 20, 13, 20, 13, 20, 13], [0, 0, 0, 9, 3, 4, 16, 2]])
+    arguments = {"attention_mask": (ids != 0).long(), "max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": 13}
+    arguments |= {"return_dict_in_generate": True, "decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+    plain = model.generate(ids, **arguments).jacobi_stats
+    watched = model.generate(ids, **arguments, streamer=None, max_time=1000.0).jacobi_stats
+    for name in ("forwards", "new_tokens", "row_forwards", "accepted_lengths", "accepted_from", "drafted"):
+        assert getattr(plain, name) == getattr(watched, name)
+
+
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(1, 4), new=st.integers(1, 25), end=st.none() | st.integers(1, VOCAB - 1),
+    stops=st.lists(st.integers(1, VOCAB - 1), max_size=3), processes=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_statistics_add_up(seed, batch, new, end, stops, processes):
+    ids = torch.randint(1, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(seed))
+    stats = tiny_model("qwen3").generate(
+        ids, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=end, return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([Stateful(stops)] if stops else []),
+        logits_processor=LogitsProcessorList([Counting()] if processes else []), decoding="jacobi_multiblock", jacobi_block_size=4,
+    ).jacobi_stats  # fmt: skip
+    assert sum(length * count for length, count in stats.accepted_lengths.items()) + batch == sum(stats.new_tokens)
+    assert stats.accepted_lengths.total() + batch == sum(stats.row_forwards)
+    assert max(stats.row_forwards) <= stats.forwards
 
 
 @pytest.mark.parametrize("breaks_at", [1, 2, 7])

@@ -67,6 +67,56 @@ def test_bf16_runs(prompt):
     assert model.generate(**prompt, max_new_tokens=20, **KNOBS).shape == (2, 26)
 
 
+def test_autocast(any_model, prompt):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert any_model.generate(**prompt, max_new_tokens=12, **KNOBS).shape == (2, 18)
+
+
+def test_int32_ids(model, prompt):
+    same(model, {**prompt, "input_ids": prompt["input_ids"].int()}, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_lm_head_narrower_than_the_vocabulary(prompt, sample):
+    model = fresh_model("qwen3")
+    model.lm_head = torch.nn.Linear(32, 20, bias=False)
+    same(model, {**prompt, "do_sample": sample}, max_new_tokens=20, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"no_repeat_ngram_size": 2}])
+def test_sampling_from_nan_is_an_error_as_in_multinomial(prompt, arguments):
+    model = fresh_model("qwen3")
+    model.lm_head.weight.data.fill_(float("nan"))
+    for knobs in ({}, KNOBS):
+        with pytest.raises(RuntimeError, match="probability tensor"):
+            model.generate(**{**prompt, "do_sample": True}, max_new_tokens=5, **arguments, **knobs)
+
+
+def test_repetition_penalty_that_ignores_padding_of_embeddings(any_model, prompt):
+    inputs = {**prompt, "inputs_embeds": any_model.get_input_embeddings()(prompt["input_ids"]).detach()}
+    inputs.pop("input_ids")
+    same(any_model, inputs, max_new_tokens=30, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_depend_on_the_length_fall_back(rope, prompt):
+    extra = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 12} if rope == "longrope" else {}
+    model = fresh_model("qwen3")
+    config = type(model.config)(**{**model.config.to_dict(), "max_position_embeddings": 12})
+    config.rope_parameters = {"rope_type": rope, "factor": 4.0, "rope_theta": 1e4, **extra}
+    model = type(model)(config).eval()
+    with pytest.warns(UserWarning, match="frequencies depend on the length"):
+        output = model.generate(**prompt, max_new_tokens=20, **KNOBS)
+    assert torch.equal(output, model.generate(**prompt, max_new_tokens=20))
+
+
+def test_training_with_gradient_checkpointing_falls_back(prompt):
+    model = fresh_model("qwen3").train()
+    model.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="gradient checkpointing"):
+        model.generate(**prompt, max_new_tokens=4, **KNOBS)
+
+
 def test_peft_lora_attached_and_merged(prompt):
     peft = pytest.importorskip("peft")
     model = fresh_model("qwen3")

@@ -9,7 +9,16 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaForCausalLM, Qwen3ForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    FalconForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    GPTNeoForCausalLM,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
 
 import jacobi_hf
 from jacobi_hf import JacobiConfig, JacobiGenerationMixin, register, unregister
@@ -141,6 +150,8 @@ def test_every_way_to_give_knobs(prompt):
         ({"decoding": "jacobi_multiblock", "jacobi_block_size": 0}, "jacobi_block_size=0"),
         ({"decoding": "jacobi", "jacobi_pool_size": 2}, "jacobi_pool_size has no meaning with decoding='jacobi'"),
         ({"jacobi_block_size": 8}, "given without decoding"),
+        ({"generation_config": GenerationConfig(jacobi_block_size=8)}, "given without decoding"),
+        ({"generation_config": GenerationConfig(decoding="jacobi", jacobi_pool_size=4)}, "jacobi_pool_size has no meaning"),
         ({"generation_config": GenerationConfig(decoding="jacobi", jacobi_n=3)}, "'jacobi_n' is not a knob"),
         ({"decoding": "jacobi", "num_beams": 2}, "does not work with beam search"),
         ({"decoding": "jacobi", "prompt_lookup_num_tokens": 3}, "does not work with assisted generation"),
@@ -172,6 +183,7 @@ def test_bad_calls_raise_before_any_forward(arguments, message, prompt):
         ({"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.tensor([[0, 0], [1, 1]])}, "all zeros"),
         ({"input_ids": torch.tensor([[5, 23]])}, "input_ids holds 23, which is outside the model's vocabulary of 23"),
         ({"input_ids": torch.tensor([[5, -1]])}, "input_ids holds -1"),
+        ({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 2)}, "attention_mask covers 2 tokens, the prompt has 3"),
         ({"input_ids": torch.ones(1, 257, dtype=torch.long)}, "257 tokens, more than the model's 256 positions"),
     ],
 )
@@ -199,6 +211,55 @@ def test_caches_that_do_not_fit_are_refused_and_left_alone(model):
         model.generate(
             torch.tensor([[5, 6], [7, 8]]), past_key_values=other, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi"
         )  # fmt: skip
+
+
+def test_a_static_cache_made_for_another_batch_is_refused_and_left_alone(model, prompt):
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    cache.early_initialization(3, 2, 8, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="holds a batch of 3 rows, the prompt has 2"):
+        model.generate(**prompt, max_new_tokens=4, past_key_values=cache, decoding="jacobi")
+    assert int(cache.get_seq_length()) == 0
+
+
+def test_positions_are_counted_without_pads(prompt):
+    model = fresh_model("qwen3")
+    model.config.max_position_embeddings = 6
+    same_ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), prompt["input_ids"]], 1)
+    padded = {**prompt, "input_ids": same_ids, "attention_mask": (same_ids != 0).long()}
+    assert torch.equal(model.generate(**padded, max_new_tokens=5, decoding="jacobi"), model.generate(**padded, max_new_tokens=5))
+
+
+class MyCache(DynamicCache):
+    """Not a cache that is known to work."""
+
+
+def test_what_a_persisted_decoding_cannot_serve_is_decoded_ordinarily(prompt):
+    model = fresh_model("qwen3")
+    reference = model.generate(**prompt, max_new_tokens=6)
+    JacobiConfig().save_defaults(model)
+    with pytest.warns(UserWarning, match="MyCache"):
+        assert torch.equal(model.generate(**prompt, max_new_tokens=6, past_key_values=MyCache(config=model.config)), reference)
+    with pytest.raises(ValueError, match="MyCache"):
+        model.generate(**prompt, max_new_tokens=6, past_key_values=MyCache(config=model.config), decoding="jacobi")
+
+
+def test_a_base_class_may_be_registered_after_its_subclass():
+    class Mine(LlamaForCausalLM):
+        pass
+
+    register(Mine)
+    try:
+        register(LlamaForCausalLM)
+        assert Mine.__mro__.count(JacobiGenerationMixin) == 1
+    finally:
+        unregister(LlamaForCausalLM)
+    assert JacobiGenerationMixin not in Mine.__mro__
+
+
+@pytest.mark.parametrize("wrong", [GPTNeoForCausalLM, FalconForCausalLM])
+def test_classes_with_a_bias_of_their_own_are_refused(wrong):
+    with pytest.raises(TypeError, match=wrong.__name__):
+        register(wrong)
 
 
 @pytest.mark.parametrize(

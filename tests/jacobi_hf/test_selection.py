@@ -21,9 +21,9 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
     sampled = [torch.multinomial(step.softmax(-1), 1)[:, 0] for step in scores]
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    noise = FixedNoise(batch, vocab, CPU)
-    noise.draw(0, tokens + 3)
-    selector = Selector(LogitsProcessorList(), noise, torch.zeros(batch, 1, dtype=torch.long), vocab)
+    noise = FixedNoise(CPU)
+    noise.draw(0, tokens + 3, (batch, vocab))
+    selector = Selector(LogitsProcessorList(), noise, torch.zeros(batch, 1, dtype=torch.long))
     chosen = selector.choose(scores.transpose(0, 1), torch.arange(tokens).expand(batch, -1))
     assert torch.equal(chosen, torch.stack(sampled, 1))
     noise.rewind(tokens)
@@ -43,8 +43,9 @@ def test_scores_of_every_slot_are_those_of_its_true_prefix(data, penalty, ignore
     processors = LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(penalty, ignored), TemperatureLogitsWarper(0.6), TopPLogitsWarper(0.8)]
     )
-    selector = Selector(processors, None, prompt, vocab)
+    selector = Selector(processors, None, prompt)
     assert selector.is_vectorised
+    selector.scores(logits[:, :1], build_layout((0,), CPU), tokens[:, :1])  # the prefill
     selector.commit(tokens[:, :1], torch.ones(batch, dtype=torch.long))  # the pending token
     scores = selector.scores(logits, layout, tokens)
     for segment, length in enumerate(lengths):
@@ -58,7 +59,7 @@ def test_an_unknown_processor_is_not_vectorised():
     class Mine(TemperatureLogitsWarper):
         pass
 
-    assert not Selector(LogitsProcessorList([Mine(0.5)]), None, torch.zeros(1, 1, dtype=torch.long), 5).is_vectorised
+    assert not Selector(LogitsProcessorList([Mine(0.5)]), None, torch.zeros(1, 1, dtype=torch.long)).is_vectorised
 
 
 @given(
@@ -88,7 +89,7 @@ def test_fixed_noise_is_multinomial_on_cuda():
         sampled = torch.multinomial(probabilities, 1)[:, 0]
         after = torch.cuda.get_rng_state()
         torch.cuda.set_rng_state(state)
-        noise = FixedNoise(3, 1000, device)
-        noise.draw(0, 0)
+        noise = FixedNoise(device)
+        noise.draw(0, 0, (3, 1000))
         assert torch.equal((probabilities / noise.at(torch.zeros(3, 1, dtype=torch.long, device=device))[:, 0]).argmax(-1), sampled)
         assert torch.equal(torch.cuda.get_rng_state(), after)
