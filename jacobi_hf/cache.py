@@ -24,7 +24,7 @@ class JacobiStaticLayer(StaticLayer):
         """Allocate; values may have another dtype than keys (autocast)."""
         super().lazy_initialization(key_states, value_states)
         if value_states.dtype != self.values.dtype:
-            self.values = self.values.to(value_states.dtype)
+            self.values: torch.Tensor = self.values.to(value_states.dtype)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `(B, heads, Q, head_dim)` states; returns `(B, heads, extent, head_dim)` keys and values."""

@@ -57,13 +57,15 @@ class JacobiConfig:
                 f"allowed: None, {', '.join(map(repr, DECODINGS))}."
             )
         for knob in fields(self)[1:]:
-            value, integral = getattr(self, knob.name), isinstance(knob.default, int)
+            value: Any = getattr(self, knob.name)
+            integral = isinstance(knob.default, int)
             low, high = knob.metadata["low"], knob.metadata["high"]
             wanted = f"{'an integer' if integral else 'a number'} from {low} to {high}"
             kind = numbers.Integral if integral else numbers.Real
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
-            object.__setattr__(self, knob.name, int(value) if integral else float(value))  # numpy's numbers do not serialise
+            plain: Any = value
+            object.__setattr__(self, knob.name, int(plain) if integral else float(plain))  # numpy's numbers do not serialise
 
     @classmethod
     def paper(cls) -> Self:

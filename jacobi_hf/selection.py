@@ -6,7 +6,7 @@ Sampled decoding is greedy decoding under fixed noise: `torch.multinomial(p, 1)`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -152,7 +152,7 @@ class Selector:
             seen_BV[row] = _counted_ids(penalty, ids_BT, seen_BV.shape[1])[row]
 
 
-def _counts_all_new_tokens(processor: object, prompt_columns: int) -> bool:
+def _counts_all_new_tokens(processor: Any, prompt_columns: int) -> bool:
     """Whether this is a repetition penalty, and one that ignores nothing behind the prompt."""
     if type(processor) is not RepetitionPenaltyLogitsProcessor:
         return False
