@@ -58,8 +58,8 @@ def one_setting(tokens: int, knobs: dict[str, Any]) -> dict[str, Any]:
     before = resident()
     ballast = torch.ones(max(0, peak() - before), dtype=torch.uint8)
     before = resident() - ballast.nbytes
-    watch = common.Stopwatch()
-    watch.attach(model)
+    watch = common.Stopwatch.on(model)
+    watch.starts.clear()
     model.generate(ids, max_new_tokens=tokens, do_sample=False, **knobs)
     used = peak() - before - ballast.nbytes
     return {"bytes": used, "forwards": len(watch.starts), "weights": sum(p.nbytes for p in model.parameters())}
