@@ -113,3 +113,15 @@ def test_new_ids_alone_may_be_given_with_a_full_mask():
             )
         )
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("decoding", ["jacobi", "jacobi_multiblock"])
+def test_the_cache_afterwards_is_that_of_a_plain_prefill_of_the_output(any_model, decoding):
+    ids = torch.randint(1, VOCAB, (3, 6), generator=torch.Generator().manual_seed(4))
+    output = any_model.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=0, decoding=decoding, return_dict_in_generate=True)
+    plain = DynamicCache(config=any_model.config)
+    any_model(output.sequences[:, :-1], past_key_values=plain, use_cache=True)
+    for a, b in zip(plain.layers, output.past_key_values.layers, strict=True):
+        assert a.keys.shape == b.keys.shape
+        assert torch.allclose(a.keys, b.keys, atol=2e-4)
+        assert torch.allclose(a.values, b.values, atol=2e-4)
