@@ -7,10 +7,12 @@ import numbers
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
+from transformers import GenerationConfig
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 JACOBI, MULTIBLOCK = "jacobi", "jacobi_multiblock"
 DECODINGS = (JACOBI, MULTIBLOCK)
@@ -96,16 +98,11 @@ class JacobiConfig:
         additional fields) and, for a greedy config, left-over sampling fields (with them `save_pretrained` refuses; a later
         `generate(do_sample=True)` then samples with transformers' defaults unless the call says otherwise).
         """
-        config: Any = model.generation_config
-        for name in KNOBS:
-            if hasattr(config, name):
-                delattr(config, name)
-        for name, value in self.to_knobs().items():
-            setattr(config, name, value)
-        config._from_model_config = False
-        if not config.do_sample:
-            for name in _SAMPLING_FIELDS:
-                setattr(config, name, None)
+        kept = {k: v for k, v in model.generation_config.to_dict().items() if not k.startswith("_") and k not in KNOBS}
+        kept.pop("transformers_version", None)
+        if not kept.get("do_sample"):
+            kept |= dict.fromkeys(_SAMPLING_FIELDS)
+        model.generation_config = GenerationConfig(**kept, **self.to_knobs())
 
 
 KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(JacobiConfig))

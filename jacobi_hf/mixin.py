@@ -133,9 +133,9 @@ def _contradiction(model: Any, mode: GenerationMode, generation_config: Generati
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
-    if config._attn_implementation not in _ATTENTION:
+    if attention_of(config) not in _ATTENTION:
         return (
-            f"attn_implementation={config._attn_implementation!r}, which takes no mask of our own: load the model with "
+            f"attn_implementation={attention_of(config)!r}, which takes no mask of our own: load the model with "
             "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
         )
     unknown = set(_layer_types(config)) - _LAYER_TYPES
@@ -171,6 +171,11 @@ def _frequencies_depend_on_length(config: Any) -> bool:
 def _fall_back(generation_config: GenerationConfig, request: _Request, reason: str) -> None:
     delattr(generation_config, _REQUEST)
     warnings.warn(f"decoding={request.config.decoding!r} does not serve {reason}: decoding ordinarily.", UserWarning, stacklevel=2)
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation that a model with this config runs."""
+    return str(config._attn_implementation)
 
 
 def _layer_types(config: Any) -> list[str]:
@@ -302,7 +307,7 @@ class _Forward:
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
         self._windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in set(_layer_types(config))}
-        self._is_eager = config._attn_implementation == "eager"
+        self._is_eager = attention_of(config) == "eager"
 
     def __call__(
         self, token_BQ: torch.Tensor | None, embeds_BQH: torch.Tensor | None, layout: Layout, longest: int, keep_BN: torch.Tensor | None

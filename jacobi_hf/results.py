@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from jacobi_hf.config import JACOBI, JacobiConfig
+from jacobi_hf.mixin import attention_of
 
 _PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
@@ -178,7 +179,7 @@ class Results(_Strict):
             dtype=str(model.dtype).removeprefix("torch."),
             device=model.device.type,
             threads=torch.get_num_threads(),
-            attention=model.config._attn_implementation,
+            attention=attention_of(model.config),
             hardware=_hardware(model.device),
             software=Software(python=platform.python_version(), packages=_versions(), git_revision=_git_revision()),
         )
