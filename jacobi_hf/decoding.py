@@ -143,18 +143,18 @@ class Decoder:
         started = time.perf_counter()
         self._prefill(prompt)
         prefilled = time.perf_counter()
-        while keep_going(self._frontier.done):
-            if self._frontier.done:
+        while keep_going(self._finished()):
+            if self._finished():
                 self._idle_forward()
             else:
                 self._step()
-        while self._fills and self._lags():
-            self._step()
         self.stats.prefill_seconds, self.stats.decode_seconds = prefilled - started, time.perf_counter() - prefilled
         self.stats.new_tokens = [end or 0 for end in self._frontier.ended]
 
-    def _lags(self) -> bool:
-        return self._frontier.pads and min(self._plan.generated) < self._frontier.generated
+    def _finished(self) -> bool:
+        """Whether every row has ended, and with `fills` has its pads too."""
+        frontier = self._frontier
+        return frontier.done and not (self._fills and frontier.pads and min(self._plan.generated) < frontier.generated)
 
     def _prefill(self, prompt: Prompt) -> None:
         device, last_B1 = prompt.length_B.device, prompt.length_B[:, None] - 1
