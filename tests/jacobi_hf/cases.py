@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from transformers import GenerationConfig
 
-from jacobi_hf.config import KNOBS
 from tests.models import TINY, VOCAB, tiny_model
 
 TOLERANCE = 2e-4  # fp32 rounding between matrix shapes, on logits of about 10
@@ -169,9 +167,3 @@ def _cache_differences(case: Case, reference: Any, output: Any) -> list[str]:
             if not torch.allclose(x.transpose(1, 2)[kept], y.transpose(1, 2)[kept], atol=TOLERANCE, rtol=TOLERANCE):
                 return ["cache content"]
     return []
-
-
-def defaults(**changes: Any) -> GenerationConfig:
-    """A generation config with some knobs set."""
-    assert set(changes) - set(KNOBS) <= set(vars(GenerationConfig()))
-    return GenerationConfig(**changes)
