@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -194,9 +195,9 @@ def _measure(loaded: Loaded, example: Example, max_new_tokens: int) -> list[Meas
 
 
 def _table(measurements: list[Measurement]) -> Table:
-    table = Table(title="What it took")
+    table = Table(title="What it took", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("prompt", "decoding", "tokens per forward", "forwards", "seconds", "tok/s", "identical"):
-        table.add_column(column, justify="left" if column in ("prompt", "decoding") else "right")
+        table.add_column(column, justify="left" if column in ("prompt", "decoding") else "right", no_wrap=" " not in column)
     for m in measurements:
         identical = "" if m.agreement is None else "yes" if m.agreement.identical == m.agreement.total else "NO"
         table.add_row(

@@ -104,12 +104,14 @@ def test_a_processor_that_draws_from_the_same_generator(any_model, prompt, sampl
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-def test_statistics_do_not_depend_on_who_watches(model):
+@pytest.mark.parametrize("end", [None, 13, 20])
+def test_statistics_do_not_depend_on_who_watches(model, end):
     ids = torch.tensor([[20, 13, 20, 13, 20, 13, 20, 13], [0, 0, 0, 9, 3, 4, 16, 2]])
-    arguments = {"attention_mask": (ids != 0).long(), "max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": 13}
+    arguments = {"attention_mask": (ids != 0).long(), "max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": end}
     arguments |= {"return_dict_in_generate": True, "decoding": "jacobi_multiblock", "jacobi_block_size": 4}
     plain = model.generate(ids, **arguments).jacobi_stats
     watched = model.generate(ids, **arguments, streamer=None, max_time=1000.0).jacobi_stats
+    assert len(set(plain.row_forwards)) == 2  # one row ends before the other, and stands still
     for name in ("forwards", "new_tokens", "row_forwards", "accepted_lengths", "accepted_from", "drafted"):
         assert getattr(plain, name) == getattr(watched, name)
 

@@ -282,10 +282,8 @@ def test_what_is_not_served_is_decoded_ordinarily_with_one_warning(arguments, re
         assert torch.equal(output, model.generate(**call))
 
 
-@pytest.mark.parametrize("arguments", [{"num_beams": 2}, {"output_hidden_states": True}, {"cache_implementation": "offloaded_static"}])
+@pytest.mark.parametrize("arguments", [{"num_beams": 2}, {"output_hidden_states": True}, {"output_attentions": True}])
 def test_persisted_decoding_gives_way(arguments, prompt):
-    if "cache_implementation" in arguments and not torch.cuda.is_available():
-        arguments = {"output_attentions": True}
     model = fresh_model("qwen3")
     model.set_attn_implementation("eager")
     reference = model.generate(**prompt, max_new_tokens=6, **arguments)
