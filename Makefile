@@ -23,8 +23,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# mypy knows no package-dir: it gets a tree in which jacobi_hf.trainer lies where it imports from.
 types: $(INSTALLED)
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types
+	cp -r jacobi_hf build/types/jacobi_hf && cp -r trainer build/types/jacobi_hf/trainer
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -3,11 +3,18 @@
 Importing this package gives Qwen2 and Qwen3 models `generate(..., decoding="jacobi_multiblock")`.
 """
 
+from pathlib import Path as _Path
+
 from jacobi_hf._version import __version__
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 
 __all__ = ["JacobiConfig", "JacobiDecoderOnlyOutput", "JacobiGenerationMixin", "JacobiStats", "__version__", "register", "unregister"]
+
+# The other packages of the project lie beside this one in a checkout and inside it when installed; both import as jacobi_hf.*.
+_package = _Path(__file__).resolve().parent
+if not (_package / "trainer").is_dir() and (_package.parent / "trainer" / "__init__.py").is_file():
+    __path__.append(str(_package.parent))
 
 register_defaults()

@@ -11,10 +11,10 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
+from jacobi_hf.attention import LAYER_TYPES, MaskBuilder, attention_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder, step_slots
@@ -25,6 +25,7 @@ from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
@@ -40,7 +41,6 @@ _HANDLED = {
     "tokenizer",
 }
 _ATTENTION = ("sdpa", "eager")
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _contradiction(model: Any, mode: GenerationMode, generation_config: Generati
             f"attn_implementation={attention_of(config)!r}, which takes no mask of our own: load the model with "
             "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
         )
-    unknown = set(_layer_types(config)) - _LAYER_TYPES
+    unknown = set(layer_types(config)) - LAYER_TYPES
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
 
 
@@ -171,17 +171,6 @@ def _frequencies_depend_on_length(config: Any) -> bool:
 def _fall_back(generation_config: GenerationConfig, request: _Request, reason: str) -> None:
     delattr(generation_config, _REQUEST)
     warnings.warn(f"decoding={request.config.decoding!r} does not serve {reason}: decoding ordinarily.", UserWarning, stacklevel=2)
-
-
-def attention_of(config: Any) -> str:
-    """The attention implementation that a model with this config runs."""
-    return str(config._attn_implementation)
-
-
-def _layer_types(config: Any) -> list[str]:
-    declared = getattr(config, "layer_types", None)
-    kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-    return list(declared) if declared else [kind] * config.num_hidden_layers
 
 
 class _Call:
@@ -302,12 +291,10 @@ class _Forward:
     """
 
     def __init__(self, model: Any, cache: JacobiStaticCache, last_position: int) -> None:
-        config = model.config.get_text_config(decoder=True)
         self._model, self._cache, self._last_position = model, cache, last_position
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
-        self._windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in set(_layer_types(config))}
-        self._is_eager = attention_of(config) == "eager"
+        self._masks = MaskBuilder(model.config, model.dtype)
 
     def __call__(
         self, token_BQ: torch.Tensor | None, embeds_BQH: torch.Tensor | None, layout: Layout, longest: int, keep_BN: torch.Tensor | None
@@ -319,16 +306,10 @@ class _Forward:
         """
         cache = self._cache
         extent = cache.open_step(layout.slots, longest)
-        masks: dict[str, torch.Tensor] = {}
-        for kind, window in self._windows.items():
-            mask = attention_mask(layout, cache.lengths_B, extent, window)
-            # A bool mask is added to the scores by eager attention, silently.
-            masks[kind] = mask if not self._is_eager else torch.where(mask, 0.0, torch.finfo(self._model.dtype).min).to(self._model.dtype)
-        masks = {kind: mask.to(self._device) for kind, mask in masks.items()}
         outputs = self._model(
             input_ids=None if token_BQ is None else token_BQ.to(self._device),
             inputs_embeds=embeds_BQH,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            attention_mask=self._masks(lambda window: attention_mask(layout, cache.lengths_B, extent, window), self._device),
             position_ids=(cache.lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
             past_key_values=cache,
             use_cache=True,

@@ -19,8 +19,8 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from jacobi_hf.attention import attention_of
 from jacobi_hf.config import JACOBI, JacobiConfig
-from jacobi_hf.mixin import attention_of
 
 _PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
@@ -121,6 +121,7 @@ class Measurement(_Strict):
         ms_per_forward: milliseconds per decoding forward by its number of slots (wall time of the whole step).
         per_prompt_tokens_per_forward: the figure of each prompt, in order.
         looping: prompts whose output ends in a loop, by index; `tokens_per_forward_loop_free` leaves them out.
+        held_out_loss: nats per token on held-out text.
         extra: anything specific to the program, by name.
     """
 
@@ -139,6 +140,7 @@ class Measurement(_Strict):
     speedups: list[Speedup] = []
     agreement: Agreement | None = None
     quality: Quality | None = None
+    held_out_loss: float | None = None
     ms_per_forward: dict[int, float] | None = None
     extra: dict[str, Any] = {}
 

@@ -27,6 +27,19 @@ SCORE_ONLY = tuple(
 )  # fmt: skip
 
 
+def generator_state(device: torch.device) -> torch.Tensor:
+    """The state of torch's default generator of a device."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put torch's default generator of a device back to `state`."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
 class FixedNoise:
     """Exponential noise `(B, V)` per new-token index, drawn in order from torch's default generator of the device.
 
@@ -42,17 +55,8 @@ class FixedNoise:
     def __init__(self, device: torch.device, *, ahead: bool = True) -> None:
         self._device, self.ahead = device, ahead
         self._noise: dict[int, torch.Tensor] = {}
-        self._states = {0: self._get_state()}
+        self._states = {0: generator_state(device)}
         self._drawn = self._first = 0
-
-    def _get_state(self) -> torch.Tensor:
-        return torch.get_rng_state() if self._device.type == "cpu" else torch.get_device_module(self._device).get_rng_state(self._device)
-
-    def _set_state(self, state: torch.Tensor) -> None:
-        if self._device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(self._device).set_rng_state(state, self._device)
 
     def draw(self, first: int, last: int, shape: tuple[int, int]) -> None:
         """Make the indices `first..last` available, each of shape `(B, V)`, and forget those before."""
@@ -60,7 +64,7 @@ class FixedNoise:
         while self._drawn <= last:
             self._noise[self._drawn] = torch.empty(shape, device=self._device).exponential_()
             self._drawn += 1
-            self._states[self._drawn] = self._get_state()
+            self._states[self._drawn] = generator_state(self._device)
         for index in [i for i in self._noise if i < first]:
             del self._noise[index]
             self._states.pop(index, None)
@@ -75,7 +79,7 @@ class FixedNoise:
     def rewind(self, tokens: int) -> None:
         """Leave the generator as if exactly `tokens` tokens per row had been sampled (or all that were kept, if those are more)."""
         if self.ahead:
-            self._set_state(self._states[max(tokens, self._first)])
+            set_generator_state(self._device, self._states[max(tokens, self._first)])
 
 
 class Selector:

@@ -73,15 +73,20 @@ class Window:
                 pending one, and there is one for `d <= length_B`.
         """
         depth_BW = count_B[:, None] + self._offset_W
-        self.draft_BW = _ids_of_the_text(generated_B[:, None] + self._offset_W, text_BL, text_length_B)
+        self.draft_BW = ids_of_the_text(generated_B[:, None] + self._offset_W, text_BL, text_length_B[:, None])
         for choice_BD, length_B in reversed(choices):
             last = choice_BD.shape[1] - 1
             known_BW = depth_BW <= length_B.clamp(max=last)[:, None]
             self.draft_BW = torch.where(known_BW, choice_BD.gather(1, depth_BW.clamp(max=last)), self.draft_BW)
 
 
-def _ids_of_the_text(index_BW: torch.Tensor, text_BL: torch.Tensor, text_length_B: torch.Tensor) -> torch.Tensor:
-    """Ids drawn from the text with replacement, by a hash of the index: no generator, and the same in any batch."""
+def ids_of_the_text(index_BW: torch.Tensor, text_BL: torch.Tensor, text_length_BW: torch.Tensor) -> torch.Tensor:
+    """Ids drawn from the text with replacement, by a hash of the index: no generator, and the same in any batch.
+
+    Args:
+        index_BW: new-token indices to fill.
+        text_BL: prompt and output so far, of which the first `text_length_BW` ids count, per row or per index.
+    """
     mixed = (index_BW * 2654435761 + 974711) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0x7FFFFFFF
-    return text_BL.gather(1, (mixed ^ (mixed >> 13)) % text_length_B[:, None])
+    return text_BL.gather(1, (mixed ^ (mixed >> 13)) % text_length_BW)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import jacobi_hf
 
@@ -14,7 +18,23 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 def test_every_package_is_listed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jacobi_hf").rglob("__init__.py")}
+    found |= {".".join(("jacobi_hf", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / "trainer").rglob("__init__.py")}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"])
+def test_the_trainer_is_one_module_wherever_one_stands(folder):
+    program = (
+        "import sys, jacobi_hf.trainer as t; assert 'trainer' not in sys.modules; "
+        "assert sorted(m for m in sys.modules if m.endswith('.losses')) == ['jacobi_hf.trainer.losses']; print(t.__file__)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == ROOT / "trainer" / "__init__.py"
+
+
+def test_inside_the_trainer_everything_is_imported_by_its_full_name():
+    for path in (ROOT / "trainer").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (trainer|\.)", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
 
 
 def test_public_names_exist_and_have_docstrings():
@@ -28,7 +48,7 @@ def test_constraints_pin_what_the_project_declares():
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     declared = [*PROJECT["project"]["dependencies"], *(d for extra in PROJECT["project"]["optional-dependencies"].values() for d in extra)]
     names = {requirement.split(">")[0].split("<")[0].split("[")[0].strip().lower() for requirement in declared}
-    assert names <= pinned
+    assert names - {"jacobi-hf"} <= pinned
 
 
 def test_no_machine_paths_in_the_repository():

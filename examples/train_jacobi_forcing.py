@@ -1,0 +1,216 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jacobi-hf[train]"]
+# ///
+"""Jacobi Forcing from prompts to a measured model, one command a stage, all of them from one recipe.
+
+    python examples/train_jacobi_forcing.py collect  --config examples/recipes/tiny_qwen3_cpu.yaml
+    python examples/train_jacobi_forcing.py pack     --config examples/recipes/tiny_qwen3_cpu.yaml
+    python examples/train_jacobi_forcing.py train    --config examples/recipes/tiny_qwen3_cpu.yaml --learning_rate 3e-4
+    python examples/train_jacobi_forcing.py evaluate --config examples/recipes/tiny_qwen3_cpu.yaml
+
+A recipe has a section per stage with the names that `--help` of the stage lists; what follows on the command line comes before it.
+`collect` may hold `sets`, a section of its own per set of prompts. Interrupted, each stage goes on when it is run again (`train` from its
+last checkpoint). On several GPUs: `accelerate launch [--config_file examples/accelerate/fsdp.yaml] examples/train_jacobi_forcing.py ...`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer, load_packed
+from jacobi_hf.trainer.collection import CollectConfig, collect
+from jacobi_hf.trainer.evaluation import held_out_loss, measurements, right_answers
+from jacobi_hf.trainer.packing import PackConfig, pack_trajectories
+from jacobi_hf.trainer.shards import ManifestError
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import jacobi_hf
+from jacobi_hf.results import Decoder, Measurement, Prompts, Results
+
+
+@dataclass
+class TrainData:
+    """The model and the data of the training stage."""
+
+    model: str = field(default="", metadata={"help": "Model name or path."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the master weights."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flex_attention, ..."})
+    train_dataset: str = field(default="", metadata={"help": "Packed records: folder, JSONL or parquet file, or Hub dataset."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Packed records for evaluation."})
+    replay_dataset: str | None = field(default=None, metadata={"help": "JSONL with text, messages or input_ids."})
+    eval_prompts: str | None = field(default=None, metadata={"help": "JSON with prompts by domain, decoded at each evaluation."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA on all linear layers; 0 trains the model itself."})
+    save_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the finished model."})
+
+
+@dataclass
+class Evaluation:
+    """What is measured of a model."""
+
+    model: str = field(default="", metadata={"help": "Model name or path."})
+    name: str | None = field(default=None, metadata={"help": "What the results call the model."})
+    output: str = field(default="", metadata={"help": "JSON file of the results."})
+    prompts: str = field(default="", metadata={"help": "JSON with prompts by domain."})
+    domains: str | None = field(default=None, metadata={"help": "Domains to measure, separated by commas."})
+    prompt_count: int = field(default=64, metadata={"help": "Prompts of each domain."})
+    max_new_tokens: int = field(default=128, metadata={"help": "New tokens per prompt."})
+    decoders: dict[str, Any] = field(default_factory=dict, metadata={"help": "Knobs of each decoder, by name (JSON)."})
+    held_out: str | None = field(default=None, metadata={"help": "JSONL with domain and text, for the held-out loss."})
+    held_out_tokens: int = field(default=120_000, metadata={"help": "Tokens of each domain for that loss."})
+    problems: str | None = field(default=None, metadata={"help": "JSONL with prompt and answer."})
+    problem_domain: str = field(default="arithmetic", metadata={"help": "Domain that the problems belong to."})
+    problem_count: int = field(default=1000, metadata={"help": "Problems to solve."})
+    answer_pattern: str = field(default=r"The answer is (-?\d+)", metadata={"help": "Regular expression; group 1 is the answer."})
+
+
+def parse(kinds: tuple[type, ...], section: dict[str, Any], arguments: list[str], stage: str) -> tuple[Any, ...]:
+    """Dataclasses from a recipe's section and the command line, which comes first."""
+    known = {f.name for kind in kinds for f in fields(kind)}
+    unknown = sorted(section.keys() - known)
+    if unknown:
+        raise ValueError(f"the recipe's section {stage!r} has {', '.join(unknown)}, which {stage} does not know.")
+    parser: Any = HfArgumentParser(kinds, prog=f"train_jacobi_forcing.py {stage}")
+    parser.set_defaults(**section)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in section
+    return tuple(parser.parse_args_into_dataclasses(args=arguments))
+
+
+def load(name: str, dtype: str, revision: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **options)
+    return model.eval(), tokenizer
+
+
+def run_collect(section: dict[str, Any], arguments: list[str]) -> None:
+    sets = section.pop("sets", {None: {}})
+    for name, own in sets.items():
+        merged = {**section, **({"name": name} if name else {}), **own}
+        (config,) = parse((CollectConfig,), merged, arguments, "collect")
+        model, tokenizer = load(config.model, config.dtype, config.revision)
+        if torch.cuda.is_available():
+            from accelerate import PartialState
+
+            model.to(PartialState().device)
+        counts = collect(model, tokenizer, config)
+        print(json.dumps({"set": config.name, **counts}))
+
+
+def run_pack(section: dict[str, Any], arguments: list[str]) -> None:
+    (config,) = parse((PackConfig,), section, arguments, "pack")
+    print(json.dumps(pack_trajectories(config)))
+
+
+def read_jsonl(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def run_train(section: dict[str, Any], arguments: list[str]) -> None:
+    data, args = parse((TrainData, JacobiForcingConfig), section, arguments, "train")
+    started = time.perf_counter()
+    set_seed(args.seed)
+    options = {"attn_implementation": data.attn_implementation} if data.attn_implementation else {}
+    model, tokenizer = load(data.model, data.dtype, **options)
+    prompts = {}
+    if data.eval_prompts:
+        by_domain = json.loads(Path(data.eval_prompts).read_text(encoding="utf-8"))["prompts"]
+        prompts = {domain: [tokenizer(text)["input_ids"] for text in texts] for domain, texts in by_domain.items()}
+    peft_config = None
+    if data.lora_r:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=data.lora_r, lora_alpha=2 * data.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = JacobiForcingTrainer(
+        model=model, args=args, train_dataset=load_packed(data.train_dataset, block_size=args.block_size),
+        eval_dataset=load_packed(data.eval_dataset, block_size=args.block_size) if data.eval_dataset else None, eval_prompts=prompts,
+        replay_dataset=read_jsonl(data.replay_dataset) if data.replay_dataset else None, processing_class=tokenizer,
+        peft_config=peft_config,
+    )  # fmt: skip
+    output = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
+    minutes = (time.perf_counter() - started) / 60
+    if trainer.is_world_process_zero():
+        trainer.model.to(getattr(torch, data.save_dtype))
+        trainer.model.config.dtype = getattr(torch, data.save_dtype)
+    final = Path(args.output_dir) / "final"
+    trainer.save_model(str(final))
+    if trainer.is_world_process_zero():
+        report = {
+            "command": " ".join(["train_jacobi_forcing.py", "train", *sys.argv[2:]]),
+            "data": asdict(data),
+            "arguments": {name: getattr(args, name) for name in JacobiForcingConfig.__annotations__},
+            "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
+            "minutes": round(minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
+            "train_metrics": output.metrics, "log": trainer.state.log_history,
+        }  # fmt: skip
+        (final / "forcing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({"minutes": report["minutes"], "steps": report["steps"], "saved": str(final)}))
+
+
+def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
+    (config,) = parse((Evaluation,), section, arguments, "evaluate")
+    model, tokenizer = load(config.model, "float32")
+    by_domain = json.loads(Path(config.prompts).read_text(encoding="utf-8"))["prompts"]
+    domains = config.domains.split(",") if config.domains else list(by_domain)
+    prompts = {domain: by_domain[domain][: config.prompt_count] for domain in domains}
+    decoders = {name: jacobi_hf.JacobiConfig(**knobs) for name, knobs in config.decoders.items()}
+    ordinary, measured = Decoder(name="generate", kind="generate"), []
+    if config.held_out:
+        texts = read_jsonl(config.held_out)
+        for domain in domains:
+            loss, tokens = held_out_loss(model, tokenizer, [t["text"] for t in texts if t["domain"] == domain], config.held_out_tokens)
+            described = Prompts(domain=domain, source="held-out text", count=tokens, max_new_tokens=0)
+            measured.append(Measurement(decoder=ordinary, prompts=described, held_out_loss=loss))
+    if config.problems:
+        problems = read_jsonl(config.problems)[: config.problem_count]
+        quality = right_answers(model, tokenizer, problems, config.answer_pattern, config.max_new_tokens)
+        described = Prompts(
+            domain=config.problem_domain, source="held-out problems", count=len(problems), max_new_tokens=config.max_new_tokens
+        )
+        measured.append(Measurement(decoder=ordinary, prompts=described, quality=quality))
+    measured += measurements(model, tokenizer, prompts, decoders, config.max_new_tokens)
+    results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
+    results.with_measurements(measured).write(Path(config.output))
+    for m in measured:
+        tpf = (
+            f" TPF {m.tokens_per_forward:.3f} (loop-free {m.tokens_per_forward_loop_free}) slots {m.mean_slots:.1f}"
+            if m.tokens_per_forward
+            else ""
+        )
+        equal = f" identical {m.agreement.identical}/{m.agreement.total}" if m.agreement else ""
+        loss = f" loss {m.held_out_loss:.4f}" if m.held_out_loss is not None else ""
+        right = f" exact match {m.quality.value:.3f} [{m.quality.low:.3f}, {m.quality.high:.3f}]" if m.quality else ""
+        print(f"{m.prompts.domain:11s} {m.decoder.name:16s}{tpf}{equal}{loss}{right}")
+    print(config.output)
+
+
+STAGES = {"collect": run_collect, "pack": run_pack, "train": run_train, "evaluate": run_evaluate}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in STAGES:
+        sys.exit(f"usage: train_jacobi_forcing.py {{{','.join(STAGES)}}} [--config RECIPE.yaml] [--name value ...]")
+    stage, rest = arguments[0], arguments[1:]
+    recipe: dict[str, Any] = {}
+    if "--config" in rest:
+        at = rest.index("--config")
+        recipe = yaml.safe_load(Path(rest[at + 1]).read_text(encoding="utf-8"))
+        del rest[at : at + 2]
+    try:
+        STAGES[stage](dict(recipe.get(stage, {})), rest)
+    except (FileNotFoundError, ManifestError, ValueError) as error:
+        sys.exit(f"train_jacobi_forcing.py {stage}: {error}")
+
+
+if __name__ == "__main__":
+    main()

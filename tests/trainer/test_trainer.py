@@ -1,0 +1,302 @@
+"""The trainer: equal to plain SFT where it must be, equal however a batch is cut, resumable, and it does learn."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jacobi_hf.trainer import BadRecordError, JacobiForcingConfig, JacobiForcingTrainer
+from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import jacobi_hf
+from tests.models import VOCAB, fresh_model
+from tests.trainer.records import END, own_records, records
+
+ROOT = Path(__file__).resolve().parents[2]
+N = 4
+
+
+def config(tmp_path, **options) -> JacobiForcingConfig:
+    """Plain SGD, whose steps are as close as the gradients are (Adam turns rounding of a gradient near 0 into a whole step)."""
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "block_size": N,
+        "max_length": 128,
+        "learning_rate": 2e-2,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_steps": 5,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "jacobi_block_size": N,
+        "bf16": False,
+        "weight_decay": 0.0,
+    }
+    return JacobiForcingConfig(**(defaults | options))
+
+
+def forced(tmp_path, data, model=None, **options):
+    """A trainer over `data`, and what it logged after training."""
+    extra = {name: options.pop(name) for name in ("replay_dataset", "eval_dataset", "eval_prompts", "peft_config") if name in options}
+    trainer = JacobiForcingTrainer(model or fresh_model("qwen3"), config(tmp_path, **options), data, **extra)
+    trainer.train()
+    return trainer
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def same_order(count):
+    """Records that all have the same length, so that the order within a batch changes nothing but rounding."""
+    return records(count, N, seed=3, blocks=2, prompt=5)
+
+
+@pytest.mark.parametrize("accumulated", [2, 4])
+def test_a_batch_of_4_equals_accumulated_smaller_ones(tmp_path, accumulated):
+    data = records(20, N, seed=1)
+    whole = forced(tmp_path, data)
+    parts = forced(tmp_path, data, per_device_train_batch_size=4 // accumulated, gradient_accumulation_steps=accumulated)
+    torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-5)
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "block_sum", "reference"])
+def test_every_reduction_survives_accumulation(tmp_path, reduction):
+    data = records(8, N, seed=2)
+    whole = forced(tmp_path, data, max_steps=2, consistency_reduction=reduction)
+    parts = forced(
+        tmp_path, data, max_steps=2, consistency_reduction=reduction, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-5)
+
+
+def test_layouts_and_chunks_train_alike(tmp_path):
+    data = records(20, N, seed=4)
+    options = {"context": "window", "window": 2}
+    packed = forced(tmp_path, data, **options)
+    rows = forced(tmp_path, data, layout="rows", **options)
+    chunked = forced(tmp_path, data, loss_chunk_numbers=10 * VOCAB, **options)
+    torch.testing.assert_close(weights(rows.model), weights(packed.model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(chunked.model), weights(packed.model), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    data = records(12, N, seed=4)
+    plain, checkpointed = forced(tmp_path, data, max_steps=3), forced(tmp_path, data, max_steps=3, gradient_checkpointing=True)
+    torch.testing.assert_close(weights(checkpointed.model), weights(plain.model), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_autocast_trains(tmp_path):
+    trainer = forced(tmp_path, records(12, N, seed=4), max_steps=3, bf16=True)
+    assert all(entry["loss"] < 100 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_ar_part_alone_is_plain_sft(tmp_path):
+    """Against transformers' Trainer on `prompt + answer`, its own loss, its own data collator."""
+    data = records(12, N, seed=6, ended=True)
+    ending = fresh_model("qwen3")
+    ending.generation_config.eos_token_id = END
+    mine = forced(tmp_path, data, model=ending, consistency_loss_weight=0.0, ar_loss_weight=1.0)
+    texts = []
+    for record in data:
+        prompt, body = record["prompt_ids"], record["complete_training_sequence_ids"][len(record["prompt_ids"]) :]
+        answer = [t for start in range(N, len(body), 2 * N) for t in body[start : start + N]]
+        texts.append({"input_ids": prompt + answer[: answer.index(END) + 1]})
+    model = fresh_model("qwen3")
+    width = max(len(t["input_ids"]) for t in texts)
+    rows = [
+        {
+            "input_ids": t["input_ids"] + [0] * (width - len(t["input_ids"])),
+            "attention_mask": [1] * len(t["input_ids"]) + [0] * (width - len(t["input_ids"])),
+            "labels": t["input_ids"] + [-100] * (width - len(t["input_ids"])),
+        }
+        for t in texts
+    ]
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "sft"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        learning_rate=2e-2,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_steps=5,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        bf16=False,
+        weight_decay=0.0,
+        remove_unused_columns=False,
+    )
+    sft = Trainer(model, args, train_dataset=rows)
+    sft.train()
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (sft, mine)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(weights(mine.model), weights(model), rtol=1e-3, atol=1e-4)
+
+
+def test_lora_leaves_the_base_untouched(tmp_path):
+    from peft import LoraConfig
+
+    base = fresh_model("qwen3")
+    before = copy.deepcopy(base.state_dict())
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = forced(tmp_path, records(12, N, seed=4), model=base, peft_config=adapter)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] != losses[0]
+    after = trainer.model.unload().state_dict()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_resuming_gives_the_same_curve(tmp_path):
+    data, replay = records(24, N, seed=8), [{"input_ids": list(range(2, 12))}, {"input_ids": list(range(5, 20))}]
+    options = {"max_steps": 6, "replay_dataset": replay, "replay_ratio": 0.5, "lr_scheduler_type": "linear"}
+    whole = forced(tmp_path / "whole", data, **options)
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    first = JacobiForcingTrainer(
+        fresh_model("qwen3"),
+        config(tmp_path / "cut", save_strategy="steps", save_steps=3, **{k: v for k, v in options.items() if k != "replay_dataset"}),
+        data,
+        replay_dataset=replay,
+        callbacks=[Interrupt()],
+    )
+    first.train()
+    second = JacobiForcingTrainer(
+        fresh_model("qwen3", seed=9),
+        config(tmp_path / "cut", **{k: v for k, v in options.items() if k != "replay_dataset"}),
+        data,
+        replay_dataset=replay,
+    )
+    second.train(resume_from_checkpoint=True)
+    curves = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, second)]
+    assert len(curves[0]) == 6
+    assert curves[0] == curves[1]
+    assert torch.equal(weights(whole.model), weights(second.model))
+
+
+def test_a_loss_that_is_not_finite_names_its_samples_and_spares_the_weights(tmp_path):
+    model = fresh_model("qwen3")
+    data = records(4, N, seed=4)
+    trainer = JacobiForcingTrainer(model, config(tmp_path, per_device_train_batch_size=2), data)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    before = weights(model).clone()
+    with pytest.raises(FloatingPointError, match=r"step 0 is not finite; its batch held random 0\.\d+"):
+        trainer.train()
+    torch.testing.assert_close(weights(model), before, equal_nan=True)
+
+
+def test_the_checkpoint_is_plain_and_decodes_as_it_says(tmp_path):
+    trainer = forced(tmp_path, records(8, N, seed=4), max_steps=1, jacobi_max_blocks=1)
+    trainer.save_model(str(tmp_path / "saved"))
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["architectures"] == ["Qwen3ForCausalLM"]
+    assert written["use_cache"] is True
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    saved = jacobi_hf.JacobiConfig.from_generation_config(loaded.generation_config)
+    assert saved == trainer.args.decoding_config()
+    ids = torch.tensor([[3, 4, 5]])
+    plain, jacobi = (loaded.generate(ids, max_new_tokens=12, do_sample=False, **d) for d in ({"decoding": None}, {}))
+    assert torch.equal(plain, jacobi)
+
+
+def test_evaluation_reports_losses_and_decoding(tmp_path):
+    trainer = forced(
+        tmp_path, records(8, N, seed=4), max_steps=1, eval_dataset=records(5, N, seed=5), eval_prompts={"own": [[3, 4, 5], [7, 8]]},
+        eval_max_new_tokens=12, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_own_identical"] == 1
+    assert metrics["eval_own_tokens_per_forward"] >= 1
+    assert {"eval_loss", "eval_ar_loss", "eval_consistency_loss", "eval_agreement"} <= metrics.keys()
+    logged = [entry for entry in trainer.state.log_history if "ar_loss" in entry]
+    assert {"consistency_loss", "agreement", "kept_positions", "slots_per_second"} <= logged[0].keys()
+
+
+def test_overfitting_eight_samples(tmp_path):
+    """Windows of a memorised text come true: agreement above 0.95, more than three tokens a forward."""
+    model = fresh_model("qwen3")
+    data = own_records(model, 8, 16, 32, visits=8)
+    trainer = forced(
+        tmp_path, data, model=model, max_steps=300, block_size=16, per_device_train_batch_size=16,
+        optim="adamw_torch", learning_rate=5e-3,
+        lr_scheduler_type="linear", logging_steps=10,
+    )  # fmt: skip
+    last = [entry for entry in trainer.state.log_history if "agreement" in entry][-1]
+    assert last["agreement"] > 0.95
+    prompts = [record["prompt_ids"] for record in data[:8]]
+    config_ = jacobi_hf.JacobiConfig(jacobi_block_size=16, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+    model.eval()
+    report = measure_decoding(model, prompts, config_, 32)
+    assert report.tokens_per_forward > 3
+    assert report.outputs == ordinary_outputs(model, prompts, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 1}, "block_size=1"),
+        ({"window": 0}, "window=0"),
+        ({"context": "any"}, "context='any'"),
+        ({"context": "window"}, "needs a window"),
+        ({"layout": "rows"}, "layout='rows' has no clean context"),
+        ({"layout": "grid"}, "layout='grid'"),
+        ({"consistency_reduction": "sum"}, "consistency_reduction='sum'"),
+        ({"ar_loss_weight": -1.0}, "ar_loss_weight=-1"),
+        ({"distill_temperature": 0.0}, "distill_temperature=0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"jacobi_block_size": 1}, "jacobi_block_size=1"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_data_that_cannot_be_trained_on_is_named(tmp_path):
+    model = fresh_model("qwen3")
+    with pytest.raises(BadRecordError, match=r"row 0 of train_dataset: its blocks have 6 tokens, but block_size=4"):
+        JacobiForcingTrainer(model, config(tmp_path), records(3, 6, seed=1))
+    foreign = records(3, N, seed=1)
+    foreign[1]["prompt_ids"][0] = foreign[1]["complete_training_sequence_ids"][0] = VOCAB + 7
+    with pytest.raises(BadRecordError, match=rf"row 1 .* id {VOCAB + 7} is outside the model's vocabulary of {VOCAB}"):
+        JacobiForcingTrainer(model, config(tmp_path), foreign)
+    assert len(JacobiForcingTrainer(model, config(tmp_path, on_bad_row="skip"), foreign).train_dataset) == 2
+    with pytest.raises(ValueError, match=r"no training record is left: 3 of 3 are longer than max_length=8"):
+        JacobiForcingTrainer(model, config(tmp_path, max_length=8), records(3, N, seed=1))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"attn_implementation='flash_attention_2'.*use layout='rows'"):
+        JacobiForcingTrainer(model, config(tmp_path), records(3, N, seed=1))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two gloo processes with a batch of 2 each end at the weights of one process with a batch of 4."""
+    program = ROOT / "tests" / "trainer" / "distributed.py"
+    results = []
+    for processes, batch in ((1, 4), (2, 2)):
+        out = tmp_path / f"{processes}.pt"
+        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, str(program), str(out), str(batch)]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        results.append(torch.load(out))
+    assert results[1]["processes"] == 2
+    torch.testing.assert_close(results[1]["weights"], results[0]["weights"], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,129 @@
+"""Trajectories: the invariants of the method, and both collectors against each other and against ordinary decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jacobi_hf.trainer.trajectories import AnswerConfig, collect_trajectories, record_trajectories
+
+from tests.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
+
+PROMPTS = [[5, 6, 7], [9, 3, 4, 9, 3, 4, 11], [2], [8, 8, 1, 20, 21, 3, 3, 3, 19, 4, 6]]
+
+
+def answers_of(model, prompts, answers, seed=None):
+    """What generate writes, cut behind its end token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    if seed is not None:
+        torch.manual_seed(seed)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=answers.generation_config(model))
+    end = model.generation_config.eos_token_id
+    rows = [row[width:].tolist() for row in output]
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+def check_invariants(trajectory, answer, n, pad):
+    """Method, section 1: n ids per state, the draft first, strictly fewer wrong, at most n states, the answer at the end."""
+    assert trajectory.answer_ids == answer
+    assert len(trajectory.blocks) == -(-len(answer) // n)
+    joined = [token for states in trajectory.blocks for token in states[-1]]
+    assert joined == answer + [pad] * (len(joined) - len(answer))
+    for states in trajectory.blocks:
+        assert 1 <= len(states) <= n
+        assert all(len(state) == n for state in states)
+        fixed = states[-1]
+        assert all(state[0] == fixed[0] for state in states)
+        firsts = [next((i for i in range(n) if state[i] != fixed[i]), n) for state in states]
+        assert firsts == sorted(set(firsts))
+        assert firsts[-1] == n
+
+
+cases = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(TINY),
+        "prompts": st.lists(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=4),
+        "n": st.integers(2, 9),
+        "blocks": st.integers(1, 4),
+        "end": st.none() | st.integers(1, VOCAB - 1),
+        "sampled": st.booleans(),
+        "top_k": st.sampled_from([None, 5]),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(cases)
+def test_collected_equals_recorded_equals_generate(case):
+    model, n = tiny_model(case["kind"]), case["n"]
+    answers = AnswerConfig(n * case["blocks"], do_sample=case["sampled"], temperature=0.8, top_k=case["top_k"] if case["sampled"] else None)
+    former = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = case["end"]
+    try:
+        together = collect_trajectories(model, case["prompts"], n, answers, case["seed"])
+        left_at = torch.get_rng_state()
+        expected = answers_of(model, case["prompts"], answers, case["seed"])
+        assert not case["sampled"] or torch.equal(left_at, torch.get_rng_state())
+        assert record_trajectories(model, case["prompts"], n, answers, case["seed"]) == together
+    finally:
+        model.generation_config.eos_token_id = former
+    for prompt, trajectory, answer in zip(case["prompts"], together, expected, strict=True):
+        assert trajectory.prompt_ids == prompt
+        check_invariants(trajectory, answer, n, 0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_greedy_trajectories_do_not_depend_on_the_batch(attention):
+    model = fresh_model("qwen3-sliding")
+    model.set_attn_implementation(attention)
+    answers = AnswerConfig(24)
+    together = collect_trajectories(model, PROMPTS, 6, answers)
+    assert [collect_trajectories(model, [prompt], 6, answers)[0] for prompt in PROMPTS] == together
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_once_registered(kind):
+    import jacobi_hf
+
+    model = fresh_model(kind)
+    jacobi_hf.register(type(model))
+    try:
+        recorded = record_trajectories(model, PROMPTS, 4, AnswerConfig(12))
+    finally:
+        jacobi_hf.unregister(type(model))
+    assert collect_trajectories(model, PROMPTS, 4, AnswerConfig(12)) == recorded
+
+
+def test_forwards_are_those_of_the_decoder():
+    model = tiny_model("qwen3")
+    for prompt in PROMPTS:
+        (trajectory,) = collect_trajectories(model, [prompt], 6, AnswerConfig(24))
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=25, do_sample=False, decoding="jacobi", jacobi_block_size=6, return_dict_in_generate=True
+        )
+        # The decoder's 25th token comes with the last block or with one forward more.
+        assert output.jacobi_stats.forwards == trajectory.forwards
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "answers", "message"),
+    [
+        ([[1, 2]], 1, AnswerConfig(8), "block_size=1 must be at least 2"),
+        ([[1, 2]], 5, AnswerConfig(8), "max_new_tokens=8 must be a multiple of block_size=5, for example 10"),
+        ([[1, 2], []], 4, AnswerConfig(8), "prompt 1 is empty"),
+    ],
+)
+def test_bad_input_is_named(model, prompts, n, answers, message):
+    with pytest.raises(ValueError, match=message):
+        collect_trajectories(model, prompts, n, answers)
+
+
+def test_bad_answer_configs_are_named():
+    with pytest.raises(ValueError, match="temperature=0"):
+        AnswerConfig(do_sample=True, temperature=0)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        AnswerConfig(max_new_tokens=0)

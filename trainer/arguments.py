@@ -1,0 +1,120 @@
+"""Arguments of `JacobiForcingTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jacobi_hf.trainer.collator import LAYOUTS
+from jacobi_hf.trainer.dataset import ON_BAD_ROW, TOO_LONG
+from jacobi_hf.trainer.losses import REDUCTIONS
+from jacobi_hf.trainer.mask import window_of
+from transformers import TrainingArguments
+
+from jacobi_hf.config import MULTIBLOCK, JacobiConfig
+
+
+def _text(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class JacobiForcingConfig(TrainingArguments):
+    """`TrainingArguments` for Jacobi Forcing (arXiv 2512.14681).
+
+    The defaults are one consistent set, the best of this project's ablation (docs/training.md); the paper's, the reference
+    code's and the published Qwen3-1.7B run's sets are in examples/recipes.
+
+    Parameters that describe the data:
+        block_size: n of the trajectories.
+        max_length: slots of a packed row; a batch's samples share rows where they fit.
+        too_long: what happens to a sample that does not fit, `"drop"` or `"truncate"` (its last blocks).
+        on_bad_row: what happens to a malformed record, `"raise"` or `"skip"`.
+
+    Parameters that control what noisy blocks see:
+        context: `"clean"`, `"noisy"` (noise-conditioned) or `"window"` (see `jacobi_hf.trainer.mask`).
+        window: blocks per window of `context="window"`.
+        layout: `"packed"` (one row, a mask of our own) or `"rows"` (plain causal rows, any attention).
+
+    Parameters that control the loss:
+        ar_loss_weight, consistency_loss_weight, replay_loss_weight: factors of the three terms, each a mean over its tokens in
+            the whole accumulated batch over all processes.
+        replay_ratio: replay rows per trajectory row, where a `replay_dataset` is given.
+        distill_temperature: tau of the consistency loss.
+        consistency_reduction: `"mean"` over kept slots; `"block_sum"`, mean over blocks of per-block sums (paper, eq. 8);
+            `"reference"`, per sample the mean over kept slots times `tau^2 / T` (the reference code).
+        prompt_loss: whether the AR loss covers prompts.
+        loss_chunk_numbers: numbers in a vocabulary-sized tensor of the loss; lower is less memory.
+
+    Parameters that control decoding:
+        decoding, jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: saved in the
+            checkpoint's generation config and used to measure tokens per forward. `decoding=None` saves none.
+        eval_max_new_tokens, eval_prompt_count: of the decoding part of an evaluation.
+
+    Raises:
+        ValueError: a value out of range or a combination that cannot be, named.
+    """
+
+    learning_rate: float = _text(5e-6, "Peak learning rate.")
+    lr_scheduler_type: str = _text("cosine", "Learning-rate schedule.")
+    adam_beta2: float = _text(0.95, "Second beta of AdamW.")
+    remove_unused_columns: bool = _text(False, "The collator needs the raw columns.")
+    block_size: int = _text(16, "Tokens of a block (n).")
+    max_length: int = _text(2048, "Slots of a packed row.")
+    too_long: str = _text("drop", "Samples longer than max_length: drop or truncate.")
+    on_bad_row: str = _text("raise", "Malformed records: raise or skip.")
+    context: str = _text("clean", "What noisy blocks see: clean, noisy or window.")
+    window: int | None = _text(None, "Blocks per window of context=window.")
+    layout: str = _text("packed", "packed or rows.")
+    ar_loss_weight: float = _text(3.0, "Factor of the AR loss.")
+    consistency_loss_weight: float = _text(1.0, "Factor of the consistency loss.")
+    replay_loss_weight: float = _text(3.0, "Factor of the AR loss on replay.")
+    replay_ratio: float = _text(1.0, "Replay rows per trajectory row.")
+    distill_temperature: float = _text(1.0, "Temperature of the consistency loss.")
+    consistency_reduction: str = _text("mean", "mean, block_sum or reference.")
+    prompt_loss: bool = _text(True, "Whether the AR loss covers prompts.")
+    loss_chunk_numbers: int = _text(2**24, "Numbers in a vocabulary-sized tensor of the loss.")
+    decoding: str | None = _text(MULTIBLOCK, "Decoding saved with the model and measured: jacobi, jacobi_multiblock or none.")
+    jacobi_block_size: int = _text(16, "n of that decoding.")
+    jacobi_max_blocks: int = _text(2, "K of that decoding.")
+    jacobi_activation_ratio: float = _text(0.0, "r of that decoding.")
+    jacobi_pool_size: int = _text(2, "Pool branches of that decoding.")
+    jacobi_lookup_tokens: int = _text(16, "Lookup branch of that decoding.")
+    eval_max_new_tokens: int = _text(128, "New tokens per prompt when decoding is measured.")
+    eval_prompt_count: int = _text(16, "Prompts decoded per evaluation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (
+            ("layout", LAYOUTS), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW), ("consistency_reduction", REDUCTIONS),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}.")
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} must be at least 2.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1.")
+        window_of(self.context, self.window)
+        if self.layout == "rows" and self.context == "clean":
+            raise ValueError("layout='rows' has no clean context (see jacobi_hf.trainer.collator): use layout='packed' or another context.")
+        for name in ("ar_loss_weight", "consistency_loss_weight", "replay_loss_weight", "replay_ratio"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.distill_temperature <= 0:
+            raise ValueError(f"distill_temperature={self.distill_temperature} must be above 0.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the columns that the collator reads; leave it False.")
+        self.decoding_config()
+
+    def decoding_config(self) -> JacobiConfig | None:
+        """The decoding that is saved with the model."""
+        if self.decoding is None or self.decoding == "none":
+            return None
+        return JacobiConfig(
+            decoding=self.decoding,
+            jacobi_block_size=self.jacobi_block_size,
+            jacobi_max_blocks=self.jacobi_max_blocks,
+            jacobi_activation_ratio=self.jacobi_activation_ratio,
+            jacobi_pool_size=self.jacobi_pool_size,
+            jacobi_lookup_tokens=self.jacobi_lookup_tokens,
+        )

@@ -1,0 +1,244 @@
+"""From packed records to the compact integer tensors that masks and losses are built from on the device.
+
+A *record* is a row of the published format, `prompt, k_0, l_0, k_1, l_1, ...` (noisy block, clean block), or a replay row with
+`input_ids` alone, which is ordinary text for the AR loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jacobi_hf.trainer.losses import IGNORE
+from jacobi_hf.trainer.mask import CLEAN, NOISY, PADDING, PROMPT, window_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+LAYOUTS = ("packed", "rows")
+COUNTS = ("labels", "replay labels", "pairs", "blocks", "samples")
+
+_FILL = {
+    "input_ids": 0, "position_ids": 0, "sample": PADDING, "stream": PROMPT, "block": 0, "labels": IGNORE, "replay": 0, "teacher": -1,
+    "divisor": 1, "index": -1, "attention_mask": 0,
+}  # fmt: skip
+
+
+@dataclass
+class _Row:
+    """One row under construction: an array per tensor, and what a whole row counts."""
+
+    parts: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _FILL})
+    length: int = 0
+    samples: int = 0
+    blocks: int = 0
+
+    def add(self, ids: np.ndarray, positions: np.ndarray, index: int, **tensors: np.ndarray | int) -> None:
+        given = {"input_ids": ids, "position_ids": positions, "index": index, "attention_mask": 1, **tensors}
+        for name, fill in _FILL.items():
+            value = given.get(name, fill)
+            self.parts[name].append(value if isinstance(value, np.ndarray) else np.full(len(ids), value))
+        self.length += len(ids)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A record taken apart. `noisy_Tn`, `clean_Tn` are its blocks, `end` the tokens of the answer."""
+
+    index: int
+    prompt: np.ndarray
+    noisy_Tn: np.ndarray
+    clean_Tn: np.ndarray
+    end: int
+    ended: bool
+    is_replay: bool
+
+    @property
+    def blocks(self) -> int:
+        return len(self.clean_Tn)
+
+    @property
+    def packed_length(self) -> int:
+        return len(self.prompt) + self.noisy_Tn.size + self.clean_Tn.size
+
+    def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The next token behind each prompt slot and each slot of the clean blocks."""
+        answer = self.clean_Tn.reshape(-1)
+        behind = np.full(len(answer), IGNORE)
+        behind[: max(0, self.end - 1)] = answer[1 : self.end]
+        of_prompt = np.full(len(self.prompt), IGNORE)
+        if prompt_loss or self.is_replay:
+            of_prompt[:-1] = self.prompt[1:]
+        if len(answer):
+            of_prompt[-1] = answer[0]
+        return of_prompt, behind
+
+    def kept_Tn(self) -> np.ndarray:
+        """Which slots of the noisy blocks carry a consistency loss: from the first wrong one on, where the answer goes on behind."""
+        slot_Tn = np.arange(self.clean_Tn.size).reshape(self.clean_Tn.shape)
+        wrong_Tn = (self.noisy_Tn != self.clean_Tn) & (slot_Tn < self.end)
+        behind = slot_Tn + 1 < self.end if self.ended else slot_Tn < self.end
+        kept: np.ndarray = np.logical_or.accumulate(wrong_Tn, axis=1) & behind
+        return kept
+
+
+@dataclass
+class JacobiForcingCollator:
+    """Lays a batch of records out as packed rows (`layout="packed"`) or as plain causal rows (`layout="rows"`).
+
+    Parameters:
+        block_size: n of the records.
+        eos_token_ids: an answer ends with the first of these; what follows carries no loss.
+        pad_token_id: of the padding on the right.
+        layout: `"packed"` needs the mask of `jacobi_hf.trainer.mask`; `"rows"` needs none and runs with any attention.
+        context, window: what noisy blocks see, see `jacobi_hf.trainer.mask`.
+        max_length: slots of a row. In packed rows, several samples share a row where they fit.
+        prompt_loss: whether the AR loss covers the prompt.
+        pad_to_multiple_of: round the row length up.
+
+    Returns (calling it with a list of records):
+        int tensors `(B, L)`: `input_ids`, `position_ids`, `labels` (already shifted: the token behind each slot), `replay`, `teacher` (for
+        a noisy slot with a consistency loss, its clean counterpart as an index into the flattened batch, else -1), `divisor`
+        (T times the kept slots of the sample), `index` (of the record in the dataset), and `sample`, `stream`, `block` (packed) or
+        `attention_mask` (rows); and `blocks_in_row`, `samples_in_row` `(B,)`.
+
+    Raises:
+        ValueError: an unknown layout, `layout="rows"` with the clean context, a record that does not fit.
+    """
+
+    block_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    layout: str = "packed"
+    context: str = "clean"
+    window: int | None = None
+    max_length: int = 2048
+    prompt_loss: bool = True
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r} must be one of {', '.join(map(repr, LAYOUTS))}.")
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} must be at least 2.")
+        self._bound = window_of(self.context, self.window)
+        if self.layout == "rows" and self.context == "clean":
+            raise ValueError(
+                "layout='rows' has no clean context: each noisy block would need a row of its own. Use layout='packed', or context='noisy' "
+                "or 'window'."
+            )
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of `records`, see the class."""
+        samples = [self._read(record, number) for number, record in enumerate(records)]
+        rows = self._packed_rows(samples) if self.layout == "packed" else self._causal_rows(samples)
+        length = max(row.length for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        fill = {**_FILL, "input_ids": self.pad_token_id}
+        dropped = {"attention_mask"} if self.layout == "packed" else {"sample", "stream", "block"}
+        batch = {name: np.full((len(rows), length), fill[name], dtype=np.int64) for name in _FILL if name not in dropped}
+        for number, row in enumerate(rows):
+            for name, target in batch.items():
+                target[number, : row.length] = np.concatenate(row.parts[name])
+        # A teacher was noted as (row, column); rows had no common length yet.
+        teacher = batch["teacher"]
+        batch["teacher"] = np.where(teacher < 0, -1, (teacher >> 32) * length + (teacher & 0xFFFFFFFF))
+        batch["blocks_in_row"] = np.array([row.blocks for row in rows])
+        batch["samples_in_row"] = np.array([row.samples for row in rows])
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def _read(self, record: Mapping[str, Any], number: int) -> _Sample:
+        n, index = self.block_size, int(record.get("index", number))
+        empty_Tn = np.empty((0, n), dtype=np.int64)
+        if "complete_training_sequence_ids" not in record:
+            return _Sample(index, np.asarray(record["input_ids"], dtype=np.int64)[: self.max_length], empty_Tn, empty_Tn, 0, False, True)
+        sequence = np.asarray(record["complete_training_sequence_ids"], dtype=np.int64)
+        prompt, body = np.split(sequence, [len(record["prompt_ids"])])
+        if len(body) % (2 * n):
+            raise ValueError(
+                f"record {record.get('data_id', index)!r} has {len(body)} ids behind its prompt, which are no pairs of blocks of {n}: "
+                "block_size must be that of the data."
+            )
+        blocks_T2n = body.reshape(-1, 2, n)
+        answer = blocks_T2n[:, 1].reshape(-1)
+        ends = np.isin(answer, self.eos_token_ids).nonzero()[0]
+        end = int(ends[0]) + 1 if len(ends) else len(answer)
+        return _Sample(index, prompt, blocks_T2n[:, 0], blocks_T2n[:, 1], end, bool(len(ends)), False)
+
+    def _packed_rows(self, samples: list[_Sample]) -> list[_Row]:
+        """First fit, longest first: samples share rows of at most `max_length` slots."""
+        rows: list[_Row] = []
+        for sample in sorted(samples, key=lambda s: -s.packed_length):
+            if sample.packed_length > self.max_length:
+                raise ValueError(
+                    f"record {sample.index} needs {sample.packed_length} slots, more than max_length={self.max_length}: drop or "
+                    "truncate such records (JacobiForcingTrainer does, see too_long)."
+                )
+            number = next((i for i, row in enumerate(rows) if row.length + sample.packed_length <= self.max_length), len(rows))
+            if number == len(rows):
+                rows.append(_Row())
+            self._pack(sample, rows[number], number)
+        return rows
+
+    def _pack(self, sample: _Sample, row: _Row, number: int) -> None:
+        n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
+        of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
+        own, first = row.samples, row.length + prompt_length
+        row.add(
+            sample.prompt, np.arange(prompt_length), sample.index, sample=own, labels=of_prompt, replay=int(sample.is_replay)
+        )  # fmt: skip
+        if blocks:
+            kept_Tn = sample.kept_Tn()
+            pair_T2n = np.arange(2 * n * blocks).reshape(blocks, 2, n) + first
+            teacher_Tn = np.where(kept_Tn, (number << 32) | pair_T2n[:, 1], -1)
+            ignored_Tn = np.full((blocks, n), IGNORE)
+            position_Tn = prompt_length + np.arange(n * blocks).reshape(blocks, n)
+
+            def interleave(noisy_Tn: np.ndarray, clean_Tn: np.ndarray) -> np.ndarray:
+                return np.stack([noisy_Tn, clean_Tn], 1).reshape(-1)
+
+            block_Tn = np.arange(blocks).repeat(n).reshape(blocks, n)
+            row.add(
+                interleave(sample.noisy_Tn, sample.clean_Tn), interleave(position_Tn, position_Tn), sample.index, sample=own,
+                stream=interleave(np.full((blocks, n), NOISY), np.full((blocks, n), CLEAN)), block=interleave(block_Tn, block_Tn),
+                labels=interleave(ignored_Tn, behind.reshape(blocks, n)), teacher=interleave(teacher_Tn, np.full((blocks, n), -1)),
+                divisor=max(1, int(kept_Tn.sum()) * blocks),
+            )  # fmt: skip
+        row.samples += 1
+        row.blocks += blocks
+
+    def _causal_rows(self, samples: list[_Sample]) -> list[_Row]:
+        """Per sample, one clean row `[prompt, l_0, l_1, ..]` and one per window `[prompt, l_.. of earlier windows, k_.. of its own]`."""
+        rows: list[_Row] = []
+        for sample in samples:
+            n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
+            of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
+            clean_row = len(rows)
+            rows.append(_Row(samples=1, blocks=blocks))
+            ids = np.concatenate([sample.prompt, sample.clean_Tn.reshape(-1)])
+            rows[-1].add(
+                ids, np.arange(len(ids)), sample.index, labels=np.concatenate([of_prompt, behind]), replay=int(sample.is_replay)
+            )  # fmt: skip
+            kept_Tn, bound = sample.kept_Tn(), self._bound or max(1, blocks)
+            for first in range(0, blocks, bound):
+                noisy = sample.noisy_Tn[first : first + bound].reshape(-1)
+                before = prompt_length + first * n
+                ids = np.concatenate([sample.prompt, sample.clean_Tn[:first].reshape(-1), noisy])
+                column = np.arange(len(ids))
+                kept = np.concatenate([np.zeros(before, dtype=bool), kept_Tn[first : first + bound].reshape(-1)])
+                rows.append(_Row())
+                rows[-1].add(
+                    ids, column, sample.index, teacher=np.where(kept, (clean_row << 32) | column, -1),
+                    divisor=max(1, int(kept_Tn.sum()) * blocks),
+                )  # fmt: skip
+        return rows
+
+
+def counts_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the losses of a batch are averaged over, int `(5,)` in the order of `COUNTS`."""
+    labelled, replayed = batch["labels"] != IGNORE, batch["replay"] != 0
+    counted = (labelled & ~replayed, labelled & replayed, batch["teacher"] >= 0, batch["blocks_in_row"], batch["samples_in_row"])
+    return torch.stack([c.sum() for c in counted])

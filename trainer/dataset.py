@@ -1,0 +1,245 @@
+"""Loading packed trajectories, ours and the published ones, with every row checked; and mixing in replay."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("prompt_ids", "prompt_ids_len", "complete_training_sequence_ids", "traj_position_indices")
+ON_BAD_ROW = ("raise", "skip")
+TOO_LONG = ("drop", "truncate")
+
+
+class BadRecordError(ValueError):
+    """A packed record that breaks an invariant of the format."""
+
+
+def check_record(  # noqa: C901  (one branch an invariant)
+    record: Mapping[str, Any], name: str, block_size: int | None = None, vocab_size: int | None = None
+) -> int:
+    """Check one packed record, and return its n.
+
+    The invariants (the published sets'): `prompt_ids_len == P`, the sequence begins with the prompt, `len == P + 2 n T` with
+    `T = len(traj_position_indices)`, and both blocks of a pair begin with the same, verified token.
+
+    Args:
+        name: what to call the record in an error.
+        block_size: the n it must have; None takes any.
+        vocab_size: ids must be below it; None does not look.
+
+    Raises:
+        BadRecordError: named with record and reason.
+    """
+
+    def bad(reason: str) -> BadRecordError:
+        return BadRecordError(f"{name}: {reason}")
+
+    missing = [column for column in COLUMNS if record.get(column) is None]
+    if missing:
+        raise bad(f"the columns {', '.join(missing)} are missing; a packed record has {', '.join(COLUMNS)}")
+    prompt, sequence, blocks = record["prompt_ids"], record["complete_training_sequence_ids"], len(record["traj_position_indices"])
+    if prompt and isinstance(prompt[0], Sequence):
+        prompt = prompt[0]  # one row of a 2-D tensor, as some published sets have it
+    length = len(prompt)
+    if record["prompt_ids_len"] not in (length, [length]):
+        raise bad(f"prompt_ids_len is {record['prompt_ids_len']}, but there are {length} prompt ids")
+    if not length or not blocks:
+        raise bad(f"it has {length} prompt ids and {blocks} blocks; both must be at least 1")
+    n, rest = divmod(len(sequence) - length, 2 * blocks)
+    if rest or n < 2:
+        raise bad(f"{len(sequence)} ids are not P + 2 n T with P={length}, T={blocks} and an integer n of at least 2")
+    if block_size is not None and n != block_size:
+        raise bad(f"its blocks have {n} tokens, but block_size={block_size}: set block_size={n} or collect again")
+    if list(sequence[:length]) != list(prompt):
+        raise bad("the sequence does not begin with the prompt")
+    for block in range(blocks):
+        noisy, clean = length + 2 * n * block, length + 2 * n * block + n
+        if sequence[noisy] != sequence[clean]:
+            raise bad(f"noisy and clean block {block} begin with different tokens: the blocks are not in the order k_0, l_0, k_1, l_1, ..")
+    low, high = min(sequence), max(sequence)
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise bad(f"id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}: another tokenizer's data?")
+    return n
+
+
+def load_packed(
+    source: str, split: str = "train", *, streaming: bool = False, on_bad_row: str = "raise", block_size: int | None = None, **options: Any
+) -> Any:
+    """Packed records from a JSONL or parquet file, a folder of parquet shards, or a dataset of the Hub.
+
+    Args:
+        source: path or Hub id.
+        split: of a Hub dataset.
+        streaming: read while iterating (`datasets.IterableDataset`) instead of converting first.
+        on_bad_row: `"raise"` or `"skip"` (with a warning per bad row).
+        block_size: the n that every record must have; None takes that of the first good one.
+        options: go to `datasets.load_dataset`.
+
+    Raises:
+        BadRecordError: a bad row, named by index and reason, under `on_bad_row="raise"`.
+        FileNotFoundError: a path of which nothing is there.
+    """
+    dataset = _load(source, split, streaming=streaming, **options)
+    return checked(dataset, source, on_bad_row=on_bad_row, block_size=block_size)
+
+
+def _load(source: str, split: str, *, streaming: bool, **options: Any) -> Any:
+    from datasets import load_dataset
+
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(str(f) for f in path.glob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{source} holds no parquet file.")
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming, **options)
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if path.suffix in kinds:
+        if not path.is_file():
+            raise FileNotFoundError(f"{source} does not exist.")
+        return load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=streaming, **options)
+    if path.is_absolute() or source.startswith(".") or source.count("/") > 1:  # no Hub id
+        raise FileNotFoundError(f"{source} does not exist.")
+    return load_dataset(source, split=split, streaming=streaming, **options)
+
+
+def checked(dataset: Any, name: str, *, on_bad_row: str = "raise", block_size: int | None = None, vocab_size: int | None = None) -> Any:
+    """`dataset` with every row checked by `check_record`, bad ones raising or left out.
+
+    Takes a `datasets.Dataset`, a `datasets.IterableDataset` (checked while it is read) or a list of records.
+    """
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be one of {', '.join(map(repr, ON_BAD_ROW))}.")
+    found: list[int | None] = [block_size]
+
+    def good(record: Mapping[str, Any], index: int) -> bool:
+        try:
+            n = check_record(record, f"row {index} of {name}", found[0], vocab_size)
+        except BadRecordError as error:
+            if on_bad_row == "raise":
+                raise
+            logger.warning("%s (skipped)", error)
+            return False
+        found[0] = n
+        return True
+
+    if isinstance(dataset, list):
+        return [record for index, record in enumerate(dataset) if good(record, index)]
+    columns = getattr(dataset, "column_names", None)
+    missing = [] if columns is None else [column for column in COLUMNS if column not in columns]
+    if columns is not None and missing:
+        raise BadRecordError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}.")
+    # An IterableDataset is filtered while it is read; of a Dataset, a cached result would skip the check's warnings.
+    options = {"load_from_cache_file": False} if isinstance(dataset, Sized) else {}
+    return dataset.filter(good, with_indices=True, **options)
+
+
+def fit(record: Mapping[str, Any], max_length: int, block_size: int, too_long: str) -> dict[str, Any] | None:
+    """The record in at most `max_length` slots: itself, with its last blocks cut off (`"truncate"`), or None."""
+    prompt, sequence = record["prompt_ids"], record["complete_training_sequence_ids"]
+    if prompt and isinstance(prompt[0], Sequence):
+        prompt = prompt[0]
+    if len(sequence) <= max_length:
+        return {**record, "prompt_ids": prompt}
+    blocks = (max_length - len(prompt)) // (2 * block_size)
+    if too_long == "drop" or blocks < 1:
+        return None
+    return {
+        **record,
+        "prompt_ids": prompt,
+        "complete_training_sequence_ids": sequence[: len(prompt) + 2 * block_size * blocks],
+        "traj_position_indices": record["traj_position_indices"][:blocks],
+    }
+
+
+class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
+    """Map-style training set: trajectories that fit, and `replay_ratio` rows of replay for each, the replay rows in a cycle.
+
+    Args:
+        records: packed records (a sequence).
+        replay: rows with `input_ids`, or None.
+        replay_ratio: replay rows per trajectory row.
+        max_length, block_size, too_long: see `fit`.
+
+    Attributes:
+        dropped: how many records were too long, and how many were truncated.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+
+    def __init__(
+        self, records: Any, max_length: int, block_size: int, too_long: str = "drop", replay: Any = None, replay_ratio: float = 1.0
+    ) -> None:
+        if too_long not in TOO_LONG:
+            raise ValueError(f"too_long={too_long!r} must be one of {', '.join(map(repr, TOO_LONG))}.")
+        self._records, self._replay = records, replay
+        self._fit = (max_length, block_size, too_long)
+        self.dropped: Counter[str] = Counter()
+        self._kept: list[int] = []
+        for number, record in enumerate(records):
+            fitting = fit(record, *self._fit)
+            if fitting is None:
+                self.dropped["dropped"] += 1
+                continue
+            self._kept.append(number)
+            self.dropped["truncated"] += len(fitting["complete_training_sequence_ids"]) < len(record["complete_training_sequence_ids"])
+        if not self._kept:
+            raise ValueError(
+                f"no training record is left: {self.dropped['dropped']} of {len(records)} are longer than max_length={max_length}. "
+                "Raise max_length, or set too_long='truncate'."
+            )
+        if self.dropped.total():
+            counts = (len(records), self.dropped["dropped"], self.dropped["truncated"], max_length)
+            logger.warning("of %d records, %d were dropped and %d truncated (max_length=%d)", *counts)
+        self._replayed = 0 if replay is None else round(replay_ratio * len(self._kept))
+        if self._replayed and not len(replay):
+            raise ValueError("replay_dataset is empty.")
+
+    def __len__(self) -> int:
+        return len(self._kept) + self._replayed
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self._kept):
+            record = fit(self._records[self._kept[index]], *self._fit)
+            assert record is not None
+            return {**record, "index": index}
+        # The stride is prime to most lengths, so that a short cycle takes rows from all over the replay set.
+        row = (index - len(self._kept)) * 7919 % len(self._replay)
+        return {"input_ids": self._replay[row]["input_ids"][: self._fit[0]], "index": index, "data_id": f"replay {row}"}
+
+    def name(self, index: int) -> str:
+        """What an error calls the record."""
+        return str(self[index].get("data_id", f"record {index}"))
+
+
+def tokenized_replay(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[dict[str, list[int]]]:
+    """Replay rows as `input_ids`, from a dataset with `input_ids`, `text` or `messages`; longer texts are cut into several rows.
+
+    Raises:
+        ValueError: none of these columns, or text without a tokenizer.
+    """
+    rows: list[dict[str, list[int]]] = []
+    for number, row in enumerate(dataset):
+        if row.get("input_ids") is not None:
+            ids = list(row["input_ids"])
+        elif tokenizer is None:
+            raise ValueError("replay_dataset holds text: give processing_class (the tokenizer) as well.")
+        elif row.get("text") is not None:
+            ids = tokenizer(row["text"])["input_ids"]
+            ids = [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
+        elif row.get("messages") is not None:
+            ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        else:
+            raise ValueError(f"row {number} of replay_dataset has none of the columns input_ids, text, messages; it has {', '.join(row)}.")
+        rows += [{"input_ids": ids[start : start + max_length]} for start in range(0, len(ids) - 1, max_length)]
+    return rows

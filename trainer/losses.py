@@ -1,0 +1,126 @@
+"""The two losses of Jacobi Forcing, computed from hidden states without a vocabulary-sized tensor beyond one chunk.
+
+AR: next-token cross entropy. Consistency (arXiv 2512.14681, eq. 8): cross entropy of the model's distribution at a slot of a
+noisy block against its own detached distribution at the same slot of the clean block, in the same forward.
+
+Shapes: R rows of hidden states flattened over the batch (`R = B * L`), H hidden size, V vocabulary, N rows that carry a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+REDUCTIONS = ("mean", "block_sum", "reference")
+# Vocabulary-sized tensors of a chunk hold at most this many numbers (times a handful of copies, of 4 bytes each).
+CHUNK_NUMBERS = 2**24
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each of R rows is to learn.
+
+    Attributes:
+        label_R: the next token, `IGNORE` where there is none.
+        label_weight_RG: float weights of that cross entropy in G sums (trajectories and replay, say).
+        teacher_R: for a row of a noisy block that carries a consistency loss, the row of its clean counterpart; else -1.
+        pair_weight_R: float weight of that consistency loss.
+    """
+
+    label_R: torch.Tensor
+    label_weight_RG: torch.Tensor
+    teacher_R: torch.Tensor
+    pair_weight_R: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weighted sums over a batch.
+
+    Attributes:
+        ar_G, consistency: the losses, with gradient.
+        agreeing, judged: student rows whose greedy choice already is the fixed point's next token, out of those where that
+            token is known.
+    """
+
+    ar_G: torch.Tensor
+    consistency: torch.Tensor
+    agreeing: torch.Tensor
+    judged: torch.Tensor
+
+
+def plain_losses(logits_RV: torch.Tensor, targets: Targets, temperature: float = 1.0) -> Losses:
+    """The losses from all logits at once: what `chunked_losses` is checked against."""
+    logits_RV = logits_RV.float()
+    ar_R = F.cross_entropy(logits_RV, targets.label_R, ignore_index=IGNORE, reduction="none")
+    pupil_N = (targets.teacher_R >= 0).nonzero().flatten()
+    teacher_N = targets.teacher_R[pupil_N]
+    teacher_NV = (logits_RV[teacher_N].detach() / temperature).softmax(-1)
+    student_NV = (logits_RV[pupil_N] / temperature).log_softmax(-1)
+    consistency_N = -(teacher_NV * student_NV).sum(-1)
+    judged_N = targets.label_R[teacher_N] != IGNORE
+    agreeing_N = judged_N & (student_NV.argmax(-1) == targets.label_R[teacher_N])
+    return Losses(
+        ar_R @ targets.label_weight_RG, (consistency_N * targets.pair_weight_R[pupil_N]).sum(), agreeing_N.sum(), judged_N.sum()
+    )  # fmt: skip
+
+
+def chunked_losses(
+    head: Head, hidden_RH: torch.Tensor, targets: Targets, vocab_size: int, temperature: float = 1.0, chunk_numbers: int = CHUNK_NUMBERS
+) -> Losses:
+    """The same losses from hidden states.
+
+    Only rows that carry a loss or teach reach the head, in chunks that hold a teacher together with its student, so each
+    row passes through the head once. With more than one chunk, the backward pass computes a chunk's logits again instead of
+    keeping them.
+
+    Args:
+        head: hidden states `(N, H)` to logits `(N, V)`.
+        vocab_size: V, which with `chunk_numbers` gives the rows per chunk.
+    """
+    count = len(targets.label_R)
+    student_of_R = torch.full((count + 1,), -1, dtype=torch.long, device=hidden_RH.device)
+    student_R = (targets.teacher_R >= 0).nonzero().flatten()
+    student_of_R[targets.teacher_R[student_R]] = student_R
+    student_of_R = student_of_R[:count]
+    base_N = ((targets.label_R != IGNORE) | (student_of_R >= 0)).nonzero().flatten()
+    rows = max(1, chunk_numbers // vocab_size // 2)
+    chunks = base_N.split(rows)
+    totals = hidden_RH.new_zeros(targets.label_weight_RG.shape[1] + 3, dtype=torch.float32)
+    for base_C in chunks:
+        arguments = (head, hidden_RH, base_C, student_of_R[base_C], targets, temperature)
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            part: torch.Tensor = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = _chunk(*arguments)
+        totals = totals + part
+    return Losses(totals[:-3], totals[-3], totals[-2].detach(), totals[-1].detach())
+
+
+def _chunk(
+    head: Head, hidden_RH: torch.Tensor, base_C: torch.Tensor, student_C: torch.Tensor, targets: Targets, temperature: float
+) -> torch.Tensor:
+    """`[*ar_G, consistency, agreeing, judged]` of the rows `base_C` and of the students that `student_C` pairs with them."""
+    taught_S = (student_C >= 0).nonzero().flatten()
+    student_S = student_C[taught_S]
+    logits_NV = head(hidden_RH[torch.cat([base_C, student_S])]).float()
+    base_CV, student_SV = logits_NV[: len(base_C)], logits_NV[len(base_C) :]
+    label_C = targets.label_R[base_C]
+    ar_C = F.cross_entropy(base_CV, label_C, ignore_index=IGNORE, reduction="none")
+    ar_G = ar_C @ targets.label_weight_RG[base_C]
+    if temperature != 1.0:
+        student_SV = student_SV / temperature
+    teacher_SV = (base_CV.detach()[taught_S] / temperature).softmax(-1)
+    consistency_S = F.cross_entropy(student_SV, teacher_SV, reduction="none")
+    consistency = (consistency_S * targets.pair_weight_R[student_S]).sum()
+    label_S = label_C[taught_S]
+    judged_S = label_S != IGNORE
+    agreeing = (judged_S & (student_SV.detach().argmax(-1) == label_S)).sum()
+    return torch.cat([ar_G, torch.stack([consistency, agreeing.float(), judged_S.sum().float()])])

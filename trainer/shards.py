@@ -1,0 +1,169 @@
+"""Folders of parquet shards with a manifest: each shard finished atomically, nothing half-written ever under its final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """A folder that was written under other settings, or is damaged."""
+
+
+class ShardFolder:
+    """A folder of shards that several processes may fill.
+
+    Args:
+        path: created when it is not there.
+        settings: everything that determines the rows. A folder begun under other settings is refused.
+
+    Raises:
+        ManifestError: the folder belongs to other settings, named one by one, or holds foreign files.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock")
+        with self._lock:
+            manifest = self._read()
+            if manifest is None:
+                if any(self.path.glob("*.parquet")):
+                    raise ManifestError(f"{self.path} holds parquet files but no {MANIFEST}: choose an empty folder.")
+                self._write({"settings": dict(settings), "versions": _versions(), "shards": {}, "complete": False})
+            elif differing := differences(manifest["settings"], settings):
+                raise ManifestError(
+                    f"{self.path} was begun under other settings ({'; '.join(differing)}). Go on with those, or choose another folder."
+                )
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The shards that are done, by file name, with their counts."""
+        manifest = self._read()
+        assert manifest is not None
+        return {name: counts for name, counts in manifest["shards"].items() if (self.path / name).is_file()}
+
+    def write(self, name: str, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> None:
+        """Add a shard: to a temporary file first, then under its name, then into the manifest."""
+        from datasets import Dataset
+
+        part = self.path / f".{name}.{os.getpid()}.part"
+        try:
+            Dataset.from_list([dict(row) for row in rows]).to_parquet(str(part))
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.path / name)
+        finally:
+            part.unlink(missing_ok=True)
+        with self._lock:
+            manifest = self._read()
+            assert manifest is not None
+            manifest["shards"] = dict(sorted({**manifest["shards"], name: dict(counts)}.items()))
+            self._write(manifest)
+
+    def complete(self) -> None:
+        """Note that no shard is missing, and clear what killed processes left behind."""
+        with self._lock:
+            manifest = self._read()
+            assert manifest is not None
+            for leftover in self.path.glob(".*.part"):
+                leftover.unlink()
+            self._write({**manifest, "complete": True})
+
+    def _read(self) -> dict[str, Any] | None:
+        return read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
+
+    def _write(self, manifest: Mapping[str, Any]) -> None:
+        part = self.path / f".{MANIFEST}.{os.getpid()}.part"
+        part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path / MANIFEST)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        ManifestError: there is none, or it cannot be read.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{file} does not exist: is {path} a folder that jacobi_hf.trainer wrote?") from None
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"{file} cannot be read ({error}).") from None
+    if not {"settings", "shards"} <= manifest.keys():
+        raise ManifestError(f"{file} is not a manifest of jacobi_hf.trainer.")
+    return manifest
+
+
+def read_shards(path: str | Path, *, incomplete: bool = False) -> Any:
+    """All rows of a folder as a `datasets.Dataset`.
+
+    Args:
+        incomplete: take what is there of a folder that is not finished.
+
+    Raises:
+        ManifestError: shards are missing or damaged, named; or the folder is unfinished.
+    """
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+
+    folder, manifest = Path(path), read_manifest(path)
+    if not manifest.get("complete") and not incomplete:
+        raise ManifestError(f"{folder} is not finished: run the command that writes it again, it goes on where it stopped.")
+    files = []
+    for name, counts in manifest["shards"].items():
+        file = folder / name
+        try:
+            rows = pq.ParquetFile(file).metadata.num_rows
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{file} is damaged ({error}): delete it and run the command that wrote it again.") from None
+        if rows != counts["rows"]:
+            raise ManifestError(f"{file} has {rows} rows, its manifest says {counts['rows']}: delete it and run the command again.")
+        if rows:
+            files.append(str(file))
+    if not files:
+        raise ManifestError(f"{folder} holds no rows.")
+    return load_dataset("parquet", data_files=files, split="train")
+
+
+def differences(former: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Which settings differ, each in words."""
+    plain = json.loads(json.dumps(dict(current)))
+    return [
+        f"{name}: {former.get(name)!r}, now {plain.get(name)!r}"
+        for name in sorted({*former, *plain})
+        if former.get(name) != plain.get(name)
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("jacobi-hf", "torch", "transformers", "datasets")}
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers with the same vocabulary."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Differs when a model under the same name was trained on: a hash over a few numbers of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(repr(parameter.detach().flatten()[:8].float().cpu().tolist()).encode())
+    return digest.hexdigest()[:16]

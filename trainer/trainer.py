@@ -1,0 +1,356 @@
+"""`JacobiForcingTrainer`: transformers' `Trainer` with the losses of Jacobi Forcing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jacobi_hf.trainer.collator import JacobiForcingCollator, counts_of
+from jacobi_hf.trainer.dataset import TrainingRecords, checked, tokenized_replay
+from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
+from jacobi_hf.trainer.losses import IGNORE, Head, Losses, Targets, chunked_losses
+from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
+from transformers import Trainer
+
+from jacobi_hf.attention import MaskBuilder, attention_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from jacobi_hf.trainer.arguments import JacobiForcingConfig
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Which of the collator's counts a reduction divides by.
+_AVERAGED_OVER = {"mean": 2, "block_sum": 3, "reference": 4}
+_LAYOUT_TENSORS = ("input_ids", "position_ids", "attention_mask")
+
+
+class HeadLosses:
+    """Computes the losses inside the model's forward, where the LM head is called, and spares the logits.
+
+    A pre-hook on the head takes the hidden states, calls the head chunk by chunk through `chunked_losses`, and lets the outer
+    call go on with no rows at all. So the head runs within the top-level forward, as sharding (FSDP, ZeRO-3), adapters and
+    quantisation need it.
+
+    Args:
+        head: the model's output embeddings.
+        vocab_size: numbers per row that it puts out.
+        chunk_numbers: see `chunked_losses`.
+        temperature: of the consistency loss.
+    """
+
+    def __init__(self, head: torch.nn.Module, vocab_size: int, chunk_numbers: int, temperature: float) -> None:
+        self._chunk_numbers, self._temperature = chunk_numbers, temperature
+        self._targets: Targets | None = None
+        self._losses: Losses | None = None
+        self._vocab_size = vocab_size
+        self._hook = head.register_forward_pre_hook(self._intercept)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._hook.remove()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _intercept(self, head: Head, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._targets is None:
+            return None
+        targets, self._targets = self._targets, None
+        hidden_RH = args[0].flatten(0, 1)
+        self._losses = chunked_losses(head, hidden_RH, targets, self._vocab_size, self._temperature, self._chunk_numbers)
+        return (args[0][:, :0], *args[1:])
+
+    def __call__(self, forward: Callable[[], Any], targets: Targets) -> Losses:
+        """Run `forward`, a call of the model, and return the losses of its hidden states."""
+        self._targets = targets
+        try:
+            outputs = forward()
+        finally:
+            self._targets = None
+        losses, self._losses = self._losses, None
+        if losses is None:
+            raise RuntimeError("the model's forward never called its output embeddings, so there are no losses")
+        # The sum of no logits is 0, but it ties the losses to the forward's output, which sharded modules watch.
+        return Losses(losses.ar_G + outputs.logits.float().sum(), losses.consistency, losses.agreeing, losses.judged)
+
+
+class JacobiForcingTrainer(Trainer):
+    """Finetunes a causal LM on its own Jacobi trajectories (arXiv 2512.14681).
+
+    Args:
+        model: a causal LM, or the name or path of one.
+        args: a `JacobiForcingConfig`.
+        train_dataset: packed records (`jacobi_hf.trainer.dataset`), as a `datasets.Dataset`, an `IterableDataset` or a list.
+        eval_dataset: packed records for the losses, or a dict of them.
+        eval_prompts: prompts (ids) decoded at each evaluation, by name of their set: tokens per forward and identity.
+        replay_dataset: ordinary text (`text`, `messages` or `input_ids`) mixed in against drift.
+        processing_class: the tokenizer.
+        peft_config: trains an adapter instead of the model.
+
+    Raises:
+        ValueError: data of another block size or vocabulary, `layout="packed"` with flash attention, nothing to train on.
+        FloatingPointError: a loss that is not finite, with the samples it came from; the weights are still those before it.
+    """
+
+    # compute_loss divides by the counts of the whole accumulated batch itself.
+    loss_is_scaled_for_ga = True
+    _tag_names = ("jacobi-forcing",)
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: JacobiForcingConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        eval_prompts: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        replay_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, str):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(model)
+        _check_attention(model, args)
+        model = _with_adapter(model, args, peft_config)
+        base = _base_of(model)
+        self._records = self._prepare_train(base, args, train_dataset, replay_dataset, processing_class)
+        self._eval_prompts = dict(eval_prompts or {})
+        evaluated = {
+            name: TrainingRecords(
+                checked(data, f"eval_dataset {name}", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)),
+                args.max_length, args.block_size, "drop",
+            )
+            for name, data in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items()
+            if data is not None
+        }  # fmt: skip
+        ends = _ids(base.generation_config.eos_token_id if base.generation_config is not None else None)
+        pad = _ids(base.generation_config.pad_token_id if base.generation_config is not None else None)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=JacobiForcingCollator(
+                block_size=args.block_size, eos_token_ids=ends, pad_token_id=(pad or ends or (0,))[0], layout=args.layout,
+                context=args.context,
+                window=args.window, max_length=args.max_length, prompt_loss=args.prompt_loss,
+                pad_to_multiple_of=128 if attention_of(base.config) == "flex_attention" else None,
+            ),
+            train_dataset=self._records,
+            eval_dataset=evaluated[""] if set(evaluated) == {""} else evaluated or None,
+            processing_class=processing_class,
+            **kwargs,
+        )  # fmt: skip
+        self.label_names = ["labels"]
+        self._head_losses = HeadLosses(_head_of(base), _vocabulary(base), args.loss_chunk_numbers, args.distill_temperature)
+        self._masks = MaskBuilder(base.config, base.dtype)
+        self._sums: dict[bool, torch.Tensor | None] = {True: None, False: None}
+        self._since = (time.perf_counter(), 0)
+        config = args.decoding_config()
+        if config is not None and base.generation_config is not None:
+            config.save_defaults(base)
+
+    def _prepare_train(
+        self, base: PreTrainedModel, args: JacobiForcingConfig, train_dataset: Any, replay_dataset: Any, tokenizer: Any
+    ) -> TrainingRecords | None:
+        if train_dataset is None:
+            return None
+        records = checked(
+            train_dataset, "train_dataset", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)
+        )
+        replay = None if replay_dataset is None else tokenized_replay(replay_dataset, tokenizer, args.max_length)
+        return TrainingRecords(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
+        """What each loss of the accumulated batch is averaged over (`collator.COUNTS`), summed over the processes."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([counts_of(batch) for batch in batch_samples]).sum(0).to(device)
+        return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The weighted sum of AR, replay and consistency loss of one batch, normalised over the accumulated one."""
+        args: JacobiForcingConfig = self.args
+        own = counts_of(inputs)
+        counts = own if num_items_in_batch is None else num_items_in_batch
+        targets = _targets(inputs, counts, args)
+        arguments = {name: inputs[name] for name in _LAYOUT_TENSORS if name in inputs}
+        if "attention_mask" not in inputs:
+            arguments["attention_mask"] = self._mask(inputs)
+        losses = self._head_losses(lambda: model(**arguments, use_cache=False), targets)
+        weights = losses.ar_G.new_tensor([args.ar_loss_weight, args.replay_loss_weight])
+        loss = losses.ar_G @ weights + args.consistency_loss_weight * losses.consistency
+        if not bool(torch.isfinite(loss.detach())):
+            raise FloatingPointError(self._blame(inputs))
+        self._accumulate(model.training, losses, own, counts, inputs)
+        # The processes' gradients are averaged; what was divided by the sum over all of them has to be summed.
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _mask(self, inputs: dict[str, torch.Tensor]) -> Any:
+        args: JacobiForcingConfig = self.args
+        slots = Slots(inputs["sample"], inputs["stream"], inputs["block"], inputs["position_ids"])
+        if attention_of(_base_of(self.model).config) == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            batch, length = slots.sample.shape
+            return create_block_mask(mask_mod(slots, args.context, args.window), batch, None, length, length, device=slots.sample.device)
+        return self._masks(lambda sliding: dense_mask(slots, args.context, args.window, sliding), slots.sample.device)
+
+    def _blame(self, inputs: dict[str, torch.Tensor]) -> str:
+        used = inputs["index"][inputs["index"] >= 0].unique().tolist()
+        names = [self._records.name(index) if self._records is not None and self.model.training else str(index) for index in used]
+        return (
+            f"the loss of step {self.state.global_step} is not finite; its batch held {', '.join(names)}. The weights are those before "
+            "this step: lower the learning rate, look at these samples, or resume from the last checkpoint."
+        )
+
+    def _accumulate(self, training: bool, losses: Losses, own: torch.Tensor, counts: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Keep the detached sums that the log is made of. Losses come as shares of means: undo that with the counts."""
+        averaged = [0, 1, _AVERAGED_OVER[self.args.consistency_reduction]]
+        per_loss = torch.stack([losses.ar_G[0], losses.ar_G[1], losses.consistency]).detach() * counts[averaged]
+        slots = (inputs["attention_mask"] > 0) if "attention_mask" in inputs else inputs["sample"] != PADDING
+        others = torch.stack([losses.agreeing, losses.judged, *own[averaged].float(), own[2].float(), slots.sum().float()])
+        values = torch.cat([per_loss, others.to(per_loss.dtype)]).double()
+        former = self._sums[training]
+        self._sums[training] = values if former is None else former + values
+
+    def _metrics(self, training: bool) -> dict[str, float]:
+        """Means since the last call, over all processes."""
+        sums, self._sums[training] = self._sums[training], None
+        if sums is None:
+            return {}
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        ar, replay, consistency, agreeing, judged, labels, replayed, averaged, pairs, slots = sums.tolist()
+        metrics = {
+            "ar_loss": ar / max(1, labels),
+            "consistency_loss": consistency / max(1, averaged),
+            "agreement": agreeing / max(1, judged),
+        }
+        if replayed:
+            metrics["replay_loss"] = replay / replayed
+        metrics |= {"kept_positions": pairs, "slots": slots}
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds ar_loss, consistency_loss, replay_loss, agreement, kept positions, slots per second and peak memory."""
+        if "loss" in logs:
+            metrics = self._metrics(training=True)
+            seconds = time.perf_counter() - self._since[0]
+            self._since = (time.perf_counter(), self.state.global_step)
+            if metrics:
+                metrics["slots_per_second"] = metrics["slots"] / seconds
+            if torch.cuda.is_available():
+                metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds the losses by name, and what decoding the evaluation prompts takes."""
+        self._sums[False] = None
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = self._metrics(training=False)
+        for name in ("ar_loss", "consistency_loss", "agreement"):
+            if name in metrics:
+                output.metrics[f"{prefix}_{name}"] = metrics[name]
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._decoding_metrics().items()})
+        return output
+
+    def _decoding_metrics(self) -> dict[str, float]:
+        config = self.args.decoding_config()
+        if config is None or not self._eval_prompts or not self.is_world_process_zero():
+            return {}
+        model: Any = self.accelerator.unwrap_model(self.model)
+        was_training, limit = model.training, self.args.eval_max_new_tokens
+        model.eval()
+        metrics = {}
+        for name, prompts in self._eval_prompts.items():
+            chosen = list(prompts)[: self.args.eval_prompt_count]
+            report = measure_decoding(model, chosen, config, limit)
+            same = [a == b for a, b in zip(report.outputs, ordinary_outputs(model, chosen, limit), strict=True)]
+            label = f"{name}_" if name else ""
+            metrics[f"{label}tokens_per_forward"] = report.tokens_per_forward
+            metrics[f"{label}identical"] = sum(same) / len(chosen)
+        model.train(was_training)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A plain checkpoint whose generation config carries the decoding knobs, with the key/value cache switched on again."""
+        config: Any = _base_of(self.accelerator.unwrap_model(self.model)).config
+        training, config.use_cache = config.use_cache, True
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            config.use_cache = training
+
+
+def _targets(inputs: dict[str, torch.Tensor], counts: torch.Tensor, args: JacobiForcingConfig) -> Targets:
+    """Labels, teachers, and weights that make each loss a mean over the accumulated batch."""
+    labels, replayed, pairs, blocks, samples = counts.clamp(min=1).float()
+    is_replay_R = inputs["replay"].flatten() != 0
+    label_weight_RG = torch.stack([(~is_replay_R) / labels, is_replay_R / replayed], 1)
+    teacher_R = inputs["teacher"].flatten()
+    if args.consistency_reduction == "reference":
+        pair_weight_R = args.distill_temperature**2 / samples / inputs["divisor"].flatten()
+    else:
+        pair_weight_R = (1 / (pairs if args.consistency_reduction == "mean" else blocks)).expand(len(teacher_R))
+    if args.consistency_loss_weight == 0:
+        teacher_R = torch.full_like(teacher_R, -1)
+    return Targets(inputs["labels"].flatten(), label_weight_RG, teacher_R, pair_weight_R)
+
+
+def _check_attention(model: Any, args: JacobiForcingConfig) -> None:
+    attention = attention_of(_base_of(model).config)
+    if args.layout == "packed" and "flash" in attention:
+        raise ValueError(
+            f"layout='packed' needs a mask of its own, which attn_implementation={attention!r} does not take: load the model with "
+            "attn_implementation='sdpa' or 'flex_attention', or use layout='rows' with context='noisy' or 'window'."
+        )
+
+
+def _with_adapter(model: Any, args: JacobiForcingConfig, peft_config: PeftConfig | None) -> Any:
+    if peft_config is None:
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    elif args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, peft_config)
+
+
+def _base_of(model: Any) -> Any:
+    """The transformers model under an adapter, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head_of(base: Any) -> torch.nn.Module:
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings: Jacobi Forcing trains causal language models.")
+    return head
+
+
+def _vocabulary(base: Any) -> int:
+    return int(base.get_input_embeddings().weight.shape[0])
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+__all__ = ["IGNORE", "HeadLosses", "JacobiForcingTrainer"]

@@ -1,0 +1,393 @@
+"""Jacobi trajectories of a model: what each block of an answer looks like after every iteration, from draft to fixed point.
+
+A *state* of block b is n ids: slot 0 holds the verified first token, the rest a draft (state 0) that each iteration replaces by
+the model's choices, until it equals the model's own output, the *fixed point* (arXiv 2512.14681, section 3.1). Two collectors
+give the same states:
+
+- `record_trajectories` watches `generate(decoding="jacobi")`, one block after the other: the plain way, and the oracle.
+- `collect_trajectories` lets ordinary `generate` write the answers and then iterates all blocks of all answers together, each
+  behind the clean keys and values of what precedes it. The first unsettled token of a block is known from the answer, so only
+  what lies behind it is computed.
+
+Shapes: B rows, P prompt ids, T blocks of a row, n ids of a block, C columns of clean keys and values, Q slots, V ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from jacobi_hf.attention import MaskBuilder
+from jacobi_hf.cache import JacobiStaticCache
+from jacobi_hf.selection import generator_state, set_generator_state
+from jacobi_hf.window import ids_of_the_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+State = list[int]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One answer of a model and how Jacobi iteration reaches it.
+
+    Attributes:
+        prompt_ids: what was answered.
+        answer_ids: the answer, its end-of-sequence id included.
+        blocks: per block its states, each of n ids; the first is the draft, the last the fixed point. Slots behind the end
+            of the answer hold the pad id in every state.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    blocks: list[list[State]]
+
+    @property
+    def forwards(self) -> int:
+        """Forwards that `decoding="jacobi"` needs for the answer: the prefill, and one for each state."""
+        return 1 + sum(map(len, self.blocks))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens over forwards."""
+        return len(self.answer_ids) / self.forwards
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How the model answers.
+
+    Parameters:
+        max_new_tokens: longest answer, a multiple of the block size.
+        do_sample: sample instead of greedy decoding. The noise of a position stays the same in every iteration, so that
+            the fixed point is exactly the sample.
+        temperature, top_k, top_p, min_p: of the sampling; None leaves a filter out. Other processors of the model's
+            generation config (a repetition penalty, say) are not applied.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if self.do_sample and self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; greedy answers are do_sample=False.")
+
+    def generation_config(self, model: PreTrainedModel) -> GenerationConfig:
+        """For ordinary `generate`."""
+        own = model.generation_config
+        assert own is not None
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.do_sample:
+            # Neutral values, not None: `generate` fills None from the model's own config.
+            sampling = {
+                "do_sample": True, "temperature": self.temperature, "top_k": self.top_k or 0,
+                "top_p": 1.0 if self.top_p is None else self.top_p, "min_p": 0.0 if self.min_p is None else self.min_p,
+            }  # fmt: skip
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id,
+            **sampling,
+        )  # fmt: skip
+
+    def warpers(self) -> LogitsProcessorList:
+        """What `generate` does to the scores under this config, in its order."""
+        warpers = LogitsProcessorList()
+        if not self.do_sample:
+            return warpers
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+def collect_trajectories(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    block_size: int,
+    answers: AnswerConfig | None = None,
+    seed: int | None = None,
+) -> list[Trajectory]:
+    """Trajectories of a batch of prompts, all blocks of all answers iterating together.
+
+    Args:
+        model: any registered model, in eval mode.
+        prompts: ids of each prompt, not empty.
+        block_size: n, at least 2.
+        answers: how the model answers; greedy, 256 tokens by default.
+        seed: of torch's generator, for sampling; None goes on from where it stands.
+
+    Raises:
+        ValueError: a block size below 2, an answer length that is no multiple of it, an empty prompt.
+    """
+    answers = answers or AnswerConfig()
+    _check(prompts, block_size, answers)
+    device = model.device
+    if seed is not None:
+        torch.manual_seed(seed)
+    before = generator_state(device)
+    written = _answer(model, prompts, answers)
+    after = generator_state(device)
+    blocks = _Blocks(model, prompts, written, block_size, answers.warpers(), before if answers.do_sample else None)
+    blocks.iterate()
+    set_generator_state(device, after)
+    return blocks.trajectories()
+
+
+def record_trajectories(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], block_size: int, answers: AnswerConfig | None = None, seed: int | None = None
+) -> list[Trajectory]:
+    """The same trajectories from `generate(decoding="jacobi")`, read off what goes into each forward.
+
+    Takes and raises what `collect_trajectories` does.
+    """
+    answers = answers or AnswerConfig()
+    _check(prompts, block_size, answers)
+    if seed is not None:
+        torch.manual_seed(seed)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((kwargs["input_ids"].cpu(), kwargs["position_ids"].cpu()))
+
+    config = answers.generation_config(model)
+    # One token more than the answer may have, so that the last slot of the last block is drafted too.
+    config.max_new_tokens = answers.max_new_tokens + 1
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        ids_BL = model.generate(
+            **_left_padded(model, prompts), generation_config=config, decoding="jacobi", jacobi_block_size=block_size
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    width = max(map(len, prompts))
+    ends = _end_ids(model)
+    trajectories = []
+    for row, prompt in enumerate(prompts):
+        answer = _cut(ids_BL[row, width : width + answers.max_new_tokens].tolist(), ends)
+        # The pads behind the answer are whatever generate pads with; a block's own slots count only.
+        states: list[list[State]] = [[] for _ in range(-(-len(answer) // block_size))]
+        for token_BQ, position_BQ in seen[1:]:
+            pending = int(position_BQ[row, 0]) - len(prompt)
+            block, slot = divmod(pending, block_size)
+            if block < len(states) and pending < len(answer):
+                drafted = token_BQ[row, : block_size - slot].tolist()
+                states[block].append(answer[block * block_size : pending] + drafted)
+        trajectories.append(_tidy(list(prompt), answer, states, block_size, _pad_id(model)))
+    return trajectories
+
+
+def _tidy(prompt: list[int], answer: list[int], states: list[list[State]], block_size: int, pad: int) -> Trajectory:
+    """Pads behind the answer, no state twice, the fixed point last."""
+    blocks = []
+    for number, of_block in enumerate(states):
+        fixed = answer[number * block_size : (number + 1) * block_size]
+        padding = [pad] * (block_size - len(fixed))
+        kept: list[State] = []
+        for state in of_block:
+            if state[: len(fixed)] == fixed:
+                break
+            kept.append(state[: len(fixed)] + padding)
+        blocks.append([*kept, fixed + padding])
+    return Trajectory(prompt, answer, blocks)
+
+
+def _check(prompts: Sequence[Sequence[int]], block_size: int, answers: AnswerConfig) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size={block_size} must be at least 2: a block of one token has nothing to draft.")
+    if answers.max_new_tokens % block_size:
+        near = -(-answers.max_new_tokens // block_size) * block_size
+        raise ValueError(f"max_new_tokens={answers.max_new_tokens} must be a multiple of block_size={block_size}, for example {near}.")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty.")
+
+
+def _left_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    width, device = max(map(len, prompts)), model.device
+    pad = _pad_id(model)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _answer(model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: AnswerConfig) -> list[list[int]]:
+    """What ordinary `generate` writes, end-of-sequence id included, pads not."""
+    with torch.no_grad():
+        ids_BL = model.generate(**_left_padded(model, prompts), generation_config=answers.generation_config(model), decoding=None)
+    ends, width = _end_ids(model), max(map(len, prompts))
+    return [_cut(row[width:].tolist(), ends) for row in ids_BL]
+
+
+def _end_ids(model: PreTrainedModel) -> set[int]:
+    end = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set() if end is None else set(end) if isinstance(end, list | tuple) else {int(end)}
+
+
+def _pad_id(model: PreTrainedModel) -> int:
+    config = model.generation_config
+    pad = config.pad_token_id if config is not None else None
+    return int(pad) if pad is not None else min(_end_ids(model), default=0)
+
+
+def _cut(ids: list[int], ends: set[int]) -> list[int]:
+    first = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: first + 1]
+
+
+@dataclass
+class _Blocks:
+    """All blocks of a batch of answers, between two iterations."""
+
+    model: PreTrainedModel
+    prompts: Sequence[Sequence[int]]
+    answers: list[list[int]]
+    block_size: int
+    warpers: LogitsProcessorList
+    noise: torch.Tensor | None  # the generator's state before the answers were sampled
+    _states: list[torch.Tensor] = field(default_factory=list)
+    _unsettled: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        device, n = self.model.device, self.block_size
+        batch, blocks = len(self.prompts), max(-(-len(a) // n) for a in self.answers)
+        pad = _pad_id(self.model)
+        self._length_B = torch.tensor([len(p) for p in self.prompts], device=device)
+        answer_length_B = torch.tensor([len(a) for a in self.answers], device=device)
+        answer_BL = torch.tensor([a + [pad] * (blocks * n - len(a)) for a in self.answers], device=device)
+        columns = int((self._length_B + answer_length_B).max())
+        text_BC = torch.tensor(
+            [[*p, *a, *[pad] * (columns - len(p) - len(a))] for p, a in zip(self.prompts, self.answers, strict=True)], device=device
+        )
+        self._fixed_BTn = answer_BL.view(batch, blocks, n)
+        first_T = torch.arange(blocks, device=device) * n
+        self._valid_BT = (answer_length_B[:, None] - first_T).clamp(0, n)
+        # The draft, drawn as `decoding="jacobi"` draws it: from the prompt and the answer up to the block's first token.
+        index_BL = torch.arange(blocks * n, device=device).expand(batch, -1)
+        known_BL = (self._length_B[:, None] + (index_BL // n) * n + 1).clamp(max=columns)
+        draft_BL = ids_of_the_text(index_BL, text_BC, known_BL)
+        self._state_BTn = torch.where(index_BL % n == 0, answer_BL, draft_BL).view(batch, blocks, n)
+        slot_n = torch.arange(n, device=device)
+        self._inside_BTn = slot_n < self._valid_BT[..., None]
+        self._state_BTn = torch.where(self._inside_BTn, self._state_BTn, pad)
+        self._text_BC, self._columns = text_BC, columns
+        self._masks = MaskBuilder(self.model.config, self.model.dtype)
+        self._cache = JacobiStaticCache(self.model.config, batch, columns + blocks * n, device)
+
+    def iterate(self) -> None:
+        """Until every block is at its fixed point; each state on the way is kept."""
+        with torch.no_grad():
+            self._write_clean_keys()
+            while True:
+                wrong_BTn = (self._state_BTn != self._fixed_BTn) & self._inside_BTn
+                unsettled_BT = wrong_BTn.any(-1)
+                if not bool(unsettled_BT.any()):
+                    return
+                self._states.append(self._state_BTn.cpu())
+                self._unsettled.append(unsettled_BT.cpu())
+                self._advance(wrong_BTn.long().argmax(-1), unsettled_BT)
+
+    def _write_clean_keys(self) -> None:
+        column_C = torch.arange(self._columns, device=self.model.device)
+        position_BC = column_C.expand(len(self._text_BC), -1)
+
+        def causal(window: int | None) -> torch.Tensor:
+            back_CC = column_C[:, None] - column_C
+            allowed = (back_CC >= 0) if window is None else (back_CC >= 0) & (back_CC < window)
+            return torch.nn.functional.pad(allowed, (0, extent - self._columns))[None, None].expand(len(self._text_BC), -1, -1, -1)
+
+        extent = self._cache.open_step(self._columns, 0)
+        self.model(
+            input_ids=self._text_BC, attention_mask=self._masks(causal, self.model.device), position_ids=position_BC,
+            past_key_values=self._cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        self._cache.commit(torch.full_like(self._length_B, self._columns))
+
+    def _advance(self, wrong_BT: torch.Tensor, unsettled_BT: torch.Tensor) -> None:
+        """One Jacobi iteration of the unsettled blocks; `wrong_BT` is the first slot of each that differs from the fixed point."""
+        batch, blocks, n = self._state_BTn.shape
+        slot_n = torch.arange(n, device=wrong_BT.device)
+        # The choice in front of the first wrong slot is the answer's token; the last slot of the answer predicts nothing here.
+        needed_BTn = unsettled_BT[..., None] & (slot_n >= wrong_BT[..., None]) & (slot_n < self._valid_BT[..., None] - 1)
+        corrected_BTn = torch.where(slot_n == wrong_BT[..., None], self._fixed_BTn, self._state_BTn)
+        needed_BL = needed_BTn.view(batch, -1)
+        width = int(needed_BL.sum(1).max())
+        if width:
+            index_BQ = (~needed_BL).long().argsort(dim=1, stable=True)[:, :width]
+            used_BQ = needed_BL.gather(1, index_BQ)
+            choice_BQ = self._choose(self._forward(index_BQ, used_BQ, wrong_BT), index_BQ, used_BQ)
+            corrected_BL = corrected_BTn.view(batch, -1)
+            # Slots that are not used write behind the last column.
+            target_BQ = torch.where(used_BQ, index_BQ + 1, blocks * n)
+            corrected_BL = torch.nn.functional.pad(corrected_BL, (0, 1)).scatter(1, target_BQ, choice_BQ)[:, :-1]
+            corrected_BTn = corrected_BL.view(batch, blocks, n)
+        self._state_BTn = corrected_BTn
+
+    def _forward(self, index_BQ: torch.Tensor, used_BQ: torch.Tensor, wrong_BT: torch.Tensor) -> torch.Tensor:
+        """Logits `(B, Q, V)` of the slots `index_BQ` (counted over the answer), each block behind its own clean prefix."""
+        n, columns = self.block_size, self._columns
+        position_BQ = self._length_B[:, None] + index_BQ
+        block_BQ = index_BQ // n
+        clean_BQ = self._length_B[:, None] + block_BQ * n + wrong_BT.gather(1, block_BQ)  # clean tokens in front of each slot's block
+        extent = self._cache.open_step(index_BQ.shape[1], columns)
+
+        def mask(window: int | None) -> torch.Tensor:
+            column_C = torch.arange(columns, device=index_BQ.device)
+            clean_BQC = column_C < clean_BQ[..., None]
+            own_BQQ = (block_BQ[..., None] == block_BQ[:, None]) & (index_BQ[..., None] >= index_BQ[:, None]) & used_BQ[:, None]
+            if window is not None:
+                clean_BQC &= column_C > position_BQ[..., None] - window
+                own_BQQ &= index_BQ[:, None] > index_BQ[..., None] - window
+            allowed_BQS = torch.cat([clean_BQC, own_BQQ], -1)
+            return torch.nn.functional.pad(allowed_BQS, (0, extent - allowed_BQS.shape[-1]))[:, None]
+
+        outputs = self.model(
+            input_ids=self._state_BTn.view(len(index_BQ), -1).gather(1, index_BQ),
+            attention_mask=self._masks(mask, self.model.device), position_ids=position_BQ, past_key_values=self._cache, use_cache=True,
+        )  # fmt: skip
+        logits: torch.Tensor = outputs.logits
+        return logits
+
+    def _choose(self, logits_BQV: torch.Tensor, index_BQ: torch.Tensor, used_BQ: torch.Tensor) -> torch.Tensor:
+        """The model's token behind each slot: the greedy one, or the sample under the noise of that new-token index."""
+        if self.noise is None:
+            return logits_BQV.argmax(-1)
+        choice_BQ = torch.zeros_like(index_BQ)
+        set_generator_state(logits_BQV.device, self.noise)
+        noise_BV = torch.empty_like(logits_BQV[:, 0], dtype=torch.float32)
+        # One index at a time: the noise of a whole answer would be as large as the logits once more.
+        for index in range(self._fixed_BTn.shape[1] * self.block_size):
+            noise_BV.exponential_()
+            row_N, slot_N = ((index_BQ + 1 == index) & used_BQ).nonzero(as_tuple=True)
+            if len(row_N):
+                scores_NV = self.warpers(None, logits_BQV[row_N, slot_N].float())
+                choice_BQ[row_N, slot_N] = (scores_NV.softmax(-1) / noise_BV[row_N]).argmax(-1)
+        return choice_BQ
+
+    def trajectories(self) -> list[Trajectory]:
+        """What was kept, per prompt."""
+        n, pad = self.block_size, _pad_id(self.model)
+        collected = []
+        for row, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            states: list[list[State]] = [[] for _ in range(-(-len(answer) // n))]
+            for state_BTn, unsettled_BT in zip(self._states, self._unsettled, strict=True):
+                for block in unsettled_BT[row, : len(states)].nonzero().flatten().tolist():
+                    states[block].append(state_BTn[row, block].tolist())
+            collected.append(_tidy(list(prompt), answer, states, n, pad))
+        return collected
