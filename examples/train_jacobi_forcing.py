@@ -149,6 +149,7 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
             "data": asdict(data),
             "arguments": {name: getattr(args, name) for name in JacobiForcingConfig.__annotations__},
             "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
+            "slots": sum(entry.get("slots", 0) for entry in trainer.state.log_history),
             "minutes": round(minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
             "train_metrics": output.metrics, "log": trainer.state.log_history,
         }  # fmt: skip
@@ -179,7 +180,10 @@ def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
         measured.append(Measurement(decoder=ordinary, prompts=described, quality=quality))
     measured += measurements(model, tokenizer, prompts, decoders, config.max_new_tokens)
     results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
-    results.with_measurements(measured).write(Path(config.output))
+    trained = Path(config.model) / "forcing.json"
+    report = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else None
+    training = None if report is None else {key: value for key, value in report.items() if key != "log"}
+    results.model_copy(update={"measurements": measured, "training": training}).write(Path(config.output))
     for m in measured:
         tpf = (
             f" TPF {m.tokens_per_forward:.3f} (loop-free {m.tokens_per_forward_loop_free}) slots {m.mean_slots:.1f}"

@@ -115,6 +115,7 @@ class Measurement(_Strict):
     """One decoder on one set of prompts.
 
     Attributes:
+        model: where a document compares models, the one that was measured.
         tokens_per_forward: new tokens over forwards, prefill counted, all prompts together.
         mean_slots: positions per decoding forward.
         seconds: median of the repeats, all prompts; `repeats` says how many there were.
@@ -127,6 +128,7 @@ class Measurement(_Strict):
 
     decoder: Decoder
     prompts: Prompts
+    model: str | None = None
     new_tokens: int | None = None
     forwards: int | None = None
     tokens_per_forward: float | None = None
@@ -145,6 +147,24 @@ class Measurement(_Strict):
     extra: dict[str, Any] = {}
 
 
+class Cost(_Strict):
+    """What something other than decoding takes: training, collecting, memory.
+
+    Attributes:
+        value: median of `repeats` measurements, in `unit`.
+        baseline, factor: name of another cost of the document, and this value over its.
+        setting: what it was measured with.
+    """
+
+    name: str
+    value: float
+    unit: str
+    repeats: int = 1
+    baseline: str | None = None
+    factor: float | None = None
+    setting: dict[str, Any] = {}
+
+
 class Results(_Strict):
     """A document of measured results."""
 
@@ -161,6 +181,8 @@ class Results(_Strict):
     hardware: Hardware
     software: Software
     measurements: list[Measurement] = []
+    costs: list[Cost] = []
+    training: dict[str, Any] | None = Field(default=None, description="arguments, data, minutes, steps and slots of the model's training")
 
     @classmethod
     def start(cls, what: str, model: Any, name: str) -> Self:

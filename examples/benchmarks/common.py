@@ -133,12 +133,6 @@ def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_t
     return Run(output[0, inputs["input_ids"].shape[1] :].tolist(), len(watch.starts), ended - started, watch.milliseconds(ended))
 
 
-def is_looping(tokens: list[int], tail: int = 48, longest_period: int = 19) -> bool:
-    """Whether an output ends in a loop."""
-    last = tokens[-tail:]
-    return len(last) == tail and any(last[p:] == last[:-p] for p in range(1, longest_period + 1))
-
-
 def medians_by_width(runs: list[Run]) -> dict[int, float]:
     """Median ms per forward of each width that was seen at least five times."""
     times: dict[int, list[float]] = defaultdict(list)

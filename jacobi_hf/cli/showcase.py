@@ -1,4 +1,4 @@
-"""What the demo shows: two decoders on a few prompts, streamed, coloured, then timed."""
+"""What the demo shows: decoders and models on a few prompts, streamed, coloured, then timed."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Loaded:
     name: str
     model: Any
     tokenizer: Any
+    label: str = "model"
 
 
 def examples(prompt: str | None) -> list[Example]:
@@ -63,17 +64,25 @@ def examples(prompt: str | None) -> list[Example]:
     return [Example(domain, prompts[0]) for domain, prompts in json.loads(file.read_text(encoding="utf-8"))["prompts"].items()]
 
 
-def load(name: str | None) -> Loaded:
-    """Model and tokenizer in fp32, in which the texts are equal token for token.
+def load(name: str | None) -> list[Loaded]:
+    """The model named, or the tiny checkpoint before and after Jacobi Forcing; in fp32, where texts are equal token for token.
 
     Raises:
         ValueError: no model was named and the tiny checkpoint is not there.
     """
-    source = str(TINY / "checkpoint") if name is None else name
-    if name is None and not Path(source).is_dir():
+    if name is not None:
+        return [_load(name, name, "model")]
+    if not (TINY / "checkpoint").is_dir():
         raise ValueError("the tiny checkpoint is part of the repository, not of an installed package: name a model with --model.")
+    folders = {"base": "checkpoint", "forced": "forced"}
+    return [
+        _load(str(TINY / folder), f"examples/tiny_qwen3/{folder}", label) for label, folder in folders.items() if (TINY / folder).is_dir()
+    ]
+
+
+def _load(source: str, name: str, label: str) -> Loaded:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    return Loaded(name or "examples/tiny_qwen3/checkpoint", model.eval(), AutoTokenizer.from_pretrained(source))
+    return Loaded(name, model.eval(), AutoTokenizer.from_pretrained(source), label)
 
 
 class _Painter(BaseStreamer):
@@ -110,101 +119,130 @@ class _Painter(BaseStreamer):
         return Panel(self._text, title=self._title, subtitle=footer, title_align="left", subtitle_align="left")
 
 
-def run(loaded: Loaded, shown: list[Example], max_new_tokens: int, *, quiet: bool) -> Results:
+@dataclass(frozen=True)
+class Contender:
+    """A model and a way to decode with it."""
+
+    loaded: Loaded
+    decoding: str
+    knobs: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What its panel is called."""
+        return f"{self.loaded.label}, {self.decoding}"
+
+    def write(self, prompt: str, max_new_tokens: int, **options: Any) -> Any:
+        """What `generate` returns for the prompt."""
+        inputs = self.loaded.tokenizer(prompt, return_tensors="pt").to(self.loaded.model.device)
+        return self.loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **self.knobs, **options)
+
+
+def contenders(loaded: list[Loaded]) -> list[Contender]:
+    """Ordinary decoding with the first model, and Jacobi decoding with each."""
+    knobs = jacobi_hf.JacobiConfig().to_knobs()
+    return [Contender(loaded[0], "generate", {"decoding": None}), *(Contender(one, "jacobi_multiblock", knobs) for one in loaded)]
+
+
+def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quiet: bool) -> Results:
     """Show every example and return what was measured."""
     console = Console(quiet=quiet)
     measurements: list[Measurement] = []
     for example in shown:
         console.rule(f"[bold]{example.domain}")
         if not quiet:
-            _stream(loaded, example, max_new_tokens, console)
-        measurements += _measure(loaded, example, max_new_tokens)
+            _stream(contenders(loaded), example, max_new_tokens, console)
+        measurements += _measure(contenders(loaded), example, max_new_tokens)
     console.print(_table(measurements))
-    console.print(
-        f"{loaded.name}, fp32, {torch.get_num_threads()} thread(s); seconds are medians of {REPEATS} alternating runs.", style="dim"
-    )
-    return Results.start("jacobi-hf demo: ordinary and Jacobi decoding of single prompts", loaded.model, loaded.name).with_measurements(
-        measurements
-    )
+    names = ", ".join(f"{one.label}: {one.name}" for one in loaded)
+    threads = torch.get_num_threads()
+    console.print(f"{names}; fp32, {threads} thread{'s' * (threads > 1)}; seconds are medians of {REPEATS} alternating runs;", style="dim")
+    console.print("identical: to generate() of the same model.", style="dim")
+    what = "jacobi-hf demo: ordinary and Jacobi decoding of single prompts"
+    return Results.start(what, loaded[0].model, loaded[0].name).with_measurements(measurements)
 
 
-def _decoders() -> dict[str, dict[str, Any]]:
-    return {"generate": {}, "jacobi_multiblock": jacobi_hf.JacobiConfig().to_knobs()}
-
-
-def _stream(loaded: Loaded, example: Example, max_new_tokens: int, console: Console) -> None:
-    inputs = loaded.tokenizer(example.prompt, return_tensors="pt").to(loaded.model.device)
+def _stream(shown: list[Contender], example: Example, max_new_tokens: int, console: Console) -> None:
     painters: list[_Painter] = []
 
     def redraw() -> None:
-        live.update(_side_by_side([painter.panel() for painter in painters], console.width))
+        live.update(_side_by_side([painter.panel() for painter in painters], len(shown), console.width))
 
     with Live(console=console, refresh_per_second=12) as live:
-        for name, knobs in _decoders().items():
-            painter = _Painter(loaded, name, example.prompt)
+        for contender in shown:
+            painter = _Painter(contender.loaded, contender.title, example.prompt)
             painters.append(painter)
             painter.on_token = redraw
             try:
-                loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=painter, **knobs)
+                contender.write(example.prompt, max_new_tokens, streamer=painter)
             finally:
                 painter.end()
     if not console.is_terminal:
         console.print()  # Live ends its only frame without a line break
 
 
-def _side_by_side(panels: list[Panel], width: int) -> RenderableType:
-    if width < 100:
+def _side_by_side(panels: list[Panel], columns: int, width: int) -> RenderableType:
+    if width < 50 * columns:
         return Group(*panels)
     grid = Table.grid(expand=True)
-    for _ in _decoders():
+    for _ in range(columns):
         grid.add_column(ratio=1)
-    grid.add_row(*panels, *[""] * (len(_decoders()) - len(panels)))
+    grid.add_row(*panels, *[""] * (columns - len(panels)))
     return grid
 
 
-def _measure(loaded: Loaded, example: Example, max_new_tokens: int) -> list[Measurement]:
-    inputs = loaded.tokenizer(example.prompt, return_tensors="pt").to(loaded.model.device)
-    decoders, prompt_length = _decoders(), inputs["input_ids"].shape[1]
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+def _measure(shown: list[Contender], example: Example, max_new_tokens: int) -> list[Measurement]:
+    seconds: dict[str, list[float]] = {contender.title: [] for contender in shown}
     outputs: dict[str, Any] = {}
     for _ in range(REPEATS):
-        for name, knobs in decoders.items():
+        for contender in shown:
             started = time.perf_counter()
-            outputs[name] = loaded.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=bool(knobs), **knobs
-            )  # fmt: skip
-            seconds[name].append(time.perf_counter() - started)
-    reference, output = outputs["generate"], outputs["jacobi_multiblock"]
-    tokens = reference.shape[1] - prompt_length
+            outputs[contender.title] = contender.write(example.prompt, max_new_tokens, return_dict_in_generate=True)
+            seconds[contender.title].append(time.perf_counter() - started)
+    medians = {title: statistics.median(values) for title, values in seconds.items()}
     prompts = Prompts(domain=example.domain, source="held-out prompt", count=1, max_new_tokens=max_new_tokens)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    common = {"prompts": prompts, "new_tokens": tokens, "repeats": REPEATS}
+    first = outputs[shown[0].title].sequences.shape[1] - len(shown[0].loaded.tokenizer(example.prompt)["input_ids"])
+    # Two models write two texts: speed is compared per token.
+    per_token = medians[shown[0].title] / first
+    return [_measurement(c, outputs[c.title], prompts, example, per_token, medians[c.title]) for c in shown]
+
+
+def _measurement(
+    contender: Contender, output: Any, prompts: Prompts, example: Example, baseline_seconds_per_token: float, seconds: float
+) -> Measurement:
+    prompt_tokens = len(contender.loaded.tokenizer(example.prompt)["input_ids"])
+    tokens = output.sequences.shape[1] - prompt_tokens
+    common: dict[str, Any] = {
+        "model": contender.loaded.name, "prompts": prompts, "new_tokens": tokens, "repeats": REPEATS, "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }  # fmt: skip
+    if contender.decoding == "generate":
+        ordinary = Decoder(name="generate", kind="generate")
+        return Measurement(decoder=ordinary, forwards=tokens, tokens_per_forward=1.0, mean_slots=1.0, **common)
+    reference = Contender(contender.loaded, "generate", {"decoding": None}).write(example.prompt, prompts.max_new_tokens)
     stats = output.jacobi_stats
-    ordinary = Measurement(
-        decoder=Decoder(name="generate", kind="generate"), forwards=tokens, tokens_per_forward=1.0, mean_slots=1.0,
-        seconds=medians["generate"], tokens_per_second=tokens / medians["generate"], **common,
-    )  # fmt: skip
-    jacobi = Measurement(
+    same = int(torch.equal(reference, output.sequences))
+    return Measurement(
         decoder=Decoder.of("jacobi_multiblock", jacobi_hf.JacobiConfig()),
         forwards=stats.forwards, tokens_per_forward=stats.mean_tokens_per_forward, mean_slots=stats.mean_slots,
-        seconds=medians["jacobi_multiblock"], tokens_per_second=tokens / medians["jacobi_multiblock"],
-        speedups=[Speedup(baseline="generate", factor=medians["generate"] / medians["jacobi_multiblock"])],
-        agreement=Agreement(baseline="generate", identical=int(torch.equal(reference, output.sequences)), total=1), **common,
+        speedups=[Speedup(baseline="generate", factor=tokens / seconds * baseline_seconds_per_token)],
+        agreement=Agreement(baseline="generate", identical=same, total=1), **common,
     )  # fmt: skip
-    return [ordinary, jacobi]
 
 
 def _table(measurements: list[Measurement]) -> Table:
     table = Table(title="What it took", box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("prompt", "decoding", "tokens per forward", "forwards", "seconds", "tok/s", "identical"):
-        table.add_column(column, justify="left" if column in ("prompt", "decoding") else "right", no_wrap=" " not in column)
+    for column in ("prompt", "model", "decoding", "tokens per forward", "seconds", "tok/s", "identical"):
+        left = column in ("prompt", "model", "decoding")
+        table.add_column(column, justify="left" if left else "right", no_wrap=" " not in column)
     for m in measurements:
         identical = "" if m.agreement is None else "yes" if m.agreement.identical == m.agreement.total else "NO"
+        model = {"checkpoint": "base", "forced": "forced"}.get(Path(m.model or "").name, "model")
         table.add_row(
             m.prompts.domain,
+            model,
             m.decoder.name,
             f"{m.tokens_per_forward:.2f}",
-            str(m.forwards),
             f"{m.seconds:.2f}",
             f"{m.tokens_per_second:.0f}",
             identical,

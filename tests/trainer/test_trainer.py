@@ -287,16 +287,18 @@ def test_data_that_cannot_be_trained_on_is_named(tmp_path):
         JacobiForcingTrainer(model, config(tmp_path), records(3, N, seed=1))
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Two gloo processes with a batch of 2 each end at the weights of one process with a batch of 4."""
-    program = ROOT / "tests" / "trainer" / "distributed.py"
-    results = []
-    for processes, batch in ((1, 4), (2, 2)):
-        out = tmp_path / f"{processes}.pt"
-        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, str(program), str(out), str(batch)]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-        results.append(torch.load(out))
-    assert results[1]["processes"] == 2
-    torch.testing.assert_close(results[1]["weights"], results[0]["weights"], rtol=1e-4, atol=1e-5)
+def trained_on(tmp_path, processes, batch, sharding):
+    out = tmp_path / f"{processes}-{sharding}.pt"
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "trainer" / "distributed.py"), str(out), str(batch), sharding]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("sharding", ["plain", "fsdp"])
+def test_two_processes_equal_one(tmp_path, sharding):
+    """Two gloo processes with a batch of 2 each end at the weights of one process with a batch of 4; sharded by FSDP2 too."""
+    one, two = trained_on(tmp_path, 1, 4, sharding), trained_on(tmp_path, 2, 2, sharding)
+    assert (two["processes"], two["sharded"]) == (2, sharding == "fsdp")
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)

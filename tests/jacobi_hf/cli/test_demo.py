@@ -15,10 +15,13 @@ def test_json_is_a_results_document():
     result = run(app, ["demo", "--json", "--max-new-tokens", "12"])
     assert result.exit_code == 0, result.output
     results = Results.model_validate(json.loads(result.stdout))
-    assert [m.prompts.domain for m in results.measurements] == ["code"] * 2 + ["arithmetic"] * 2 + ["prose"] * 2
-    for ordinary, jacobi in zip(results.measurements[::2], results.measurements[1::2], strict=True):
-        assert jacobi.agreement.identical == 1
-        assert jacobi.forwards <= ordinary.forwards == ordinary.new_tokens
+    for domain in ("code", "arithmetic", "prose"):
+        ordinary, *jacobi = [m for m in results.measurements if m.prompts.domain == domain]
+        assert (ordinary.decoder.name, ordinary.forwards) == ("generate", ordinary.new_tokens)
+        assert [m.model for m in jacobi] == ["examples/tiny_qwen3/checkpoint", "examples/tiny_qwen3/forced"]
+        for m in jacobi:
+            assert m.agreement.identical == 1
+            assert m.forwards <= m.new_tokens
 
 
 def test_a_prompt_of_ones_own_is_shown_side_by_side():
