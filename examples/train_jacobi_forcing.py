@@ -131,7 +131,7 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
 
         peft_config = LoraConfig(r=data.lora_r, lora_alpha=2 * data.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = JacobiForcingTrainer(
-        model=model, args=args, train_dataset=load_packed(data.train_dataset, block_size=args.block_size),
+        model=model, args=args, train_dataset=load_packed(data.train_dataset, block_size=args.block_size, tokenizer=tokenizer),
         eval_dataset=load_packed(data.eval_dataset, block_size=args.block_size) if data.eval_dataset else None, eval_prompts=prompts,
         replay_dataset=read_jsonl(data.replay_dataset) if data.replay_dataset else None, processing_class=tokenizer,
         peft_config=peft_config,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jacobi_hf.trainer.shards import MANIFEST, ManifestError, checked_shards, read_manifest, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +50,7 @@ def check_record(  # noqa: C901  (one branch an invariant)
     if missing:
         raise bad(f"the columns {', '.join(missing)} are missing; a packed record has {', '.join(COLUMNS)}")
     prompt, sequence, blocks = record["prompt_ids"], record["complete_training_sequence_ids"], len(record["traj_position_indices"])
-    if prompt and isinstance(prompt[0], Sequence):
-        prompt = prompt[0]  # one row of a 2-D tensor, as some published sets have it
+    prompt = _flat(prompt)
     length = len(prompt)
     if record["prompt_ids_len"] not in (length, [length]):
         raise bad(f"prompt_ids_len is {record['prompt_ids_len']}, but there are {length} prompt ids")
@@ -73,7 +74,14 @@ def check_record(  # noqa: C901  (one branch an invariant)
 
 
 def load_packed(
-    source: str, split: str = "train", *, streaming: bool = False, on_bad_row: str = "raise", block_size: int | None = None, **options: Any
+    source: str,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    on_bad_row: str = "raise",
+    block_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
 ) -> Any:
     """Packed records from a JSONL or parquet file, a folder of parquet shards, or a dataset of the Hub.
 
@@ -83,12 +91,19 @@ def load_packed(
         streaming: read while iterating (`datasets.IterableDataset`) instead of converting first.
         on_bad_row: `"raise"` or `"skip"` (with a warning per bad row).
         block_size: the n that every record must have; None takes that of the first good one.
+        tokenizer: that of the model; a folder that was packed for another one is refused.
         options: go to `datasets.load_dataset`.
 
     Raises:
         BadRecordError: a bad row, named by index and reason, under `on_bad_row="raise"`.
+        ManifestError: a folder of ours that is unfinished, damaged, or of another tokenizer.
         FileNotFoundError: a path of which nothing is there.
     """
+    if (Path(source) / MANIFEST).is_file():
+        former = read_manifest(source)["settings"].get("tokenizer")
+        if tokenizer is not None and former != tokenizer_fingerprint(tokenizer):
+            raise ManifestError(f"{source} was packed with another tokenizer than the model's: collect and pack again.")
+        checked_shards(source)
     dataset = _load(source, split, streaming=streaming, **options)
     return checked(dataset, source, on_bad_row=on_bad_row, block_size=block_size)
 
@@ -145,9 +160,7 @@ def checked(dataset: Any, name: str, *, on_bad_row: str = "raise", block_size: i
 
 def fit(record: Mapping[str, Any], max_length: int, block_size: int, too_long: str) -> dict[str, Any] | None:
     """The record in at most `max_length` slots: itself, with its last blocks cut off (`"truncate"`), or None."""
-    prompt, sequence = record["prompt_ids"], record["complete_training_sequence_ids"]
-    if prompt and isinstance(prompt[0], Sequence):
-        prompt = prompt[0]
+    prompt, sequence = _flat(record["prompt_ids"]), record["complete_training_sequence_ids"]
     if len(sequence) <= max_length:
         return {**record, "prompt_ids": prompt}
     blocks = (max_length - len(prompt)) // (2 * block_size)
@@ -165,10 +178,10 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
     """Map-style training set: trajectories that fit, and `replay_ratio` rows of replay for each, the replay rows in a cycle.
 
     Args:
-        records: packed records (a sequence).
+        records: packed records, a list or a `datasets.Dataset`.
+        max_length, block_size, too_long: see `fit`.
         replay: rows with `input_ids`, or None.
         replay_ratio: replay rows per trajectory row.
-        max_length, block_size, too_long: see `fit`.
 
     Attributes:
         dropped: how many records were too long, and how many were truncated.
@@ -178,32 +191,31 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, records: Any, max_length: int, block_size: int, too_long: str = "drop", replay: Any = None, replay_ratio: float = 1.0
+        self,
+        records: Any,
+        max_length: int,
+        block_size: int,
+        too_long: str = "drop",
+        replay: Sequence[Mapping[str, Any]] | None = None,
+        replay_ratio: float = 1.0,
     ) -> None:
-        if too_long not in TOO_LONG:
-            raise ValueError(f"too_long={too_long!r} must be one of {', '.join(map(repr, TOO_LONG))}.")
+        _check_mixture(too_long, replay)
         self._records, self._replay = records, replay
         self._fit = (max_length, block_size, too_long)
-        self.dropped: Counter[str] = Counter()
-        self._kept: list[int] = []
-        for number, record in enumerate(records):
-            fitting = fit(record, *self._fit)
-            if fitting is None:
-                self.dropped["dropped"] += 1
-                continue
-            self._kept.append(number)
-            self.dropped["truncated"] += len(fitting["complete_training_sequence_ids"]) < len(record["complete_training_sequence_ids"])
+        lengths, prompts = _lengths(records, "complete_training_sequence_ids"), _lengths(records, "prompt_ids")
+        fits = [length <= max_length for length in lengths]
+        cut = [not fit and too_long == "truncate" and p + 2 * block_size <= max_length for fit, p in zip(fits, prompts, strict=True)]
+        self._kept = [number for number, (whole, part) in enumerate(zip(fits, cut, strict=True)) if whole or part]
+        self.dropped = Counter({"dropped": len(lengths) - len(self._kept), "truncated": sum(cut)})
         if not self._kept:
             raise ValueError(
-                f"no training record is left: {self.dropped['dropped']} of {len(records)} are longer than max_length={max_length}. "
+                f"no training record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={max_length}. "
                 "Raise max_length, or set too_long='truncate'."
             )
         if self.dropped.total():
-            counts = (len(records), self.dropped["dropped"], self.dropped["truncated"], max_length)
+            counts = (len(lengths), self.dropped["dropped"], self.dropped["truncated"], max_length)
             logger.warning("of %d records, %d were dropped and %d truncated (max_length=%d)", *counts)
         self._replayed = 0 if replay is None else round(replay_ratio * len(self._kept))
-        if self._replayed and not len(replay):
-            raise ValueError("replay_dataset is empty.")
 
     def __len__(self) -> int:
         return len(self._kept) + self._replayed
@@ -213,6 +225,7 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
             record = fit(self._records[self._kept[index]], *self._fit)
             assert record is not None
             return {**record, "index": index}
+        assert self._replay is not None
         # The stride is prime to most lengths, so that a short cycle takes rows from all over the replay set.
         row = (index - len(self._kept)) * 7919 % len(self._replay)
         return {"input_ids": self._replay[row]["input_ids"][: self._fit[0]], "index": index, "data_id": f"replay {row}"}
@@ -220,6 +233,62 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
     def name(self, index: int) -> str:
         """What an error calls the record."""
         return str(self[index].get("data_id", f"record {index}"))
+
+
+class StreamedRecords(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """The same of records that are read while training (`datasets.IterableDataset`), in their order. Arguments as `TrainingRecords`."""
+
+    def __init__(
+        self,
+        records: Any,
+        max_length: int,
+        block_size: int,
+        too_long: str = "drop",
+        replay: Sequence[Mapping[str, Any]] | None = None,
+        replay_ratio: float = 1.0,
+    ) -> None:
+        _check_mixture(too_long, replay)
+        self._records, self._replay, self._ratio = records, replay, 0.0 if replay is None else replay_ratio
+        self._fit = (max_length, block_size, too_long)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        index, replayed, owed = 0, 0, 0.0
+        for row in self._records:
+            record = fit(row, *self._fit)
+            if record is None:
+                continue
+            yield {**record, "index": index}
+            index, owed = index + 1, owed + self._ratio
+            while owed >= 1:
+                assert self._replay is not None
+                yield {"input_ids": self._replay[replayed * 7919 % len(self._replay)]["input_ids"][: self._fit[0]], "index": index}
+                index, replayed, owed = index + 1, replayed + 1, owed - 1
+
+    def name(self, index: int) -> str:
+        """What an error calls the record."""
+        return f"row {index} of the stream, replay rows counted"
+
+
+def _check_mixture(too_long: str, replay: Any) -> None:
+    if too_long not in TOO_LONG:
+        raise ValueError(f"too_long={too_long!r} must be one of {', '.join(map(repr, TOO_LONG))}.")
+    if replay is not None and not len(replay):
+        raise ValueError("replay_dataset is empty.")
+
+
+def _lengths(records: Any, column: str) -> list[int]:
+    """Ids in a column of every record; a `datasets.Dataset` is not turned into Python lists for it."""
+    if isinstance(records, list):
+        return [len(_flat(record[column])) for record in records]
+    lengths: list[int] = []
+    for batch in records.select_columns([column]).with_format("numpy").iter(batch_size=10_000):
+        lengths += [np.size(row) for row in batch[column]]
+    return lengths
+
+
+def _flat(ids: Any) -> Any:
+    """A row of ids that may come as a 2-D tensor of one row, as some published sets have it."""
+    return ids[0] if len(ids) and isinstance(ids[0], Sequence) else ids
 
 
 def tokenized_replay(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[dict[str, list[int]]]:

@@ -71,6 +71,7 @@ class ShardFolder:
             manifest = self._read()
             assert manifest is not None
             manifest["shards"] = dict(sorted({**manifest["shards"], name: dict(counts)}.items()))
+            manifest["prompts_done"] = sum(shard.get("prompts", 0) for shard in manifest["shards"].values())
             self._write(manifest)
 
     def complete(self) -> None:
@@ -109,20 +110,27 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shards(path: str | Path, *, incomplete: bool = False) -> Any:
+def read_shards(path: str | Path) -> Any:
     """All rows of a folder as a `datasets.Dataset`.
 
-    Args:
-        incomplete: take what is there of a folder that is not finished.
+    Raises:
+        ManifestError: shards are missing or damaged, named; or the folder is unfinished.
+    """
+    from datasets import load_dataset
+
+    return load_dataset("parquet", data_files=checked_shards(path), split="train")
+
+
+def checked_shards(path: str | Path) -> list[str]:
+    """The files of a finished folder that hold rows, in order.
 
     Raises:
         ManifestError: shards are missing or damaged, named; or the folder is unfinished.
     """
     import pyarrow.parquet as pq
-    from datasets import load_dataset
 
     folder, manifest = Path(path), read_manifest(path)
-    if not manifest.get("complete") and not incomplete:
+    if not manifest.get("complete"):
         raise ManifestError(f"{folder} is not finished: run the command that writes it again, it goes on where it stopped.")
     files = []
     for name, counts in manifest["shards"].items():
@@ -137,7 +145,7 @@ def read_shards(path: str | Path, *, incomplete: bool = False) -> Any:
             files.append(str(file))
     if not files:
         raise ManifestError(f"{folder} holds no rows.")
-    return load_dataset("parquet", data_files=files, split="train")
+    return files
 
 
 def differences(former: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

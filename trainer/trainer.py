@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jacobi_hf.trainer.collator import JacobiForcingCollator, counts_of
-from jacobi_hf.trainer.dataset import TrainingRecords, checked, tokenized_replay
+from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, checked, tokenized_replay
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from jacobi_hf.trainer.losses import IGNORE, Head, Losses, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
@@ -156,14 +158,15 @@ class JacobiForcingTrainer(Trainer):
 
     def _prepare_train(
         self, base: PreTrainedModel, args: JacobiForcingConfig, train_dataset: Any, replay_dataset: Any, tokenizer: Any
-    ) -> TrainingRecords | None:
+    ) -> TrainingRecords | StreamedRecords | None:
         if train_dataset is None:
             return None
         records = checked(
             train_dataset, "train_dataset", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)
         )
         replay = None if replay_dataset is None else tokenized_replay(replay_dataset, tokenizer, args.max_length)
-        return TrainingRecords(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
+        kind = TrainingRecords if isinstance(records, Sized) else StreamedRecords
+        return kind(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
         """What each loss of the accumulated batch is averaged over (`collator.COUNTS`), summed over the processes."""
@@ -252,8 +255,7 @@ class JacobiForcingTrainer(Trainer):
             self._since = (time.perf_counter(), self.state.global_step)
             if metrics:
                 metrics["slots_per_second"] = metrics["slots"] / seconds
-            if torch.cuda.is_available():
-                metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["peak_memory_gib"] = _peak_memory() / 2**30
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
         super().log(logs, start_time)
 
@@ -289,12 +291,21 @@ class JacobiForcingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain checkpoint whose generation config carries the decoding knobs, with the key/value cache switched on again."""
-        config: Any = _base_of(self.accelerator.unwrap_model(self.model)).config
-        training, config.use_cache = config.use_cache, True
+        base = _base_of(self.accelerator.unwrap_model(self.model))
+        training, base.config.use_cache = base.config.use_cache, True
         try:
             super().save_model(output_dir, _internal_call)
         finally:
-            config.use_cache = training
+            base.config.use_cache = training
+        if base is not self.model and self.args.should_save:  # an adapter is saved without its model's generation config
+            base.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
+
+def _peak_memory() -> int:
+    """Bytes: allocated on the device, or resident where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _targets(inputs: dict[str, torch.Tensor], counts: torch.Tensor, args: JacobiForcingConfig) -> Targets:

@@ -114,8 +114,8 @@ def loss_model() -> Qwen3ForCausalLM:
     """A random model of hidden size 64 with Qwen's vocabulary."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-        max_position_embeddings=TOKENS, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=TOKENS, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
@@ -144,7 +144,8 @@ def loss_memory() -> list[Cost]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for setting in ("model", "losses"):
         command = [sys.executable, __file__, "--setting", setting]
-        used[setting] = int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1])  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603
+        used[setting] = int(done.stdout.splitlines()[-1])
     described = {"packed_tokens": TOKENS, "vocabulary": VOCAB, "hidden": 64, "bytes": used}
     return [Cost(name="losses above the model's own", value=(used["losses"] - used["model"]) / 2**30, unit="GiB", setting=described)]
 

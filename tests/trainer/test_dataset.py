@@ -8,7 +8,7 @@ import logging
 import pytest
 from datasets import Dataset
 from jacobi_hf.trainer import BadRecordError, load_packed
-from jacobi_hf.trainer.dataset import COLUMNS, TrainingRecords, check_record, checked, fit, tokenized_replay
+from jacobi_hf.trainer.dataset import COLUMNS, StreamedRecords, TrainingRecords, check_record, checked, fit, tokenized_replay
 
 from tests.trainer.records import records
 
@@ -150,3 +150,18 @@ def test_replay_takes_text_messages_and_ids():
 
 def test_columns_are_the_published_ones():
     assert set(COLUMNS) < set(records(1, N)[0])
+
+
+def test_streamed_records_are_the_same_in_order():
+    from datasets import Dataset as Arrow
+
+    data, replay = records(9, N, seed=3), [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
+    longest = max(len(r["complete_training_sequence_ids"]) for r in data)
+    whole = TrainingRecords(data, longest - 1, N, "truncate", replay, 0.5)
+    arrow = TrainingRecords(Arrow.from_list(data), longest - 1, N, "truncate", replay, 0.5)
+    assert [arrow[i] for i in range(len(arrow))] == [whole[i] for i in range(len(whole))]
+    streamed = list(StreamedRecords(Arrow.from_list(data).to_iterable_dataset(), longest - 1, N, "truncate", replay, 0.5))
+    sequences = [r["complete_training_sequence_ids"] for r in streamed if "complete_training_sequence_ids" in r]
+    assert sequences == [whole[i]["complete_training_sequence_ids"] for i in range(9)]
+    assert [r["input_ids"] for r in streamed if "input_ids" in r] == [[1, 2], [3, 4], [1, 2], [3, 4]]
+    assert [r["index"] for r in streamed] == list(range(13))

@@ -302,3 +302,16 @@ def test_two_processes_equal_one(tmp_path, sharding):
     one, two = trained_on(tmp_path, 1, 4, sharding), trained_on(tmp_path, 2, 2, sharding)
     assert (two["processes"], two["sharded"]) == (2, sharding == "fsdp")
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_streamed_dataset_trains(tmp_path):
+    from datasets import Dataset
+
+    data = Dataset.from_list(records(20, N, seed=1)).to_iterable_dataset()
+    trainer = forced(tmp_path, data, replay_dataset=[{"input_ids": [3, 4, 5]}], max_steps=3)
+    logged = [entry for entry in trainer.state.log_history if "ar_loss" in entry]
+    assert len(logged) == 3
+    assert "replay_loss" in logged[-1]
+    broken = [*records(2, N), {**records(1, N)[0], "prompt_ids_len": 99}]
+    with pytest.raises(BadRecordError, match="row 2 of train_dataset"):
+        forced(tmp_path, Dataset.from_list(broken).to_iterable_dataset(), max_steps=3)
