@@ -6,6 +6,7 @@ A *record* is a row of the published format, `prompt, k_0, l_0, k_1, l_1, ...` (
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,11 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A record taken apart. `noisy_Tn`, `clean_Tn` are its blocks, `end` the tokens of the answer."""
+    """A record taken apart: the blocks of each noisy view (N of them) and the clean ones; `end` is the length of the answer."""
 
     index: int
     prompt: np.ndarray
-    noisy_Tn: np.ndarray
+    noisy_NTn: np.ndarray
     clean_Tn: np.ndarray
     end: int
     ended: bool
@@ -61,7 +62,7 @@ class _Sample:
 
     @property
     def packed_length(self) -> int:
-        return len(self.prompt) + self.noisy_Tn.size + self.clean_Tn.size
+        return len(self.prompt) + self.noisy_NTn.size + self.clean_Tn.size
 
     def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
         """The next token behind each prompt slot and each slot of the clean blocks."""
@@ -75,12 +76,12 @@ class _Sample:
             of_prompt[-1] = answer[0]
         return of_prompt, behind
 
-    def kept_Tn(self) -> np.ndarray:
+    def kept_NTn(self) -> np.ndarray:
         """Which slots of the noisy blocks carry a consistency loss: from the first wrong one on, where the answer goes on behind."""
         slot_Tn = np.arange(self.clean_Tn.size).reshape(self.clean_Tn.shape)
-        wrong_Tn = (self.noisy_Tn != self.clean_Tn) & (slot_Tn < self.end)
+        wrong_NTn = (self.noisy_NTn != self.clean_Tn) & (slot_Tn < self.end)
         behind = slot_Tn + 1 < self.end if self.ended else slot_Tn < self.end
-        kept: np.ndarray = np.logical_or.accumulate(wrong_Tn, axis=1) & behind
+        kept: np.ndarray = np.logical_or.accumulate(wrong_NTn, axis=2) & behind
         return kept
 
 
@@ -96,6 +97,7 @@ class JacobiForcingCollator:
         context, window: what noisy blocks see, see `jacobi_hf.trainer.mask`.
         max_length: slots of a row. In packed rows, several samples share a row where they fit.
         prompt_loss: whether the AR loss covers the prompt.
+        noisy: whether noisy blocks are laid out at all; without a consistency loss nothing needs them.
         pad_to_multiple_of: round the row length up.
 
     Returns (calling it with a list of records):
@@ -116,6 +118,7 @@ class JacobiForcingCollator:
     window: int | None = None
     max_length: int = 2048
     prompt_loss: bool = True
+    noisy: bool = True
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
@@ -154,7 +157,8 @@ class JacobiForcingCollator:
         n, index = self.block_size, int(record.get("index", number))
         empty_Tn = np.empty((0, n), dtype=np.int64)
         if "complete_training_sequence_ids" not in record:
-            return _Sample(index, np.asarray(record["input_ids"], dtype=np.int64)[: self.max_length], empty_Tn, empty_Tn, 0, False, True)
+            ids = np.asarray(record["input_ids"], dtype=np.int64)[: self.max_length]
+            return _Sample(index, ids, empty_Tn[None], empty_Tn, 0, ended=False, is_replay=True)
         sequence = np.asarray(record["complete_training_sequence_ids"], dtype=np.int64)
         prompt, body = np.split(sequence, [len(record["prompt_ids"])])
         if len(body) % (2 * n):
@@ -166,7 +170,11 @@ class JacobiForcingCollator:
         answer = blocks_T2n[:, 1].reshape(-1)
         ends = np.isin(answer, self.eos_token_ids).nonzero()[0]
         end = int(ends[0]) + 1 if len(ends) else len(answer)
-        return _Sample(index, prompt, blocks_T2n[:, 0], blocks_T2n[:, 1], end, bool(len(ends)), False)
+        others = np.asarray(record.get("more_noisy_ids") or [], dtype=np.int64).reshape(-1, len(blocks_T2n), n)
+        noisy_NTn = np.concatenate([blocks_T2n[None, :, 0], others])
+        if not self.noisy:
+            noisy_NTn = noisy_NTn[:0]
+        return _Sample(index, prompt, noisy_NTn, blocks_T2n[:, 1], end, ended=bool(len(ends)), is_replay=False)
 
     def _packed_rows(self, samples: list[_Sample]) -> list[_Row]:
         """First fit, longest first: samples share rows of at most `max_length` slots."""
@@ -191,22 +199,36 @@ class JacobiForcingCollator:
             sample.prompt, np.arange(prompt_length), sample.index, sample=own, labels=of_prompt, replay=int(sample.is_replay)
         )  # fmt: skip
         if blocks:
-            kept_Tn = sample.kept_Tn()
-            pair_T2n = np.arange(2 * n * blocks).reshape(blocks, 2, n) + first
-            teacher_Tn = np.where(kept_Tn, (number << 32) | pair_T2n[:, 1], -1)
-            ignored_Tn = np.full((blocks, n), IGNORE)
-            position_Tn = prompt_length + np.arange(n * blocks).reshape(blocks, n)
+            kept_NTn = sample.kept_NTn()
+            views = len(kept_NTn)
+            # Per block: the first noisy view, the clean block, the other views; only the first two are the published format's.
+            clean_at = min(1, views)
+            place_TV = np.arange(blocks)[:, None] * (views + 1) + np.arange(views + 1)
+            slot_TVn = place_TV[..., None] * n + np.arange(n) + first
+            teacher_NTn = np.where(kept_NTn, (number << 32) | slot_TVn[:, clean_at], -1)
+            order = [place for place in range(views + 1) if place != clean_at]
 
-            def interleave(noisy_Tn: np.ndarray, clean_Tn: np.ndarray) -> np.ndarray:
-                return np.stack([noisy_Tn, clean_Tn], 1).reshape(-1)
+            def laid_out(noisy_NTn: np.ndarray, clean_Tn: np.ndarray) -> np.ndarray:
+                whole_TVn = np.empty((blocks, views + 1, n), dtype=np.int64)
+                whole_TVn[:, order], whole_TVn[:, clean_at] = noisy_NTn.swapaxes(0, 1), clean_Tn
+                return whole_TVn.reshape(-1)
 
-            block_Tn = np.arange(blocks).repeat(n).reshape(blocks, n)
+            def everywhere(value_Tn: np.ndarray) -> np.ndarray:
+                return laid_out(np.broadcast_to(value_Tn, kept_NTn.shape), value_Tn)
+
+            nothing_NTn, nothing_Tn = np.full(kept_NTn.shape, IGNORE), np.full((blocks, n), -1)
+            stream_NTn = np.broadcast_to(NOISY + np.arange(views)[:, None, None], kept_NTn.shape)
             row.add(
-                interleave(sample.noisy_Tn, sample.clean_Tn), interleave(position_Tn, position_Tn), sample.index, sample=own,
-                stream=interleave(np.full((blocks, n), NOISY), np.full((blocks, n), CLEAN)), block=interleave(block_Tn, block_Tn),
-                labels=interleave(ignored_Tn, behind.reshape(blocks, n)), teacher=interleave(teacher_Tn, np.full((blocks, n), -1)),
-                divisor=max(1, int(kept_Tn.sum()) * blocks),
-            )  # fmt: skip
+                laid_out(sample.noisy_NTn, sample.clean_Tn),
+                everywhere(prompt_length + np.arange(n * blocks).reshape(blocks, n)),
+                sample.index,
+                sample=own,
+                stream=laid_out(stream_NTn, np.full((blocks, n), CLEAN)),
+                block=everywhere(np.arange(blocks).repeat(n).reshape(blocks, n)),
+                labels=laid_out(nothing_NTn, behind.reshape(blocks, n)),
+                teacher=laid_out(teacher_NTn, nothing_Tn),
+                divisor=max(1, int(kept_NTn.sum()) * blocks),
+            )
         row.samples += 1
         row.blocks += blocks
 
@@ -222,17 +244,17 @@ class JacobiForcingCollator:
             rows[-1].add(
                 ids, np.arange(len(ids)), sample.index, labels=np.concatenate([of_prompt, behind]), replay=int(sample.is_replay)
             )  # fmt: skip
-            kept_Tn, bound = sample.kept_Tn(), self._bound or max(1, blocks)
-            for first in range(0, blocks, bound):
-                noisy = sample.noisy_Tn[first : first + bound].reshape(-1)
+            kept_NTn, bound = sample.kept_NTn(), self._bound or max(1, blocks)
+            for view, first in itertools.product(range(len(kept_NTn)), range(0, blocks, bound)):
+                noisy = sample.noisy_NTn[view, first : first + bound].reshape(-1)
                 before = prompt_length + first * n
                 ids = np.concatenate([sample.prompt, sample.clean_Tn[:first].reshape(-1), noisy])
                 column = np.arange(len(ids))
-                kept = np.concatenate([np.zeros(before, dtype=bool), kept_Tn[first : first + bound].reshape(-1)])
+                kept = np.concatenate([np.zeros(before, dtype=bool), kept_NTn[view, first : first + bound].reshape(-1)])
                 rows.append(_Row())
                 rows[-1].add(
                     ids, column, sample.index, teacher=np.where(kept, (clean_row << 32) | column, -1),
-                    divisor=max(1, int(kept_Tn.sum()) * blocks),
+                    divisor=max(1, int(kept_NTn.sum()) * blocks),
                 )  # fmt: skip
         return rows
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from jacobi_hf.trainer.shards import MANIFEST, ManifestError, checked_shards, read_manifest, tokenizer_fingerprint
 
@@ -67,6 +68,9 @@ def check_record(  # noqa: C901  (one branch an invariant)
         noisy, clean = length + 2 * n * block, length + 2 * n * block + n
         if sequence[noisy] != sequence[clean]:
             raise bad(f"noisy and clean block {block} begin with different tokens: the blocks are not in the order k_0, l_0, k_1, l_1, ..")
+    for view in record.get("more_noisy_ids") or []:
+        if len(view) != n * blocks or any(view[n * b] != sequence[length + 2 * n * b] for b in range(blocks)):
+            raise bad(f"a view in more_noisy_ids does not have {blocks} blocks of {n} with the first tokens of the clean ones")
     low, high = min(sequence), max(sequence)
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise bad(f"id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}: another tokenizer's data?")
@@ -158,16 +162,24 @@ def checked(dataset: Any, name: str, *, on_bad_row: str = "raise", block_size: i
     return dataset.filter(good, with_indices=True, **options)
 
 
+def slots_of(record: Mapping[str, Any]) -> int:
+    """Slots of a packed row that a record takes, its further noisy views included."""
+    return len(record["complete_training_sequence_ids"]) + sum(map(len, record.get("more_noisy_ids") or []))
+
+
 def fit(record: Mapping[str, Any], max_length: int, block_size: int, too_long: str) -> dict[str, Any] | None:
     """The record in at most `max_length` slots: itself, with its last blocks cut off (`"truncate"`), or None."""
     prompt, sequence = _flat(record["prompt_ids"]), record["complete_training_sequence_ids"]
-    if len(sequence) <= max_length:
+    if slots_of(record) <= max_length:
         return {**record, "prompt_ids": prompt}
-    blocks = (max_length - len(prompt)) // (2 * block_size)
+    views = record.get("more_noisy_ids") or []
+    blocks = (max_length - len(prompt)) // ((2 + len(views)) * block_size)
     if too_long == "drop" or blocks < 1:
         return None
+    more = {"more_noisy_ids": [view[: block_size * blocks] for view in views]} if views else {}
     return {
         **record,
+        **more,
         "prompt_ids": prompt,
         "complete_training_sequence_ids": sequence[: len(prompt) + 2 * block_size * blocks],
         "traj_position_indices": record["traj_position_indices"][:blocks],
@@ -202,11 +214,14 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
         _check_mixture(too_long, replay)
         self._records, self._replay = records, replay
         self._fit = (max_length, block_size, too_long)
-        lengths, prompts = _lengths(records, "complete_training_sequence_ids"), _lengths(records, "prompt_ids")
-        fits = [length <= max_length for length in lengths]
-        cut = [not fit and too_long == "truncate" and p + 2 * block_size <= max_length for fit, p in zip(fits, prompts, strict=True)]
-        self._kept = [number for number, (whole, part) in enumerate(zip(fits, cut, strict=True)) if whole or part]
-        self.dropped = Counter({"dropped": len(lengths) - len(self._kept), "truncated": sum(cut)})
+        lengths = list(_slots(records))
+        self._kept = [
+            number
+            for number, length in enumerate(lengths)
+            if length <= max_length or (too_long == "truncate" and fit(records[number], *self._fit) is not None)
+        ]
+        truncated = sum(lengths[number] > max_length for number in self._kept)
+        self.dropped = Counter({"dropped": len(lengths) - len(self._kept), "truncated": truncated})
         if not self._kept:
             raise ValueError(
                 f"no training record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={max_length}. "
@@ -276,14 +291,17 @@ def _check_mixture(too_long: str, replay: Any) -> None:
         raise ValueError("replay_dataset is empty.")
 
 
-def _lengths(records: Any, column: str) -> list[int]:
-    """Ids in a column of every record; a `datasets.Dataset` is not turned into Python lists for it."""
+def _slots(records: Any) -> Iterator[int]:
+    """`slots_of` every record; a `datasets.Dataset` is not turned into Python lists for it."""
     if isinstance(records, list):
-        return [len(_flat(record[column])) for record in records]
-    lengths: list[int] = []
-    for batch in records.select_columns([column]).with_format("numpy").iter(batch_size=10_000):
-        lengths += [np.size(row) for row in batch[column]]
-    return lengths
+        yield from map(slots_of, records)
+        return
+    columns = [name for name in ("complete_training_sequence_ids", "more_noisy_ids") if name in records.column_names]
+    for batch in records.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        lengths = pc.list_value_length(batch[columns[0]]).to_numpy()
+        if len(columns) > 1:
+            lengths = lengths + np.array([sum(map(len, views or [])) for views in batch[columns[1]].to_pylist()])
+        yield from map(int, lengths)
 
 
 def _flat(ids: Any) -> Any:

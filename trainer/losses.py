@@ -77,44 +77,59 @@ def chunked_losses(
 ) -> Losses:
     """The same losses from hidden states.
 
-    Only rows that carry a loss or teach reach the head, in chunks that hold a teacher together with its student, so each
-    row passes through the head once. With more than one chunk, the backward pass computes a chunk's logits again instead of
-    keeping them.
+    Only rows that carry a loss or teach reach the head, in chunks that hold teachers together with their students, so that
+    with one student a teacher each row passes through the head once. With more than one chunk, the backward pass computes a
+    chunk's logits again instead of keeping them.
 
     Args:
         head: hidden states `(N, H)` to logits `(N, V)`.
         vocab_size: V, which with `chunk_numbers` gives the rows per chunk.
     """
-    count = len(targets.label_R)
-    student_of_R = torch.full((count + 1,), -1, dtype=torch.long, device=hidden_RH.device)
-    student_R = (targets.teacher_R >= 0).nonzero().flatten()
-    student_of_R[targets.teacher_R[student_R]] = student_R
-    student_of_R = student_of_R[:count]
-    base_N = ((targets.label_R != IGNORE) | (student_of_R >= 0)).nonzero().flatten()
+    student_N = (targets.teacher_R >= 0).nonzero().flatten()
+    teacher_N = targets.teacher_R[student_N]
+    student_N, teacher_N = student_N[teacher_N.argsort(stable=True)], teacher_N.sort(stable=True).values
+    is_base_R = targets.label_R != IGNORE
+    is_base_R = is_base_R.scatter(0, teacher_N, torch.ones_like(teacher_N, dtype=torch.bool))
+    base_N = is_base_R.nonzero().flatten()
+    # Where each student's teacher stands among the base rows; both are in order, so a chunk's students are neighbours.
+    place_N = torch.searchsorted(base_N, teacher_N)
     rows = max(1, chunk_numbers // vocab_size // 2)
-    chunks = base_N.split(rows)
+    firsts = list(range(0, len(base_N), rows))
+    begins = torch.searchsorted(place_N, torch.tensor(firsts, dtype=torch.long, device=place_N.device)).tolist()
     totals = hidden_RH.new_zeros(targets.label_weight_RG.shape[1] + 3, dtype=torch.float32)
-    for base_C in chunks:
-        arguments = (head, hidden_RH, base_C, student_of_R[base_C], targets, temperature)
-        if len(chunks) > 1 and torch.is_grad_enabled():
-            part: torch.Tensor = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            part = _chunk(*arguments)
-        totals = totals + part
+    for first, begin, end in zip(firsts, begins, [*begins[1:], len(place_N)], strict=False):
+        # Students beyond the size of a chunk come in rounds of their own, with their teachers computed again.
+        for start in range(begin, max(end, begin + 1), rows):
+            stop = min(end, start + rows)
+            base_C = base_N[first : first + rows]
+            arguments = (head, hidden_RH, base_C, place_N[start:stop] - first, student_N[start:stop], targets, start == begin, temperature)
+            if len(base_N) + len(student_N) > 2 * rows and torch.is_grad_enabled():
+                part: torch.Tensor = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                part = _chunk(*arguments)
+            totals = totals + part
     return Losses(totals[:-3], totals[-3], totals[-2].detach(), totals[-1].detach())
 
 
 def _chunk(
-    head: Head, hidden_RH: torch.Tensor, base_C: torch.Tensor, student_C: torch.Tensor, targets: Targets, temperature: float
+    head: Head,
+    hidden_RH: torch.Tensor,
+    base_C: torch.Tensor,
+    taught_S: torch.Tensor,
+    student_S: torch.Tensor,
+    targets: Targets,
+    with_ar: bool,
+    temperature: float,
 ) -> torch.Tensor:
-    """`[*ar_G, consistency, agreeing, judged]` of the rows `base_C` and of the students that `student_C` pairs with them."""
-    taught_S = (student_C >= 0).nonzero().flatten()
-    student_S = student_C[taught_S]
+    """`[*ar_G, consistency, agreeing, judged]` of the rows `base_C` and of the students `student_S` of `base_C[taught_S]`."""
     logits_NV = head(hidden_RH[torch.cat([base_C, student_S])]).float()
     base_CV, student_SV = logits_NV[: len(base_C)], logits_NV[len(base_C) :]
     label_C = targets.label_R[base_C]
-    ar_C = F.cross_entropy(base_CV, label_C, ignore_index=IGNORE, reduction="none")
-    ar_G = ar_C @ targets.label_weight_RG[base_C]
+    if with_ar:
+        ar_C = F.cross_entropy(base_CV, label_C, ignore_index=IGNORE, reduction="none")
+        ar_G = ar_C @ targets.label_weight_RG[base_C]
+    else:
+        ar_G = torch.zeros_like(targets.label_weight_RG[0])
     if temperature != 1.0:
         student_SV = student_SV / temperature
     teacher_SV = (base_CV.detach()[taught_S] / temperature).softmax(-1)

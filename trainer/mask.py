@@ -9,8 +9,9 @@ The prompt is causal and seen by everybody; a block sees itself causally. What e
 | `"window"`: NC with intra-window clean context (NC-IC) | clean blocks of earlier windows, noisy ones of its own window | same |
 | `"clean"`: clean context (as CLLM trains) | all clean blocks before it | same |
 
-So all three are one rule with a window of infinitely many, `window` or one block. Where a row holds several samples, none sees
-another. `python -m jacobi_hf.trainer.mask FILE.png` draws the masks.
+So all three are one rule with a window of infinitely many, `window` or one block. Several noisy views of a sample may share its prompt
+and clean blocks; no view sees another. Where a row holds several samples, none sees another.
+`python -m jacobi_hf.trainer.mask FILE.png` draws the masks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 import torch
 
 CONTEXTS = ("noisy", "window", "clean")
-PROMPT, NOISY, CLEAN = 0, 1, 2
+# A stream from NOISY on is one noisy view of the sample; there may be several.
+PROMPT, CLEAN, NOISY = 0, 1, 2
 PADDING = -1
 
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,7 +37,7 @@ class Slots:
 
     Attributes:
         sample: number of the sample within the row, `PADDING` for padding.
-        stream: `PROMPT`, `NOISY` or `CLEAN`.
+        stream: `PROMPT`, `CLEAN`, or `NOISY` plus the number of the noisy view.
         block: number of the block within the sample; 0 in the prompt.
         position: position id within the sample.
     """
@@ -76,11 +78,11 @@ def mask_mod(slots: Slots, context: str, window: int | None = None, sliding_wind
         same_block = (stream_q == stream_k) & (block_q == block_k) & (q >= kv)
         earlier = block_k < block_q
         if bound is None:
-            context_of_noisy = (stream_k == NOISY) & earlier
+            context_of_noisy = (stream_k == stream_q) & earlier
         else:
             same_window = block_q // bound == block_k // bound
-            context_of_noisy = earlier & torch.where(same_window, stream_k == NOISY, stream_k == CLEAN)
-        context = torch.where(stream_q == NOISY, context_of_noisy, (stream_k == CLEAN) & earlier)
+            context_of_noisy = earlier & torch.where(same_window, stream_k == stream_q, stream_k == CLEAN)
+        context = torch.where(stream_q >= NOISY, context_of_noisy, (stream_k == CLEAN) & earlier)
         to_prompt = (stream_k == PROMPT) & (stream_q != PROMPT)
         inside = (slots.sample[b, q] == slots.sample[b, kv]) & (slots.sample[b, q] != PADDING)
         result = inside & (same_block | to_prompt | ((stream_q != PROMPT) & context))
@@ -121,9 +123,8 @@ def draw(path: Path, prompt_length: int = 3, blocks: int = 4, block_size: int = 
     from matplotlib.figure import Figure
 
     slots = sample_slots(prompt_length, blocks, block_size)
-    names = ["p"] * prompt_length + [
-        f"{'kl'[s - 1]}{b}" for s, b in zip(slots.stream[0].tolist(), slots.block[0].tolist(), strict=True) if s
-    ]
+    streams, numbers = slots.stream[0].tolist(), slots.block[0].tolist()
+    names = ["p" if s == PROMPT else f"{'lk'[s - CLEAN]}{b}" for s, b in zip(streams, numbers, strict=True)]
     titles = {"noisy": "noise-conditioned", "window": f"clean context outside windows of {window}", "clean": "clean context"}
     figure = Figure(figsize=(15, 5.4), layout="constrained")
     for number, (context, title) in enumerate(titles.items(), 1):
@@ -131,7 +132,7 @@ def draw(path: Path, prompt_length: int = 3, blocks: int = 4, block_size: int = 
         allowed = dense_mask(slots, context, window)[0, 0]
         # Coloured by what is seen: prompt, noisy, clean.
         colour = torch.where(allowed, slots.stream[0] + 1, 0)
-        axes.imshow(colour.numpy(), cmap=ListedColormap(["#ffffff", "#9aa5b1", "#e07b39", "#2a7f9e"]), vmin=0, vmax=3)
+        axes.imshow(colour.numpy(), cmap=ListedColormap(["#ffffff", "#9aa5b1", "#2a7f9e", "#e07b39"]), vmin=0, vmax=3)
         axes.set_title(title)
         axes.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
         axes.set_yticks(range(len(names)), names, fontsize=6)

@@ -33,6 +33,7 @@ class PackConfig:
         max_blocks: leave out samples of more blocks (`traj_count` of published runs).
         buckets: length buckets to keep, "8-11" or "3,5": the number in `data_id`, which ours count in 32 prompt tokens.
         visits: records per trajectory, each with its own phase.
+        views: noisy versions within a record, which share prompt and clean blocks (the published format has one).
         schedule, window, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`.
         shard_size: records per file.
         seed: of the choice, the order and the phases.
@@ -44,6 +45,7 @@ class PackConfig:
     max_blocks: int | None = _text(None, "Leave out samples of more blocks.")
     buckets: str | None = _text(None, "Length buckets to keep, for example 8-11.")
     visits: int = _text(1, "Records per trajectory.")
+    views: int = _text(1, "Noisy versions within a record.")
     schedule: str = _text("progressive", "progressive, reverse, random, cyclic or constant.")
     window: int = _text(8, "Levels of the schedule (w).")
     min_noise: float = _text(0.0, "Lowest noise.")
@@ -55,7 +57,7 @@ class PackConfig:
     seed: int = _text(0, "Seed.")
 
     def __post_init__(self) -> None:
-        for name in ("visits", "shard_size"):
+        for name in ("visits", "views", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         self.noise_schedule()
@@ -159,14 +161,14 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
         if name in done:
             continue
         records = [
-            _record(data[folder][index], schedule, visit, config.seed)
-            for visit, folder, index in visited[start : start + config.shard_size]
+            _record(data[folder][index], schedule, visit, config) for visit, folder, index in visited[start : start + config.shard_size]
         ]
         shards.write(name, records, {"rows": len(records)})
     shards.complete()
     return amounts
 
 
-def _record(row: Mapping[str, Any], schedule: NoiseSchedule, visit: int, seed: int) -> dict[str, Any]:
+def _record(row: Mapping[str, Any], schedule: NoiseSchedule, visit: int, config: PackConfig) -> dict[str, Any]:
     trajectory = Trajectory(row["prompt_ids"], row["answer_ids"], row["blocks"])
-    return pack(trajectory, schedule, row["data_id"], random.Random(f"{seed}/{row['data_id']}/{visit}"))
+    rng = random.Random(f"{config.seed}/{row['data_id']}/{visit}")
+    return pack(trajectory, schedule, row["data_id"], rng, config.views)

@@ -110,8 +110,13 @@ def noise_of(state: State, fixed: State, length: int, definition: str) -> float:
     return (length - wrong[0] if definition == "suffix" else len(wrong)) / len(fixed)
 
 
-def pack(trajectory: Trajectory, schedule: NoiseSchedule, data_id: str, rng: random.Random) -> dict[str, Any]:
-    """The packed record of one sample, `prompt, k_0, l_0, k_1, l_1, ...`, with the fields of the published sets."""
+def pack(trajectory: Trajectory, schedule: NoiseSchedule, data_id: str, rng: random.Random, views: int = 1) -> dict[str, Any]:
+    """The packed record of one sample, `prompt, k_0, l_0, k_1, l_1, ...`, with the fields of the published sets.
+
+    Args:
+        views: noisy versions of the sample, each with its own phase. Those beyond the first, which the published format has no
+            place for, are in `more_noisy_ids`, block after block.
+    """
     blocks = trajectory.blocks
     n = len(blocks[0][-1])
     lengths = [min(n, len(trajectory.answer_ids) - n * block) for block in range(len(blocks))]
@@ -119,7 +124,12 @@ def pack(trajectory: Trajectory, schedule: NoiseSchedule, data_id: str, rng: ran
     sequence = list(trajectory.prompt_ids)
     for states, index in zip(blocks, chosen, strict=True):
         sequence += [*states[index], *states[-1]]
-    return {
+    others = []
+    for _ in range(views - 1):
+        picked = schedule.choose(blocks, lengths, rng)
+        others.append([token for states, index in zip(blocks, picked, strict=True) for token in states[index]])
+    more = {"more_noisy_ids": others} if others else {}
+    return more | {
         "data_id": data_id,
         "prompt_ids": list(trajectory.prompt_ids),
         "prompt_ids_len": len(trajectory.prompt_ids),

@@ -140,6 +140,7 @@ class JacobiForcingTrainer(Trainer):
                 block_size=args.block_size, eos_token_ids=ends, pad_token_id=(pad or ends or (0,))[0], layout=args.layout,
                 context=args.context,
                 window=args.window, max_length=args.max_length, prompt_loss=args.prompt_loss,
+                noisy=args.consistency_loss_weight > 0,
                 pad_to_multiple_of=128 if attention_of(base.config) == "flex_attention" else None,
             ),
             train_dataset=self._records,

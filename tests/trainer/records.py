@@ -11,7 +11,9 @@ from tests.models import VOCAB
 END = 1
 
 
-def random_record(rng: random.Random, n: int, blocks: int | None = None, ended: bool | None = None, prompt: int | None = None) -> dict:
+def random_record(
+    rng: random.Random, n: int, blocks: int | None = None, ended: bool | None = None, prompt: int | None = None, views: int = 1
+) -> dict:
     """A record that keeps the invariants of the format, with arbitrary ids."""
     prompt_ids = [rng.randrange(2, VOCAB) for _ in range(prompt or rng.randint(1, 7))]
     blocks = blocks or rng.randint(1, 4)
@@ -19,13 +21,16 @@ def random_record(rng: random.Random, n: int, blocks: int | None = None, ended: 
     if ended if ended is not None else rng.random() < 0.5:
         last = rng.randrange((blocks - 1) * n, blocks * n)
         answer[last:] = [END] + [0] * (blocks * n - last - 1)
-    sequence = list(prompt_ids)
-    for block in range(blocks):
-        clean = answer[block * n : (block + 1) * n]
+
+    def noisy(clean: list[int]) -> list[int]:
         first_wrong = rng.randint(1, n)
-        noisy = clean[:first_wrong] + [rng.randrange(2, VOCAB) if token != 0 else 0 for token in clean[first_wrong:]]
-        sequence += noisy + clean
-    return {
+        return clean[:first_wrong] + [rng.randrange(2, VOCAB) if token != 0 else 0 for token in clean[first_wrong:]]
+
+    clean_blocks = [answer[block * n : (block + 1) * n] for block in range(blocks)]
+    sequence = [*prompt_ids, *(token for clean in clean_blocks for token in noisy(clean) + clean)]
+    others = [[token for clean in clean_blocks for token in noisy(clean)] for _ in range(views - 1)]
+    more = {"more_noisy_ids": others} if others else {}
+    return more | {
         "data_id": f"random {rng.random()}",
         "prompt_ids": prompt_ids,
         "prompt_ids_len": len(prompt_ids),

@@ -8,7 +8,7 @@ import logging
 import pytest
 from datasets import Dataset
 from jacobi_hf.trainer import BadRecordError, load_packed
-from jacobi_hf.trainer.dataset import COLUMNS, StreamedRecords, TrainingRecords, check_record, checked, fit, tokenized_replay
+from jacobi_hf.trainer.dataset import COLUMNS, StreamedRecords, TrainingRecords, check_record, checked, fit, slots_of, tokenized_replay
 
 from tests.trainer.records import records
 
@@ -110,6 +110,22 @@ def test_fit_drops_or_truncates_whole_blocks():
     assert check_record(cut, "cut", N) == N
     assert len(cut["complete_training_sequence_ids"]) == 21
     assert fit(record, 12, N, "truncate") is None
+
+
+def test_further_noisy_views_are_checked_counted_and_cut():
+    (record,) = records(1, N, blocks=3, prompt=5, views=3)
+    assert check_record(record, "it", N) == N
+    assert slots_of(record) == 5 + 4 * 3 * N
+    cut = fit(record, 5 + 4 * 2 * N, N, "truncate")
+    assert cut is not None
+    assert check_record(cut, "cut", N) == N
+    assert slots_of(cut) == 5 + 4 * 2 * N
+    assert len(TrainingRecords(Dataset.from_list([record]), 64, N)) == 1
+    with pytest.raises(ValueError, match="no training record is left"):
+        TrainingRecords(Dataset.from_list([record]), 52, N)
+    record["more_noisy_ids"][1][N] += 1
+    with pytest.raises(BadRecordError, match="row 3: a view in more_noisy_ids"):
+        check_record(record, "row 3", N)
 
 
 def test_replay_is_mixed_in_by_ratio():

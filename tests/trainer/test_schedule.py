@@ -73,10 +73,15 @@ schedules = st.builds(
 )  # fmt: skip
 
 
-@given(trajectories(), schedules, st.integers(0, 99))
-def test_packed_records_keep_the_format(trajectory, schedule, seed):
+@given(trajectories(), schedules, st.integers(0, 99), st.integers(1, 3))
+def test_packed_records_keep_the_format(trajectory, schedule, seed, views):
     n = len(trajectory.blocks[0][0])
-    record = pack(trajectory, schedule, "name", random.Random(seed))
+    record = pack(trajectory, schedule, "name", random.Random(seed), views)
+    others = record.pop("more_noisy_ids", [])
+    assert len(others) == views - 1
+    for view in others:
+        for block, states in enumerate(trajectory.blocks):
+            assert view[n * block : n * (block + 1)] in states
     assert check_record(record, "it", n) == n
     sequence, prompt = record["complete_training_sequence_ids"], len(trajectory.prompt_ids)
     for block, index in enumerate(record["traj_position_indices"]):
