@@ -25,11 +25,20 @@ def test_every_package_is_listed():
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"])
 def test_the_trainer_is_one_module_wherever_one_stands(folder):
     program = (
-        "import sys, jacobi_hf.trainer as t; assert 'trainer' not in sys.modules; "
+        "import sys, jacobi_hf.trainer as t; [getattr(t, n) for n in t.__all__]; assert 'trainer' not in sys.modules; "
         "assert sorted(m for m in sys.modules if m.endswith('.losses')) == ['jacobi_hf.trainer.losses']; print(t.__file__)"
     )
     found = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == ROOT / "trainer" / "__init__.py"
+
+
+def test_public_names_of_the_trainer_exist_and_have_docstrings():
+    import jacobi_hf.trainer
+
+    assert sorted(jacobi_hf.trainer._MODULE_OF) == sorted(jacobi_hf.trainer.__all__)
+    assert all(getattr(jacobi_hf.trainer, name).__doc__ for name in jacobi_hf.trainer.__all__)
+    with pytest.raises(AttributeError, match="Jacobi"):
+        jacobi_hf.trainer.Jacobi  # noqa: B018
 
 
 def test_inside_the_trainer_everything_is_imported_by_its_full_name():
