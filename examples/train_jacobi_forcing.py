@@ -10,13 +10,15 @@
     python examples/train_jacobi_forcing.py evaluate --config examples/recipes/tiny_qwen3_cpu.yaml
 
 A recipe has a section per stage with the names that `--help` of the stage lists; what follows on the command line comes before it.
-`collect` may hold `sets`, a section of its own per set of prompts. Interrupted, each stage goes on when it is run again (`train` from its
-last checkpoint). On several GPUs: `accelerate launch [--config_file examples/accelerate/fsdp.yaml] examples/train_jacobi_forcing.py ...`.
+`collect` may hold `sets`, a section of its own per set of prompts. Interrupted, `collect`, `pack` and `train` go on when they are
+run again (`train` from its last checkpoint). On several GPUs, one process each:
+`accelerate launch [--config_file examples/accelerate/fsdp.yaml] examples/train_jacobi_forcing.py ...`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -25,16 +27,18 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
+
+import jacobi_hf
+from jacobi_hf.results import Decoder, Measurement, Prompts, Results
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer, load_packed
 from jacobi_hf.trainer.collection import CollectConfig, collect
 from jacobi_hf.trainer.evaluation import held_out_loss, measurements, right_answers
 from jacobi_hf.trainer.packing import PackConfig, pack_trajectories
-from jacobi_hf.trainer.shards import ManifestError
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-
-import jacobi_hf
-from jacobi_hf.results import Decoder, Measurement, Prompts, Results
+from jacobi_hf.trainer.shards import ManifestError, differences
+from jacobi_hf.trainer.trainer import last_finished_checkpoint
 
 
 @dataclass
@@ -45,6 +49,7 @@ class TrainData:
     dtype: str = field(default="float32", metadata={"help": "dtype of the master weights."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flex_attention, ..."})
     train_dataset: str = field(default="", metadata={"help": "Packed records: folder, JSONL or parquet file, or Hub dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Read train_dataset while training."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Packed records for evaluation."})
     replay_dataset: str | None = field(default=None, metadata={"help": "JSONL with text, messages or input_ids."})
     eval_prompts: str | None = field(default=None, metadata={"help": "JSON with prompts by domain, decoded at each evaluation."})
@@ -58,12 +63,13 @@ class Evaluation:
 
     model: str = field(default="", metadata={"help": "Model name or path."})
     name: str | None = field(default=None, metadata={"help": "What the results call the model."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the model; texts are compared token for token in float32."})
     output: str = field(default="", metadata={"help": "JSON file of the results."})
     prompts: str = field(default="", metadata={"help": "JSON with prompts by domain."})
     domains: str | None = field(default=None, metadata={"help": "Domains to measure, separated by commas."})
     prompt_count: int = field(default=64, metadata={"help": "Prompts of each domain."})
     max_new_tokens: int = field(default=128, metadata={"help": "New tokens per prompt."})
-    decoders: dict[str, Any] = field(default_factory=dict, metadata={"help": "Knobs of each decoder, by name (JSON)."})
+    decoders: dict[str, Any] = field(default_factory=dict, metadata={"help": "Knobs of each decoder, by name; in the recipe only."})
     held_out: str | None = field(default=None, metadata={"help": "JSONL with domain and text, for the held-out loss."})
     held_out_tokens: int = field(default=120_000, metadata={"help": "Tokens of each domain for that loss."})
     problems: str | None = field(default=None, metadata={"help": "JSONL with prompt and answer."})
@@ -92,74 +98,139 @@ def load(name: str, dtype: str, revision: str | None = None, **options: Any) -> 
     return model.eval(), tokenizer
 
 
+def on_device(model: Any) -> Any:
+    """The model on this process's GPU, where there is one."""
+    return model.to(PartialState().device) if torch.cuda.is_available() else model
+
+
 def run_collect(section: dict[str, Any], arguments: list[str]) -> None:
-    sets = section.pop("sets", {None: {}})
+    sets = section.pop("sets", None) or {None: {}}
+    if len(sets) > 1 and {"--output_dir", "--dataset", "--name"}.intersection(arguments):
+        raise ValueError("the recipe has several sets, each with its own dataset, name and output_dir: change those in the recipe.")
     for name, own in sets.items():
         merged = {**section, **({"name": name} if name else {}), **own}
         (config,) = parse((CollectConfig,), merged, arguments, "collect")
         model, tokenizer = load(config.model, config.dtype, config.revision)
-        if torch.cuda.is_available():
-            from accelerate import PartialState
-
-            model.to(PartialState().device)
-        counts = collect(model, tokenizer, config)
+        counts = collect(on_device(model), tokenizer, config)
         print(json.dumps({"set": config.name, **counts}))
 
 
 def run_pack(section: dict[str, Any], arguments: list[str]) -> None:
     (config,) = parse((PackConfig,), section, arguments, "pack")
-    print(json.dumps(pack_trajectories(config)))
+    if PartialState().is_main_process:
+        print(json.dumps(pack_trajectories(config)))
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def token_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Of a prompt as it stands, or of messages through the chat template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+
+
+class Run(TrainerCallback):
+    """`run.json` beside the checkpoints: what the run was started with, and how long it has taken, interruptions left out.
+
+    Raises:
+        ValueError: the folder holds a run under other arguments.
+    """
+
+    def __init__(self, folder: str, started_with: dict[str, Any]) -> None:
+        self._file, self._began = Path(folder) / "run.json", time.perf_counter()
+        self.minutes_before = 0.0
+        if self._file.is_file():
+            former = json.loads(self._file.read_text(encoding="utf-8"))
+            if differing := differences(former["started_with"], started_with):
+                raise ValueError(
+                    f"{folder} holds a run under other arguments ({'; '.join(differing)}): choose another output_dir, or delete that one."
+                )
+            self.minutes_before = former["minutes"]
+        elif last_finished_checkpoint(folder):
+            raise ValueError(f"{folder} holds checkpoints of another program: choose another output_dir.")
+        self._started_with = started_with
+
+    @property
+    def minutes(self) -> float:
+        """Since the run was first started."""
+        return self.minutes_before + (time.perf_counter() - self._began) / 60
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the time with the checkpoint that it belongs to."""
+        if state.is_world_process_zero:
+            self._file.write_text(json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8")
+
+
+def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
+    """Everything that decides what a run comes to."""
+    other = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate", "seed", "bf16")
+    mine = {name: getattr(args, name) for name in (*JacobiForcingConfig.__annotations__, *other)}
+    manifest = Path(data.train_dataset) / "manifest.json"
+    packed = json.loads(manifest.read_text(encoding="utf-8"))["settings"] if manifest.is_file() else None
+    return json.loads(json.dumps({**asdict(data), **mine, "packed": packed}, default=str))
 
 
 def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     data, args = parse((TrainData, JacobiForcingConfig), section, arguments, "train")
-    started = time.perf_counter()
+    run, final = Run(args.output_dir, started_with(data, args)), Path(args.output_dir) / "final"
+    if (final / "forcing.json").is_file():
+        print(f"{final} is finished already.")
+        return
     set_seed(args.seed)
     options = {"attn_implementation": data.attn_implementation} if data.attn_implementation else {}
     model, tokenizer = load(data.model, data.dtype, **options)
+    checks = {"block_size": args.block_size, "tokenizer": tokenizer, "on_bad_row": args.on_bad_row}
     prompts = {}
     if data.eval_prompts:
         by_domain = json.loads(Path(data.eval_prompts).read_text(encoding="utf-8"))["prompts"]
-        prompts = {domain: [tokenizer(text)["input_ids"] for text in texts] for domain, texts in by_domain.items()}
+        prompts = {domain: [token_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
     peft_config = None
     if data.lora_r:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=data.lora_r, lora_alpha=2 * data.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = JacobiForcingTrainer(
-        model=model, args=args, train_dataset=load_packed(data.train_dataset, block_size=args.block_size, tokenizer=tokenizer),
-        eval_dataset=load_packed(data.eval_dataset, block_size=args.block_size) if data.eval_dataset else None, eval_prompts=prompts,
+        model=model, args=args, train_dataset=load_packed(data.train_dataset, streaming=data.streaming, **checks),
+        eval_dataset=load_packed(data.eval_dataset, **checks) if data.eval_dataset else None, eval_prompts=prompts,
         replay_dataset=read_jsonl(data.replay_dataset) if data.replay_dataset else None, processing_class=tokenizer,
-        peft_config=peft_config,
+        peft_config=peft_config, callbacks=[run],
     )  # fmt: skip
-    output = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
-    minutes = (time.perf_counter() - started) / 60
+    output = trainer.train(resume_from_checkpoint=True)
+    report = {
+        "command": " ".join(["train_jacobi_forcing.py", "train", *sys.argv[2:]]),
+        "data": asdict(data),
+        "arguments": {name: getattr(args, name) for name in JacobiForcingConfig.__annotations__},
+        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
+        "slots": sum(entry.get("slots", 0) for entry in trainer.state.log_history),
+        "minutes": round(run.minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
+        "train_metrics": output.metrics, "log": trainer.state.log_history,
+    }  # fmt: skip
+    save_final(trainer, final, getattr(torch, data.save_dtype), report)
     if trainer.is_world_process_zero():
-        trainer.model.to(getattr(torch, data.save_dtype))
-        trainer.model.config.dtype = getattr(torch, data.save_dtype)
-    final = Path(args.output_dir) / "final"
-    trainer.save_model(str(final))
-    if trainer.is_world_process_zero():
-        report = {
-            "command": " ".join(["train_jacobi_forcing.py", "train", *sys.argv[2:]]),
-            "data": asdict(data),
-            "arguments": {name: getattr(args, name) for name in JacobiForcingConfig.__annotations__},
-            "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
-            "slots": sum(entry.get("slots", 0) for entry in trainer.state.log_history),
-            "minutes": round(minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
-            "train_metrics": output.metrics, "log": trainer.state.log_history,
-        }  # fmt: skip
-        (final / "forcing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(json.dumps({"minutes": report["minutes"], "steps": report["steps"], "saved": str(final)}))
+
+
+def save_final(trainer: JacobiForcingTrainer, final: Path, dtype: torch.dtype, report: dict[str, Any]) -> None:
+    """The finished model, whole or not at all; an adapter is merged into its base."""
+    part = final.with_name("final.part")
+    if isinstance(trainer.model, PeftModel):
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.model.to(dtype)  # on every process: a sharded model is gathered from all of them
+    trainer.model.config.dtype = dtype
+    trainer.save_model(str(part))
+    if trainer.is_world_process_zero():
+        (part / "forcing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
 
 
 def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
     (config,) = parse((Evaluation,), section, arguments, "evaluate")
-    model, tokenizer = load(config.model, "float32")
+    model, tokenizer = load(config.model, config.dtype)
+    model = on_device(model)
     by_domain = json.loads(Path(config.prompts).read_text(encoding="utf-8"))["prompts"]
     domains = config.domains.split(",") if config.domains else list(by_domain)
     prompts = {domain: by_domain[domain][: config.prompt_count] for domain in domains}
@@ -208,10 +279,12 @@ def main() -> None:
     recipe: dict[str, Any] = {}
     if "--config" in rest:
         at = rest.index("--config")
+        if at + 1 == len(rest):
+            sys.exit("train_jacobi_forcing.py: --config needs the path of a recipe.")
         recipe = yaml.safe_load(Path(rest[at + 1]).read_text(encoding="utf-8"))
         del rest[at : at + 2]
     try:
-        STAGES[stage](dict(recipe.get(stage, {})), rest)
+        STAGES[stage](dict(recipe.get(stage) or {}), rest)
     except (FileNotFoundError, ManifestError, ValueError) as error:
         sys.exit(f"train_jacobi_forcing.py {stage}: {error}")
 

@@ -32,13 +32,16 @@ class MaskBuilder:
     Args:
         config: the model's config.
         dtype: of the model.
+
+    Attributes:
+        windows: the sliding window of each kind of layer, None for full attention.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
         text_config = config.get_text_config(decoder=True)
         self._dtype = dtype
         self._is_eager = attention_of(text_config) == "eager"
-        self._windows = {
+        self.windows = {
             kind: text_config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(layer_types(text_config)))
         }
 
@@ -49,7 +52,7 @@ class MaskBuilder:
             mask: gives the bool mask `(B, 1, Q, S)`, True where attention is allowed, for a sliding window or None.
             device: where the model takes it.
         """
-        masks = {kind: self._prepared(mask(window)).to(device) for kind, window in self._windows.items()}
+        masks = {kind: self._prepared(mask(window)).to(device) for kind, window in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _prepared(self, allowed: torch.Tensor) -> torch.Tensor:

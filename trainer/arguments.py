@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
+
+from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 from jacobi_hf.trainer.collator import LAYOUTS
 from jacobi_hf.trainer.dataset import ON_BAD_ROW, TOO_LONG
 from jacobi_hf.trainer.losses import REDUCTIONS
 from jacobi_hf.trainer.mask import window_of
-from transformers import TrainingArguments
-
-from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 
 
 def _text(default: Any, text: str) -> Any:
@@ -22,8 +23,8 @@ def _text(default: Any, text: str) -> Any:
 class JacobiForcingConfig(TrainingArguments):
     """`TrainingArguments` for Jacobi Forcing (arXiv 2512.14681).
 
-    The defaults are one consistent set, the best of this project's ablation (docs/training.md); the paper's, the reference
-    code's and the published Qwen3-1.7B run's sets are in examples/recipes.
+    The defaults are one consistent set; the paper's, the reference code's and the published Qwen3-1.7B run's sets are in
+    examples/recipes.
 
     Parameters that describe the data:
         block_size: n of the trajectories.
@@ -75,7 +76,7 @@ class JacobiForcingConfig(TrainingArguments):
     prompt_loss: bool = _text(True, "Whether the AR loss covers prompts.")
     loss_chunk_numbers: int = _text(2**24, "Numbers in a vocabulary-sized tensor of the loss.")
     decoding: str | None = _text(MULTIBLOCK, "Decoding saved with the model and measured: jacobi, jacobi_multiblock or none.")
-    jacobi_block_size: int = _text(16, "n of that decoding.")
+    jacobi_block_size: int | None = _text(None, "n of that decoding; block_size when not given.")
     jacobi_max_blocks: int = _text(2, "K of that decoding.")
     jacobi_activation_ratio: float = _text(0.0, "r of that decoding.")
     jacobi_pool_size: int = _text(2, "Pool branches of that decoding.")
@@ -83,8 +84,11 @@ class JacobiForcingConfig(TrainingArguments):
     eval_max_new_tokens: int = _text(128, "New tokens per prompt when decoding is measured.")
     eval_prompt_count: int = _text(16, "Prompts decoded per evaluation.")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: C901  (one branch a check)
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # The collator's rows refer to each other: a batch must not be cut up between processes.
+            self.accelerator_config.dispatch_batches = False
         for name, allowed in (
             ("layout", LAYOUTS), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW), ("consistency_reduction", REDUCTIONS),
         ):  # fmt: skip
@@ -100,7 +104,10 @@ class JacobiForcingConfig(TrainingArguments):
         for name in ("ar_loss_weight", "consistency_loss_weight", "replay_loss_weight", "replay_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.distill_temperature <= 0:
+        for name in ("loss_chunk_numbers", "eval_max_new_tokens", "eval_prompt_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 < self.distill_temperature < math.inf:
             raise ValueError(f"distill_temperature={self.distill_temperature} must be above 0.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the columns that the collator reads; leave it False.")
@@ -112,7 +119,7 @@ class JacobiForcingConfig(TrainingArguments):
             return None
         return JacobiConfig(
             decoding=self.decoding,
-            jacobi_block_size=self.jacobi_block_size,
+            jacobi_block_size=self.block_size if self.jacobi_block_size is None else self.jacobi_block_size,
             jacobi_max_blocks=self.jacobi_max_blocks,
             jacobi_activation_ratio=self.jacobi_activation_ratio,
             jacobi_pool_size=self.jacobi_pool_size,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from jacobi_hf.trainer.losses import IGNORE
 from jacobi_hf.trainer.mask import CLEAN, NOISY, PADDING, PROMPT, window_of
 
@@ -33,7 +34,8 @@ class _Row:
 
     parts: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _FILL})
     length: int = 0
-    samples: int = 0
+    members: int = 0
+    samples: int = 0  # those with blocks
     blocks: int = 0
 
     def add(self, ids: np.ndarray, positions: np.ndarray, index: int, **tensors: np.ndarray | int) -> None:
@@ -104,7 +106,7 @@ class JacobiForcingCollator:
         int tensors `(B, L)`: `input_ids`, `position_ids`, `labels` (already shifted: the token behind each slot), `replay`, `teacher` (for
         a noisy slot with a consistency loss, its clean counterpart as an index into the flattened batch, else -1), `divisor`
         (T times the kept slots of the sample), `index` (of the record in the dataset), and `sample`, `stream`, `block` (packed) or
-        `attention_mask` (rows); and `blocks_in_row`, `samples_in_row` `(B,)`.
+        `attention_mask` (rows); and `blocks_in_row`, `samples_in_row` (those with blocks) `(B,)`.
 
     Raises:
         ValueError: an unknown layout, `layout="rows"` with the clean context, a record that does not fit.
@@ -194,7 +196,7 @@ class JacobiForcingCollator:
     def _pack(self, sample: _Sample, row: _Row, number: int) -> None:
         n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
         of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
-        own, first = row.samples, row.length + prompt_length
+        own, first = row.members, row.length + prompt_length
         row.add(
             sample.prompt, np.arange(prompt_length), sample.index, sample=own, labels=of_prompt, replay=int(sample.is_replay)
         )  # fmt: skip
@@ -229,7 +231,8 @@ class JacobiForcingCollator:
                 teacher=laid_out(teacher_NTn, nothing_Tn),
                 divisor=max(1, int(kept_NTn.sum()) * blocks),
             )
-        row.samples += 1
+        row.members += 1
+        row.samples += blocks > 0
         row.blocks += blocks
 
     def _causal_rows(self, samples: list[_Sample]) -> list[_Row]:
@@ -239,7 +242,7 @@ class JacobiForcingCollator:
             n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
             of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
             clean_row = len(rows)
-            rows.append(_Row(samples=1, blocks=blocks))
+            rows.append(_Row(samples=int(blocks > 0), blocks=blocks))
             ids = np.concatenate([sample.prompt, sample.clean_Tn.reshape(-1)])
             rows[-1].add(
                 ids, np.arange(len(ids)), sample.index, labels=np.concatenate([of_prompt, behind]), replay=int(sample.is_replay)

@@ -12,11 +12,12 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.trainer.shards import ManifestError, ShardFolder, read_manifest, read_shards, tokenizer_fingerprint, weights_fingerprint
-from jacobi_hf.trainer.trajectories import AnswerConfig, Trajectory, collect_trajectories
+from jacobi_hf.trainer.trajectories import AnswerConfig, Trajectory, collect_trajectories, end_ids, pad_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,7 @@ class CollectConfig:
         max_prompt_tokens, long_prompts: longer prompts are dropped (and counted), or truncated to their last tokens.
         system_prompt: put before `messages` that have none of their own; None leaves it to the tokenizer's template.
         chat_template: file with a template to use instead of the tokenizer's.
+        chat_template_options: arguments of the template as JSON, for example `{"enable_thinking": false}`.
         limit: prompts to take; None takes all.
         batch_size, shard_size: prompts per batch and per shard.
         do_sample, temperature, top_k, top_p, min_p, seed: how answers are written, see `AnswerConfig`.
@@ -67,6 +69,7 @@ class CollectConfig:
     long_prompts: str = _text("drop", "drop or truncate.")
     system_prompt: str | None = _text(None, "System prompt for messages that have none.")
     chat_template: str | None = _text(None, "File with a chat template.")
+    chat_template_options: str | None = _text(None, "Arguments of the template, as JSON.")
     limit: int | None = _text(None, "Prompts to take.")
     batch_size: int = _text(32, "Prompts per batch.")
     shard_size: int = _text(512, "Prompts per shard.")
@@ -87,6 +90,11 @@ class CollectConfig:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be a multiple of block_size={self.block_size}.")
         if self.long_prompts not in LONG_PROMPTS:
             raise ValueError(f"long_prompts={self.long_prompts!r} must be one of {', '.join(map(repr, LONG_PROMPTS))}.")
+        if self.chat_template_options:
+            try:
+                json.loads(self.chat_template_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"chat_template_options={self.chat_template_options!r} is not JSON ({error}).") from None
         self.answers()
 
     def answers(self) -> AnswerConfig:
@@ -141,7 +149,8 @@ def _chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, config: Collect
         raise ValueError(f"row {number} of {config.dataset} has no turn to answer.")
     if config.system_prompt is not None and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": config.system_prompt}, *turns]
-    ids: list[int] = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, return_dict=False)
+    options = json.loads(config.chat_template_options) if config.chat_template_options else {}
+    ids: list[int] = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, return_dict=False, **options)
     return ids
 
 
@@ -186,7 +195,8 @@ def collect(
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    state = PartialState()
+    # A rank that is done waits for the slowest one.
+    state = PartialState(timeout=timedelta(days=7))
     prompts, too_long = read_prompts(load_prompt_rows(config) if rows is None else rows, tokenizer, config)
     if not prompts:
         raise ValueError(f"{config.dataset} holds no prompt of at most {config.max_prompt_tokens} tokens ({too_long} are longer).")
@@ -231,12 +241,23 @@ def collect(
 def _settings(
     config: CollectConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    without = {"output_dir", "chat_template", "system_prompt", "limit", "prompt_tokens", "max_prompt_tokens", "long_prompts", "split"}
+    without = {
+        "output_dir",
+        "chat_template",
+        "chat_template_options",
+        "system_prompt",
+        "limit",
+        "prompt_tokens",
+        "max_prompt_tokens",
+        "long_prompts",
+        "split",
+    }
     kept = {name: value for name, value in asdict(config).items() if name not in without}
     return {
         **kept,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_fingerprint(model),
+        "end_and_pad": [sorted(end_ids(model)), pad_id(model)],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "prompts": len(prompts),
         "prompts_fingerprint": f"{zlib.crc32(json.dumps(prompts).encode()):08x}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+
 from jacobi_hf.trainer.shards import MANIFEST, ManifestError, checked_shards, read_manifest, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -48,7 +50,9 @@ def check_record(  # noqa: C901  (one branch an invariant)
         return BadRecordError(f"{name}: {reason}")
 
     missing = [column for column in COLUMNS if record.get(column) is None]
-    if missing:
+    lists = [c for c in COLUMNS if c != "prompt_ids_len" and not isinstance(record.get(c), Sequence | np.ndarray)]
+    if missing or lists:
+        missing = missing or lists
         raise bad(f"the columns {', '.join(missing)} are missing; a packed record has {', '.join(COLUMNS)}")
     prompt, sequence, blocks = record["prompt_ids"], record["complete_training_sequence_ids"], len(record["traj_position_indices"])
     prompt = _flat(prompt)
@@ -71,7 +75,10 @@ def check_record(  # noqa: C901  (one branch an invariant)
     for view in record.get("more_noisy_ids") or []:
         if len(view) != n * blocks or any(view[n * b] != sequence[length + 2 * n * b] for b in range(blocks)):
             raise bad(f"a view in more_noisy_ids does not have {blocks} blocks of {n} with the first tokens of the clean ones")
-    low, high = min(sequence), max(sequence)
+    everything = [*sequence, *(token for view in record.get("more_noisy_ids") or [] for token in view)]
+    if any(isinstance(token, bool) or not isinstance(token, int | np.integer) for token in everything):
+        raise bad("there are ids that are no integers")
+    low, high = min(everything), max(everything)
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise bad(f"id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}: another tokenizer's data?")
     return n
@@ -224,13 +231,15 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
         self.dropped = Counter({"dropped": len(lengths) - len(self._kept), "truncated": truncated})
         if not self._kept:
             raise ValueError(
-                f"no training record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={max_length}. "
-                "Raise max_length, or set too_long='truncate'."
+                f"no record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={max_length}"
+                f"{' even with a single block' if too_long == 'truncate' else ''}. "
+                f"Raise max_length{'' if too_long == 'truncate' else ', or set too_long=' + repr('truncate')}."
             )
         if self.dropped.total():
             counts = (len(lengths), self.dropped["dropped"], self.dropped["truncated"], max_length)
             logger.warning("of %d records, %d were dropped and %d truncated (max_length=%d)", *counts)
         self._replayed = 0 if replay is None else round(replay_ratio * len(self._kept))
+        self._order = _shuffled(replay)
 
     def __len__(self) -> int:
         return len(self._kept) + self._replayed
@@ -241,8 +250,7 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
             assert record is not None
             return {**record, "index": index}
         assert self._replay is not None
-        # The stride is prime to most lengths, so that a short cycle takes rows from all over the replay set.
-        row = (index - len(self._kept)) * 7919 % len(self._replay)
+        row = self._order[(index - len(self._kept)) % len(self._order)]
         return {"input_ids": self._replay[row]["input_ids"][: self._fit[0]], "index": index, "data_id": f"replay {row}"}
 
     def name(self, index: int) -> str:
@@ -267,21 +275,32 @@ class StreamedRecords(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._fit = (max_length, block_size, too_long)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        index, replayed, owed = 0, 0, 0.0
+        index, replayed, owed, dropped, order = 0, 0, 0.0, 0, _shuffled(self._replay)
         for row in self._records:
             record = fit(row, *self._fit)
             if record is None:
+                dropped += 1
                 continue
             yield {**record, "index": index}
             index, owed = index + 1, owed + self._ratio
             while owed >= 1:
                 assert self._replay is not None
-                yield {"input_ids": self._replay[replayed * 7919 % len(self._replay)]["input_ids"][: self._fit[0]], "index": index}
+                replay = self._replay[order[replayed % len(order)]]
+                yield {"input_ids": replay["input_ids"][: self._fit[0]], "index": index}
                 index, replayed, owed = index + 1, replayed + 1, owed - 1
+        if dropped:
+            logger.warning("of %d streamed records, %d were dropped (max_length=%d)", index - replayed + dropped, dropped, self._fit[0])
+        if not index:
+            raise ValueError(f"no record is left: all {dropped} of the stream are longer than max_length={self._fit[0]}.")
 
     def name(self, index: int) -> str:
         """What an error calls the record."""
         return f"row {index} of the stream, replay rows counted"
+
+
+def _shuffled(replay: Any) -> list[int]:
+    """The order in which replay rows are taken: a fixed shuffle, so that a part of them is a fair sample."""
+    return [] if replay is None else random.Random(0).sample(range(len(replay)), len(replay))
 
 
 def _check_mixture(too_long: str, replay: Any) -> None:
@@ -309,7 +328,9 @@ def _flat(ids: Any) -> Any:
     return ids[0] if len(ids) and isinstance(ids[0], Sequence) else ids
 
 
-def tokenized_replay(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[dict[str, list[int]]]:
+def tokenized_replay(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int | None = None
+) -> list[dict[str, list[int]]]:
     """Replay rows as `input_ids`, from a dataset with `input_ids`, `text` or `messages`; longer texts are cut into several rows.
 
     Raises:
@@ -319,14 +340,16 @@ def tokenized_replay(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, ma
     for number, row in enumerate(dataset):
         if row.get("input_ids") is not None:
             ids = list(row["input_ids"])
+            if vocab_size is not None and ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise ValueError(f"row {number} of replay_dataset has ids outside the model's vocabulary of {vocab_size}.")
+        elif row.get("text") is None and row.get("messages") is None:
+            raise ValueError(f"row {number} of replay_dataset has none of the columns input_ids, text, messages; it has {', '.join(row)}.")
         elif tokenizer is None:
             raise ValueError("replay_dataset holds text: give processing_class (the tokenizer) as well.")
         elif row.get("text") is not None:
             ids = tokenizer(row["text"])["input_ids"]
             ids = [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
-        elif row.get("messages") is not None:
-            ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
         else:
-            raise ValueError(f"row {number} of replay_dataset has none of the columns input_ids, text, messages; it has {', '.join(row)}.")
+            ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
         rows += [{"input_ids": ids[start : start + max_length]} for start in range(0, len(ids) - 1, max_length)]
     return rows

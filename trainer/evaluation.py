@@ -96,14 +96,19 @@ def ordinary_outputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], m
 def measurements(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, Sequence[str]],
+    prompts: Mapping[str, Sequence[Any]],
     decoders: Mapping[str, JacobiConfig],
     max_new_tokens: int,
 ) -> list[Measurement]:
-    """Tokens per forward, slots and identity of each decoder on the prompts of each domain."""
+    """Tokens per forward, slots and identity of each decoder on the prompts (strings, or messages) of each domain."""
     measured = []
     for domain, texts in prompts.items():
-        ids = [tokenizer(text)["input_ids"] for text in texts]
+        ids = [
+            tokenizer(text)["input_ids"]
+            if isinstance(text, str)
+            else tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
+            for text in texts
+        ]
         references = ordinary_outputs(model, ids, max_new_tokens)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
         for name, config in decoders.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.trainer.collection import load_trajectories
@@ -60,6 +61,10 @@ class PackConfig:
         for name in ("visits", "views", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if isinstance(self.sources, str):
+            self.sources = [self.sources]
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1.")
         self.noise_schedule()
         wanted_buckets(self.buckets)
 
@@ -103,7 +108,7 @@ def shares(sources: Sequence[str]) -> dict[str, float | None]:
     """
     parsed: dict[str, float | None] = {}
     for source in sources:
-        folder, _, share = source.rpartition("=")
+        folder, _, share = ("", "", "") if Path(source).is_dir() else source.rpartition("=")
         try:
             parsed[folder or source] = float(share) if folder else None
         except ValueError:
@@ -141,6 +146,9 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
     for name in ("block_size", "tokenizer"):
         if len({str(s.get(name)) for s in settings.values()}) > 1:
             raise ManifestError(f"the sources differ in {name}: {', '.join(f'{folder}: {s.get(name)}' for folder, s in settings.items())}.")
+    for folder, one in settings.items():
+        if "max_new_tokens" not in one:
+            raise ManifestError(f"{folder} holds packed records, not trajectories: give the folders that collect wrote.")
     data = {folder: load_trajectories(folder, tokenizer) for folder in wanted}
     passing = {folder: select(rows, config.max_blocks, config.buckets) for folder, rows in data.items()}
     rng = random.Random(config.seed)

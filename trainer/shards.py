@@ -64,13 +64,14 @@ class ShardFolder:
             Dataset.from_list([dict(row) for row in rows]).to_parquet(str(part))
             with part.open("rb") as file:
                 os.fsync(file.fileno())
+            digest = _digest(part)
             part.replace(self.path / name)
         finally:
             part.unlink(missing_ok=True)
         with self._lock:
             manifest = self._read()
             assert manifest is not None
-            manifest["shards"] = dict(sorted({**manifest["shards"], name: dict(counts)}.items()))
+            manifest["shards"] = dict(sorted({**manifest["shards"], name: {**counts, "sha256": digest}}.items()))
             manifest["prompts_done"] = sum(shard.get("prompts", 0) for shard in manifest["shards"].values())
             self._write(manifest)
 
@@ -127,25 +128,26 @@ def checked_shards(path: str | Path) -> list[str]:
     Raises:
         ManifestError: shards are missing or damaged, named; or the folder is unfinished.
     """
-    import pyarrow.parquet as pq
-
     folder, manifest = Path(path), read_manifest(path)
     if not manifest.get("complete"):
         raise ManifestError(f"{folder} is not finished: run the command that writes it again, it goes on where it stopped.")
     files = []
     for name, counts in manifest["shards"].items():
         file = folder / name
-        try:
-            rows = pq.ParquetFile(file).metadata.num_rows
-        except (OSError, ValueError) as error:
-            raise ManifestError(f"{file} is damaged ({error}): delete it and run the command that wrote it again.") from None
-        if rows != counts["rows"]:
-            raise ManifestError(f"{file} has {rows} rows, its manifest says {counts['rows']}: delete it and run the command again.")
-        if rows:
+        if not file.is_file():
+            raise ManifestError(f"{file} is missing: run the command that wrote it again.")
+        if _digest(file) != counts["sha256"]:
+            raise ManifestError(f"{file} is damaged (its checksum is not that of the manifest): delete it and run the command again.")
+        if counts["rows"]:
             files.append(str(file))
     if not files:
         raise ManifestError(f"{folder} holds no rows.")
     return files
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def differences(former: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import time
 from collections.abc import Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Trainer, TrainerCallback
+
+from jacobi_hf.attention import MaskBuilder, attention_of
+from jacobi_hf.trainer.arguments import JacobiForcingConfig
 from jacobi_hf.trainer.collator import JacobiForcingCollator, counts_of
 from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, checked, tokenized_replay
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from jacobi_hf.trainer.losses import IGNORE, Head, Losses, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
-from transformers import Trainer
-
-from jacobi_hf.attention import MaskBuilder, attention_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from jacobi_hf.trainer.arguments import JacobiForcingConfig
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -114,11 +116,15 @@ class JacobiForcingTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, JacobiForcingConfig):
+            raise TypeError(f"args is a {type(args).__name__}; JacobiForcingTrainer takes a JacobiForcingConfig.")
+        if args.n_gpu > 1:
+            raise ValueError(f"one process sees {args.n_gpu} GPUs: start one process per GPU with `accelerate launch`, or show it one GPU.")
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(model)
-        _check_attention(model, args)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        _check_model(model, args)
         model = _with_adapter(model, args, peft_config)
         base = _base_of(model)
         self._records = self._prepare_train(base, args, train_dataset, replay_dataset, processing_class)
@@ -126,13 +132,14 @@ class JacobiForcingTrainer(Trainer):
         evaluated = {
             name: TrainingRecords(
                 checked(data, f"eval_dataset {name}", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)),
-                args.max_length, args.block_size, "drop",
+                args.max_length, args.block_size, args.too_long,
             )
             for name, data in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items()
-            if data is not None
+            if _is_map_style(data, name)
         }  # fmt: skip
-        ends = _ids(base.generation_config.eos_token_id if base.generation_config is not None else None)
-        pad = _ids(base.generation_config.pad_token_id if base.generation_config is not None else None)
+        ends, pad = _special_ids(base, processing_class, "eos_token_id"), _special_ids(base, processing_class, "pad_token_id")
+        if not ends:
+            logger.warning("neither model nor tokenizer has an eos_token_id: answers are taken to end with their last block.")
         super().__init__(
             model=model,
             args=args,
@@ -148,6 +155,9 @@ class JacobiForcingTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )  # fmt: skip
+        self.add_callback(_GradientGuard(self))
+        self._samples_of_step: list[torch.Tensor] = []
+        self._decoded: tuple[int, dict[str, float]] | None = None
         self.label_names = ["labels"]
         self._head_losses = HeadLosses(_head_of(base), _vocabulary(base), args.loss_chunk_numbers, args.distill_temperature)
         self._masks = MaskBuilder(base.config, base.dtype)
@@ -165,7 +175,7 @@ class JacobiForcingTrainer(Trainer):
         records = checked(
             train_dataset, "train_dataset", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)
         )
-        replay = None if replay_dataset is None else tokenized_replay(replay_dataset, tokenizer, args.max_length)
+        replay = None if replay_dataset is None else tokenized_replay(replay_dataset, tokenizer, args.max_length, _vocabulary(base))
         kind = TrainingRecords if isinstance(records, Sized) else StreamedRecords
         return kind(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
 
@@ -194,8 +204,10 @@ class JacobiForcingTrainer(Trainer):
         losses = self._head_losses(lambda: model(**arguments, use_cache=False), targets)
         weights = losses.ar_G.new_tensor([args.ar_loss_weight, args.replay_loss_weight])
         loss = losses.ar_G @ weights + args.consistency_loss_weight * losses.consistency
+        if model.training:
+            self._samples_of_step.append(inputs["index"])
         if not bool(torch.isfinite(loss.detach())):
-            raise FloatingPointError(self._blame(inputs))
+            raise FloatingPointError(self._blame("loss", [inputs["index"]]))
         self._accumulate(model.training, losses, own, counts, inputs)
         # The processes' gradients are averaged; what was divided by the sum over all of them has to be summed.
         if num_items_in_batch is not None:
@@ -206,19 +218,43 @@ class JacobiForcingTrainer(Trainer):
         args: JacobiForcingConfig = self.args
         slots = Slots(inputs["sample"], inputs["stream"], inputs["block"], inputs["position_ids"])
         if attention_of(_base_of(self.model).config) == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            batch, length = slots.sample.shape
-            return create_block_mask(mask_mod(slots, args.context, args.window), batch, None, length, length, device=slots.sample.device)
+            return self._block_masks(slots)
         return self._masks(lambda sliding: dense_mask(slots, args.context, args.window, sliding), slots.sample.device)
 
-    def _blame(self, inputs: dict[str, torch.Tensor]) -> str:
-        used = inputs["index"][inputs["index"] >= 0].unique().tolist()
-        names = [self._records.name(index) if self._records is not None and self.model.training else str(index) for index in used]
+    def _block_masks(self, slots: Slots) -> Any:
+        """FlexAttention's masks, one per kind of layer where there are several."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        args: JacobiForcingConfig = self.args
+        batch, length = slots.sample.shape
+        masks = {
+            kind: create_block_mask(
+                mask_mod(slots, args.context, args.window, sliding), batch, None, length, length, device=slots.sample.device
+            )
+            for kind, sliding in self._masks.windows.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _blame(self, what: str, indices: list[torch.Tensor]) -> str:
+        used = torch.cat([index.flatten() for index in indices])
+        found = used[used >= 0].unique().tolist()
+        names = [self._records.name(index) if self._records is not None and self.model.training else str(index) for index in found]
         return (
-            f"the loss of step {self.state.global_step} is not finite; its batch held {', '.join(names)}. The weights are those before "
+            f"the {what} of step {self.state.global_step} is not finite; its batch held {', '.join(names)}. The weights are those before "
             "this step: lower the learning rate, look at these samples, or resume from the last checkpoint."
         )
+
+    def check_gradients(self) -> None:
+        """Called before each optimizer step.
+
+        Raises:
+            FloatingPointError: a gradient that is not finite, with the samples of the step.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        indices, self._samples_of_step = self._samples_of_step, []
+        norms = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        if norms and not bool(torch.stack([n.float() for n in torch._foreach_norm(norms)]).isfinite().all()):
+            raise FloatingPointError(self._blame("gradient", indices))
 
     def _accumulate(self, training: bool, losses: Losses, own: torch.Tensor, counts: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Keep the detached sums that the log is made of. Losses come as shares of means: undo that with the counts."""
@@ -238,13 +274,13 @@ class JacobiForcingTrainer(Trainer):
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
         ar, replay, consistency, agreeing, judged, labels, replayed, averaged, pairs, slots = sums.tolist()
-        metrics = {
-            "ar_loss": ar / max(1, labels),
-            "consistency_loss": consistency / max(1, averaged),
-            "agreement": agreeing / max(1, judged),
+        parts = {
+            "ar_loss": (ar, labels),
+            "consistency_loss": (consistency, averaged),
+            "agreement": (agreeing, judged),
+            "replay_loss": (replay, replayed),
         }
-        if replayed:
-            metrics["replay_loss"] = replay / replayed
+        metrics = {name: value / count for name, (value, count) in parts.items() if count}
         metrics |= {"kept_positions": pairs, "slots": slots}
         return metrics
 
@@ -269,12 +305,13 @@ class JacobiForcingTrainer(Trainer):
         for name in ("ar_loss", "consistency_loss", "agreement"):
             if name in metrics:
                 output.metrics[f"{prefix}_{name}"] = metrics[name]
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._decoding_metrics().items()})
+        output.metrics.update({f"eval_{name}": value for name, value in self._decoding_metrics().items()})
         return output
 
     def _decoding_metrics(self) -> dict[str, float]:
+        """On every process, since sharded weights need them all; once, where several sets are evaluated at the same step."""
         config = self.args.decoding_config()
-        if config is None or not self._eval_prompts or not self.is_world_process_zero():
+        if config is None or not self._eval_prompts or (self._decoded is not None and self._decoded[0] == self.state.global_step):
             return {}
         model: Any = self.accelerator.unwrap_model(self.model)
         was_training, limit = model.training, self.args.eval_max_new_tokens
@@ -288,7 +325,15 @@ class JacobiForcingTrainer(Trainer):
             metrics[f"{label}tokens_per_forward"] = report.tokens_per_forward
             metrics[f"{label}identical"] = sum(same) / len(chosen)
         model.train(was_training)
+        self._decoded = (self.state.global_step, metrics)
         return metrics
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was finished, and none is no error."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_finished_checkpoint(self.args.output_dir)
+        self._since = (time.perf_counter(), 0)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain checkpoint whose generation config carries the decoding knobs, with the key/value cache switched on again."""
@@ -324,8 +369,51 @@ def _targets(inputs: dict[str, torch.Tensor], counts: torch.Tensor, args: Jacobi
     return Targets(inputs["labels"].flatten(), label_weight_RG, teacher_R, pair_weight_R)
 
 
-def _check_attention(model: Any, args: JacobiForcingConfig) -> None:
-    attention = attention_of(_base_of(model).config)
+class _GradientGuard(TrainerCallback):
+    def __init__(self, trainer: JacobiForcingTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_gradients()
+
+
+def last_finished_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest `checkpoint-N` of a folder whose last file, the trainer's state, is there and whole."""
+    finished = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        try:
+            finished.append((int(folder.name.removeprefix("checkpoint-")), json.loads((folder / "trainer_state.json").read_text())))
+        except (ValueError, OSError):
+            logger.warning("%s is not a finished checkpoint: it is passed over", folder)
+    return str(Path(output_dir) / f"checkpoint-{max(number for number, _ in finished)}") if finished else None
+
+
+def _is_map_style(data: Any, name: str) -> bool:
+    if data is not None and not isinstance(data, Sized):
+        raise ValueError(f"eval_dataset {name or ''} is streamed; give one with a length (datasets.Dataset or a list of records).")
+    return data is not None
+
+
+def _special_ids(base: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
+    """Of the model's generation config, else of the tokenizer."""
+    return _ids(getattr(base.generation_config, name, None)) or _ids(getattr(tokenizer, name, None))
+
+
+def _check_model(model: Any, args: JacobiForcingConfig) -> None:
+    """What the losses could not be right for."""
+    config = _base_of(model).config.get_text_config(decoder=True)
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1), ("output_router_logits", False)):
+        value = getattr(config, name, neutral)
+        if value not in (neutral, None):
+            raise ValueError(
+                f"the model's {name}={value!r} changes logits or loss behind the LM head, which JacobiForcingTrainer does not do."
+            )
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in _base_of(model).parameters()):
+        logger.warning(
+            "the model's own weights are in half precision: small updates are rounded away. Load it with dtype=float32 and train with "
+            "bf16=True (sharded training that keeps float32 copies is fine)."
+        )
+    attention = attention_of(config)
     if args.layout == "packed" and "flash" in attention:
         raise ValueError(
             f"layout='packed' needs a mask of its own, which attn_implementation={attention!r} does not take: load the model with "
@@ -358,7 +446,7 @@ def _head_of(base: Any) -> torch.nn.Module:
 
 
 def _vocabulary(base: Any) -> int:
-    return int(base.get_input_embeddings().weight.shape[0])
+    return int(base.config.get_text_config(decoder=True).vocab_size)
 
 
 def _ids(value: Any) -> tuple[int, ...]:

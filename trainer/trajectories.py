@@ -14,6 +14,7 @@ Shapes: B rows, P prompt ids, T blocks of a row, n ids of a block, C columns of 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from jacobi_hf.selection import generator_state, set_generator_state
 from jacobi_hf.window import ids_of_the_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -171,13 +172,14 @@ def record_trajectories(
     config.max_new_tokens = answers.max_new_tokens + 1
     hook = model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        ids_BL = model.generate(
-            **_left_padded(model, prompts), generation_config=config, decoding="jacobi", jacobi_block_size=block_size
-        )  # fmt: skip
+        with _bare(model):
+            ids_BL = model.generate(
+                **_left_padded(model, prompts), generation_config=config, decoding="jacobi", jacobi_block_size=block_size
+            )  # fmt: skip
     finally:
         hook.remove()
     width = max(map(len, prompts))
-    ends = _end_ids(model)
+    ends = end_ids(model)
     trajectories = []
     for row, prompt in enumerate(prompts):
         answer = _cut(ids_BL[row, width : width + answers.max_new_tokens].tolist(), ends)
@@ -189,7 +191,7 @@ def record_trajectories(
             if block < len(states) and pending < len(answer):
                 drafted = token_BQ[row, : block_size - slot].tolist()
                 states[block].append(answer[block * block_size : pending] + drafted)
-        trajectories.append(_tidy(list(prompt), answer, states, block_size, _pad_id(model)))
+        trajectories.append(_tidy(list(prompt), answer, states, block_size, pad_id(model)))
     return trajectories
 
 
@@ -219,9 +221,21 @@ def _check(prompts: Sequence[Sequence[int]], block_size: int, answers: AnswerCon
             raise ValueError(f"prompt {number} is empty.")
 
 
+@contextmanager
+def _bare(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a call leaves open from the model's own generation config: only end and pad ids may come from there."""
+    own = model.generation_config
+    assert own is not None
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _left_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     width, device = max(map(len, prompts)), model.device
-    pad = _pad_id(model)
+    pad = pad_id(model)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return {"input_ids": ids, "attention_mask": mask}
@@ -229,21 +243,23 @@ def _left_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> di
 
 def _answer(model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: AnswerConfig) -> list[list[int]]:
     """What ordinary `generate` writes, end-of-sequence id included, pads not."""
-    with torch.no_grad():
+    with torch.no_grad(), _bare(model):
         ids_BL = model.generate(**_left_padded(model, prompts), generation_config=answers.generation_config(model), decoding=None)
-    ends, width = _end_ids(model), max(map(len, prompts))
+    ends, width = end_ids(model), max(map(len, prompts))
     return [_cut(row[width:].tolist(), ends) for row in ids_BL]
 
 
-def _end_ids(model: PreTrainedModel) -> set[int]:
+def end_ids(model: PreTrainedModel) -> set[int]:
+    """The ids that end an answer."""
     end = model.generation_config.eos_token_id if model.generation_config is not None else None
     return set() if end is None else set(end) if isinstance(end, list | tuple) else {int(end)}
 
 
-def _pad_id(model: PreTrainedModel) -> int:
+def pad_id(model: PreTrainedModel) -> int:
+    """What fills the slots behind an answer."""
     config = model.generation_config
     pad = config.pad_token_id if config is not None else None
-    return int(pad) if pad is not None else min(_end_ids(model), default=0)
+    return int(pad) if pad is not None else min(end_ids(model), default=0)
 
 
 def _cut(ids: list[int], ends: set[int]) -> list[int]:
@@ -267,7 +283,7 @@ class _Blocks:
     def __post_init__(self) -> None:
         device, n = self.model.device, self.block_size
         batch, blocks = len(self.prompts), max(-(-len(a) // n) for a in self.answers)
-        pad = _pad_id(self.model)
+        pad = pad_id(self.model)
         self._length_B = torch.tensor([len(p) for p in self.prompts], device=device)
         answer_length_B = torch.tensor([len(a) for a in self.answers], device=device)
         answer_BL = torch.tensor([a + [pad] * (blocks * n - len(a)) for a in self.answers], device=device)
@@ -382,7 +398,7 @@ class _Blocks:
 
     def trajectories(self) -> list[Trajectory]:
         """What was kept, per prompt."""
-        n, pad = self.block_size, _pad_id(self.model)
+        n, pad = self.block_size, pad_id(self.model)
         collected = []
         for row, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             states: list[list[State]] = [[] for _ in range(-(-len(answer) // n))]

@@ -25,10 +25,10 @@ import common
 import memory
 import torch
 import typer
-from jacobi_hf.trainer import AnswerConfig, JacobiForcingConfig, JacobiForcingTrainer, collect_trajectories, record_trajectories
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from jacobi_hf.results import Cost, Results
+from jacobi_hf.trainer import AnswerConfig, JacobiForcingConfig, JacobiForcingTrainer, collect_trajectories, record_trajectories
 
 VOCAB, TOKENS, BLOCK = 151_936, 8_192, 16
 

@@ -1,4 +1,4 @@
-"""The ablations of docs/training.md: one factor at a time, by the short recipe.
+"""Ablations: one factor at a time, by the short recipe.
 
     python examples/tiny_qwen3/ablations.py --output-dir examples/benchmarks/results/forcing [NAME ...]
 
@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("--seed", default="0")
     options = parser.parse_args()
     for name in options.names or VARIATIONS:
-        out = Path(options.output_dir) / f"ablation-{name}.json"
+        out = Path(options.output_dir) / f"ablation-{name}-seed{options.seed}.json"
         if out.is_file():
             continue
         pack, train = (arguments.split() for arguments in VARIATIONS[name])
-        build = f"build/forcing/ablations/{name}"
-        stage("pack", "--output_dir", f"{build}/packed", *pack)
+        build = f"build/forcing/ablations/{name}-seed{options.seed}"
+        stage("pack", "--output_dir", f"{build}/packed", "--seed", options.seed, *pack)
         stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", options.seed, *train)
         stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", str(out))
 

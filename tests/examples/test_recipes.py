@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from jacobi_hf.results import Results
 from jacobi_hf.trainer import JacobiForcingConfig
 from jacobi_hf.trainer.collection import CollectConfig
 from jacobi_hf.trainer.packing import PackConfig
-
-from jacobi_hf.results import Results
 from tests.tiny import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def test_every_section_of_a_recipe_is_understood(script, path):
 def test_the_published_runs_are_what_was_published(script):
     """Figures of method.md, section 3."""
     recipe = yaml.safe_load((ROOT / "examples/recipes/qwen3_1.7b.yaml").read_text(encoding="utf-8"))
-    _, args = script.parse((script.TrainData, JacobiForcingConfig), {**recipe["train"], "use_cpu": True, "bf16": False}, [], "train")
+    _, args = script.parse((script.TrainData, JacobiForcingConfig), recipe["train"] | {"use_cpu": True, "bf16": False}, [], "train")
     (packed,) = script.parse((PackConfig,), recipe["pack"], [], "pack")
     assert (args.block_size, packed.window, packed.schedule, packed.max_blocks, packed.buckets) == (32, 16, "progressive", 3, "8-11")
     assert (args.learning_rate, str(args.lr_scheduler_type), args.get_warmup_steps(1000)) == (5e-6, "SchedulerType.COSINE", 30)

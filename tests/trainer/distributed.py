@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 
 from jacobi_hf.trainer import JacobiForcingTrainer  # noqa: E402
 from jacobi_hf.trainer.collator import counts_of  # noqa: E402
-
 from tests.models import fresh_model  # noqa: E402
 from tests.trainer.records import records  # noqa: E402
 from tests.trainer.test_trainer import config  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 from jacobi_hf.trainer import AnswerConfig, NoiseSchedule, collect_trajectories, pack
-
 from tests.models import VOCAB
 
 END = 1

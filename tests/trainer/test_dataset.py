@@ -7,9 +7,9 @@ import logging
 
 import pytest
 from datasets import Dataset
+
 from jacobi_hf.trainer import BadRecordError, load_packed
 from jacobi_hf.trainer.dataset import COLUMNS, StreamedRecords, TrainingRecords, check_record, checked, fit, slots_of, tokenized_replay
-
 from tests.trainer.records import records
 
 N = 4
@@ -121,7 +121,7 @@ def test_further_noisy_views_are_checked_counted_and_cut():
     assert check_record(cut, "cut", N) == N
     assert slots_of(cut) == 5 + 4 * 2 * N
     assert len(TrainingRecords(Dataset.from_list([record]), 64, N)) == 1
-    with pytest.raises(ValueError, match="no training record is left"):
+    with pytest.raises(ValueError, match="no record is left"):
         TrainingRecords(Dataset.from_list([record]), 52, N)
     record["more_noisy_ids"][1][N] += 1
     with pytest.raises(BadRecordError, match="row 3: a view in more_noisy_ids"):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jacobi_hf.trainer import JacobiForcingCollator
 from jacobi_hf.trainer.collator import counts_of
 from jacobi_hf.trainer.losses import IGNORE, Targets, chunked_losses, plain_losses
 from jacobi_hf.trainer.mask import Slots, dense_mask
-
 from tests.models import VOCAB, tiny_model
 from tests.trainer.records import END, random_record, records
 

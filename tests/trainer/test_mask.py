@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jacobi_hf.trainer.collator import JacobiForcingCollator
 from jacobi_hf.trainer.mask import CONTEXTS, Slots, dense_mask, draw, mask_mod, sample_slots, window_of
 

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from jacobi_hf.trainer import NoiseSchedule, Trajectory, pack
 from jacobi_hf.trainer.dataset import check_record
 from jacobi_hf.trainer.schedule import END_POINTS, KINDS, NOISES, PHASES, noise_of

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jacobi_hf.trainer import BadRecordError, JacobiForcingConfig, JacobiForcingTrainer
-from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import jacobi_hf
+from jacobi_hf.trainer import BadRecordError, JacobiForcingConfig, JacobiForcingTrainer
+from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from tests.models import VOCAB, fresh_model
 from tests.trainer.records import END, own_records, records
 
@@ -280,7 +280,7 @@ def test_data_that_cannot_be_trained_on_is_named(tmp_path):
     with pytest.raises(BadRecordError, match=rf"row 1 .* id {VOCAB + 7} is outside the model's vocabulary of {VOCAB}"):
         JacobiForcingTrainer(model, config(tmp_path), foreign)
     assert len(JacobiForcingTrainer(model, config(tmp_path, on_bad_row="skip"), foreign).train_dataset) == 2
-    with pytest.raises(ValueError, match=r"no training record is left: 3 of 3 are longer than max_length=8"):
+    with pytest.raises(ValueError, match=r"no record is left: 3 of 3 are longer than max_length=8"):
         JacobiForcingTrainer(model, config(tmp_path, max_length=8), records(3, N, seed=1))
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"attn_implementation='flash_attention_2'.*use layout='rows'"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jacobi_hf.trainer.trajectories import AnswerConfig, collect_trajectories, record_trajectories
 
+from jacobi_hf.trainer.trajectories import AnswerConfig, collect_trajectories, record_trajectories
 from tests.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
 
 PROMPTS = [[5, 6, 7], [9, 3, 4, 9, 3, 4, 11], [2], [8, 8, 1, 20, 21, 3, 3, 3, 19, 4, 6]]
