@@ -232,7 +232,7 @@ def collect(
         folder.complete()
     totals = Counter({"too_long": too_long})
     for counts in finished.values():
-        totals.update(counts)
+        totals.update({name: value for name, value in counts.items() if isinstance(value, int)})
     if too_long or totals["too_short"]:
         logger.warning("left out: %d prompts over max_prompt_tokens, %d answers of one token", too_long, totals["too_short"])
     return totals

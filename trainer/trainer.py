@@ -427,8 +427,8 @@ def _with_adapter(model: Any, args: JacobiForcingConfig, peft_config: PeftConfig
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    elif args.gradient_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(args.activation_checkpointing))
+    elif args.activation_checkpointing:
         model.enable_input_require_grads()
     return get_peft_model(model, peft_config)
 

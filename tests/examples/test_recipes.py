@@ -119,6 +119,9 @@ def test_all_stages_from_prompts_to_results(tmp_path):
     assert by_source["held-out prompts"].tokens_per_forward >= 1
     assert 0 < by_source["held-out text"].held_out_loss < 20
     assert by_source["held-out problems"].quality.samples == 1
+    assert "finished already" in run("train", "--config", path).stdout
+    refused = run("train", "--config", path, "--learning_rate", "0.5", check=False)
+    assert "holds a run under other arguments (learning_rate: 0.001, now 0.5)" in refused.stderr
     report = json.loads((tmp_path / "model" / "final" / "forcing.json").read_text())
     assert report["steps"] == 2
     knobs = json.loads((tmp_path / "model" / "final" / "generation_config.json").read_text())

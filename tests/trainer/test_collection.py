@@ -168,6 +168,36 @@ def test_damage_is_named(tiny, tokenizer, tmp_path):
         load_trajectories(tmp_path / "out")
 
 
+def test_bytes_that_changed_are_named(tiny, tokenizer, tmp_path):
+    collect(tiny, tokenizer, settings(tmp_path), ROWS)
+    shard = next((tmp_path / "out").glob("shard-00001*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(ManifestError, match=r"shard-00001-of-00003.parquet is damaged \(its checksum"):
+        load_trajectories(tmp_path / "out")
+
+
+def test_other_end_tokens_are_other_settings(tiny, tokenizer, tmp_path):
+    collect(tiny, tokenizer, settings(tmp_path), ROWS)
+    former, tiny.generation_config.eos_token_id = tiny.generation_config.eos_token_id, 77
+    try:
+        with pytest.raises(ManifestError, match=r"end_and_pad: \[\[0\], 1\], now \[\[77\], 1\]"):
+            collect(tiny, tokenizer, settings(tmp_path), ROWS)
+    finally:
+        tiny.generation_config.eos_token_id = former
+
+
+def test_template_options_reach_the_template(tokenizer, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ 'quick' if not think else 'slow' }} {{ messages[0].content }}")
+    config = CollectConfig(chat_template=str(template), chat_template_options='{"think": false}')
+    prompts, _ = read_prompts([{"messages": [{"role": "user", "content": "hi"}]}], tokenizer, config)
+    assert tokenizer.decode(prompts[0]) == "quick hi"
+    with pytest.raises(ValueError, match="chat_template_options='think' is not JSON"):
+        CollectConfig(chat_template_options="think")
+
+
 def test_one_token_answers_are_left_out_and_counted(tiny, tokenizer, tmp_path):
     prompt = tokenizer("x = 1")["input_ids"]
     (answer,) = collect_trajectories(tiny, [prompt], 4, settings(tmp_path).answers())
@@ -301,6 +331,20 @@ def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, 
         pack_trajectories(PackConfig(sources=sources, output_dir=str(tmp_path / "more"), rows=50), tokenizer)
     with pytest.raises(ValueError, match="no trajectory passes max_blocks=0"):
         pack_trajectories(PackConfig(sources=sources, output_dir=str(tmp_path / "none"), max_blocks=0), tokenizer)
+
+
+def test_packed_records_are_no_source(tiny, tokenizer, tmp_path):
+    collect(tiny, tokenizer, settings(tmp_path), ROWS)
+    pack_trajectories(PackConfig(sources=str(tmp_path / "out"), output_dir=str(tmp_path / "packed"), views=2), tokenizer)
+    assert len(load_packed(str(tmp_path / "packed"), tokenizer=tokenizer)[0]["more_noisy_ids"]) == 1
+    with pytest.raises(ManifestError, match="holds packed records, not trajectories"):
+        pack_trajectories(PackConfig(sources=[str(tmp_path / "packed")], output_dir=str(tmp_path / "again")), tokenizer)
+    with pytest.raises(ValueError, match="rows=-1"):
+        PackConfig(rows=-1)
+    manifest = tmp_path / "packed" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(tokenizer_fingerprint(tokenizer), "0123456789abcdef"))
+    with pytest.raises(ManifestError, match="packed with another tokenizer"):
+        load_packed(str(tmp_path / "packed"), tokenizer=tokenizer)
 
 
 def test_sources_of_two_block_sizes_are_refused(tiny, tokenizer, tmp_path):

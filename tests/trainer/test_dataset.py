@@ -66,6 +66,13 @@ def test_each_kind_of_damage_is_named(data):
         check_record(good, "row 3", 8)
     with pytest.raises(BadRecordError, match="outside the model's vocabulary of 5"):
         check_record(good, "row 3", N, vocab_size=5)
+    for damage in (
+        {"complete_training_sequence_ids": [*sequence[:-1], None]},
+        {"traj_position_indices": 3},
+        {"complete_training_sequence_ids": [*sequence[:-1], "x"]},
+    ):
+        with pytest.raises(BadRecordError, match="row 3"):
+            check_record(broken(good, **damage), "row 3", N)
     assert check_record(good, "it") == N
     assert check_record(broken(good, prompt_ids=[good["prompt_ids"]], prompt_ids_len=[length]), "it") == N
 
@@ -179,5 +186,17 @@ def test_streamed_records_are_the_same_in_order():
     streamed = list(StreamedRecords(Arrow.from_list(data).to_iterable_dataset(), longest - 1, N, "truncate", replay, 0.5))
     sequences = [r["complete_training_sequence_ids"] for r in streamed if "complete_training_sequence_ids" in r]
     assert sequences == [whole[i]["complete_training_sequence_ids"] for i in range(9)]
-    assert [r["input_ids"] for r in streamed if "input_ids" in r] == [[1, 2], [3, 4], [1, 2], [3, 4]]
+    assert [r["input_ids"] for r in streamed if "input_ids" in r] == [whole[i]["input_ids"] for i in range(9, 13)]
     assert [r["index"] for r in streamed] == list(range(13))
+
+
+def test_a_stream_of_which_nothing_fits_says_so():
+    from datasets import Dataset as Arrow
+
+    with pytest.raises(ValueError, match="all 3 of the stream are longer than max_length=4"):
+        list(StreamedRecords(Arrow.from_list(records(3, N)).to_iterable_dataset(), 4, N))
+
+
+def test_replay_ids_outside_the_vocabulary_are_named():
+    with pytest.raises(ValueError, match="row 1 of replay_dataset has ids outside the model's vocabulary of 23"):
+        tokenized_replay([{"input_ids": [1, 2]}, {"input_ids": [1, 23]}], None, 8, 23)

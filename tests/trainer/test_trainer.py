@@ -94,7 +94,7 @@ def test_layouts_and_chunks_train_alike(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     data = records(12, N, seed=4)
-    plain, checkpointed = forced(tmp_path, data, max_steps=3), forced(tmp_path, data, max_steps=3, gradient_checkpointing=True)
+    plain, checkpointed = forced(tmp_path, data, max_steps=3), forced(tmp_path, data, max_steps=3, activation_checkpointing=True)
     torch.testing.assert_close(weights(checkpointed.model), weights(plain.model), rtol=1e-4, atol=1e-5)
 
 
@@ -315,3 +315,100 @@ def test_a_streamed_dataset_trains(tmp_path):
     broken = [*records(2, N), {**records(1, N)[0], "prompt_ids_len": 99}]
     with pytest.raises(BadRecordError, match="row 2 of train_dataset"):
         forced(tmp_path, Dataset.from_list(broken).to_iterable_dataset(), max_steps=3)
+
+
+def test_replay_does_not_dilute_the_consistency_loss(tmp_path):
+    data, replay = records(4, N, seed=2), [{"input_ids": [3, 4, 5]}]
+    for reduction in ("mean", "block_sum", "reference"):
+        losses = []
+        for options in ({}, {"replay_dataset": replay, "replay_ratio": 1.0}):
+            trainer = JacobiForcingTrainer(
+                fresh_model("qwen3"),
+                config(tmp_path, consistency_reduction=reduction, replay_ratio=options.get("replay_ratio", 1.0)),
+                data,
+                replay_dataset=options.get("replay_dataset"),
+            )
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+            trainer.compute_loss(trainer.model.eval(), batch)
+            losses.append(trainer._metrics(training=False)["consistency_loss"])
+        assert losses[0] == pytest.approx(losses[1]), reduction
+
+
+def test_a_gradient_that_is_not_finite_names_its_samples_and_spares_the_weights(tmp_path):
+    model = fresh_model("qwen3")
+    data = records(4, N, seed=4)
+    trainer = JacobiForcingTrainer(model, config(tmp_path, per_device_train_batch_size=2, max_grad_norm=0.0), data)
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights(model).clone()
+    with pytest.raises(FloatingPointError, match=r"gradient of step 0 is not finite; its batch held random 0\.\d+, random 0\.\d+\."):
+        trainer.train()
+    assert torch.equal(weights(model), before)
+
+
+def test_the_last_finished_checkpoint_is_resumed_from(tmp_path):
+    from jacobi_hf.trainer.trainer import last_finished_checkpoint
+
+    assert last_finished_checkpoint(tmp_path) is None
+    for number in (2, 10, 9):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-11").mkdir()  # killed before its last file
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{")
+    assert last_finished_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    trainer = JacobiForcingTrainer(fresh_model("qwen3"), config(tmp_path, output_dir=str(tmp_path / "new")), records(4, N))
+    trainer.train(resume_from_checkpoint=True)  # nothing to resume from is no error
+
+
+def test_models_whose_loss_would_be_wrong_are_refused(tmp_path):
+    for name, value in (("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("output_router_logits", True)):
+        model = fresh_model("qwen3")
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=f"the model's {name}={value}"):
+            JacobiForcingTrainer(model, config(tmp_path), records(4, N))
+    with pytest.raises(TypeError, match="args is a TrainingArguments"):
+        JacobiForcingTrainer(fresh_model("qwen3"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True), records(4, N))
+
+
+def test_half_precision_weights_are_warned_of(tmp_path, caplog):
+    JacobiForcingTrainer(fresh_model("qwen3").bfloat16(), config(tmp_path), records(4, N))
+    assert "small updates are rounded away" in caplog.text
+
+
+def test_several_evaluation_sets_are_decoded_once(tmp_path):
+    trainer = forced(
+        tmp_path,
+        records(8, N, seed=4),
+        max_steps=1,
+        eval_dataset={"a": records(3, N, seed=5), "b": records(3, N, seed=6)},
+        eval_prompts={"own": [[3, 4, 5]]},
+        eval_max_new_tokens=8,
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_a_agreement", "eval_own_identical"} <= metrics.keys()
+    assert not [name for name in metrics if name.startswith(("eval_a_own", "eval_b_own"))]
+    from datasets import Dataset
+
+    stream = Dataset.from_list(records(3, N)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="eval_dataset  is streamed"):
+        JacobiForcingTrainer(fresh_model("qwen3"), config(tmp_path), records(4, N), stream)
+
+
+def test_flex_masks_know_sliding_layers(tmp_path):
+    """The masks alone: FlexAttention has no backward on the CPU."""
+    trainer = JacobiForcingTrainer(fresh_model("qwen3-sliding"), config(tmp_path, max_length=64), records(4, N, seed=4))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    dense = trainer._mask(batch)
+    trainer.model.config._attn_implementation = "flex_attention"
+    blocks = trainer._mask(batch)
+    assert blocks.keys() == dense.keys() == {"full_attention", "sliding_attention"}
+    index = torch.arange(batch["input_ids"].shape[1])
+    for kind, mask in blocks.items():
+        rule = mask.mask_mod
+        row = torch.zeros((), dtype=torch.long)
+        assert torch.equal(rule(row, row, index[:, None], index), dense[kind][0, 0])
+
+
+def test_saved_decoding_follows_the_block_size(tmp_path):
+    assert config(tmp_path, jacobi_block_size=None).decoding_config().jacobi_block_size == N
+    assert config(tmp_path, decoding="none").decoding_config() is None

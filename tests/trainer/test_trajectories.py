@@ -98,6 +98,17 @@ def test_other_architectures_once_registered(kind):
     assert collect_trajectories(model, PROMPTS, 4, AnswerConfig(12)) == recorded
 
 
+def test_nothing_but_the_models_choices_makes_an_answer():
+    """What the model's own generation config would do to the scores is left out, in both collectors."""
+    model = fresh_model("qwen3")
+    plain = collect_trajectories(model, PROMPTS, 4, AnswerConfig(12))
+    model.generation_config.no_repeat_ngram_size, model.generation_config.repetition_penalty = 1, 1.7
+    own = model.generation_config
+    assert collect_trajectories(model, PROMPTS, 4, AnswerConfig(12)) == plain
+    assert record_trajectories(model, PROMPTS, 4, AnswerConfig(12)) == plain
+    assert model.generation_config is own
+
+
 def test_forwards_are_those_of_the_decoder():
     model = tiny_model("qwen3")
     for prompt in PROMPTS:
