@@ -191,16 +191,92 @@ def memory(results: Results) -> str:
     )
 
 
+def quality(results: Results, domain: str) -> tuple[str, str]:
+    """Held-out loss and exact match of a domain."""
+    loss = next((m.held_out_loss for m in results.measurements if m.prompts.domain == domain and m.held_out_loss is not None), None)
+    right = next((m.quality for m in results.measurements if m.prompts.domain == domain and m.quality is not None), None)
+    share = "-" if right is None else f"{right.value:.3f} [{right.low:.3f}, {right.high:.3f}] of {right.samples}"
+    return "-" if loss is None else f"{loss:.3f}", share
+
+
+def forcing(documents: dict[str, Results]) -> str:
+    """The tiny model before and after Jacobi Forcing."""
+    text = "## Jacobi Forcing of the tiny model\n\n"
+    for name, results in documents.items():
+        text += f"- **{name}**: {setting(results)}"
+        if results.training:
+            t = results.training
+            text += (
+                f"  Trained by `{t['command']}`, {t['steps']} steps, {t['slots'] / 1e6:.2f} M slots, {t['minutes']:.1f} minutes on {t['threads']} "
+                f"thread{'s' * (t['threads'] != 1)}, seed {t['batch']['seed']}.\n"
+            )
+    decoded = {name: [m for m in r.measurements if m.tokens_per_forward is not None] for name, r in documents.items()}
+    rows = []
+    for m in next(iter(decoded.values())):
+        for name, found in decoded.items():
+            same = next((x for x in found if (x.prompts.domain, x.decoder.name) == (m.prompts.domain, m.decoder.name)), None)
+            if same is not None and same.agreement is not None:
+                free = same.tokens_per_forward_loop_free
+                rows.append(
+                    [m.prompts.domain, m.decoder.name, name, f"{same.tokens_per_forward:.2f}", "-" if free is None else f"{free:.2f}",
+                     f"{same.mean_slots:.1f}", f"{same.agreement.identical} of {same.agreement.total}"]
+                )  # fmt: skip
+    text += "\n" + table(["domain", "decoder", "model", "TPF", "loop-free", "slots", "identical to generate"], rows)
+    domains = dict.fromkeys(m.prompts.domain for r in documents.values() for m in r.measurements)
+    scores = [[domain, name, *quality(results, domain)] for domain in domains for name, results in documents.items()]
+    return text + "\n" + table(["domain", "model", "held-out loss, nats per token", "exact match, 95 % interval"], scores)
+
+
+def ablations(documents: dict[str, Results]) -> str:
+    """Variations of the short recipe."""
+    text = "## Ablations of the training recipe\n\n"
+    first = next(iter(documents.values()))
+    text += (
+        f"{setting(first)}\nEach row changes what its name says of `short` (examples/recipes/tiny_qwen3_short.yaml, examples/tiny_qwen3/ablations.py); "
+        "window of 16, no candidates. One seed.\n\n"
+    )
+    rows = []
+    for name, results in documents.items():
+        by_domain = {m.prompts.domain: m for m in results.measurements if m.tokens_per_forward is not None}
+        code, arithmetic = by_domain["code"], by_domain["arithmetic"]
+        assert results.training is not None
+        rows.append(
+            [name, f"{results.training['minutes']:.1f}", f"{arithmetic.tokens_per_forward:.2f}", f"{code.tokens_per_forward:.2f}",
+             f"{code.tokens_per_forward_loop_free or 0:.2f}", quality(results, "arithmetic")[1], quality(results, "code")[0]]
+        )  # fmt: skip
+    head = ["variation", "minutes", "TPF arithmetic", "TPF code", "code, loop-free", "exact match", "held-out code, nats"]
+    return text + table(head, rows)
+
+
+def costs(results: Results) -> str:
+    """What collecting and training take."""
+    rows = [
+        [c.name, f"{c.value:.4g} {c.unit}", "-" if c.factor is None else f"{c.factor:.2f} x {c.baseline}", c.repeats] for c in results.costs
+    ]
+    return f"## What collecting and training cost\n\n{setting(results)}\n" + table(["what", "measured", "against", "repeats"], rows)
+
+
+def group(prefix: str) -> dict[str, Results]:
+    """The documents of the forcing folder whose names begin so."""
+    files = sorted((HERE / "results" / "forcing").glob(f"{prefix}*.json"))
+    return {file.stem.removeprefix("ablation-"): Results.read(file) for file in files}
+
+
 def page() -> str:
     """The whole page, from the documents that are there."""
     parts = [HEAD]
     for name, sections in {
-        "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,)
+        "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,),
+        "training": (costs,),
     }.items():  # fmt: skip
         path = HERE / "results" / f"{name}.json"
         if path.is_file():
             results = Results.read(path)
             parts += [section(results) for section in sections]
+    if models := {**group("base"), **group("forced"), **group("control")}:
+        parts.append(forcing(models))
+    if varied := group("ablation-"):
+        parts.append(ablations(varied))
     return "\n".join(parts)
 
 

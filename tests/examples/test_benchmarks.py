@@ -31,7 +31,7 @@ def test_compare_writes_a_results_document(tmp_path):
     assert all((m.tokens_per_forward or 0) >= 1 for m in results.measurements)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (BENCHMARKS / "results").glob("*.json")))
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(BENCHMARKS / "results")) for p in (BENCHMARKS / "results").rglob("*.json")))
 def test_stored_documents_fit_the_schema(name):
     results = Results.read(BENCHMARKS / "results" / name)
     assert results.measurements or results.costs

@@ -103,3 +103,30 @@ def test_checkpoint_solves_what_its_report_says(trained, corpus):
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     right = sum(corpus.arithmetic.read_answer(text) == p.result for text, p in zip(texts, problems, strict=True)) / len(problems)
     assert right >= report["arithmetic_exact_match"]["held_out_seeds"] - 0.15
+
+
+def test_forced_checkpoint_is_small_plain_and_carries_its_decoding(trained):
+    forced = EXAMPLE / "forced"
+    assert sum(path.stat().st_size for path in forced.iterdir()) <= 16 * 2**20
+    config = json.loads((forced / "config.json").read_text(encoding="utf-8"))
+    assert (config["architectures"], config["dtype"], config["use_cache"]) == (["Qwen3ForCausalLM"], "bfloat16", True)
+    report = json.loads((forced / "forcing.json").read_text(encoding="utf-8"))
+    assert report["log"][-1]["step"] == report["steps"]
+    model = AutoModelForCausalLM.from_pretrained(forced, dtype=torch.float32).eval()
+    assert model.generation_config.decoding == "jacobi_multiblock"
+    _, tokenizer = trained
+    assert AutoTokenizer.from_pretrained(forced).get_vocab() == tokenizer.get_vocab()
+
+
+def test_forcing_paid(trained, corpus):
+    """On held-out problems: the window alone of the forced model takes less than half the forwards of the base's, and writes its text."""
+    from jacobi_hf import JacobiConfig
+    from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
+
+    base, tokenizer = trained
+    forced = AutoModelForCausalLM.from_pretrained(EXAMPLE / "forced", dtype=torch.float32).eval()
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in corpus.arithmetic.held_out_problems(12)]
+    window = JacobiConfig(jacobi_block_size=16, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+    before, after = (measure_decoding(model, prompts, window, 96) for model in (base, forced))
+    assert after.tokens_per_forward > 2 * before.tokens_per_forward
+    assert after.outputs == ordinary_outputs(forced, prompts, 96)
