@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 State = list[int]
+# Answers whose blocks iterate in one forward.
+GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,17 @@ def collect_trajectories(
     before = generator_state(device)
     written = _answer(model, prompts, answers)
     after = generator_state(device)
-    blocks = _Blocks(model, prompts, written, block_size, answers.warpers(), before if answers.do_sample else None)
-    blocks.iterate()
+    collected: dict[int, Trajectory] = {}
+    # Rows of a forward are as wide as the widest: those of like length go together.
+    order = sorted(range(len(prompts)), key=lambda row: len(written[row]))
+    for start in range(0, len(order), GROUP):
+        rows = order[start : start + GROUP]
+        noise = _Noise(before, rows, len(prompts)) if answers.do_sample else None
+        blocks = _Blocks(model, [prompts[row] for row in rows], [written[row] for row in rows], block_size, answers.warpers(), noise)
+        blocks.iterate()
+        collected |= zip(rows, blocks.trajectories(), strict=True)
     set_generator_state(device, after)
-    return blocks.trajectories()
+    return [collected[row] for row in range(len(prompts))]
 
 
 def record_trajectories(
@@ -267,16 +276,25 @@ def _cut(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: first + 1]
 
 
+@dataclass(frozen=True)
+class _Noise:
+    """The noise under which answers were sampled: the generator's state before, and which rows of that batch these are."""
+
+    state: torch.Tensor
+    rows: list[int]
+    batch: int
+
+
 @dataclass
 class _Blocks:
-    """All blocks of a batch of answers, between two iterations."""
+    """All blocks of a group of answers, between two iterations."""
 
     model: PreTrainedModel
     prompts: Sequence[Sequence[int]]
     answers: list[list[int]]
     block_size: int
     warpers: LogitsProcessorList
-    noise: torch.Tensor | None  # the generator's state before the answers were sampled
+    noise: _Noise | None
     _states: list[torch.Tensor] = field(default_factory=list)
     _unsettled: list[torch.Tensor] = field(default_factory=list)
 
@@ -385,15 +403,16 @@ class _Blocks:
         if self.noise is None:
             return logits_BQV.argmax(-1)
         choice_BQ = torch.zeros_like(index_BQ)
-        set_generator_state(logits_BQV.device, self.noise)
-        noise_BV = torch.empty_like(logits_BQV[:, 0], dtype=torch.float32)
+        set_generator_state(logits_BQV.device, self.noise.state)
+        noise_BV = torch.empty(self.noise.batch, logits_BQV.shape[-1], device=logits_BQV.device)
+        own_B = torch.tensor(self.noise.rows, device=logits_BQV.device)
         # One index at a time: the noise of a whole answer would be as large as the logits once more.
         for index in range(self._fixed_BTn.shape[1] * self.block_size):
             noise_BV.exponential_()
             row_N, slot_N = ((index_BQ + 1 == index) & used_BQ).nonzero(as_tuple=True)
             if len(row_N):
                 scores_NV = self.warpers(None, logits_BQV[row_N, slot_N].float())
-                choice_BQ[row_N, slot_N] = (scores_NV.softmax(-1) / noise_BV[row_N]).argmax(-1)
+                choice_BQ[row_N, slot_N] = (scores_NV.softmax(-1) / noise_BV[own_B[row_N]]).argmax(-1)
         return choice_BQ
 
     def trajectories(self) -> list[Trajectory]:

@@ -212,14 +212,13 @@ def forcing(documents: dict[str, Results]) -> str:
             )
     decoded = {name: [m for m in r.measurements if m.tokens_per_forward is not None] for name, r in documents.items()}
     rows = []
-    for m in next(iter(decoded.values())):
+    for domain, decoder in dict.fromkeys((m.prompts.domain, m.decoder.name) for found in decoded.values() for m in found):
         for name, found in decoded.items():
-            same = next((x for x in found if (x.prompts.domain, x.decoder.name) == (m.prompts.domain, m.decoder.name)), None)
-            if same is not None and same.agreement is not None:
-                free = same.tokens_per_forward_loop_free
+            for m in (m for m in found if (m.prompts.domain, m.decoder.name) == (domain, decoder) and m.agreement is not None):
+                free, equal = m.tokens_per_forward_loop_free, m.agreement
                 rows.append(
-                    [m.prompts.domain, m.decoder.name, name, f"{same.tokens_per_forward:.2f}", "-" if free is None else f"{free:.2f}",
-                     f"{same.mean_slots:.1f}", f"{same.agreement.identical} of {same.agreement.total}"]
+                    [domain, decoder, name, f"{m.tokens_per_forward:.2f}", "-" if free is None else f"{free:.2f}", f"{m.mean_slots:.1f}",
+                     f"{equal.identical} of {equal.total}"]
                 )  # fmt: skip
     text += "\n" + table(["domain", "decoder", "model", "TPF", "loop-free", "slots", "identical to generate"], rows)
     domains = dict.fromkeys(m.prompts.domain for r in documents.values() for m in r.measurements)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jacobi_hf.trainer import trajectories
 from jacobi_hf.trainer.trajectories import AnswerConfig, collect_trajectories, record_trajectories
 from tests.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
 
@@ -54,6 +55,14 @@ cases = st.fixed_dictionaries(
         "seed": st.integers(0, 99),
     }
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_groups():
+    """So that a batch of these tests is several groups."""
+    former, trajectories.GROUP = trajectories.GROUP, 2
+    yield
+    trajectories.GROUP = former
 
 
 @settings(max_examples=60)
