@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jacobi_hf.results import Agreement, Measurement, Prompts, Results, Speedup
+from jacobi_hf.trainer.evaluation import is_looping
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
 Model = Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")]
@@ -50,7 +51,7 @@ def measure(
                 for c in contenders:
                     runs[c.decoder.name][-1].append(common.run(model, tokenizer, c, text, max_new_tokens))
         reference = runs[contenders[0].decoder.name]
-        looping = [i for i, one in enumerate(reference[0]) if common.is_looping(one.tokens)]
+        looping = [i for i, one in enumerate(reference[0]) if is_looping(one.tokens)]
         seconds = {name: statistics.median(sum(one.seconds for one in repeat) for repeat in mine) for name, mine in runs.items()}
         for c in contenders:
             name, mine = c.decoder.name, runs[c.decoder.name]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jacobi_hf.results import Results
+from jacobi_hf.trainer.evaluation import is_looping
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -59,9 +60,4 @@ def test_the_page_of_results_is_what_the_documents_say():
     ],
 )
 def test_loops_are_told(tail, looping):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import common
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    assert common.is_looping(tail) == looping
+    assert is_looping(tail) == looping

@@ -15,7 +15,7 @@ from jacobi_hf.trainer import JacobiForcingCollator
 from jacobi_hf.trainer.collator import counts_of
 from jacobi_hf.trainer.losses import IGNORE, Targets, chunked_losses, plain_losses
 from jacobi_hf.trainer.mask import Slots, dense_mask
-from tests.models import VOCAB, tiny_model
+from tests.models import VOCAB, fresh_model, tiny_model
 from tests.trainer.records import END, random_record, records
 
 
@@ -115,7 +115,7 @@ def by_hand(model, record, n, context, window):
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize(("context", "window"), [("noisy", None), ("window", 2), ("clean", None)])
 def test_packed_rows_and_the_loop_agree(kind, views, context, window):
-    model, n = tiny_model(kind), 3
+    model, n = fresh_model(kind), 3  # other tests may leave a shared model on another attention
     data = records(3, n, seed=5, views=views)
     weights = (3.0, 1.0)
     collators = [JacobiForcingCollator(n, (END,), layout="packed", context=context, window=window, max_length=96)]
