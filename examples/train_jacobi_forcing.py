@@ -35,7 +35,7 @@ import jacobi_hf
 from jacobi_hf.results import Decoder, Measurement, Prompts, Results
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer, load_packed
 from jacobi_hf.trainer.collection import CollectConfig, collect
-from jacobi_hf.trainer.evaluation import held_out_loss, measurements, right_answers
+from jacobi_hf.trainer.evaluation import held_out_loss, measurements, prompt_ids, right_answers
 from jacobi_hf.trainer.packing import PackConfig, pack_trajectories
 from jacobi_hf.trainer.shards import ManifestError, differences
 from jacobi_hf.trainer.trainer import last_finished_checkpoint
@@ -125,13 +125,6 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
-def token_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Of a prompt as it stands, or of messages through the chat template."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-
-
 class Run(TrainerCallback):
     """`run.json` beside the checkpoints: what the run was started with, and how long it has taken, interruptions left out.
 
@@ -186,7 +179,7 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     prompts = {}
     if data.eval_prompts:
         by_domain = json.loads(Path(data.eval_prompts).read_text(encoding="utf-8"))["prompts"]
-        prompts = {domain: [token_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
+        prompts = {domain: [prompt_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
     peft_config = None
     if data.lora_r:
         from peft import LoraConfig

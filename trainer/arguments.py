@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
@@ -13,10 +12,7 @@ from jacobi_hf.trainer.collator import LAYOUTS
 from jacobi_hf.trainer.dataset import ON_BAD_ROW, TOO_LONG
 from jacobi_hf.trainer.losses import REDUCTIONS
 from jacobi_hf.trainer.mask import window_of
-
-
-def _text(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from jacobi_hf.trainer.options import option
 
 
 @dataclass
@@ -56,33 +52,33 @@ class JacobiForcingConfig(TrainingArguments):
         ValueError: a value out of range or a combination that cannot be, named.
     """
 
-    learning_rate: float = _text(5e-6, "Peak learning rate.")
-    lr_scheduler_type: str = _text("cosine", "Learning-rate schedule.")
-    adam_beta2: float = _text(0.95, "Second beta of AdamW.")
-    remove_unused_columns: bool = _text(False, "The collator needs the raw columns.")
-    block_size: int = _text(16, "Tokens of a block (n).")
-    max_length: int = _text(2048, "Slots of a packed row.")
-    too_long: str = _text("drop", "Samples longer than max_length: drop or truncate.")
-    on_bad_row: str = _text("raise", "Malformed records: raise or skip.")
-    context: str = _text("clean", "What noisy blocks see: clean, noisy or window.")
-    window: int | None = _text(None, "Blocks per window of context=window.")
-    layout: str = _text("packed", "packed or rows.")
-    ar_loss_weight: float = _text(3.0, "Factor of the AR loss.")
-    consistency_loss_weight: float = _text(1.0, "Factor of the consistency loss.")
-    replay_loss_weight: float = _text(3.0, "Factor of the AR loss on replay.")
-    replay_ratio: float = _text(1.0, "Replay rows per trajectory row.")
-    distill_temperature: float = _text(1.0, "Temperature of the consistency loss.")
-    consistency_reduction: str = _text("mean", "mean, block_sum or reference.")
-    prompt_loss: bool = _text(True, "Whether the AR loss covers prompts.")
-    loss_chunk_numbers: int = _text(2**24, "Numbers in a vocabulary-sized tensor of the loss.")
-    decoding: str | None = _text(MULTIBLOCK, "Decoding saved with the model and measured: jacobi, jacobi_multiblock or none.")
-    jacobi_block_size: int | None = _text(None, "n of that decoding; block_size when not given.")
-    jacobi_max_blocks: int = _text(2, "K of that decoding.")
-    jacobi_activation_ratio: float = _text(0.0, "r of that decoding.")
-    jacobi_pool_size: int = _text(2, "Pool branches of that decoding.")
-    jacobi_lookup_tokens: int = _text(16, "Lookup branch of that decoding.")
-    eval_max_new_tokens: int = _text(128, "New tokens per prompt when decoding is measured.")
-    eval_prompt_count: int = _text(16, "Prompts decoded per evaluation.")
+    learning_rate: float = option(5e-6, "Peak learning rate.")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
+    adam_beta2: float = option(0.95, "Second beta of AdamW.")
+    remove_unused_columns: bool = option(False, "The collator needs the raw columns.")
+    block_size: int = option(16, "Tokens of a block (n).")
+    max_length: int = option(2048, "Slots of a packed row.")
+    too_long: str = option("drop", "Samples longer than max_length: drop or truncate.")
+    on_bad_row: str = option("raise", "Malformed records: raise or skip.")
+    context: str = option("clean", "What noisy blocks see: clean, noisy or window.")
+    window: int | None = option(None, "Blocks per window of context=window.")
+    layout: str = option("packed", "packed or rows.")
+    ar_loss_weight: float = option(3.0, "Factor of the AR loss.")
+    consistency_loss_weight: float = option(1.0, "Factor of the consistency loss.")
+    replay_loss_weight: float = option(3.0, "Factor of the AR loss on replay.")
+    replay_ratio: float = option(1.0, "Replay rows per trajectory row.")
+    distill_temperature: float = option(1.0, "Temperature of the consistency loss.")
+    consistency_reduction: str = option("mean", "mean, block_sum or reference.")
+    prompt_loss: bool = option(True, "Whether the AR loss covers prompts.")
+    loss_chunk_numbers: int = option(2**24, "Numbers in a vocabulary-sized tensor of the loss.")
+    decoding: str | None = option(MULTIBLOCK, "Decoding saved with the model and measured: jacobi, jacobi_multiblock or none.")
+    jacobi_block_size: int | None = option(None, "n of that decoding; block_size when not given.")
+    jacobi_max_blocks: int = option(2, "K of that decoding.")
+    jacobi_activation_ratio: float = option(0.0, "r of that decoding.")
+    jacobi_pool_size: int = option(2, "Pool branches of that decoding.")
+    jacobi_lookup_tokens: int = option(16, "Lookup branch of that decoding.")
+    eval_max_new_tokens: int = option(128, "New tokens per prompt when decoding is measured.")
+    eval_prompt_count: int = option(16, "Prompts decoded per evaluation.")
 
     def __post_init__(self) -> None:  # noqa: C901  (one branch a check)
         super().__post_init__()

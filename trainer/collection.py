@@ -11,11 +11,13 @@ import logging
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jacobi_hf.trainer.dataset import open_dataset
+from jacobi_hf.trainer.options import option
 from jacobi_hf.trainer.shards import ManifestError, ShardFolder, read_manifest, read_shards, tokenizer_fingerprint, weights_fingerprint
 from jacobi_hf.trainer.trajectories import AnswerConfig, Trajectory, collect_trajectories, end_ids, pad_id
 
@@ -28,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 BUCKET_TOKENS = 32
 LONG_PROMPTS = ("drop", "truncate")
-
-
-def _text(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -55,30 +53,30 @@ class CollectConfig:
         do_sample, temperature, top_k, top_p, min_p, seed: how answers are written, see `AnswerConfig`.
     """
 
-    model: str = _text("", "Model name or path.")
-    dataset: str = _text("", "JSONL or parquet file, or dataset of the Hub, with messages, prompt or text.")
-    output_dir: str = _text("", "Folder of the shards.")
-    revision: str | None = _text(None, "Revision of the model.")
-    dtype: str = _text("auto", "dtype of the model: auto, float32, bfloat16.")
-    split: str = _text("train", "Split of a Hub dataset.")
-    name: str = _text("data", "First part of each row's data_id.")
-    block_size: int = _text(16, "Tokens of a block (n).")
-    max_new_tokens: int = _text(256, "Longest answer, a multiple of block_size.")
-    prompt_tokens: int = _text(64, "Where text is cut to become a prompt.")
-    max_prompt_tokens: int = _text(1024, "Longer prompts are dropped or truncated.")
-    long_prompts: str = _text("drop", "drop or truncate.")
-    system_prompt: str | None = _text(None, "System prompt for messages that have none.")
-    chat_template: str | None = _text(None, "File with a chat template.")
-    chat_template_options: str | None = _text(None, "Arguments of the template, as JSON.")
-    limit: int | None = _text(None, "Prompts to take.")
-    batch_size: int = _text(32, "Prompts per batch.")
-    shard_size: int = _text(512, "Prompts per shard.")
-    do_sample: bool = _text(False, "Sample the answers.")
-    temperature: float = _text(1.0, "Temperature of the sampling.")
-    top_k: int | None = _text(None, "Top-k of the sampling.")
-    top_p: float | None = _text(None, "Top-p of the sampling.")
-    min_p: float | None = _text(None, "Min-p of the sampling.")
-    seed: int = _text(0, "Seed of the sampling.")
+    model: str = option("", "Model name or path.")
+    dataset: str = option("", "JSONL or parquet file, or dataset of the Hub, with messages, prompt or text.")
+    output_dir: str = option("", "Folder of the shards.")
+    revision: str | None = option(None, "Revision of the model.")
+    dtype: str = option("auto", "dtype of the model: auto, float32, bfloat16.")
+    split: str = option("train", "Split of a Hub dataset.")
+    name: str = option("data", "First part of each row's data_id.")
+    block_size: int = option(16, "Tokens of a block (n).")
+    max_new_tokens: int = option(256, "Longest answer, a multiple of block_size.")
+    prompt_tokens: int = option(64, "Where text is cut to become a prompt.")
+    max_prompt_tokens: int = option(1024, "Longer prompts are dropped or truncated.")
+    long_prompts: str = option("drop", "drop or truncate.")
+    system_prompt: str | None = option(None, "System prompt for messages that have none.")
+    chat_template: str | None = option(None, "File with a chat template.")
+    chat_template_options: str | None = option(None, "Arguments of the template, as JSON.")
+    limit: int | None = option(None, "Prompts to take.")
+    batch_size: int = option(32, "Prompts per batch.")
+    shard_size: int = option(512, "Prompts per shard.")
+    do_sample: bool = option(False, "Sample the answers.")
+    temperature: float = option(1.0, "Temperature of the sampling.")
+    top_k: int | None = option(None, "Top-k of the sampling.")
+    top_p: float | None = option(None, "Top-p of the sampling.")
+    min_p: float | None = option(None, "Min-p of the sampling.")
+    seed: int = option(0, "Seed of the sampling.")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size", "prompt_tokens", "max_prompt_tokens"):
@@ -154,25 +152,6 @@ def _chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, config: Collect
     return ids
 
 
-def load_prompt_rows(config: CollectConfig) -> Iterable[Mapping[str, Any]]:
-    """The rows of `config.dataset`.
-
-    Raises:
-        FileNotFoundError: a file that is not there.
-    """
-    from datasets import load_dataset
-
-    path = Path(config.dataset)
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset={config.dataset} does not exist.")
-        rows: Iterable[Mapping[str, Any]] = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        return rows
-    hub_rows: Iterable[Mapping[str, Any]] = load_dataset(config.dataset, split=config.split)
-    return hub_rows
-
-
 def collect(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: CollectConfig, rows: Iterable[Mapping[str, Any]] | None = None
 ) -> Counter[str]:
@@ -197,7 +176,7 @@ def collect(
 
     # A rank that is done waits for the slowest one.
     state = PartialState(timeout=timedelta(days=7))
-    prompts, too_long = read_prompts(load_prompt_rows(config) if rows is None else rows, tokenizer, config)
+    prompts, too_long = read_prompts(open_dataset(config.dataset, config.split) if rows is None else rows, tokenizer, config)
     if not prompts:
         raise ValueError(f"{config.dataset} holds no prompt of at most {config.max_prompt_tokens} tokens ({too_long} are longer).")
     folder = ShardFolder(config.output_dir, _settings(config, model, tokenizer, prompts))

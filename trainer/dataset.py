@@ -115,26 +115,31 @@ def load_packed(
         if tokenizer is not None and former != tokenizer_fingerprint(tokenizer):
             raise ManifestError(f"{source} was packed with another tokenizer than the model's: collect and pack again.")
         checked_shards(source)
-    dataset = _load(source, split, streaming=streaming, **options)
+    dataset = open_dataset(source, split, streaming=streaming, **options)
     return checked(dataset, source, on_bad_row=on_bad_row, block_size=block_size)
 
 
-def _load(source: str, split: str, *, streaming: bool, **options: Any) -> Any:
+def open_dataset(source: str, split: str = "train", *, streaming: bool = False, **options: Any) -> Any:
+    """Rows of a JSONL or parquet file, of a folder of parquet files, or of a dataset of the Hub.
+
+    Raises:
+        FileNotFoundError: a path of which nothing is there.
+    """
     from datasets import load_dataset
 
     path = Path(source)
     if path.is_dir():
         files = sorted(str(f) for f in path.glob("*.parquet"))
         if not files:
-            raise FileNotFoundError(f"{source} holds no parquet file.")
+            raise FileNotFoundError(f"the dataset {source} holds no parquet file.")
         return load_dataset("parquet", data_files=files, split="train", streaming=streaming, **options)
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     if path.suffix in kinds:
         if not path.is_file():
-            raise FileNotFoundError(f"{source} does not exist.")
+            raise FileNotFoundError(f"the dataset {source} does not exist.")
         return load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=streaming, **options)
     if path.is_absolute() or source.startswith(".") or source.count("/") > 1:  # no Hub id
-        raise FileNotFoundError(f"{source} does not exist.")
+        raise FileNotFoundError(f"the dataset {source} does not exist.")
     return load_dataset(source, split=split, streaming=streaming, **options)
 
 
@@ -193,20 +198,17 @@ def fit(record: Mapping[str, Any], max_length: int, block_size: int, too_long: s
     }
 
 
-class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
-    """Map-style training set: trajectories that fit, and `replay_ratio` rows of replay for each, the replay rows in a cycle.
+class _Mixture:
+    """Records that are fitted, and replay rows in a fixed shuffle (a part of them is a fair sample), over and over.
 
     Args:
-        records: packed records, a list or a `datasets.Dataset`.
+        records: packed records.
         max_length, block_size, too_long: see `fit`.
         replay: rows with `input_ids`, or None.
         replay_ratio: replay rows per trajectory row.
 
-    Attributes:
-        dropped: how many records were too long, and how many were truncated.
-
     Raises:
-        ValueError: nothing is left.
+        ValueError: an unknown `too_long`, or a replay set without rows.
     """
 
     def __init__(
@@ -218,96 +220,96 @@ class TrainingRecords(torch.utils.data.Dataset[dict[str, Any]]):
         replay: Sequence[Mapping[str, Any]] | None = None,
         replay_ratio: float = 1.0,
     ) -> None:
-        _check_mixture(too_long, replay)
-        self._records, self._replay = records, replay
-        self._fit = (max_length, block_size, too_long)
+        if too_long not in TOO_LONG:
+            raise ValueError(f"too_long={too_long!r} must be one of {', '.join(map(repr, TOO_LONG))}.")
+        if replay is not None and not len(replay):
+            raise ValueError("replay_dataset is empty.")
+        self._records, self._max_length, self._block_size, self._too_long = records, max_length, block_size, too_long
+        self._replay = replay or ()
+        self._replay_ratio = replay_ratio if replay else 0.0
+        self._order = random.Random(0).sample(range(len(self._replay)), len(self._replay))
+
+    def _fitted(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        return fit(record, self._max_length, self._block_size, self._too_long)
+
+    def _replayed(self, number: int) -> dict[str, Any]:
+        row = self._order[number % len(self._order)]
+        return {"input_ids": self._replay[row]["input_ids"][: self._max_length], "data_id": f"replay {row}"}
+
+
+class TrainingRecords(_Mixture, torch.utils.data.Dataset[dict[str, Any]]):
+    """Map-style training set: trajectories that fit, and `replay_ratio` rows of replay for each. Arguments: `_Mixture`.
+
+    Attributes:
+        dropped: how many records were too long, and how many were truncated.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+
+    def __init__(self, records: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(records, *args, **kwargs)
         lengths = list(_slots(records))
+        may_cut = self._too_long == "truncate"
         self._kept = [
             number
             for number, length in enumerate(lengths)
-            if length <= max_length or (too_long == "truncate" and fit(records[number], *self._fit) is not None)
+            if length <= self._max_length or (may_cut and self._fitted(records[number]) is not None)
         ]
-        truncated = sum(lengths[number] > max_length for number in self._kept)
+        truncated = sum(lengths[number] > self._max_length for number in self._kept)
         self.dropped = Counter({"dropped": len(lengths) - len(self._kept), "truncated": truncated})
         if not self._kept:
             raise ValueError(
-                f"no record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={max_length}"
-                f"{' even with a single block' if too_long == 'truncate' else ''}. "
-                f"Raise max_length{'' if too_long == 'truncate' else ', or set too_long=' + repr('truncate')}."
+                f"no record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={self._max_length}"
+                f"{' even with a single block' if may_cut else ''}. "
+                f"Raise max_length{'' if may_cut else ', or set too_long=' + repr('truncate')}."
             )
         if self.dropped.total():
-            counts = (len(lengths), self.dropped["dropped"], self.dropped["truncated"], max_length)
+            counts = (len(lengths), self.dropped["dropped"], truncated, self._max_length)
             logger.warning("of %d records, %d were dropped and %d truncated (max_length=%d)", *counts)
-        self._replayed = 0 if replay is None else round(replay_ratio * len(self._kept))
-        self._order = _shuffled(replay)
 
     def __len__(self) -> int:
-        return len(self._kept) + self._replayed
+        return len(self._kept) + round(self._replay_ratio * len(self._kept))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < len(self._kept):
-            record = fit(self._records[self._kept[index]], *self._fit)
-            assert record is not None
-            return {**record, "index": index}
-        assert self._replay is not None
-        row = self._order[(index - len(self._kept)) % len(self._order)]
-        return {"input_ids": self._replay[row]["input_ids"][: self._fit[0]], "index": index, "data_id": f"replay {row}"}
+        if index >= len(self._kept):
+            return {**self._replayed(index - len(self._kept)), "index": index}
+        record = self._fitted(self._records[self._kept[index]])
+        assert record is not None
+        return {**record, "index": index}
 
     def name(self, index: int) -> str:
         """What an error calls the record."""
         return str(self[index].get("data_id", f"record {index}"))
 
 
-class StreamedRecords(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """The same of records that are read while training (`datasets.IterableDataset`), in their order. Arguments as `TrainingRecords`."""
+class StreamedRecords(_Mixture, torch.utils.data.IterableDataset[dict[str, Any]]):
+    """The same of records that are read while training (`datasets.IterableDataset`), in their order. Arguments: `_Mixture`.
 
-    def __init__(
-        self,
-        records: Any,
-        max_length: int,
-        block_size: int,
-        too_long: str = "drop",
-        replay: Sequence[Mapping[str, Any]] | None = None,
-        replay_ratio: float = 1.0,
-    ) -> None:
-        _check_mixture(too_long, replay)
-        self._records, self._replay, self._ratio = records, replay, 0.0 if replay is None else replay_ratio
-        self._fit = (max_length, block_size, too_long)
+    Raises:
+        ValueError: nothing is left, when the stream has ended.
+    """
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        index, replayed, owed, dropped, order = 0, 0, 0.0, 0, _shuffled(self._replay)
+        index, replayed, owed, dropped = 0, 0, 0.0, 0
         for row in self._records:
-            record = fit(row, *self._fit)
+            record = self._fitted(row)
             if record is None:
                 dropped += 1
                 continue
             yield {**record, "index": index}
-            index, owed = index + 1, owed + self._ratio
+            index, owed = index + 1, owed + self._replay_ratio
             while owed >= 1:
-                assert self._replay is not None
-                replay = self._replay[order[replayed % len(order)]]
-                yield {"input_ids": replay["input_ids"][: self._fit[0]], "index": index}
+                yield {**self._replayed(replayed), "index": index}
                 index, replayed, owed = index + 1, replayed + 1, owed - 1
         if dropped:
-            logger.warning("of %d streamed records, %d were dropped (max_length=%d)", index - replayed + dropped, dropped, self._fit[0])
+            logger.warning("of %d streamed records, %d were dropped (max_length=%d)", index - replayed + dropped, dropped, self._max_length)
         if not index:
-            raise ValueError(f"no record is left: all {dropped} of the stream are longer than max_length={self._fit[0]}.")
+            raise ValueError(f"no record is left: all {dropped} of the stream are longer than max_length={self._max_length}.")
 
     def name(self, index: int) -> str:
         """What an error calls the record."""
         return f"row {index} of the stream, replay rows counted"
-
-
-def _shuffled(replay: Any) -> list[int]:
-    """The order in which replay rows are taken: a fixed shuffle, so that a part of them is a fair sample."""
-    return [] if replay is None else random.Random(0).sample(range(len(replay)), len(replay))
-
-
-def _check_mixture(too_long: str, replay: Any) -> None:
-    if too_long not in TOO_LONG:
-        raise ValueError(f"too_long={too_long!r} must be one of {', '.join(map(repr, TOO_LONG))}.")
-    if replay is not None and not len(replay):
-        raise ValueError("replay_dataset is empty.")
 
 
 def _slots(records: Any) -> Iterator[int]:

@@ -93,6 +93,15 @@ def ordinary_outputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], m
     return outputs
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a prompt: a string as it stands, messages through the chat template."""
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    of_messages: list[int] = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+    return of_messages
+
+
 def measurements(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -103,12 +112,7 @@ def measurements(
     """Tokens per forward, slots and identity of each decoder on the prompts (strings, or messages) of each domain."""
     measured = []
     for domain, texts in prompts.items():
-        ids = [
-            tokenizer(text)["input_ids"]
-            if isinstance(text, str)
-            else tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
-            for text in texts
-        ]
+        ids = [prompt_ids(tokenizer, text) for text in texts]
         references = ordinary_outputs(model, ids, max_new_tokens)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
         for name, config in decoders.items():

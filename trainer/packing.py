@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.trainer.collection import load_trajectories
+from jacobi_hf.trainer.options import option
 from jacobi_hf.trainer.schedule import NoiseSchedule, pack
 from jacobi_hf.trainer.shards import ManifestError, ShardFolder, read_manifest
 from jacobi_hf.trainer.trajectories import Trajectory
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
-
-
-def _text(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -41,21 +38,21 @@ class PackConfig:
     """
 
     sources: list[str] = field(default_factory=list, metadata={"help": "Folders of trajectories, folder or folder=share."})
-    output_dir: str = _text("", "Folder of the packed records.")
-    rows: int | None = _text(None, "Trajectories to take.")
-    max_blocks: int | None = _text(None, "Leave out samples of more blocks.")
-    buckets: str | None = _text(None, "Length buckets to keep, for example 8-11.")
-    visits: int = _text(1, "Records per trajectory.")
-    views: int = _text(1, "Noisy versions within a record.")
-    schedule: str = _text("progressive", "progressive, reverse, random, cyclic or constant.")
-    window: int = _text(8, "Levels of the schedule (w).")
-    min_noise: float = _text(0.0, "Lowest noise.")
-    max_noise: float = _text(1.0, "Highest noise.")
-    end_points: str = _text("reference", "reference or paper.")
-    phase: str = _text("random", "random or fixed.")
-    noise: str = _text("suffix", "suffix or fraction.")
-    shard_size: int = _text(20_000, "Records per file.")
-    seed: int = _text(0, "Seed.")
+    output_dir: str = option("", "Folder of the packed records.")
+    rows: int | None = option(None, "Trajectories to take.")
+    max_blocks: int | None = option(None, "Leave out samples of more blocks.")
+    buckets: str | None = option(None, "Length buckets to keep, for example 8-11.")
+    visits: int = option(1, "Records per trajectory.")
+    views: int = option(1, "Noisy versions within a record.")
+    schedule: str = option("progressive", "progressive, reverse, random, cyclic or constant.")
+    window: int = option(8, "Levels of the schedule (w).")
+    min_noise: float = option(0.0, "Lowest noise.")
+    max_noise: float = option(1.0, "Highest noise.")
+    end_points: str = option("reference", "reference or paper.")
+    phase: str = option("random", "random or fixed.")
+    noise: str = option("suffix", "suffix or fraction.")
+    shard_size: int = option(20_000, "Records per file.")
+    seed: int = option(0, "Seed.")
 
     def __post_init__(self) -> None:
         for name in ("visits", "views", "shard_size"):

@@ -15,11 +15,12 @@ from transformers import Trainer, TrainerCallback
 
 from jacobi_hf.attention import MaskBuilder, attention_of
 from jacobi_hf.trainer.arguments import JacobiForcingConfig
-from jacobi_hf.trainer.collator import JacobiForcingCollator, counts_of
+from jacobi_hf.trainer.collator import COUNTS, JacobiForcingCollator, counts_of
 from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, checked, tokenized_replay
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
-from jacobi_hf.trainer.losses import IGNORE, Head, Losses, Targets, chunked_losses
+from jacobi_hf.trainer.losses import Head, Losses, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
+from jacobi_hf.trainer.trajectories import special_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Which of the collator's counts a reduction divides by.
-_AVERAGED_OVER = {"mean": 2, "block_sum": 3, "reference": 4}
+_AVERAGED_OVER = {"mean": COUNTS.index("pairs"), "block_sum": COUNTS.index("blocks"), "reference": COUNTS.index("samples")}
 _LAYOUT_TENSORS = ("input_ids", "position_ids", "attention_mask")
 
 
@@ -53,11 +54,7 @@ class HeadLosses:
         self._targets: Targets | None = None
         self._losses: Losses | None = None
         self._vocab_size = vocab_size
-        self._hook = head.register_forward_pre_hook(self._intercept)
-
-    def remove(self) -> None:
-        """Take the hook off."""
-        self._hook.remove()
+        head.register_forward_pre_hook(self._intercept)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _intercept(self, head: Head, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -102,7 +99,6 @@ class JacobiForcingTrainer(Trainer):
 
     # compute_loss divides by the counts of the whole accumulated batch itself.
     loss_is_scaled_for_ga = True
-    _tag_names = ("jacobi-forcing",)
 
     def __init__(
         self,
@@ -127,17 +123,18 @@ class JacobiForcingTrainer(Trainer):
         _check_model(model, args)
         model = _with_adapter(model, args, peft_config)
         base = _base_of(model)
-        self._records = self._prepare_train(base, args, train_dataset, replay_dataset, processing_class)
+        replay = None if replay_dataset is None else tokenized_replay(replay_dataset, processing_class, args.max_length, _vocabulary(base))
+        self._records = None if train_dataset is None else self._prepare(base, args, train_dataset, "train_dataset", replay)
         self._eval_prompts = dict(eval_prompts or {})
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         evaluated = {
-            name: TrainingRecords(
-                checked(data, f"eval_dataset {name}", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)),
-                args.max_length, args.block_size, args.too_long,
-            )
-            for name, data in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items()
-            if _is_map_style(data, name)
-        }  # fmt: skip
-        ends, pad = _special_ids(base, processing_class, "eos_token_id"), _special_ids(base, processing_class, "pad_token_id")
+            name: self._prepare(base, args, data, f"eval_dataset {name}".strip()) for name, data in sets.items() if data is not None
+        }
+        if streamed := [name for name, data in evaluated.items() if isinstance(data, StreamedRecords)]:
+            raise ValueError(f"eval_dataset {streamed[0]} is streamed; give one with a length (datasets.Dataset or a list of records).")
+        ends, pad = (
+            special_ids(base.generation_config, name) or special_ids(processing_class, name) for name in ("eos_token_id", "pad_token_id")
+        )
         if not ends:
             logger.warning("neither model nor tokenizer has an eos_token_id: answers are taken to end with their last block.")
         super().__init__(
@@ -162,20 +159,17 @@ class JacobiForcingTrainer(Trainer):
         self._head_losses = HeadLosses(_head_of(base), _vocabulary(base), args.loss_chunk_numbers, args.distill_temperature)
         self._masks = MaskBuilder(base.config, base.dtype)
         self._sums: dict[bool, torch.Tensor | None] = {True: None, False: None}
-        self._since = (time.perf_counter(), 0)
+        self._logged_at = time.perf_counter()
         config = args.decoding_config()
         if config is not None and base.generation_config is not None:
             config.save_defaults(base)
 
-    def _prepare_train(
-        self, base: PreTrainedModel, args: JacobiForcingConfig, train_dataset: Any, replay_dataset: Any, tokenizer: Any
-    ) -> TrainingRecords | StreamedRecords | None:
-        if train_dataset is None:
-            return None
-        records = checked(
-            train_dataset, "train_dataset", on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)
-        )
-        replay = None if replay_dataset is None else tokenized_replay(replay_dataset, tokenizer, args.max_length, _vocabulary(base))
+    @staticmethod
+    def _prepare(
+        base: PreTrainedModel, args: JacobiForcingConfig, dataset: Any, name: str, replay: list[dict[str, list[int]]] | None = None
+    ) -> TrainingRecords | StreamedRecords:
+        """Records checked, fitted and mixed with replay."""
+        records = checked(dataset, name, on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base))
         kind = TrainingRecords if isinstance(records, Sized) else StreamedRecords
         return kind(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
 
@@ -288,8 +282,8 @@ class JacobiForcingTrainer(Trainer):
         """Adds ar_loss, consistency_loss, replay_loss, agreement, kept positions, slots per second and peak memory."""
         if "loss" in logs:
             metrics = self._metrics(training=True)
-            seconds = time.perf_counter() - self._since[0]
-            self._since = (time.perf_counter(), self.state.global_step)
+            now = time.perf_counter()
+            seconds, self._logged_at = now - self._logged_at, now
             if metrics:
                 metrics["slots_per_second"] = metrics["slots"] / seconds
             metrics["peak_memory_gib"] = _peak_memory() / 2**30
@@ -332,7 +326,7 @@ class JacobiForcingTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was finished, and none is no error."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_finished_checkpoint(self.args.output_dir)
-        self._since = (time.perf_counter(), 0)
+        self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -379,24 +373,14 @@ class _GradientGuard(TrainerCallback):
 
 def last_finished_checkpoint(output_dir: str | Path) -> str | None:
     """The newest `checkpoint-N` of a folder whose last file, the trainer's state, is there and whole."""
-    finished = []
+    finished = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         try:
-            finished.append((int(folder.name.removeprefix("checkpoint-")), json.loads((folder / "trainer_state.json").read_text())))
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            finished[int(folder.name.removeprefix("checkpoint-"))] = str(folder)
         except (ValueError, OSError):
             logger.warning("%s is not a finished checkpoint: it is passed over", folder)
-    return str(Path(output_dir) / f"checkpoint-{max(number for number, _ in finished)}") if finished else None
-
-
-def _is_map_style(data: Any, name: str) -> bool:
-    if data is not None and not isinstance(data, Sized):
-        raise ValueError(f"eval_dataset {name or ''} is streamed; give one with a length (datasets.Dataset or a list of records).")
-    return data is not None
-
-
-def _special_ids(base: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
-    """Of the model's generation config, else of the tokenizer."""
-    return _ids(getattr(base.generation_config, name, None)) or _ids(getattr(tokenizer, name, None))
+    return finished[max(finished)] if finished else None
 
 
 def _check_model(model: Any, args: JacobiForcingConfig) -> None:
@@ -447,10 +431,3 @@ def _head_of(base: Any) -> torch.nn.Module:
 
 def _vocabulary(base: Any) -> int:
     return int(base.config.get_text_config(decoder=True).vocab_size)
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
-
-
-__all__ = ["IGNORE", "HeadLosses", "JacobiForcingTrainer"]

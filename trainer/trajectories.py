@@ -260,15 +260,18 @@ def _answer(model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: A
 
 def end_ids(model: PreTrainedModel) -> set[int]:
     """The ids that end an answer."""
-    end = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set() if end is None else set(end) if isinstance(end, list | tuple) else {int(end)}
+    return set(special_ids(model.generation_config, "eos_token_id"))
 
 
 def pad_id(model: PreTrainedModel) -> int:
     """What fills the slots behind an answer."""
-    config = model.generation_config
-    pad = config.pad_token_id if config is not None else None
-    return int(pad) if pad is not None else min(end_ids(model), default=0)
+    return next(iter(special_ids(model.generation_config, "pad_token_id")), min(end_ids(model), default=0))
+
+
+def special_ids(holder: Any, name: str) -> tuple[int, ...]:
+    """`eos_token_id` or `pad_token_id` of a generation config or tokenizer, of which there may be none, one or several."""
+    value = getattr(holder, name, None)
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
 def _cut(ids: list[int], ends: set[int]) -> list[int]:

@@ -131,6 +131,6 @@ def test_all_stages_from_prompts_to_results(tmp_path):
 def test_errors_are_one_line(tmp_path):
     failed = run("collect", "--model", CHECKPOINT, "--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "out", check=False)
     assert failed.returncode != 0
-    assert failed.stderr.strip().splitlines()[-1].startswith("train_jacobi_forcing.py collect: dataset=")
+    assert failed.stderr.strip().splitlines()[-1].startswith("train_jacobi_forcing.py collect: the dataset ")
     assert "Traceback" not in failed.stderr
     assert "usage" in run("fly", check=False).stderr

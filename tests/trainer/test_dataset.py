@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from jacobi_hf.trainer import BadRecordError, load_packed
-from jacobi_hf.trainer.dataset import COLUMNS, StreamedRecords, TrainingRecords, check_record, checked, fit, slots_of, tokenized_replay
+from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, check_record, checked, fit, slots_of, tokenized_replay
 from tests.trainer.records import records
 
 N = 4
@@ -169,10 +169,6 @@ def test_replay_takes_text_messages_and_ids():
         tokenized_replay([{"other": 1}], Letters(), 4)
     with pytest.raises(ValueError, match="give processing_class"):
         tokenized_replay([{"text": "a"}], None, 4)
-
-
-def test_columns_are_the_published_ones():
-    assert set(COLUMNS) < set(records(1, N)[0])
 
 
 def test_streamed_records_are_the_same_in_order():

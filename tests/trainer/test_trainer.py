@@ -390,7 +390,7 @@ def test_several_evaluation_sets_are_decoded_once(tmp_path):
     from datasets import Dataset
 
     stream = Dataset.from_list(records(3, N)).to_iterable_dataset()
-    with pytest.raises(ValueError, match="eval_dataset  is streamed"):
+    with pytest.raises(ValueError, match="is streamed"):
         JacobiForcingTrainer(fresh_model("qwen3"), config(tmp_path), records(4, N), stream)
 
 
