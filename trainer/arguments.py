@@ -36,6 +36,9 @@ class JacobiForcingConfig(TrainingArguments):
     Parameters that control the loss:
         ar_loss_weight, consistency_loss_weight, replay_loss_weight: factors of the three terms, each a mean over its tokens in
             the whole accumulated batch over all processes.
+        kl_loss_weight: factor of the KL divergence from a frozen model (`ref_model` of the trainer, by default the model before
+            training), a mean over the tokens that have an AR or replay loss. It holds the model where it was, and needs
+            memory for a second copy (none with LoRA) and a forward of the clean tokens.
         replay_ratio: replay rows per trajectory row, where a `replay_dataset` is given.
         distill_temperature: tau of the consistency loss.
         consistency_reduction: `"mean"` over kept slots; `"block_sum"`, mean over blocks of per-block sums (paper, eq. 8);
@@ -66,6 +69,7 @@ class JacobiForcingConfig(TrainingArguments):
     ar_loss_weight: float = option(3.0, "Factor of the AR loss.")
     consistency_loss_weight: float = option(1.0, "Factor of the consistency loss.")
     replay_loss_weight: float = option(3.0, "Factor of the AR loss on replay.")
+    kl_loss_weight: float = option(0.0, "Factor of the KL divergence from the model before training.")
     replay_ratio: float = option(1.0, "Replay rows per trajectory row.")
     distill_temperature: float = option(1.0, "Temperature of the consistency loss.")
     consistency_reduction: str = option("mean", "mean, block_sum or reference.")
@@ -97,7 +101,7 @@ class JacobiForcingConfig(TrainingArguments):
         window_of(self.context, self.window)
         if self.layout == "rows" and self.context == "clean":
             raise ValueError("layout='rows' has no clean context (see jacobi_hf.trainer.collator): use layout='packed' or another context.")
-        for name in ("ar_loss_weight", "consistency_loss_weight", "replay_loss_weight", "replay_ratio"):
+        for name in ("ar_loss_weight", "consistency_loss_weight", "replay_loss_weight", "kl_loss_weight", "replay_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name in ("loss_chunk_numbers", "eval_max_new_tokens", "eval_prompt_count"):

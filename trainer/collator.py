@@ -262,6 +262,31 @@ class JacobiForcingCollator:
         return rows
 
 
+def clean_part(batch: Mapping[str, torch.Tensor], multiple: int = 1) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch without its noisy slots, for models that only read clean text.
+
+    Args:
+        batch: what `JacobiForcingCollator` returned, in either layout.
+        multiple: round the row length up, no further than the batch's own.
+
+    Returns:
+        the layout's tensors `(B', L')`, and where each of those B' L' slots lies in the flattened batch, -1 for padding.
+    """
+    length = batch["input_ids"].shape[1]
+    home_BL = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device).view(batch["input_ids"].shape)
+    if "stream" not in batch:  # plain rows are noisy or clean as a whole
+        clean_B = (batch["labels"] != IGNORE).any(1)
+        part = {name: batch[name][clean_B] for name in ("input_ids", "position_ids", "attention_mask")}
+        return part, home_BL[clean_B].masked_fill(part["attention_mask"] == 0, -1).flatten()
+    clean_BL = (batch["sample"] != PADDING) & (batch["stream"] < NOISY)
+    width = min(length, -(-int(clean_BL.sum(1).max()) // multiple) * multiple)
+    first_BL = (~clean_BL).long().argsort(dim=1, stable=True)[:, :width]
+    is_padding_BL = ~clean_BL.gather(1, first_BL)
+    part = {name: batch[name].gather(1, first_BL) for name in ("input_ids", "position_ids", "sample", "stream", "block")}
+    part["sample"] = part["sample"].masked_fill(is_padding_BL, PADDING)
+    return part, home_BL.gather(1, first_BL).masked_fill(is_padding_BL, -1).flatten()
+
+
 def counts_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the losses of a batch are averaged over, int `(5,)` in the order of `COUNTS`."""
     labelled, replayed = batch["labels"] != IGNORE, batch["replay"] != 0

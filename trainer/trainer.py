@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import resource
 import time
 from collections.abc import Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,10 @@ from transformers import Trainer, TrainerCallback
 
 from jacobi_hf.attention import MaskBuilder, attention_of
 from jacobi_hf.trainer.arguments import JacobiForcingConfig
-from jacobi_hf.trainer.collator import COUNTS, JacobiForcingCollator, counts_of
+from jacobi_hf.trainer.collator import COUNTS, JacobiForcingCollator, clean_part, counts_of
 from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, checked, tokenized_replay
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
-from jacobi_hf.trainer.losses import Head, Losses, Targets, chunked_losses
+from jacobi_hf.trainer.losses import Losses, Reference, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
 from jacobi_hf.trainer.trajectories import special_ids
 
@@ -35,48 +37,49 @@ _AVERAGED_OVER = {"mean": COUNTS.index("pairs"), "block_sum": COUNTS.index("bloc
 _LAYOUT_TENSORS = ("input_ids", "position_ids", "attention_mask")
 
 
-class HeadLosses:
-    """Computes the losses inside the model's forward, where the LM head is called, and spares the logits.
+class AtHead:
+    """Hands a model's hidden states to a function inside the model's forward, where the LM head is called, and spares the logits.
 
-    A pre-hook on the head takes the hidden states, calls the head chunk by chunk through `chunked_losses`, and lets the outer
-    call go on with no rows at all. So the head runs within the top-level forward, as sharding (FSDP, ZeRO-3), adapters and
-    quantisation need it.
+    A pre-hook on the head takes the hidden states, and lets the outer call go on with no rows at all. What the function does with the
+    head so runs within the top-level forward, as sharding (FSDP, ZeRO-3), adapters and quantisation need it.
 
     Args:
         head: the model's output embeddings.
-        vocab_size: numbers per row that it puts out.
-        chunk_numbers: see `chunked_losses`.
-        temperature: of the consistency loss.
     """
 
-    def __init__(self, head: torch.nn.Module, vocab_size: int, chunk_numbers: int, temperature: float) -> None:
-        self._chunk_numbers, self._temperature = chunk_numbers, temperature
-        self._targets: Targets | None = None
-        self._losses: Losses | None = None
-        self._vocab_size = vocab_size
+    def __init__(self, head: torch.nn.Module) -> None:
+        self.head = head
+        self._use: Callable[[torch.Tensor], Any] | None = None
+        self._result: Any = None
         head.register_forward_pre_hook(self._intercept)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _intercept(self, head: Head, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._targets is None:
+    def _intercept(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._use is None:
             return None
-        targets, self._targets = self._targets, None
-        hidden_RH = args[0].flatten(0, 1)
-        self._losses = chunked_losses(head, hidden_RH, targets, self._vocab_size, self._temperature, self._chunk_numbers)
+        use, self._use = self._use, None
+        self._result = use(args[0].flatten(0, 1))
         return (args[0][:, :0], *args[1:])
 
-    def __call__(self, forward: Callable[[], Any], targets: Targets) -> Losses:
-        """Run `forward`, a call of the model, and return the losses of its hidden states."""
-        self._targets = targets
+    def __call__(self, forward: Callable[[], Any], use: Callable[[torch.Tensor], Any]) -> tuple[Any, torch.Tensor]:
+        """Run `forward`, a call of the model.
+
+        Args:
+            use: gets the hidden states `(R, H)`, R the slots of the batch.
+
+        Returns:
+            what `use` returned, and a zero that ties it to the forward's output, which sharded modules watch.
+        """
+        self._use = use
         try:
             outputs = forward()
+            called = self._use is None
         finally:
-            self._targets = None
-        losses, self._losses = self._losses, None
-        if losses is None:
+            self._use = None
+        if not called:
             raise RuntimeError("the model's forward never called its output embeddings, so there are no losses")
-        # The sum of no logits is 0, but it ties the losses to the forward's output, which sharded modules watch.
-        return Losses(losses.ar_G + outputs.logits.float().sum(), losses.consistency, losses.agreeing, losses.judged)
+        result, self._result = self._result, None
+        return result, outputs.logits.float().sum()
 
 
 class JacobiForcingTrainer(Trainer):
@@ -91,6 +94,8 @@ class JacobiForcingTrainer(Trainer):
         replay_dataset: ordinary text (`text`, `messages` or `input_ids`) mixed in against drift.
         processing_class: the tokenizer.
         peft_config: trains an adapter instead of the model.
+        ref_model: the frozen model of `kl_loss_weight`; when not given, a copy of `model`, or with an adapter the model without it.
+            Each process holds it whole.
 
     Raises:
         ValueError: data of another block size or vocabulary, `layout="packed"` with flash attention, nothing to train on.
@@ -110,6 +115,7 @@ class JacobiForcingTrainer(Trainer):
         replay_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        ref_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, JacobiForcingConfig):
@@ -123,6 +129,8 @@ class JacobiForcingTrainer(Trainer):
         _check_model(model, args)
         model = _with_adapter(model, args, peft_config)
         base = _base_of(model)
+        if ref_model is None and args.kl_loss_weight and base is model:
+            ref_model = copy.deepcopy(model)
         replay = None if replay_dataset is None else tokenized_replay(replay_dataset, processing_class, args.max_length, _vocabulary(base))
         self._records = None if train_dataset is None else self._prepare(base, args, train_dataset, "train_dataset", replay)
         self._eval_prompts = dict(eval_prompts or {})
@@ -156,7 +164,10 @@ class JacobiForcingTrainer(Trainer):
         self._samples_of_step: list[torch.Tensor] = []
         self._decoded: tuple[int, dict[str, float]] | None = None
         self.label_names = ["labels"]
-        self._head_losses = HeadLosses(_head_of(base), _vocabulary(base), args.loss_chunk_numbers, args.distill_temperature)
+        self._at_head = AtHead(_head_of(base))
+        self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(requires_grad=False).to(args.device)
+        self._at_ref_head = None if ref_model is None else AtHead(_head_of(ref_model))
+        self._vocab_size = _vocabulary(base)
         self._masks = MaskBuilder(base.config, base.dtype)
         self._sums: dict[bool, torch.Tensor | None] = {True: None, False: None}
         self._logged_at = time.perf_counter()
@@ -187,17 +198,21 @@ class JacobiForcingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The weighted sum of AR, replay and consistency loss of one batch, normalised over the accumulated one."""
+        """The weighted sum of AR, replay, consistency and KL loss of one batch, normalised over the accumulated one."""
         args: JacobiForcingConfig = self.args
         own = counts_of(inputs)
         counts = own if num_items_in_batch is None else num_items_in_batch
         targets = _targets(inputs, counts, args)
-        arguments = {name: inputs[name] for name in _LAYOUT_TENSORS if name in inputs}
-        if "attention_mask" not in inputs:
-            arguments["attention_mask"] = self._mask(inputs)
-        losses = self._head_losses(lambda: model(**arguments, use_cache=False), targets)
+        reference = self._reference(model, inputs) if args.kl_loss_weight else None
+        losses: Losses
+        losses, nothing = self._at_head(
+            lambda: model(**self._arguments(inputs), use_cache=False),
+            lambda hidden_RH: chunked_losses(
+                self._at_head.head, hidden_RH, targets, self._vocab_size, args.distill_temperature, args.loss_chunk_numbers, reference
+            ),
+        )
         weights = losses.ar_G.new_tensor([args.ar_loss_weight, args.replay_loss_weight])
-        loss = losses.ar_G @ weights + args.consistency_loss_weight * losses.consistency
+        loss = losses.ar_G @ weights + args.consistency_loss_weight * losses.consistency + args.kl_loss_weight * losses.kl + nothing
         if model.training:
             self._samples_of_step.append(inputs["index"])
         if not bool(torch.isfinite(loss.detach())):
@@ -208,7 +223,35 @@ class JacobiForcingTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    def _mask(self, inputs: dict[str, torch.Tensor]) -> Any:
+    def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What the model's forward takes of a batch."""
+        arguments: dict[str, Any] = {name: inputs[name] for name in _LAYOUT_TENSORS if name in inputs}
+        if "attention_mask" not in inputs:
+            arguments["attention_mask"] = self._mask(inputs)
+        return arguments
+
+    def _reference(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Reference:
+        """The frozen model's hidden states where the AR loss has labels, which no noisy slot has a part in."""
+        clean, home_R = clean_part(inputs, 128 if attention_of(_base_of(self.model).config) == "flex_attention" else 1)
+        if self._ref_model is not None:
+            assert self._at_ref_head is not None
+            at_head, frozen, off = self._at_ref_head, self._ref_model, nullcontext
+        else:
+            at_head, frozen, off = self._at_head, model, self.accelerator.unwrap_model(model).disable_adapter
+        was_training = frozen.training
+        frozen.eval()
+        with torch.no_grad(), off(), self.accelerator.autocast():
+            hidden_CH, _ = at_head(lambda: frozen(**self._arguments(clean), use_cache=False), lambda hidden_CH: hidden_CH)
+        frozen.train(was_training)
+
+        def head(hidden_NH: torch.Tensor) -> torch.Tensor:
+            with off():
+                return at_head.head(hidden_NH)
+
+        hidden_RH = hidden_CH.new_zeros(inputs["input_ids"].numel(), hidden_CH.shape[-1])
+        return Reference(head, hidden_RH.index_copy(0, home_R[home_R >= 0], hidden_CH[home_R >= 0]))
+
+    def _mask(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         args: JacobiForcingConfig = self.args
         slots = Slots(inputs["sample"], inputs["stream"], inputs["block"], inputs["position_ids"])
         if attention_of(_base_of(self.model).config) == "flex_attention":
@@ -253,7 +296,8 @@ class JacobiForcingTrainer(Trainer):
     def _accumulate(self, training: bool, losses: Losses, own: torch.Tensor, counts: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Keep the detached sums that the log is made of. Losses come as shares of means: undo that with the counts."""
         averaged = [0, 1, _AVERAGED_OVER[self.args.consistency_reduction]]
-        per_loss = torch.stack([losses.ar_G[0], losses.ar_G[1], losses.consistency]).detach() * counts[averaged]
+        labelled = counts[:2].sum(0, keepdim=True)
+        per_loss = torch.stack([*losses.ar_G, losses.consistency, losses.kl]).detach() * torch.cat([counts[averaged], labelled])
         slots = (inputs["attention_mask"] > 0) if "attention_mask" in inputs else inputs["sample"] != PADDING
         others = torch.stack([losses.agreeing, losses.judged, *own[averaged].float(), own[2].float(), slots.sum().float()])
         values = torch.cat([per_loss, others.to(per_loss.dtype)]).double()
@@ -267,9 +311,10 @@ class JacobiForcingTrainer(Trainer):
             return {}
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        ar, replay, consistency, agreeing, judged, labels, replayed, averaged, pairs, slots = sums.tolist()
+        ar, replay, consistency, kl, agreeing, judged, labels, replayed, averaged, pairs, slots = sums.tolist()
         parts = {
             "ar_loss": (ar, labels),
+            **({"kl_loss": (kl, labels + replayed)} if self.args.kl_loss_weight else {}),
             "consistency_loss": (consistency, averaged),
             "agreement": (agreeing, judged),
             "replay_loss": (replay, replayed),
@@ -279,7 +324,7 @@ class JacobiForcingTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ar_loss, consistency_loss, replay_loss, agreement, kept positions, slots per second and peak memory."""
+        """Adds ar_loss, consistency_loss, replay_loss, kl_loss, agreement, kept positions, slots per second and peak memory."""
         if "loss" in logs:
             metrics = self._metrics(training=True)
             now = time.perf_counter()
@@ -296,7 +341,7 @@ class JacobiForcingTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._metrics(training=False)
-        for name in ("ar_loss", "consistency_loss", "agreement"):
+        for name in ("ar_loss", "consistency_loss", "kl_loss", "agreement"):
             if name in metrics:
                 output.metrics[f"{prefix}_{name}"] = metrics[name]
         output.metrics.update({f"eval_{name}": value for name, value in self._decoding_metrics().items()})
@@ -360,7 +405,8 @@ def _targets(inputs: dict[str, torch.Tensor], counts: torch.Tensor, args: Jacobi
         pair_weight_R = (1 / (pairs if args.consistency_reduction == "mean" else blocks)).expand(len(teacher_R))
     if args.consistency_loss_weight == 0:
         teacher_R = torch.full_like(teacher_R, -1)
-    return Targets(inputs["labels"].flatten(), label_weight_RG, teacher_R, pair_weight_R)
+    kl_weight = 1 / counts[:2].sum().clamp(min=1).float()
+    return Targets(inputs["labels"].flatten(), label_weight_RG, teacher_R, pair_weight_R, kl_weight)
 
 
 class _GradientGuard(TrainerCallback):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jacobi_hf.trainer import JacobiForcingCollator
 from jacobi_hf.trainer.collator import counts_of
-from jacobi_hf.trainer.losses import IGNORE, Targets, chunked_losses, plain_losses
+from jacobi_hf.trainer.losses import IGNORE, Reference, Targets, chunked_losses, plain_losses
 from jacobi_hf.trainer.mask import Slots, dense_mask
 from tests.models import VOCAB, fresh_model, tiny_model
 from tests.trainer.records import END, random_record, records
@@ -29,29 +29,30 @@ def random_targets(rng, rows):
     teachers = order[students:]
     teacher[order[:students]] = teachers[torch.randint(len(teachers), (students,), generator=generator)]
     weights = torch.rand(rows, 2, generator=generator)
-    return Targets(label, weights, teacher, torch.rand(rows, generator=generator)), generator
+    return Targets(label, weights, teacher, torch.rand(rows, generator=generator), rng.random()), generator
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 40), st.sampled_from([1.0, 0.5, 3.0]))
-def test_chunked_equals_plain(seed, rows, rows_per_chunk, temperature):
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 40), st.sampled_from([1.0, 0.5, 3.0]), st.booleans())
+def test_chunked_equals_plain(seed, rows, rows_per_chunk, temperature, with_kl):
     targets, generator = random_targets(random.Random(seed), rows)
     head = torch.nn.Linear(6, VOCAB)
     hidden = torch.randn(rows, 6, generator=generator, requires_grad=True)
     factors = torch.rand(2, generator=generator)
+    frozen = Reference(torch.nn.Linear(6, VOCAB), torch.randn(rows, 6, generator=generator)) if with_kl else None
     results = []
     for fast in (False, True):
         head.zero_grad()
         hidden.grad = None
         if fast:
-            losses = chunked_losses(head, hidden, targets, VOCAB, temperature, chunk_numbers=2 * VOCAB * rows_per_chunk)
+            losses = chunked_losses(head, hidden, targets, VOCAB, temperature, 2 * VOCAB * rows_per_chunk, frozen)
         else:
-            losses = plain_losses(head(hidden), targets, temperature)
-        total = losses.ar_G @ factors + losses.consistency
+            losses = plain_losses(head(hidden), targets, temperature, frozen and frozen.logits(torch.arange(rows)))
+        total = losses.ar_G @ factors + losses.consistency + 2 * losses.kl
         if total.requires_grad:
             total.backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in (hidden, *head.parameters())]
-        results.append((losses.ar_G, losses.consistency, losses.agreeing.float(), losses.judged.float(), *gradients))
+        results.append((losses.ar_G, losses.consistency, losses.kl, losses.agreeing.float(), losses.judged.float(), *gradients))
     for plain, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
 

@@ -47,7 +47,11 @@ def config(tmp_path, **options) -> JacobiForcingConfig:
 
 def forced(tmp_path, data, model=None, **options):
     """A trainer over `data`, and what it logged after training."""
-    extra = {name: options.pop(name) for name in ("replay_dataset", "eval_dataset", "eval_prompts", "peft_config") if name in options}
+    extra = {
+        name: options.pop(name)
+        for name in ("replay_dataset", "eval_dataset", "eval_prompts", "peft_config", "ref_model")
+        if name in options
+    }
     trainer = JacobiForcingTrainer(model or fresh_model("qwen3"), config(tmp_path, **options), data, **extra)
     trainer.train()
     return trainer
@@ -75,21 +79,70 @@ def test_a_batch_of_4_equals_accumulated_smaller_ones(tmp_path, accumulated):
 @pytest.mark.parametrize("reduction", ["mean", "block_sum", "reference"])
 def test_every_reduction_survives_accumulation(tmp_path, reduction):
     data = records(8, N, seed=2)
-    whole = forced(tmp_path, data, max_steps=2, consistency_reduction=reduction)
+    whole = forced(tmp_path, data, max_steps=2, consistency_reduction=reduction, kl_loss_weight=0.5)
     parts = forced(
-        tmp_path, data, max_steps=2, consistency_reduction=reduction, per_device_train_batch_size=2, gradient_accumulation_steps=2
+        tmp_path,
+        data,
+        max_steps=2,
+        consistency_reduction=reduction,
+        kl_loss_weight=0.5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
     )
     torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-5)
 
 
 def test_layouts_and_chunks_train_alike(tmp_path):
     data = records(20, N, seed=4)
-    options = {"context": "window", "window": 2}
+    options = {"context": "window", "window": 2, "kl_loss_weight": 2.0}
     packed = forced(tmp_path, data, **options)
     rows = forced(tmp_path, data, layout="rows", **options)
     chunked = forced(tmp_path, data, loss_chunk_numbers=10 * VOCAB, **options)
     torch.testing.assert_close(weights(rows.model), weights(packed.model), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weights(chunked.model), weights(packed.model), rtol=1e-4, atol=1e-5)
+
+
+def test_kl_is_measured_from_the_model_before_training(tmp_path):
+    """Against a forward of the plain texts through both models."""
+    data, replay = records(12, N, seed=4), [{"input_ids": [3, 5, 7, 9, 11]}]
+    before = fresh_model("qwen3")
+    trainer = forced(tmp_path, data, kl_loss_weight=1.0, max_steps=3, learning_rate=0.1, replay_dataset=replay)
+    logged = [entry["kl_loss"] for entry in trainer.state.log_history if "kl_loss" in entry]
+    assert logged[0] == pytest.approx(0, abs=1e-6)
+    assert logged[-1] > 1e-3
+    batch = [trainer.train_dataset[i] for i in (0, 1, 12)]
+    inputs = trainer.data_collator(batch)
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, inputs)
+    total, count = 0.0, 0
+    for record in batch:
+        ids, steps = record.get("input_ids"), None
+        if ids is None:
+            prompt, body = record["prompt_ids"], record["complete_training_sequence_ids"][len(record["prompt_ids"]) :]
+            ids = prompt + [t for start in range(N, len(body), 2 * N) for t in body[start : start + N]]
+        steps = len(ids) - 1
+        with torch.no_grad():
+            of_trained, of_base = (m(torch.tensor([ids])).logits[0, :steps].log_softmax(-1) for m in (trainer.model, before))
+        total, count = total + float((of_base.exp() * (of_base - of_trained)).sum()), count + steps
+    assert trainer._metrics(training=False)["kl_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("given", ["adapter", "model"])
+def test_kl_has_a_reference_of_its_own(tmp_path, given):
+    """With an adapter, the base under it; the same gradients as with a copy of the base."""
+    from peft import LoraConfig
+
+    data = records(12, N, seed=4)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
+    torch.manual_seed(0)
+    own = {} if given == "adapter" else {"ref_model": fresh_model("qwen3")}
+    trainer = forced(tmp_path, data, kl_loss_weight=3.0, peft_config=adapter, learning_rate=0.1, **own)
+    torch.manual_seed(0)
+    copied = forced(tmp_path, data, kl_loss_weight=3.0, peft_config=adapter, learning_rate=0.1, ref_model=fresh_model("qwen3"))
+    logged = [[entry["kl_loss"] for entry in t.state.log_history if "kl_loss" in entry] for t in (trainer, copied)]
+    assert logged[0][-1] > 0
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-7)
+    assert trainer.model.training
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
