@@ -23,8 +23,8 @@ LAYOUTS = ("packed", "rows")
 COUNTS = ("labels", "replay labels", "pairs", "blocks", "samples")
 
 _FILL = {
-    "input_ids": 0, "position_ids": 0, "sample": PADDING, "stream": PROMPT, "block": 0, "labels": IGNORE, "replay": 0, "teacher": -1,
-    "divisor": 1, "index": -1, "attention_mask": 0,
+    "input_ids": 0, "position_ids": 0, "sample": PADDING, "stream": PROMPT, "block": 0, "start": 0, "labels": IGNORE, "replay": 0,
+    "teacher": -1, "divisor": 1, "index": -1, "attention_mask": 0,
 }  # fmt: skip
 
 
@@ -62,10 +62,6 @@ class _Sample:
     def blocks(self) -> int:
         return len(self.clean_Tn)
 
-    @property
-    def packed_length(self) -> int:
-        return len(self.prompt) + self.noisy_NTn.size + self.clean_Tn.size
-
     def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
         """The next token behind each prompt slot and each slot of the clean blocks."""
         answer = self.clean_Tn.reshape(-1)
@@ -97,7 +93,8 @@ class JacobiForcingCollator:
         pad_token_id: of the padding on the right.
         layout: `"packed"` needs the mask of `jacobi_hf.trainer.mask`; `"rows"` needs none and runs with any attention.
         context, window: what noisy blocks see, see `jacobi_hf.trainer.mask`.
-        max_length: slots of a row. In packed rows, several samples share a row where they fit.
+        max_length: slots of a row. In packed rows, several samples share a row where they fit; with the clean context, slots that
+            neither carry a loss nor are context of one are left out.
         prompt_loss: whether the AR loss covers the prompt.
         noisy: whether noisy blocks are laid out at all; without a consistency loss nothing needs them.
         pad_to_multiple_of: round the row length up.
@@ -105,7 +102,7 @@ class JacobiForcingCollator:
     Returns (calling it with a list of records):
         int tensors `(B, L)`: `input_ids`, `position_ids`, `labels` (already shifted: the token behind each slot), `replay`, `teacher` (for
         a noisy slot with a consistency loss, its clean counterpart as an index into the flattened batch, else -1), `divisor`
-        (T times the kept slots of the sample), `index` (of the record in the dataset), and `sample`, `stream`, `block` (packed) or
+        (T times the kept slots of the sample), `index` (of the record in the dataset), and `sample`, `stream`, `block`, `start` (packed) or
         `attention_mask` (rows); and `blocks_in_row`, `samples_in_row` (those with blocks) `(B,)`.
 
     Raises:
@@ -143,7 +140,7 @@ class JacobiForcingCollator:
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
         fill = {**_FILL, "input_ids": self.pad_token_id}
-        dropped = {"attention_mask"} if self.layout == "packed" else {"sample", "stream", "block"}
+        dropped = {"attention_mask"} if self.layout == "packed" else {"sample", "stream", "block", "start"}
         batch = {name: np.full((len(rows), length), fill[name], dtype=np.int64) for name in _FILL if name not in dropped}
         for number, row in enumerate(rows):
             for name, target in batch.items():
@@ -181,17 +178,23 @@ class JacobiForcingCollator:
     def _packed_rows(self, samples: list[_Sample]) -> list[_Row]:
         """First fit, longest first: samples share rows of at most `max_length` slots."""
         rows: list[_Row] = []
-        for sample in sorted(samples, key=lambda s: -s.packed_length):
-            if sample.packed_length > self.max_length:
+        lengths = [self._packed_length(sample) for sample in samples]
+        for length, sample in sorted(zip(lengths, samples, strict=True), key=lambda pair: -pair[0]):
+            if length > self.max_length:
                 raise ValueError(
-                    f"record {sample.index} needs {sample.packed_length} slots, more than max_length={self.max_length}: drop or "
+                    f"record {sample.index} needs {length} slots, more than max_length={self.max_length}: drop or "
                     "truncate such records (JacobiForcingTrainer does, see too_long)."
                 )
-            number = next((i for i, row in enumerate(rows) if row.length + sample.packed_length <= self.max_length), len(rows))
+            number = next((i for i, row in enumerate(rows) if row.length + length <= self.max_length), len(rows))
             if number == len(rows):
                 rows.append(_Row())
             self._pack(sample, rows[number], number)
         return rows
+
+    def _packed_length(self, sample: _Sample) -> int:
+        if self._bound == 1:
+            return len(sample.prompt) + sample.end + int(sample.kept_NTn().sum())
+        return len(sample.prompt) + sample.noisy_NTn.size + sample.clean_Tn.size
 
     def _pack(self, sample: _Sample, row: _Row, number: int) -> None:
         n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
@@ -205,9 +208,6 @@ class JacobiForcingCollator:
             views = len(kept_NTn)
             # Per block: the first noisy view, the clean block, the other views; only the first two are the published format's.
             clean_at = min(1, views)
-            place_TV = np.arange(blocks)[:, None] * (views + 1) + np.arange(views + 1)
-            slot_TVn = place_TV[..., None] * n + np.arange(n) + first
-            teacher_NTn = np.where(kept_NTn, (number << 32) | slot_TVn[:, clean_at], -1)
             order = [place for place in range(views + 1) if place != clean_at]
 
             def laid_out(noisy_NTn: np.ndarray, clean_Tn: np.ndarray) -> np.ndarray:
@@ -218,17 +218,28 @@ class JacobiForcingCollator:
             def everywhere(value_Tn: np.ndarray) -> np.ndarray:
                 return laid_out(np.broadcast_to(value_Tn, kept_NTn.shape), value_Tn)
 
+            # Behind clean context, nothing is lost with slots that carry no loss: before the first wrong one a noisy block is
+            # the clean block, and what follows the answer is seen by nobody.
+            slot_Tn = np.arange(n * blocks).reshape(blocks, n)
+            used = np.flatnonzero(laid_out(kept_NTn, slot_Tn < sample.end)) if self._bound == 1 else np.arange(n * blocks * (views + 1))
+            place = np.zeros(n * blocks * (views + 1), dtype=np.int64)
+            place[used] = first + np.arange(len(used))
             nothing_NTn, nothing_Tn = np.full(kept_NTn.shape, IGNORE), np.full((blocks, n), -1)
+            teacher_NTn = np.where(kept_NTn, (number << 32) | place.reshape(blocks, views + 1, n)[:, clean_at], -1)
             stream_NTn = np.broadcast_to(NOISY + np.arange(views)[:, None, None], kept_NTn.shape)
+            begin_NTn = np.broadcast_to(slot_Tn[:, :1], kept_NTn.shape)
+            if self._bound == 1:
+                begin_NTn = begin_NTn + kept_NTn.argmax(2)[..., None]
             row.add(
-                laid_out(sample.noisy_NTn, sample.clean_Tn),
-                everywhere(prompt_length + np.arange(n * blocks).reshape(blocks, n)),
+                laid_out(sample.noisy_NTn, sample.clean_Tn)[used],
+                everywhere(prompt_length + slot_Tn)[used],
                 sample.index,
                 sample=own,
-                stream=laid_out(stream_NTn, np.full((blocks, n), CLEAN)),
-                block=everywhere(np.arange(blocks).repeat(n).reshape(blocks, n)),
-                labels=laid_out(nothing_NTn, behind.reshape(blocks, n)),
-                teacher=laid_out(teacher_NTn, nothing_Tn),
+                stream=laid_out(stream_NTn, np.full((blocks, n), CLEAN))[used],
+                block=everywhere(np.arange(blocks).repeat(n).reshape(blocks, n))[used],
+                start=laid_out(prompt_length + begin_NTn, np.broadcast_to(prompt_length + slot_Tn[:, :1], (blocks, n)))[used],
+                labels=laid_out(nothing_NTn, behind.reshape(blocks, n))[used],
+                teacher=laid_out(teacher_NTn, nothing_Tn)[used],
                 divisor=max(1, int(kept_NTn.sum()) * blocks),
             )
         row.members += 1
@@ -282,7 +293,7 @@ def clean_part(batch: Mapping[str, torch.Tensor], multiple: int = 1) -> tuple[di
     width = min(length, -(-int(clean_BL.sum(1).max()) // multiple) * multiple)
     first_BL = (~clean_BL).long().argsort(dim=1, stable=True)[:, :width]
     is_padding_BL = ~clean_BL.gather(1, first_BL)
-    part = {name: batch[name].gather(1, first_BL) for name in ("input_ids", "position_ids", "sample", "stream", "block")}
+    part = {name: batch[name].gather(1, first_BL) for name in ("input_ids", "position_ids", "sample", "stream", "block", "start")}
     part["sample"] = part["sample"].masked_fill(is_padding_BL, PADDING)
     return part, home_BL.gather(1, first_BL).masked_fill(is_padding_BL, -1).flatten()
 

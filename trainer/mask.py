@@ -17,7 +17,7 @@ and clean blocks; no view sees another. Where a row holds several samples, none 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,19 @@ class Slots:
         stream: `PROMPT`, `CLEAN`, or `NOISY` plus the number of the noisy view.
         block: number of the block within the sample; 0 in the prompt.
         position: position id within the sample.
+        start: of a noisy slot, the position of the first slot of its block that is laid out; clean slots before it are its context.
     """
 
     sample: torch.Tensor
     stream: torch.Tensor
     block: torch.Tensor
     position: torch.Tensor
+    start: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, torch.Tensor]) -> Slots:
+        """From a collated batch of packed rows."""
+        return cls(batch["sample"], batch["stream"], batch["block"], batch["position_ids"], batch["start"])
 
 
 def window_of(context: str, window: int | None) -> int | None:
@@ -79,6 +86,8 @@ def mask_mod(slots: Slots, context: str, window: int | None = None, sliding_wind
         earlier = block_k < block_q
         if bound is None:
             context_of_noisy = (stream_k == stream_q) & earlier
+        elif bound == 1:  # what is left out of a noisy block's beginning equals the clean block's
+            context_of_noisy = (stream_k == CLEAN) & (slots.position[b, kv] < slots.start[b, q])
         else:
             same_window = block_q // bound == block_k // bound
             context_of_noisy = earlier & torch.where(same_window, stream_k == stream_q, stream_k == CLEAN)
@@ -114,6 +123,7 @@ def sample_slots(prompt_length: int, blocks: int, block_size: int) -> Slots:
         stream=torch.cat([zeros_P, stream_L])[None],
         block=torch.cat([zeros_P, block_L])[None],
         position=torch.cat([torch.arange(prompt_length), position_L])[None],
+        start=torch.cat([zeros_P, prompt_length + block_L * block_size])[None],
     )
 
 

@@ -253,7 +253,7 @@ class JacobiForcingTrainer(Trainer):
 
     def _mask(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         args: JacobiForcingConfig = self.args
-        slots = Slots(inputs["sample"], inputs["stream"], inputs["block"], inputs["position_ids"])
+        slots = Slots.of(inputs)
         if attention_of(_base_of(self.model).config) == "flex_attention":
             return self._block_masks(slots)
         return self._masks(lambda sliding: dense_mask(slots, args.context, args.window, sliding), slots.sample.device)

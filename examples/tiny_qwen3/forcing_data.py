@@ -27,7 +27,7 @@ class Amounts:
 
     output_dir: str = field(metadata={"help": "Folder for the JSONL files."})
     code: int = field(default=3000, metadata={"help": "Code prompts."})
-    arithmetic: int = field(default=4000, metadata={"help": "Arithmetic prompts."})
+    arithmetic: int = field(default=7000, metadata={"help": "Arithmetic prompts."})
     prose: int = field(default=0, metadata={"help": "Prose prompts."})
     replay_characters: int = field(default=700, metadata={"help": "Characters of a replay row of code."})
     replay_problems: int = field(default=40_000, metadata={"help": "Worked problems among the replay rows, four to a row."})

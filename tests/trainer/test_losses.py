@@ -62,7 +62,7 @@ def forward_losses(model, batch, context, window, weights):
     if "attention_mask" in batch:
         mask = batch["attention_mask"]
     else:
-        slots = Slots(batch["sample"], batch["stream"], batch["block"], batch["position_ids"])
+        slots = Slots.of(batch)
         sliding = dense_mask(slots, context, window, model.config.sliding_window) if model.config.sliding_window else None
         mask = dense_mask(slots, context, window)
         if sliding is not None:

@@ -56,6 +56,7 @@ def test_dense_mask_is_the_table(parts, n, context, window, padding, sliding):
         stream=torch.cat([*(p.stream for p in pieces), pad], 1),
         block=torch.cat([*(p.block for p in pieces), pad], 1),
         position=torch.cat([*(p.position for p in pieces), pad], 1),
+        start=torch.cat([*(p.start for p in pieces), pad], 1),
     )
     length = len(table)
     expected = torch.eye(length + padding, dtype=torch.bool)
@@ -90,13 +91,24 @@ def test_clean_context_is_the_window_of_one():
     assert torch.equal(dense_mask(slots, "noisy"), dense_mask(slots, "window", 4))
 
 
-def test_collator_packs_the_slots_that_the_mask_is_drawn_from():
-    record = {"prompt_ids": [1, 2], "complete_training_sequence_ids": [1, 2, *([3, 4] * 6)]}
-    batch = JacobiForcingCollator(block_size=2)([record])
-    expected = sample_slots(2, 3, 2)
-    for name in ("sample", "stream", "block"):
-        assert torch.equal(batch[name], getattr(expected, name))
-    assert torch.equal(batch["position_ids"], expected.position)
+@pytest.mark.parametrize("context", ["clean", "noisy"])
+def test_collator_packs_the_slots_that_the_mask_is_drawn_from(context):
+    record = {"prompt_ids": [1, 2], "complete_training_sequence_ids": [1, 2, *([5, 4, 3, 4] * 3)]}
+    packed, expected = Slots.of(JacobiForcingCollator(block_size=2, context=context)([record])), sample_slots(2, 3, 2)
+    for name in ("sample", "stream", "block", "position", "start"):
+        assert torch.equal(getattr(packed, name), getattr(expected, name)), name
+
+
+def test_behind_clean_context_only_slots_with_a_loss_are_laid_out():
+    """Prompt 1 2; the first block wrong from its second slot on, the second right, the third wrong behind the end (9)."""
+    record = {"prompt_ids": [1, 2], "complete_training_sequence_ids": [1, 2, *[3, 7, 5, 3, 4, 5], *[6, 7, 8] * 2, *[3, 6, 7, 3, 9, 0]]}
+    batch = JacobiForcingCollator(block_size=3, eos_token_ids=(9,))([record])
+    assert batch["input_ids"].tolist() == [[1, 2, 7, 5, 3, 4, 5, 6, 7, 8, 3, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch["teacher"].tolist() == [[-1, -1, 5, 6, *[-1] * 8]]
+    assert batch["start"][0, 2:4].tolist() == [3, 3]
+    seen = dense_mask(Slots.of(batch), "clean")[0, 0]
+    assert batch["input_ids"][0][seen[3]].tolist() == [1, 2, 7, 5, 3]
 
 
 @pytest.mark.parametrize(("context", "window"), [("noise", None), ("window", None), ("window", 0)])
