@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 
@@ -37,7 +36,7 @@ from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer, load_pa
 from jacobi_hf.trainer.collection import CollectConfig, collect
 from jacobi_hf.trainer.evaluation import held_out_loss, measurements, prompt_ids, right_answers
 from jacobi_hf.trainer.packing import PackConfig, pack_trajectories
-from jacobi_hf.trainer.shards import ManifestError, differences
+from jacobi_hf.trainer.shards import ManifestError, differences, processes
 from jacobi_hf.trainer.trainer import last_finished_checkpoint
 
 
@@ -100,7 +99,7 @@ def load(name: str, dtype: str, revision: str | None = None, **options: Any) -> 
 
 def on_device(model: Any) -> Any:
     """The model on this process's GPU, where there is one."""
-    return model.to(PartialState().device) if torch.cuda.is_available() else model
+    return model.to(processes().device) if torch.cuda.is_available() else model
 
 
 def run_collect(section: dict[str, Any], arguments: list[str]) -> None:
@@ -117,7 +116,7 @@ def run_collect(section: dict[str, Any], arguments: list[str]) -> None:
 
 def run_pack(section: dict[str, Any], arguments: list[str]) -> None:
     (config,) = parse((PackConfig,), section, arguments, "pack")
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(json.dumps(pack_trajectories(config)))
 
 

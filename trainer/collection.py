@@ -12,13 +12,20 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.trainer.dataset import open_dataset
 from jacobi_hf.trainer.options import option
-from jacobi_hf.trainer.shards import ManifestError, ShardFolder, read_manifest, read_shards, tokenizer_fingerprint, weights_fingerprint
+from jacobi_hf.trainer.shards import (
+    ManifestError,
+    ShardFolder,
+    processes,
+    read_manifest,
+    read_shards,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from jacobi_hf.trainer.trajectories import AnswerConfig, Trajectory, collect_trajectories, end_ids, pad_id
 
 if TYPE_CHECKING:
@@ -157,7 +164,7 @@ def collect(
 ) -> Counter[str]:
     """Collect the trajectories of all prompts into `config.output_dir`, or what is missing there.
 
-    Under `accelerate launch`, process r of R collects the shards r, r + R, ..
+    Under `accelerate launch` (`torchrun` on CPUs), process r of R collects the shards r, r + R, ..
 
     Args:
         model, tokenizer: loaded; the model in eval mode, on its device.
@@ -171,11 +178,9 @@ def collect(
         ManifestError: the folder was begun under other settings.
         ValueError: rows without prompts.
     """
-    from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    # A rank that is done waits for the slowest one.
-    state = PartialState(timeout=timedelta(days=7))
+    state = processes()
     prompts, too_long = read_prompts(open_dataset(config.dataset, config.split) if rows is None else rows, tokenizer, config)
     if not prompts:
         raise ValueError(f"{config.dataset} holds no prompt of at most {config.max_prompt_tokens} tokens ({too_long} are longer).")

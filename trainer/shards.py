@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,19 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
+
+
+def processes() -> PartialState:
+    """The processes that share the work, under `accelerate launch` or `torchrun`; on a machine without an accelerator too."""
+    import torch
+    from accelerate import PartialState
+
+    # Not told so, accelerate takes each process of a CPU machine for the only one. One that is done waits for the slowest.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 class ManifestError(ValueError):

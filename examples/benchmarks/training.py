@@ -123,7 +123,9 @@ def loss_model() -> Qwen3ForCausalLM:
 def one_memory(setting: str) -> int:
     """In a process of its own: bytes of one step, with the losses or with the sum of the hidden states."""
     rng = random.Random(0)
-    args = JacobiForcingConfig(output_dir="build/benchmark", use_cpu=True, bf16=False, report_to="none", max_length=1024, block_size=BLOCK)
+    args = JacobiForcingConfig(
+        output_dir="build/benchmark", use_cpu=True, bf16=False, report_to="none", max_length=1024, block_size=BLOCK, context="noisy"
+    )  # fmt: skip
     records = [random_record(rng, 1024, VOCAB) for _ in range(TOKENS // 1024)]
     trainer = JacobiForcingTrainer(loss_model(), args, records)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(records))])
