@@ -11,27 +11,45 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, RECIPE = ROOT / "examples" / "train_jacobi_forcing.py", ROOT / "examples" / "recipes" / "tiny_qwen3_short.yaml"
+# What holds the model in place of KL: cross entropy on its own answers and on replay, as published recipes have it.
+CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 
-# name: (arguments of pack, arguments of train)
-VARIATIONS: dict[str, tuple[str, str]] = {
-    "short": ("", ""),
-    "noisy-context": ("", "--context noisy"),
-    "window-context": ("", "--context window --window 2"),
-    "fixed-phase": ("--phase fixed", ""),
-    "ar-weight-10": ("", "--ar_loss_weight 10"),
-    "block-sum": ("", "--consistency_reduction block_sum"),
-    "reference-reduction": ("", "--consistency_reduction reference"),
-    "no-replay": ("", "--replay_ratio 0"),
-    "all-noise-levels": ("--min_noise 0", ""),
-    "reference-bundle": (
-        "--phase fixed --min_noise 0 --window 16",
-        "--context noisy --ar_loss_weight 10 --consistency_reduction reference --replay_ratio 0",
+
+@dataclass(frozen=True)
+class Variation:
+    """Arguments of the stages. With `second_stage`, the short recipe's model is collected from (these arguments) and trained on."""
+
+    pack: str = ""
+    train: str = ""
+    second_stage: str = ""
+
+
+VARIATIONS = {
+    "short": Variation(),
+    "cross-entropy-for-kl": Variation(train=CROSS_ENTROPY),
+    "noisy-context": Variation(train="--context noisy"),
+    "window-context": Variation(train="--context window --window 2"),
+    "fixed-phase": Variation(pack="--phase fixed"),
+    "no-replay": Variation(train="--replay_ratio 0"),
+    "ar-weight-3": Variation(train="--ar_loss_weight 3"),
+    "all-noise-levels": Variation(pack="--min_noise 0"),
+    "one-view": Variation(pack="--views 1"),
+    "block-sum": Variation(train="--consistency_reduction block_sum"),
+    "reference-reduction": Variation(train="--consistency_reduction reference"),
+    "kl-weight-2": Variation(train="--kl_loss_weight 2"),
+    "reference-bundle": Variation(
+        pack="--phase fixed --min_noise 0 --window 16 --views 1",
+        train="--kl_loss_weight 0 --context noisy --ar_loss_weight 10 --consistency_reduction reference --replay_ratio 0",
     ),
-    "ar-only": ("", "--consistency_loss_weight 0"),
+    "ar-only": Variation(train=f"--consistency_loss_weight 0 {CROSS_ENTROPY}"),
+    "second-stage": Variation(second_stage="--block_size 16 --limit 1000"),
+    "second-stage-n32": Variation(second_stage="--block_size 32 --limit 1000"),
+    "twice-the-steps": Variation(train="--max_steps 400"),
 }
 
 
@@ -40,21 +58,36 @@ def stage(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(SCRIPT), name, "--config", str(RECIPE), *arguments], cwd=ROOT, check=True)  # noqa: S603
 
 
+def run(name: str, seed: str, out: Path) -> None:
+    """One variation, from packing to its results document."""
+    variation, build = VARIATIONS[name], f"build/forcing/ablations/{name}-seed{seed}"
+    pack, train = variation.pack.split(), variation.train.split()
+    if variation.second_stage:
+        first = f"build/forcing/ablations/short-seed{seed}/model/final"
+        if not (ROOT / first).is_dir():
+            raise FileNotFoundError(f"{name} goes on from {first}: run the variation short with this seed first.")
+        sources = []
+        for domain in ("arithmetic", "code"):
+            sources.append(f"{build}/trajectories/{domain}")
+            of_domain = ("--name", domain, "--dataset", f"build/forcing/{domain}.jsonl", "--output_dir", sources[-1])
+            stage("collect", "--model", first, *of_domain, *variation.second_stage.split())
+        pack += ["--sources", *sources]
+        train += ["--model", first, "--block_size", variation.second_stage.split()[1]]
+    stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
+    stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
+    stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", str(out))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", help=f"of {', '.join(VARIATIONS)}; all when none is given")
     parser.add_argument("--output-dir", required=True, help="folder of the results documents")
-    parser.add_argument("--seed", default="0")
+    parser.add_argument("--seed", default="42")
     options = parser.parse_args()
     for name in options.names or VARIATIONS:
-        out = Path(options.output_dir) / f"ablation-{name}-seed{options.seed}.json"
-        if out.is_file():
-            continue
-        pack, train = (arguments.split() for arguments in VARIATIONS[name])
-        build = f"build/forcing/ablations/{name}-seed{options.seed}"
-        stage("pack", "--output_dir", f"{build}/packed", "--seed", options.seed, *pack)
-        stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", options.seed, *train)
-        stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", str(out))
+        out = Path(options.output_dir).resolve() / f"ablation-{name}-seed{options.seed}.json"
+        if not out.is_file():
+            run(name, options.seed, out)
 
 
 if __name__ == "__main__":

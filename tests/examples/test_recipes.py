@@ -38,11 +38,11 @@ def test_every_section_of_a_recipe_is_understood(script, path):
     assert recipe.keys() == {"collect", "pack", "train", "evaluate"}
     common = {k: v for k, v in recipe["collect"].items() if k != "sets"}
     folders = set()
-    for name, own in recipe["collect"]["sets"].items():
+    for name, own in recipe["collect"].get("sets", {"": {}}).items():
         (collected,) = script.parse((CollectConfig,), {**common, "name": name, **own}, [], "collect")
         folders.add(collected.output_dir)
     (packed,) = script.parse((PackConfig,), recipe["pack"], [], "pack")
-    assert {source.split("=")[0] for source in packed.sources} == folders
+    assert {source.split("=")[0] for source in packed.sources} == folders or "sets" not in recipe["collect"]
     section = {**recipe["train"], "use_cpu": True, "bf16": False}
     data, args = script.parse((script.TrainData, JacobiForcingConfig), section, [], "train")
     assert args.block_size == collected.block_size
@@ -51,6 +51,24 @@ def test_every_section_of_a_recipe_is_understood(script, path):
     (evaluation,) = script.parse((script.Evaluation,), recipe["evaluate"], [], "evaluate")
     assert evaluation.model == f"{args.output_dir}/final"
     assert {name: script.jacobi_hf.JacobiConfig(**knobs) for name, knobs in evaluation.decoders.items()}
+
+
+def test_every_ablation_is_understood(script):
+    spec = importlib.util.spec_from_file_location("ablations", ROOT / "examples/tiny_qwen3/ablations.py")
+    ablations = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablations)
+    recipe = yaml.safe_load(ablations.RECIPE.read_text(encoding="utf-8"))
+    train = {**recipe["train"], "use_cpu": True, "bf16": False}
+    short = script.parse((PackConfig, script.TrainData, JacobiForcingConfig), recipe["pack"] | train, [], "train")
+    for name, variation in ablations.VARIATIONS.items():
+        (packed,) = script.parse((PackConfig,), recipe["pack"], variation.pack.split(), "pack")
+        (_, args) = script.parse((script.TrainData, JacobiForcingConfig), train, variation.train.split(), "train")
+        script.parse((CollectConfig,), recipe["collect"], variation.second_stage.split(), "collect")
+        same = packed.noise_schedule() == short[0].noise_schedule() and packed.views == short[0].views
+        same = same and all(
+            getattr(args, field) == getattr(short[2], field) for field in (*JacobiForcingConfig.__annotations__, "max_steps")
+        )
+        assert same == (name in ("short", "second-stage", "second-stage-n32")), name
 
 
 def test_the_published_runs_are_what_was_published(script):
