@@ -52,6 +52,7 @@ class TrainData:
     eval_dataset: str | None = field(default=None, metadata={"help": "Packed records for evaluation."})
     replay_dataset: str | None = field(default=None, metadata={"help": "JSONL with text, messages or input_ids."})
     eval_prompts: str | None = field(default=None, metadata={"help": "JSON with prompts by domain, decoded at each evaluation."})
+    ref_model: str | None = field(default=None, metadata={"help": "The frozen model of kl_loss_weight; model, if not given."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA on all linear layers; 0 trains the model itself."})
     save_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the finished model."})
 
@@ -179,6 +180,7 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     if data.eval_prompts:
         by_domain = json.loads(Path(data.eval_prompts).read_text(encoding="utf-8"))["prompts"]
         prompts = {domain: [prompt_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
+    ref_model = load(data.ref_model, data.dtype, **options)[0] if data.ref_model and args.kl_loss_weight else None
     peft_config = None
     if data.lora_r:
         from peft import LoraConfig
@@ -188,7 +190,7 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
         model=model, args=args, train_dataset=load_packed(data.train_dataset, streaming=data.streaming, **checks),
         eval_dataset=load_packed(data.eval_dataset, **checks) if data.eval_dataset else None, eval_prompts=prompts,
         replay_dataset=read_jsonl(data.replay_dataset) if data.replay_dataset else None, processing_class=tokenizer,
-        peft_config=peft_config, callbacks=[run],
+        peft_config=peft_config, ref_model=ref_model, callbacks=[run],
     )  # fmt: skip
     output = trainer.train(resume_from_checkpoint=True)
     report = {
