@@ -1,6 +1,6 @@
-"""Draw the training curves of a forced checkpoint from the log in its forcing.json.
+"""Draw the training curves of a forced checkpoint from the logs in the forcing.json of its stages.
 
-python examples/tiny_qwen3/curves.py examples/tiny_qwen3/forced/forcing.json docs/images/forcing.png
+python examples/tiny_qwen3/curves.py examples/tiny_qwen3/forced/forcing{-stage1,}.json docs/images/forcing.png
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 CURVES = {
     "consistency_loss": "consistency loss",
     "agreement": "agreement",
-    "ar_loss": "AR loss on own answers",
+    "kl_loss": "KL from the base",
     "replay_loss": "AR loss on replay",
 }
 
@@ -26,10 +26,14 @@ def smoothed(values: list[float], over: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+")
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    log = [entry for entry in json.loads(options.report.read_text(encoding="utf-8"))["log"] if "consistency_loss" in entry]
+    log: list[dict[str, float]] = []
+    for report in options.reports:
+        before = log[-1]["step"] if log else 0
+        entries = json.loads(report.read_text(encoding="utf-8"))["log"]
+        log += [{**entry, "step": before + entry["step"]} for entry in entries if "consistency_loss" in entry]
     figure = Figure(figsize=(13, 3), layout="constrained")
     for number, (key, title) in enumerate(CURVES.items(), 1):
         axes = figure.add_subplot(1, len(CURVES), number)
