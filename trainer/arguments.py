@@ -24,7 +24,7 @@ class JacobiForcingConfig(TrainingArguments):
 
     Parameters that describe the data:
         block_size: n of the trajectories.
-        max_length: slots of a packed row; a batch's samples share rows where they fit.
+        max_length: slots of a packed row, P + 2nT for a sample; a batch's samples share rows where they fit.
         too_long: what happens to a sample that does not fit, `"drop"` or `"truncate"` (its last blocks).
         on_bad_row: what happens to a malformed record, `"raise"` or `"skip"`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class _Sample:
             of_prompt[-1] = answer[0]
         return of_prompt, behind
 
+    @cached_property
     def kept_NTn(self) -> np.ndarray:
         """Which slots of the noisy blocks carry a consistency loss: from the first wrong one on, where the answer goes on behind."""
         slot_Tn = np.arange(self.clean_Tn.size).reshape(self.clean_Tn.shape)
@@ -126,6 +128,9 @@ class JacobiForcingCollator:
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} must be at least 2.")
         self._bound = window_of(self.context, self.window)
+        # Behind clean context, nothing is lost with slots that carry no loss: before the first wrong one a noisy block is the
+        # clean block, and what follows the answer is seen by nobody.
+        self._sparse = self._bound == 1
         if self.layout == "rows" and self.context == "clean":
             raise ValueError(
                 "layout='rows' has no clean context: each noisy block would need a row of its own. Use layout='packed', or context='noisy' "
@@ -192,8 +197,8 @@ class JacobiForcingCollator:
         return rows
 
     def _packed_length(self, sample: _Sample) -> int:
-        if self._bound == 1:
-            return len(sample.prompt) + sample.end + int(sample.kept_NTn().sum())
+        if self._sparse:
+            return len(sample.prompt) + sample.end + int(sample.kept_NTn.sum())
         return len(sample.prompt) + sample.noisy_NTn.size + sample.clean_Tn.size
 
     def _pack(self, sample: _Sample, row: _Row, number: int) -> None:
@@ -204,7 +209,7 @@ class JacobiForcingCollator:
             sample.prompt, np.arange(prompt_length), sample.index, sample=own, labels=of_prompt, replay=int(sample.is_replay)
         )  # fmt: skip
         if blocks:
-            kept_NTn = sample.kept_NTn()
+            kept_NTn = sample.kept_NTn
             views = len(kept_NTn)
             # Per block: the first noisy view, the clean block, the other views; only the first two are the published format's.
             clean_at = min(1, views)
@@ -218,17 +223,15 @@ class JacobiForcingCollator:
             def everywhere(value_Tn: np.ndarray) -> np.ndarray:
                 return laid_out(np.broadcast_to(value_Tn, kept_NTn.shape), value_Tn)
 
-            # Behind clean context, nothing is lost with slots that carry no loss: before the first wrong one a noisy block is
-            # the clean block, and what follows the answer is seen by nobody.
             slot_Tn = np.arange(n * blocks).reshape(blocks, n)
-            used = np.flatnonzero(laid_out(kept_NTn, slot_Tn < sample.end)) if self._bound == 1 else np.arange(n * blocks * (views + 1))
+            used = np.flatnonzero(laid_out(kept_NTn, slot_Tn < sample.end)) if self._sparse else np.arange(n * blocks * (views + 1))
             place = np.zeros(n * blocks * (views + 1), dtype=np.int64)
             place[used] = first + np.arange(len(used))
             nothing_NTn, nothing_Tn = np.full(kept_NTn.shape, IGNORE), np.full((blocks, n), -1)
             teacher_NTn = np.where(kept_NTn, (number << 32) | place.reshape(blocks, views + 1, n)[:, clean_at], -1)
             stream_NTn = np.broadcast_to(NOISY + np.arange(views)[:, None, None], kept_NTn.shape)
             begin_NTn = np.broadcast_to(slot_Tn[:, :1], kept_NTn.shape)
-            if self._bound == 1:
+            if self._sparse:
                 begin_NTn = begin_NTn + kept_NTn.argmax(2)[..., None]
             row.add(
                 laid_out(sample.noisy_NTn, sample.clean_Tn)[used],
@@ -258,7 +261,7 @@ class JacobiForcingCollator:
             rows[-1].add(
                 ids, np.arange(len(ids)), sample.index, labels=np.concatenate([of_prompt, behind]), replay=int(sample.is_replay)
             )  # fmt: skip
-            kept_NTn, bound = sample.kept_NTn(), self._bound or max(1, blocks)
+            kept_NTn, bound = sample.kept_NTn, self._bound or max(1, blocks)
             for view, first in itertools.product(range(len(kept_NTn)), range(0, blocks, bound)):
                 noisy = sample.noisy_NTn[view, first : first + bound].reshape(-1)
                 before = prompt_length + first * n

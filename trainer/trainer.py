@@ -129,7 +129,9 @@ class JacobiForcingTrainer(Trainer):
         _check_model(model, args)
         model = _with_adapter(model, args, peft_config)
         base = _base_of(model)
-        if ref_model is None and args.kl_loss_weight and base is model:
+        if ref_model is not None:
+            _check_reference(ref_model, base)
+        elif args.kl_loss_weight and base is model:
             ref_model = copy.deepcopy(model)
         replay = None if replay_dataset is None else tokenized_replay(replay_dataset, processing_class, args.max_length, _vocabulary(base))
         self._records = None if train_dataset is None else self._prepare(base, args, train_dataset, "train_dataset", replay)
@@ -449,6 +451,15 @@ def _check_model(model: Any, args: JacobiForcingConfig) -> None:
             f"layout='packed' needs a mask of its own, which attn_implementation={attention!r} does not take: load the model with "
             "attn_implementation='sdpa' or 'flex_attention', or use layout='rows' with context='noisy' or 'window'."
         )
+
+
+def _check_reference(ref_model: Any, base: Any) -> None:
+    """What KL could not be measured from."""
+    if ref_model is base:
+        raise ValueError("ref_model is the model that is trained; give a copy of it, or leave ref_model out.")
+    for what, of in (("vocabulary", _vocabulary), ("attn_implementation", lambda m: attention_of(m.config))):
+        if of(ref_model) != of(base):
+            raise ValueError(f"ref_model's {what} is {of(ref_model)!r}, the model's {of(base)!r}: they have to be the same.")
 
 
 def _with_adapter(model: Any, args: JacobiForcingConfig, peft_config: PeftConfig | None) -> Any:

@@ -22,11 +22,11 @@ CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 
 @dataclass(frozen=True)
 class Variation:
-    """Arguments of the stages. With `second_stage`, the short recipe's model is collected from (these arguments) and trained on."""
+    """Arguments of the stages; `second_stage` goes on from the short recipe's model, with its trajectories in blocks of so many tokens."""
 
     pack: str = ""
     train: str = ""
-    second_stage: str = ""
+    second_stage: int | None = None
 
 
 VARIATIONS = {
@@ -47,8 +47,8 @@ VARIATIONS = {
         train="--kl_loss_weight 0 --context noisy --ar_loss_weight 10 --consistency_reduction reference --replay_ratio 0",
     ),
     "ar-only": Variation(train=f"--consistency_loss_weight 0 {CROSS_ENTROPY}"),
-    "second-stage": Variation(second_stage="--block_size 16 --limit 1000"),
-    "second-stage-n32": Variation(second_stage="--block_size 32 --limit 1000"),
+    "second-stage": Variation(second_stage=16),
+    "second-stage-n32": Variation(second_stage=32),
     "twice-the-steps": Variation(train="--max_steps 400"),
 }
 
@@ -70,9 +70,9 @@ def run(name: str, seed: str, out: Path) -> None:
         for domain in ("arithmetic", "code"):
             sources.append(f"{build}/trajectories/{domain}")
             of_domain = ("--name", domain, "--dataset", f"build/forcing/{domain}.jsonl", "--output_dir", sources[-1])
-            stage("collect", "--model", first, *of_domain, *variation.second_stage.split())
+            stage("collect", "--model", first, *of_domain, "--block_size", str(variation.second_stage), "--limit", "1000")
         pack += ["--sources", *sources]
-        train += ["--model", first, "--block_size", variation.second_stage.split()[1]]
+        train += ["--model", first, "--block_size", str(variation.second_stage)]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
     stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
     stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", str(out))

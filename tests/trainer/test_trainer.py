@@ -145,6 +145,17 @@ def test_kl_has_a_reference_of_its_own(tmp_path, given):
     assert trainer.model.training
 
 
+def test_models_that_are_no_reference_are_refused(tmp_path):
+    model, data = fresh_model("qwen3"), records(4, N, seed=4)
+    with pytest.raises(ValueError, match="ref_model is the model that is trained"):
+        JacobiForcingTrainer(model, config(tmp_path, kl_loss_weight=1.0), data, ref_model=model)
+    other = fresh_model("qwen3")
+    other.resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(ValueError, match=rf"ref_model's vocabulary is {VOCAB + 3}, the model's {VOCAB}"):
+        JacobiForcingTrainer(model, config(tmp_path, kl_loss_weight=1.0), data, ref_model=other)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     data = records(12, N, seed=4)
     plain, checkpointed = forced(tmp_path, data, max_steps=3), forced(tmp_path, data, max_steps=3, activation_checkpointing=True)
