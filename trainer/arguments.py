@@ -24,7 +24,7 @@ class JacobiForcingConfig(TrainingArguments):
 
     Parameters that describe the data:
         block_size: n of the trajectories.
-        max_length: slots of a packed row, P + 2nT for a sample; a batch's samples share rows where they fit.
+        max_length: slots of a packed row, P + 2nT for a sample; short samples of a batch share rows.
         too_long: what happens to a sample that does not fit, `"drop"` or `"truncate"` (its last blocks).
         on_bad_row: what happens to a malformed record, `"raise"` or `"skip"`.
 
@@ -46,6 +46,10 @@ class JacobiForcingConfig(TrainingArguments):
         prompt_loss: whether the AR loss covers prompts.
         loss_chunk_numbers: numbers in a vocabulary-sized tensor of the loss; lower is less memory.
 
+    Parameters that control the optimizer:
+        muon_learning_rate: when given, the matrices inside the layers are trained by Muon at this peak learning rate (several times
+            `learning_rate`, which stays that of embeddings, LM head, norms and biases); the schedule is one.
+
     Parameters that control decoding:
         decoding, jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: saved in the
             checkpoint's generation config and used to measure tokens per forward. `decoding=None` saves none.
@@ -58,6 +62,7 @@ class JacobiForcingConfig(TrainingArguments):
     learning_rate: float = option(5e-6, "Peak learning rate.")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
     adam_beta2: float = option(0.95, "Second beta of AdamW.")
+    muon_learning_rate: float | None = option(None, "Peak learning rate of Muon for the matrices inside the layers; AdamW trains all else.")
     remove_unused_columns: bool = option(False, "The collator needs the raw columns.")
     block_size: int = option(16, "Tokens of a block (n).")
     max_length: int = option(2048, "Slots of a packed row.")
@@ -104,6 +109,8 @@ class JacobiForcingConfig(TrainingArguments):
         for name in ("ar_loss_weight", "consistency_loss_weight", "replay_loss_weight", "kl_loss_weight", "replay_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.muon_learning_rate is not None and self.muon_learning_rate < 0:
+            raise ValueError(f"muon_learning_rate={self.muon_learning_rate} must not be negative.")
         for name in ("loss_chunk_numbers", "eval_max_new_tokens", "eval_prompt_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -95,8 +95,8 @@ class JacobiForcingCollator:
         pad_token_id: of the padding on the right.
         layout: `"packed"` needs the mask of `jacobi_hf.trainer.mask`; `"rows"` needs none and runs with any attention.
         context, window: what noisy blocks see, see `jacobi_hf.trainer.mask`.
-        max_length: slots of a row. In packed rows, several samples share a row where they fit; with the clean context, slots that
-            neither carry a loss nor are context of one are left out.
+        max_length: most slots of a row. In packed rows, short samples share a row no longer than the longest of the batch; with the
+            clean context, slots that neither carry a loss nor are context of one are left out.
         prompt_loss: whether the AR loss covers the prompt.
         noisy: whether noisy blocks are laid out at all; without a consistency loss nothing needs them.
         pad_to_multiple_of: round the row length up.
@@ -181,7 +181,7 @@ class JacobiForcingCollator:
         return _Sample(index, prompt, noisy_NTn, blocks_T2n[:, 1], end, ended=bool(len(ends)), is_replay=False)
 
     def _packed_rows(self, samples: list[_Sample]) -> list[_Row]:
-        """First fit, longest first: samples share rows of at most `max_length` slots."""
+        """First fit, longest first: samples share rows as long as the longest of them, since attention costs a row's length squared."""
         rows: list[_Row] = []
         lengths = [self._packed_length(sample) for sample in samples]
         for length, sample in sorted(zip(lengths, samples, strict=True), key=lambda pair: -pair[0]):
@@ -190,7 +190,7 @@ class JacobiForcingCollator:
                     f"record {sample.index} needs {length} slots, more than max_length={self.max_length}: drop or "
                     "truncate such records (JacobiForcingTrainer does, see too_long)."
                 )
-            number = next((i for i, row in enumerate(rows) if row.length + length <= self.max_length), len(rows))
+            number = next((i for i, row in enumerate(rows) if row.length + length <= max(lengths)), len(rows))
             if number == len(rows):
                 rows.append(_Row())
             self._pack(sample, rows[number], number)

@@ -160,11 +160,12 @@ def _chunk(
     label_C = targets.label_R[base_C]
     kl = logits_NV.new_zeros(())
     if with_ar:
-        ar_C = F.cross_entropy(base_CV, label_C, ignore_index=IGNORE, reduction="none")
+        log_base_CV = base_CV.log_softmax(-1)
+        ar_C = F.nll_loss(log_base_CV, label_C, ignore_index=IGNORE, reduction="none")
         ar_G = ar_C @ targets.label_weight_RG[base_C]
         if reference is not None:
-            reference_CV = reference.logits(base_C).log_softmax(-1)
-            kl_C = F.kl_div(base_CV.log_softmax(-1), reference_CV, reduction="none", log_target=True).sum(-1)
+            log_reference_CV = reference.logits(base_C).log_softmax(-1)
+            kl_C = torch.linalg.vecdot(log_reference_CV.exp(), log_reference_CV - log_base_CV)
             kl = kl_C[label_C != IGNORE].sum() * targets.kl_weight
     else:
         ar_G = torch.zeros_like(targets.label_weight_RG[0])

@@ -22,6 +22,7 @@ from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, checked,
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from jacobi_hf.trainer.losses import Losses, Reference, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
+from jacobi_hf.trainer.optimizer import muon_and_adamw
 from jacobi_hf.trainer.trajectories import special_ids
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ class JacobiForcingTrainer(Trainer):
         self._at_head = AtHead(_head_of(base))
         self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(requires_grad=False).to(args.device)
         self._at_ref_head = None if ref_model is None else AtHead(_head_of(ref_model))
+        if ref_model is not None and args.torch_compile:
+            ref_model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._vocab_size = _vocabulary(base)
         self._masks = MaskBuilder(base.config, base.dtype)
         self._sums: dict[bool, torch.Tensor | None] = {True: None, False: None}
@@ -185,6 +188,17 @@ class JacobiForcingTrainer(Trainer):
         records = checked(dataset, name, on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base))
         kind = TrainingRecords if isinstance(records, Sized) else StreamedRecords
         return kind(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s, or with `muon_learning_rate` Muon for the matrices inside the layers and AdamW for the rest."""
+        rate = self.args.muon_learning_rate
+        if rate is not None and self.optimizer is None:  # type: ignore[has-type]
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("muon_learning_rate needs whole matrices, which FSDP and DeepSpeed do not keep: leave it out with them.")
+            trained, base = model or self.model, _base_of(self.model)
+            outside = [base.get_input_embeddings(), _head_of(base)]
+            self.optimizer = muon_and_adamw(trained, self.args, rate, self.get_decay_parameter_names(trained), outside)
+        return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
         """What each loss of the accumulated batch is averaged over (`collator.COUNTS`), summed over the processes."""

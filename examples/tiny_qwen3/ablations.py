@@ -49,6 +49,7 @@ VARIATIONS = {
     "ar-only": Variation(train=f"--consistency_loss_weight 0 {CROSS_ENTROPY}"),
     "second-stage": Variation(second_stage=16),
     "second-stage-n32": Variation(second_stage=32),
+    "muon": Variation(train="--muon_learning_rate 5e-3"),
     "twice-the-steps": Variation(train="--max_steps 400"),
 }
 

@@ -226,9 +226,11 @@ def test_lora_leaves_the_base_untouched(tmp_path):
         assert torch.equal(value, after[name]), name
 
 
-def test_resuming_gives_the_same_curve(tmp_path):
+@pytest.mark.parametrize("muon_learning_rate", [None, 0.01])
+def test_resuming_gives_the_same_curve(tmp_path, muon_learning_rate):
     data, replay = records(24, N, seed=8), [{"input_ids": list(range(2, 12))}, {"input_ids": list(range(5, 20))}]
     options = {"max_steps": 6, "replay_dataset": replay, "replay_ratio": 0.5, "lr_scheduler_type": "linear"}
+    options["muon_learning_rate"] = muon_learning_rate
     whole = forced(tmp_path / "whole", data, **options)
 
     class Interrupt(TrainerCallback):

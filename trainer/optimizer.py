@@ -1,0 +1,85 @@
+"""Muon for the matrices inside a model, AdamW for the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import AdamW, Muon, Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from transformers import TrainingArguments
+
+
+class JointOptimizer(Optimizer):
+    """Several optimizers, each with weights of its own, as one: schedules and checkpoints see nothing unusual."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._parts = optimizers
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this optimizer's own groups and state."""
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of each part."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def muon_and_adamw(
+    model: torch.nn.Module,
+    args: TrainingArguments,
+    muon_learning_rate: float,
+    decayed: Collection[str],
+    outside: Collection[torch.nn.Module],
+) -> JointOptimizer:
+    """Muon (Jordan et al. 2024, `torch.optim.Muon`) orthogonalises the momentum of each matrix.
+
+    Its steps are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that its learning rate is of AdamW's kind.
+
+    Args:
+        model: whose weights to train, those that require gradients.
+        args: learning rate, betas and epsilon of AdamW; weight decay of both.
+        muon_learning_rate: of the matrices.
+        decayed: names of the weights that decay.
+        outside: modules whose matrices AdamW trains too: embeddings and LM head.
+    """
+    left_out = {id(p) for module in outside for p in module.parameters()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 and id(parameter) not in left_out
+            groups.setdefault((is_matrix, name in decayed), []).append(parameter)
+
+    def of(*, matrices: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": members, "weight_decay": args.weight_decay if decays else 0.0}
+            for (is_matrix, decays), members in groups.items()
+            if is_matrix == matrices
+        ]
+
+    parts: list[Optimizer] = []
+    if matrices := of(matrices=True):
+        parts.append(Muon(matrices, lr=muon_learning_rate, adjust_lr_fn="match_rms_adamw"))
+    if others := of(matrices=False):
+        parts.append(AdamW(others, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, fused=True))
+    return JointOptimizer(parts)
