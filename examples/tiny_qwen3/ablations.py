@@ -9,13 +9,15 @@ document is finished before the next one starts; those already there are left al
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT, RECIPE = ROOT / "examples" / "train_jacobi_forcing.py", ROOT / "examples" / "recipes" / "tiny_qwen3_short.yaml"
+# Relative to the root, from where the stages run: documents record the command.
+SCRIPT, RECIPE = "examples/train_jacobi_forcing.py", "examples/recipes/tiny_qwen3_short.yaml"
 # What holds the model in place of KL: cross entropy on its own answers and on replay, as published recipes have it.
 CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 
@@ -56,7 +58,7 @@ VARIATIONS = {
 
 def stage(name: str, *arguments: str) -> None:
     """One stage of the example script."""
-    subprocess.run([sys.executable, str(SCRIPT), name, "--config", str(RECIPE), *arguments], cwd=ROOT, check=True)  # noqa: S603
+    subprocess.run([sys.executable, SCRIPT, name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
 
 
 def run(name: str, seed: str, out: Path) -> None:
@@ -76,7 +78,7 @@ def run(name: str, seed: str, out: Path) -> None:
         train += ["--model", first, "--block_size", str(variation.second_stage)]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
     stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
-    stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", str(out))
+    stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", os.path.relpath(out, ROOT))
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def test_every_ablation_is_understood(script):
     spec = importlib.util.spec_from_file_location("ablations", ROOT / "examples/tiny_qwen3/ablations.py")
     ablations = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ablations)
-    recipe = yaml.safe_load(ablations.RECIPE.read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((ROOT / ablations.RECIPE).read_text(encoding="utf-8"))
     train = {**recipe["train"], "use_cpu": True, "bf16": False}
 
     def settings(variation):
