@@ -56,6 +56,8 @@ class CollectConfig:
         chat_template: file with a template to use instead of the tokenizer's.
         chat_template_options: arguments of the template as JSON, for example `{"enable_thinking": false}`.
         limit: prompts to take; None takes all.
+        random_start: blocks begin behind a random number of the answer's tokens, below n, instead of with its first. A model that only saw
+            blocks on one grid learns that grid, and drafts worse across its lines, where every other window lies.
         batch_size, shard_size: prompts per batch and per shard.
         do_sample, temperature, top_k, top_p, min_p, seed: how answers are written, see `AnswerConfig`.
     """
@@ -76,6 +78,7 @@ class CollectConfig:
     chat_template: str | None = option(None, "File with a chat template.")
     chat_template_options: str | None = option(None, "Arguments of the template, as JSON.")
     limit: int | None = option(None, "Prompts to take.")
+    random_start: bool = option(False, "Blocks begin behind a random number of the answer's tokens.")
     batch_size: int = option(32, "Prompts per batch.")
     shard_size: int = option(512, "Prompts per shard.")
     do_sample: bool = option(False, "Sample the answers.")
@@ -202,7 +205,8 @@ def collect(
             for first in range(0, len(order), config.batch_size):
                 chosen = order[first : first + config.batch_size]
                 seed = zlib.crc32(f"{config.seed}/{shard}/{first}".encode())
-                batch = collect_trajectories(model, [part[i] for i in chosen], config.block_size, config.answers(), seed)
+                begins = [_start(config, starts[shard] + i) for i in chosen]
+                batch = collect_trajectories(model, [part[i] for i in chosen], config.block_size, config.answers(), seed, begins)
                 for i, trajectory in zip(chosen, batch, strict=True):
                     trajectories[i] = trajectory
                     tokens, forwards = tokens + len(trajectory.answer_ids), forwards + trajectory.forwards
@@ -220,6 +224,11 @@ def collect(
     if too_long or totals["too_short"]:
         logger.warning("left out: %d prompts over max_prompt_tokens, %d answers of one token", too_long, totals["too_short"])
     return totals
+
+
+def _start(config: CollectConfig, number: int) -> int:
+    """How many tokens of an answer are in front of its first block."""
+    return zlib.crc32(f"{config.seed}/start/{number}".encode()) % config.block_size if config.random_start else 0
 
 
 def _settings(

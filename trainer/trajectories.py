@@ -126,6 +126,7 @@ def collect_trajectories(
     block_size: int,
     answers: AnswerConfig | None = None,
     seed: int | None = None,
+    starts: Sequence[int] | None = None,
 ) -> list[Trajectory]:
     """Trajectories of a batch of prompts, all blocks of all answers iterating together.
 
@@ -135,6 +136,8 @@ def collect_trajectories(
         block_size: n, at least 2.
         answers: how the model answers; greedy, 256 tokens by default.
         seed: of torch's generator, for sampling; None goes on from where it stands.
+        starts: tokens of each answer in front of its first block; they become part of the prompt. At least two tokens stay
+            behind, if the answer has them. None for 0.
 
     Raises:
         ValueError: a block size below 2, an answer length that is no multiple of it, an empty prompt.
@@ -147,12 +150,15 @@ def collect_trajectories(
     before = generator_state(device)
     written = _answer(model, prompts, answers)
     after = generator_state(device)
+    starts = [max(0, min(s, len(a) - 2)) for s, a in zip(starts or [0] * len(prompts), written, strict=True)]
+    prompts = [[*p, *a[:s]] for p, a, s in zip(prompts, written, starts, strict=True)]
+    written = [a[s:] for a, s in zip(written, starts, strict=True)]
     collected: dict[int, Trajectory] = {}
     # Rows of a forward are as wide as the widest: those of like length go together.
     order = sorted(range(len(prompts)), key=lambda row: len(written[row]))
     for start in range(0, len(order), GROUP):
         rows = order[start : start + GROUP]
-        noise = _Noise(before, rows, len(prompts)) if answers.do_sample else None
+        noise = _Noise(before, rows, len(prompts), [starts[row] for row in rows]) if answers.do_sample else None
         blocks = _Blocks(model, [prompts[row] for row in rows], [written[row] for row in rows], block_size, answers.warpers(), noise)
         blocks.iterate()
         collected |= zip(rows, blocks.trajectories(), strict=True)
@@ -281,11 +287,14 @@ def _cut(ids: list[int], ends: set[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Noise:
-    """The noise under which answers were sampled: the generator's state before, and which rows of that batch these are."""
+    """The noise under which answers were sampled: the generator's state before, which rows of that batch these are, and how many
+    tokens of the answers are in front of their first blocks.
+    """
 
     state: torch.Tensor
     rows: list[int]
     batch: int
+    starts: list[int]
 
 
 @dataclass
@@ -409,10 +418,11 @@ class _Blocks:
         set_generator_state(logits_BQV.device, self.noise.state)
         noise_BV = torch.empty(self.noise.batch, logits_BQV.shape[-1], device=logits_BQV.device)
         own_B = torch.tensor(self.noise.rows, device=logits_BQV.device)
+        behind_BQ = index_BQ + 1 + torch.tensor(self.noise.starts, device=logits_BQV.device)[:, None]
         # One index at a time: the noise of a whole answer would be as large as the logits once more.
-        for index in range(self._fixed_BTn.shape[1] * self.block_size):
+        for index in range(self._fixed_BTn.shape[1] * self.block_size + max(self.noise.starts)):
             noise_BV.exponential_()
-            row_N, slot_N = ((index_BQ + 1 == index) & used_BQ).nonzero(as_tuple=True)
+            row_N, slot_N = ((behind_BQ == index) & used_BQ).nonzero(as_tuple=True)
             if len(row_N):
                 scores_NV = self.warpers(None, logits_BQV[row_N, slot_N].float())
                 choice_BQ[row_N, slot_N] = (scores_NV.softmax(-1) / noise_BV[own_B[row_N]]).argmax(-1)

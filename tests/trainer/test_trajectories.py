@@ -85,6 +85,29 @@ def test_collected_equals_recorded_equals_generate(case):
         check_invariants(trajectory, answer, n, 0)
 
 
+@settings(max_examples=30)
+@given(cases, st.data())
+def test_blocks_that_begin_within_the_answer(case, data):
+    """Equal those of prompts that end there: greedy row by row, sampled when all rows have used up as much noise."""
+    model, n, sampled = tiny_model(case["kind"]), case["n"], case["sampled"]
+    prompts = case["prompts"]
+    answers = AnswerConfig(n * case["blocks"] + n, do_sample=sampled, temperature=0.8, top_k=case["top_k"] if sampled else None)
+    starts = [data.draw(st.integers(0, n - 1))] * len(prompts) if sampled else [data.draw(st.integers(0, n - 1)) for _ in prompts]
+    whole = collect_trajectories(model, prompts, n, answers, case["seed"])
+    shifted = collect_trajectories(model, prompts, n, answers, case["seed"], starts)
+    for trajectory, full, start in zip(shifted, whole, starts, strict=True):
+        assert trajectory.prompt_ids == full.prompt_ids + full.answer_ids[:start]
+        check_invariants(trajectory, full.answer_ids[start:], n, 0)
+    torch.manual_seed(case["seed"])
+    for _ in range(starts[0] if sampled else 0):
+        torch.empty(len(prompts), VOCAB).exponential_()
+    expected = record_trajectories(model, [t.prompt_ids for t in shifted], n, answers)
+    for trajectory, other in zip(shifted, expected, strict=True):
+        inside = len(trajectory.answer_ids) // n  # the blocks that neither answer's end cuts
+        assert inside
+        assert trajectory.blocks[:inside] == other.blocks[:inside]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_greedy_trajectories_do_not_depend_on_the_batch(attention):
     model = fresh_model("qwen3-sliding")
