@@ -26,6 +26,7 @@ CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 class Variation:
     """Arguments of the stages; `second_stage` goes on from the short recipe's model, with its trajectories in blocks of so many tokens."""
 
+    collect: str = ""
     pack: str = ""
     train: str = ""
     second_stage: int | None = None
@@ -50,6 +51,7 @@ VARIATIONS = {
     ),
     "ar-only": Variation(train=f"--consistency_loss_weight 0 {CROSS_ENTROPY}"),
     "second-stage": Variation(second_stage=16),
+    "second-stage-random-start": Variation(collect="--random_start true", second_stage=16),
     "second-stage-n32": Variation(second_stage=32),
     "muon": Variation(train="--muon_learning_rate 5e-3"),
     "twice-the-steps": Variation(train="--max_steps 400"),
@@ -73,7 +75,17 @@ def run(name: str, seed: str, out: Path) -> None:
         for domain in ("arithmetic", "code"):
             sources.append(f"{build}/trajectories/{domain}")
             of_domain = ("--name", domain, "--dataset", f"build/forcing/{domain}.jsonl", "--output_dir", sources[-1])
-            stage("collect", "--model", first, *of_domain, "--block_size", str(variation.second_stage), "--limit", "1000")
+            stage(
+                "collect",
+                "--model",
+                first,
+                *of_domain,
+                "--block_size",
+                str(variation.second_stage),
+                "--limit",
+                "1000",
+                *variation.collect.split(),
+            )
         pack += ["--sources", *sources]
         train += ["--model", first, "--block_size", str(variation.second_stage)]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)

@@ -63,8 +63,18 @@ def test_every_ablation_is_understood(script):
     def settings(variation):
         (packed,) = script.parse((PackConfig,), recipe["pack"], variation.pack.split(), "pack")
         _, args = script.parse((script.TrainData, JacobiForcingConfig), train, variation.train.split(), "train")
-        script.parse((CollectConfig,), recipe["collect"], ["--block_size", str(variation.second_stage or 16)], "collect")
-        return str((packed, variation.second_stage, args.max_steps, *(getattr(args, name) for name in JacobiForcingConfig.__annotations__)))
+        script.parse(
+            (CollectConfig,), recipe["collect"], ["--block_size", str(variation.second_stage or 16), *variation.collect.split()], "collect"
+        )
+        return str(
+            (
+                packed,
+                variation.collect,
+                variation.second_stage,
+                args.max_steps,
+                *(getattr(args, name) for name in JacobiForcingConfig.__annotations__),
+            )
+        )
 
     distinct = {settings(variation) for variation in ablations.VARIATIONS.values()}
     assert len(distinct) == len(ablations.VARIATIONS)
