@@ -145,6 +145,16 @@ def test_kl_has_a_reference_of_its_own(tmp_path, given):
     assert trainer.model.training
 
 
+def test_compiling_changes_nothing(tmp_path, monkeypatch):
+    """Both forwards, trained and frozen; traced only, which is what could go wrong here."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments writes it and leaves it
+    data = records(4, N, seed=3)
+    plain = forced(tmp_path, data, kl_loss_weight=1.0, max_steps=2)
+    compiled = forced(tmp_path, data, kl_loss_weight=1.0, max_steps=2, torch_compile_backend="eager")
+    assert compiled._ref_model._compiled_call_impl is not None
+    torch.testing.assert_close(weights(plain.model), weights(compiled.model), atol=1e-6, rtol=1e-5)
+
+
 def test_models_that_are_no_reference_are_refused(tmp_path):
     model, data = fresh_model("qwen3"), records(4, N, seed=4)
     with pytest.raises(ValueError, match="ref_model is the model that is trained"):
