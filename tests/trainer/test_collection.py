@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from jacobi_hf.trainer import NoiseSchedule, collect_trajectories, load_packed
@@ -255,6 +257,12 @@ def run(arguments):
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def collect_with_own_lock(*arguments):
+    """For forked processes: tqdm's lock is shared with them, and who is killed while holding it leaves the parent waiting forever."""
+    tqdm.set_lock(threading.RLock())
+    collect(*arguments)
+
+
 def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_path, tiny, tokenizer):
     """kill -9 at 20 random moments of a forked collector, sampled answers; then to the end."""
     import multiprocessing
@@ -276,7 +284,7 @@ def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_p
     seconds = time.perf_counter() - started
     rng, context, kills = random.Random(5), multiprocessing.get_context("fork"), 0
     while kills < 20:
-        process = context.Process(target=collect, args=(tiny, tokenizer, config, rows))
+        process = context.Process(target=collect_with_own_lock, args=(tiny, tokenizer, config, rows))
         process.start()
         process.join(rng.uniform(0, seconds / 4))
         if process.is_alive():
