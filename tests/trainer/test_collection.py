@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
+from tqdm.std import tqdm
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from jacobi_hf.trainer import NoiseSchedule, collect_trajectories, load_packed
@@ -258,8 +258,11 @@ def run(arguments):
 
 
 def collect_with_own_lock(*arguments):
-    """For forked processes: tqdm's lock is shared with them, and who is killed while holding it leaves the parent waiting forever."""
-    tqdm.set_lock(threading.RLock())
+    """For forked processes: tqdm's locks are shared with them, and who is killed while holding one leaves the parent waiting forever."""
+    lock, kinds = threading.RLock(), [tqdm]
+    for kind in kinds:  # grows: each class of bars may have a lock of its own
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
     collect(*arguments)
 
 
