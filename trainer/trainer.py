@@ -143,26 +143,15 @@ class JacobiForcingTrainer(Trainer):
         }
         if streamed := [name for name, data in evaluated.items() if isinstance(data, StreamedRecords)]:
             raise ValueError(f"eval_dataset {streamed[0]} is streamed; give one with a length (datasets.Dataset or a list of records).")
-        ends, pad = (
-            special_ids(base.generation_config, name) or special_ids(processing_class, name) for name in ("eos_token_id", "pad_token_id")
-        )
-        if not ends:
-            logger.warning("neither model nor tokenizer has an eos_token_id: answers are taken to end with their last block.")
         super().__init__(
             model=model,
             args=args,
-            data_collator=JacobiForcingCollator(
-                block_size=args.block_size, eos_token_ids=ends, pad_token_id=(pad or ends or (0,))[0], layout=args.layout,
-                context=args.context,
-                window=args.window, max_length=args.max_length, prompt_loss=args.prompt_loss,
-                noisy=args.consistency_loss_weight > 0,
-                pad_to_multiple_of=128 if attention_of(base.config) == "flex_attention" else None,
-            ),
+            data_collator=_collator(base, args, processing_class),
             train_dataset=self._records,
             eval_dataset=evaluated[""] if set(evaluated) == {""} else evaluated or None,
             processing_class=processing_class,
             **kwargs,
-        )  # fmt: skip
+        )
         self.add_callback(_GradientGuard(self))
         self._samples_of_step: list[torch.Tensor] = []
         self._decoded: tuple[int, dict[str, float]] | None = None
@@ -443,6 +432,27 @@ def last_finished_checkpoint(output_dir: str | Path) -> str | None:
         except (ValueError, OSError):
             logger.warning("%s is not a finished checkpoint: it is passed over", folder)
     return finished[max(finished)] if finished else None
+
+
+def _collator(base: PreTrainedModel, args: JacobiForcingConfig, tokenizer: PreTrainedTokenizerBase | None) -> JacobiForcingCollator:
+    """The collator that the config and the special ids of model or tokenizer ask for."""
+    ends, pad = (
+        special_ids(base.generation_config, name) or special_ids(tokenizer, name) for name in ("eos_token_id", "pad_token_id")
+    )  # fmt: skip
+    if not ends:
+        logger.warning("neither model nor tokenizer has an eos_token_id: answers are taken to end with their last block.")
+    return JacobiForcingCollator(
+        block_size=args.block_size,
+        eos_token_ids=ends,
+        pad_token_id=(pad or ends or (0,))[0],
+        layout=args.layout,
+        context=args.context,
+        window=args.window,
+        max_length=args.max_length,
+        prompt_loss=args.prompt_loss,
+        noisy=args.consistency_loss_weight > 0,
+        pad_to_multiple_of=128 if attention_of(base.config) == "flex_attention" else None,
+    )
 
 
 def _check_model(model: Any, args: JacobiForcingConfig) -> None:

@@ -2,8 +2,8 @@
 
     python examples/tiny_qwen3/ablations.py --output-dir examples/benchmarks/results/forcing [NAME ...]
 
-Needs what `collect` of examples/recipes/tiny_qwen3_cpu.yaml wrote. Each variation packs, trains and evaluates on its own, and its results
-document is finished before the next one starts; those already there are left alone.
+Needs what `forcing_data.py` wrote to build/forcing. The base's trajectories are collected first, for all variations alike. Each variation
+packs, trains and evaluates on its own, and its results document is finished before the next one starts; those already there are left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Relative to the root, from where the stages run: documents record the command.
 SCRIPT, RECIPE = "examples/train_jacobi_forcing.py", "examples/recipes/tiny_qwen3_short.yaml"
+BASE = "examples/tiny_qwen3/checkpoint"
+# Prompts of each domain, for the trajectories of the base and for those of a second stage.
+FIRST_PROMPTS, SECOND_PROMPTS = {"arithmetic": 7000, "code": 3000}, {"arithmetic": 1000, "code": 1000}
 # What holds the model in place of KL: cross entropy on its own answers and on replay, as published recipes have it.
 CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 
@@ -63,31 +66,25 @@ def stage(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, SCRIPT, name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
 
 
+def collect(model: str, build: str, prompts: dict[str, int], *arguments: str) -> list[str]:
+    """Trajectories of a model on each domain, in folders below `build`."""
+    folders = [f"{build}/trajectories/{domain}" for domain in prompts]
+    for (domain, limit), folder in zip(prompts.items(), folders, strict=True):
+        data = ("--name", domain, "--dataset", f"build/forcing/{domain}.jsonl", "--limit", str(limit))
+        stage("collect", "--model", model, *data, "--output_dir", folder, *arguments)
+    return folders
+
+
 def run(name: str, seed: str, out: Path) -> None:
     """One variation, from packing to its results document."""
     variation, build = VARIATIONS[name], f"build/forcing/ablations/{name}-seed{seed}"
     pack, train = variation.pack.split(), variation.train.split()
     if variation.second_stage:
-        first = f"build/forcing/ablations/short-seed{seed}/model/final"
+        first, blocks = f"build/forcing/ablations/short-seed{seed}/model/final", ("--block_size", str(variation.second_stage))
         if not (ROOT / first).is_dir():
             raise FileNotFoundError(f"{name} goes on from {first}: run the variation short with this seed first.")
-        sources = []
-        for domain in ("arithmetic", "code"):
-            sources.append(f"{build}/trajectories/{domain}")
-            of_domain = ("--name", domain, "--dataset", f"build/forcing/{domain}.jsonl", "--output_dir", sources[-1])
-            stage(
-                "collect",
-                "--model",
-                first,
-                *of_domain,
-                "--block_size",
-                str(variation.second_stage),
-                "--limit",
-                "1000",
-                *variation.collect.split(),
-            )
-        pack += ["--sources", *sources]
-        train += ["--model", first, "--block_size", str(variation.second_stage)]
+        pack += ["--sources", *collect(first, build, SECOND_PROMPTS, *blocks, *variation.collect.split())]
+    XX
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
     stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
     stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", os.path.relpath(out, ROOT))
@@ -99,6 +96,7 @@ def main() -> None:
     parser.add_argument("--output-dir", required=True, help="folder of the results documents")
     parser.add_argument("--seed", default="42")
     options = parser.parse_args()
+    collect(BASE, "build/forcing/ablations", FIRST_PROMPTS)
     for name in options.names or VARIATIONS:
         out = Path(options.output_dir).resolve() / f"ablation-{name}-seed{options.seed}.json"
         if not out.is_file():
