@@ -84,7 +84,7 @@ def run(name: str, seed: str, out: Path) -> None:
         if not (ROOT / first).is_dir():
             raise FileNotFoundError(f"{name} goes on from {first}: run the variation short with this seed first.")
         pack += ["--sources", *collect(first, build, SECOND_PROMPTS, *blocks, *variation.collect.split())]
-    XX
+        train += ["--model", first, "--ref_model", BASE, *blocks]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
     stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
     stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", os.path.relpath(out, ROOT))
