@@ -136,8 +136,8 @@ def collect_trajectories(
         block_size: n, at least 2.
         answers: how the model answers; greedy, 256 tokens by default.
         seed: of torch's generator, for sampling; None goes on from where it stands.
-        starts: tokens of each answer in front of its first block; they become part of the prompt. At least two tokens stay
-            behind, if the answer has them. None for 0.
+        starts: tokens of each answer in front of its first block, which become part of the prompt, as far as a block stays behind
+            them. Of an answer without an end, whole blocks are taken: nobody knows what follows it. None for 0.
 
     Raises:
         ValueError: a block size below 2, an answer length that is no multiple of it, an empty prompt.
@@ -150,9 +150,10 @@ def collect_trajectories(
     before = generator_state(device)
     written = _answer(model, prompts, answers)
     after = generator_state(device)
-    starts = [max(0, min(s, len(a) - 2)) for s, a in zip(starts or [0] * len(prompts), written, strict=True)]
+    ends = end_ids(model)
+    starts = [_within(a, s, block_size, ends) for a, s in zip(written, starts or [0] * len(prompts), strict=True)]
     prompts = [[*p, *a[:s]] for p, a, s in zip(prompts, written, starts, strict=True)]
-    written = [a[s:] for a, s in zip(written, starts, strict=True)]
+    written = [_blocks_of(a[s:], block_size, ends) for a, s in zip(written, starts, strict=True)]
     collected: dict[int, Trajectory] = {}
     # Rows of a forward are as wide as the widest: those of like length go together.
     order = sorted(range(len(prompts)), key=lambda row: len(written[row]))
@@ -283,6 +284,17 @@ def special_ids(holder: Any, name: str) -> tuple[int, ...]:
 def _cut(ids: list[int], ends: set[int]) -> list[int]:
     first = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
     return ids[: first + 1]
+
+
+def _within(answer: list[int], start: int, block_size: int, ends: set[int]) -> int:
+    """`start`, or less where too little of the answer would stay behind it."""
+    least = 2 if answer[-1] in ends else block_size
+    return max(0, min(start, len(answer) - least))
+
+
+def _blocks_of(answer: list[int], block_size: int, ends: set[int]) -> list[int]:
+    """The answer, without a last block that neither is full nor ends."""
+    return answer if answer[-1] in ends else answer[: len(answer) // block_size * block_size]
 
 
 @dataclass(frozen=True)

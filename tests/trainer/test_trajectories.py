@@ -97,15 +97,46 @@ def test_blocks_that_begin_within_the_answer(case, data):
     shifted = collect_trajectories(model, prompts, n, answers, case["seed"], starts)
     for trajectory, full, start in zip(shifted, whole, starts, strict=True):
         assert trajectory.prompt_ids == full.prompt_ids + full.answer_ids[:start]
-        check_invariants(trajectory, full.answer_ids[start:], n, 0)
+        # No end is known, so there are whole blocks alone, and no pads in them.
+        check_invariants(trajectory, full.answer_ids[start : start + (len(full.answer_ids) - start) // n * n], n, 0)
+        assert all(len(state) == n for states in trajectory.blocks for state in states)
+        assert len(trajectory.answer_ids) == n * len(trajectory.blocks)
     torch.manual_seed(case["seed"])
     for _ in range(starts[0] if sampled else 0):
         torch.empty(len(prompts), VOCAB).exponential_()
     expected = record_trajectories(model, [t.prompt_ids for t in shifted], n, answers)
     for trajectory, other in zip(shifted, expected, strict=True):
-        inside = len(trajectory.answer_ids) // n  # the blocks that neither answer's end cuts
-        assert inside
-        assert trajectory.blocks[:inside] == other.blocks[:inside]
+        assert trajectory.blocks == other.blocks[: len(trajectory.blocks)]
+
+
+@settings(max_examples=30)
+@given(cases, st.data())
+def test_answers_that_end_keep_their_end_behind_a_start(case, data):
+    model, n = tiny_model(case["kind"]), case["n"]
+    former = model.generation_config.eos_token_id
+    whole = collect_trajectories(model, case["prompts"], n, AnswerConfig(n * case["blocks"]))
+    # An id that does occur, so that some answers end.
+    end = data.draw(st.sampled_from(whole[0].answer_ids))
+    model.generation_config.eos_token_id = end
+    try:
+        answers, starts = AnswerConfig(n * case["blocks"]), [data.draw(st.integers(0, n - 1)) for _ in case["prompts"]]
+        whole = collect_trajectories(model, case["prompts"], n, answers)
+        shifted = collect_trajectories(model, case["prompts"], n, answers, starts=starts)
+    finally:
+        model.generation_config.eos_token_id = former
+    for trajectory, full, start in zip(shifted, whole, starts, strict=True):
+        begun = len(trajectory.prompt_ids) - len(full.prompt_ids)
+        assert (
+            trajectory.prompt_ids + trajectory.answer_ids
+            == (full.prompt_ids + full.answer_ids)[: len(trajectory.prompt_ids + trajectory.answer_ids)]
+        )
+        if full.answer_ids[-1] == end:
+            assert begun == max(0, min(start, len(full.answer_ids) - 2))
+            assert trajectory.answer_ids == full.answer_ids[begun:]
+        else:
+            assert begun == min(start, len(full.answer_ids) - n)
+            assert len(trajectory.answer_ids) == n * len(trajectory.blocks)
+        check_invariants(trajectory, trajectory.answer_ids, n, 0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
