@@ -37,7 +37,7 @@ class _Row:
     length: int = 0
     members: int = 0
     samples: int = 0  # those with blocks
-    blocks: int = 0
+    blocks: int = 0  # noisy ones, of all views
 
     def add(self, ids: np.ndarray, positions: np.ndarray, index: int, **tensors: np.ndarray | int) -> None:
         given = {"input_ids": ids, "position_ids": positions, "index": index, "attention_mask": 1, **tensors}
@@ -62,6 +62,10 @@ class _Sample:
     @property
     def blocks(self) -> int:
         return len(self.clean_Tn)
+
+    @property
+    def noisy_blocks(self) -> int:
+        return len(self.noisy_NTn) * self.blocks
 
     def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
         """The next token behind each prompt slot and each slot of the clean blocks."""
@@ -247,7 +251,7 @@ class JacobiForcingCollator:
             )
         row.members += 1
         row.samples += blocks > 0
-        row.blocks += blocks
+        row.blocks += sample.noisy_blocks
 
     def _causal_rows(self, samples: list[_Sample]) -> list[_Row]:
         """Per sample, one clean row `[prompt, l_0, l_1, ..]` and one per window `[prompt, l_.. of earlier windows, k_.. of its own]`."""
@@ -256,7 +260,7 @@ class JacobiForcingCollator:
             n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
             of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
             clean_row = len(rows)
-            rows.append(_Row(samples=int(blocks > 0), blocks=blocks))
+            rows.append(_Row(samples=int(blocks > 0), blocks=sample.noisy_blocks))
             ids = np.concatenate([sample.prompt, sample.clean_Tn.reshape(-1)])
             rows[-1].add(
                 ids, np.arange(len(ids)), sample.index, labels=np.concatenate([of_prompt, behind]), replay=int(sample.is_replay)

@@ -159,8 +159,11 @@ class JacobiForcingTrainer(Trainer):
         self._at_head = AtHead(_head_of(base))
         self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(requires_grad=False).to(args.device)
         self._at_ref_head = None if ref_model is None else AtHead(_head_of(ref_model))
-        if ref_model is not None and args.torch_compile:
-            ref_model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        if args.torch_compile:
+            # Each batch has a length of its own: compiled for the first one's, the model would be compiled again at the second.
+            self.accelerator.state.dynamo_plugin.dynamic = True
+            if ref_model is not None:
+                ref_model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
         self._vocab_size = _vocabulary(base)
         self._masks = MaskBuilder(base.config, base.dtype)
         self._sums: dict[bool, torch.Tensor | None] = {True: None, False: None}

@@ -77,7 +77,7 @@ def forward_losses(model, batch, context, window, weights):
     return losses, losses.ar_G[0] * weights[0] + losses.consistency * weights[1]
 
 
-def by_hand(model, record, n, context, window):
+def by_hand(model, record, n, context, window, tau=1.0):
     """AR and consistency terms of one record, slot by slot, from ordinary forwards over `[prompt, what the block sees, block]`."""
     prompt = record["prompt_ids"]
     body = record["complete_training_sequence_ids"][len(prompt) :]
@@ -87,10 +87,10 @@ def by_hand(model, record, n, context, window):
     answer = [token for block in clean for token in block]
     end = answer.index(END) + 1 if END in answer else len(answer)
 
-    def log_probabilities(ids):
-        return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    def log_probabilities(ids, tau=1.0):
+        return (model(torch.tensor([ids])).logits[0] / tau).log_softmax(-1)
 
-    clean_log = log_probabilities(prompt + answer)
+    clean_log, teacher_log = log_probabilities(prompt + answer), log_probabilities(prompt + answer, tau)
     text = prompt + answer[:end]
     ar = [-clean_log[i, text[i + 1]] for i in range(len(text) - 1)]
     consistency = []
@@ -102,12 +102,12 @@ def by_hand(model, record, n, context, window):
             w = 1 if context == "clean" else window
             first = j // w * w
             before = [t for block in clean[:first] for t in block] + [t for block in noisy[first:j] for t in block]
-        noisy_log = log_probabilities(prompt + before + noisy[j])[-n:]
+        noisy_log = log_probabilities(prompt + before + noisy[j], tau)[-n:]
         wrong = [t for t in range(n) if noisy[j][t] != clean[j][t] and j * n + t < end]
         for t in range(wrong[0], n) if wrong else ():
             at = j * n + t
             if at + 1 < end or (END not in answer and at < end):
-                teacher = clean_log[len(prompt) + at].exp().detach()
+                teacher = teacher_log[len(prompt) + at].exp().detach()
                 consistency.append(-(teacher * noisy_log[t]).sum())
     return ar, consistency
 
@@ -147,7 +147,8 @@ def test_counts_are_those_of_the_loop(seed, n, count):
     assert counts[0] == sum(len(ar) for ar, _ in terms)
     assert counts[2] == sum(len(consistency) for _, consistency in terms)
     assert counts[1] == 0
-    assert counts[3:] == [sum(len(r["traj_position_indices"]) for r in data), count]
+    noisy_blocks = [len(r["traj_position_indices"]) * (1 + len(r.get("more_noisy_ids") or [])) for r in data]
+    assert counts[3:] == [sum(noisy_blocks), count]
 
 
 def test_teacher_is_detached():

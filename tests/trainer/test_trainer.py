@@ -17,6 +17,7 @@ from jacobi_hf.trainer import BadRecordError, JacobiForcingConfig, JacobiForcing
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from tests.models import VOCAB, fresh_model
 from tests.trainer.records import END, own_records, records
+from tests.trainer.test_losses import by_hand
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 4
@@ -74,6 +75,27 @@ def test_a_batch_of_4_equals_accumulated_smaller_ones(tmp_path, accumulated):
     torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-5)
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "block_sum", "reference"])
+def test_every_reduction_is_what_its_formula_says(tmp_path, reduction, views):
+    """Mean over slots; mean over noisy blocks of sums (paper, eq. 8); mean over samples of tau^2 / T times their mean (reference)."""
+    tau, data = 1.7, records(5, N, seed=9, views=views)
+    options = {"consistency_reduction": reduction, "distill_temperature": tau, "ar_loss_weight": 2.0, "consistency_loss_weight": 0.7}
+    model = fresh_model("qwen3")
+    model.generation_config.eos_token_id = END
+    trainer = JacobiForcingTrainer(model, config(tmp_path, **options), data)
+    terms = [by_hand(trainer.model, record, N, "clean", None, tau) for record in data]
+    blocks = [len(record["traj_position_indices"]) for record in data]
+    expected = {
+        "mean": sum(sum(c) for _, c in terms) / sum(len(c) for _, c in terms),
+        "block_sum": sum(sum(c) for _, c in terms) / (views * sum(blocks)),
+        "reference": sum(tau**2 / count * sum(c) / len(c) for (_, c), count in zip(terms, blocks, strict=True) if c) / len(data),
+    }[reduction]
+    ar = [term for of_record, _ in terms for term in of_record]
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(data))
+    torch.testing.assert_close(loss, 2.0 * sum(ar) / len(ar) + 0.7 * expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "block_sum", "reference"])
