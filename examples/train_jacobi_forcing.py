@@ -151,15 +151,30 @@ class Run(TrainerCallback):
         """Since the run was first started."""
         return self.minutes_before + (time.perf_counter() - self._began) / 60
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The file is there before any checkpoint is."""
+        if state.is_world_process_zero and not self._file.is_file():
+            self._write()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the time with the checkpoint that it belongs to."""
         if state.is_world_process_zero:
-            self._file.write_text(json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8")
+            self._write()
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8")
+        part.replace(self._file)
 
 
 def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
-    """Everything that decides what a run comes to."""
-    other = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate", "seed", "bf16")
+    """Everything that decides what a run comes to, but for rounding."""
+    other = (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_steps", "num_train_epochs", "seed", "data_seed",
+        "learning_rate", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_epsilon", "max_grad_norm",
+        "bf16", "fp16",
+    )  # fmt: skip
     mine = {name: getattr(args, name) for name in (*JacobiForcingConfig.__annotations__, *other)}
     manifest = Path(data.train_dataset) / "manifest.json"
     packed = json.loads(manifest.read_text(encoding="utf-8"))["settings"] if manifest.is_file() else None

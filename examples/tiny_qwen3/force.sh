@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # From the base checkpoint to the forced one on two CPU cores, both stages: bash examples/tiny_qwen3/force.sh [SEED]
-# Works below build/forcing; killed and started again, it goes on. times.tsv says when each part ended, in seconds since the epoch.
+# Works below build/forcing, which a second seed needs to itself; killed and started again, it goes on. times.tsv says when each part ended,
+# in seconds since the epoch.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=${1:-42} python=${PYTHON:-.venv/bin/python} script=examples/train_jacobi_forcing.py
 # On Linux with glibc: memory is kept between steps and comes in huge pages.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_THRESHOLD_=30000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=200000000
-export ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
+# The layers are alike, so one is compiled for all.
+export ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
 ended() { printf '%s\t%s\n' "$1" "$(date +%s)" >> build/forcing/times.tsv; }
 
