@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml
+from datasets.exceptions import DatasetGenerationError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 
@@ -53,6 +54,7 @@ class TrainData:
     replay_dataset: str | None = field(default=None, metadata={"help": "JSONL with text, messages or input_ids."})
     eval_prompts: str | None = field(default=None, metadata={"help": "JSON with prompts by domain, decoded at each evaluation."})
     ref_model: str | None = field(default=None, metadata={"help": "The frozen model of kl_loss_weight; model, if not given."})
+    off_policy: bool = field(default=False, metadata={"help": "Train on trajectories of another model than `model`."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA on all linear layers; 0 trains the model itself."})
     save_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the finished model."})
 
@@ -168,6 +170,23 @@ class Run(TrainerCallback):
         part.replace(self._file)
 
 
+def check_origin(data: TrainData) -> None:
+    """A model is trained on its own trajectories, unless the caller says otherwise.
+
+    Raises:
+        ValueError: packed records that were collected from another model.
+    """
+    manifest = Path(data.train_dataset) / "manifest.json"
+    if data.off_policy or not manifest.is_file():
+        return
+    origins = {collected["model"] for collected in json.loads(manifest.read_text(encoding="utf-8"))["settings"]["of"].values()}
+    if others := sorted(origins - {data.model}):
+        raise ValueError(
+            f"{data.train_dataset} was collected from {', '.join(others)}, and {data.model} is to be trained: collect and pack its own "
+            "trajectories, or train on these all the same with --off_policy true."
+        )
+
+
 def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
     """Everything that decides what a run comes to, but for rounding."""
     other = (
@@ -183,6 +202,7 @@ def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
 
 def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     data, args = parse((TrainData, JacobiForcingConfig), section, arguments, "train")
+    check_origin(data)
     run, final = Run(args.output_dir, started_with(data, args)), Path(args.output_dir) / "final"
     if (final / "forcing.json").is_file():
         print(f"{final} is finished already.")
@@ -286,16 +306,17 @@ def main() -> None:
         sys.exit(f"usage: train_jacobi_forcing.py {{{','.join(STAGES)}}} [--config RECIPE.yaml] [--name value ...]")
     stage, rest = arguments[0], arguments[1:]
     recipe: dict[str, Any] = {}
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            sys.exit("train_jacobi_forcing.py: --config needs the path of a recipe.")
-        recipe = yaml.safe_load(Path(rest[at + 1]).read_text(encoding="utf-8"))
-        del rest[at : at + 2]
+    if rest[-1:] == ["--config"]:
+        sys.exit("train_jacobi_forcing.py: --config needs the path of a recipe.")
     try:
+        if "--config" in rest:
+            at = rest.index("--config")
+            recipe = yaml.safe_load(Path(rest[at + 1]).read_text(encoding="utf-8"))
+            del rest[at : at + 2]
         STAGES[stage](dict(recipe.get(stage) or {}), rest)
-    except (FileNotFoundError, ManifestError, ValueError) as error:
-        sys.exit(f"train_jacobi_forcing.py {stage}: {error}")
+    except (OSError, ManifestError, ValueError, DatasetGenerationError, yaml.YAMLError) as error:
+        cause = f" ({error.__cause__})" if isinstance(error, DatasetGenerationError) else ""
+        sys.exit(f"train_jacobi_forcing.py {stage}: {error}{cause}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class CollectConfig:
         system_prompt: put before `messages` that have none of their own; None leaves it to the tokenizer's template.
         chat_template: file with a template to use instead of the tokenizer's.
         chat_template_options: arguments of the template as JSON, for example `{"enable_thinking": false}`.
-        limit: prompts to take; None takes all.
+        limit: rows of the dataset to take, those whose prompts are then dropped included; None takes all.
         random_start: blocks begin behind a random number of the answer's tokens, below n, instead of with its first. A model that only saw
             blocks on one grid learns that grid, and drafts worse across its lines, where every other window lies.
         batch_size, shard_size: prompts per batch and per shard.
@@ -77,7 +77,7 @@ class CollectConfig:
     system_prompt: str | None = option(None, "System prompt for messages that have none.")
     chat_template: str | None = option(None, "File with a chat template.")
     chat_template_options: str | None = option(None, "Arguments of the template, as JSON.")
-    limit: int | None = option(None, "Prompts to take.")
+    limit: int | None = option(None, "Rows of the dataset to take.")
     random_start: bool = option(False, "Blocks begin behind a random number of the answer's tokens.")
     batch_size: int = option(32, "Prompts per batch.")
     shard_size: int = option(512, "Prompts per shard.")

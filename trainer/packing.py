@@ -29,7 +29,7 @@ class PackConfig:
         output_dir: folder of the packed records.
         rows: how many trajectories to take; None takes as many as the shares allow.
         max_blocks: leave out samples of more blocks (`traj_count` of published runs).
-        buckets: length buckets to keep, "8-11" or "3,5": the number in `data_id`, which ours count in 32 prompt tokens.
+        buckets: length buckets to keep, "8-11" or "3,5": the number in `data_id`, in ours the tokens in front of the first block over 32.
         visits: records per trajectory, each with its own phase.
         views: noisy versions within a record, which share prompt and clean blocks (the published format has one).
         schedule, window, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`.

@@ -28,7 +28,8 @@ class NoiseSchedule:
     Parameters:
         kind: `"progressive"` rises over each window of w blocks, `"reverse"` falls, `"random"` draws one of the w levels per
             block, `"cyclic"` walks through the states by index instead of by noise (block j takes the state that lies
-            `(j mod w) / w` of the way from the fixed point back to the draft), `"constant"` asks for `max_noise` everywhere.
+            `(j mod w) / (w - 1)` of the way from the fixed point back to the draft, whatever the levels are), `"constant"` asks for
+            `max_noise` everywhere.
         window: w, the levels of a schedule.
         min_noise, max_noise: the ends of the levels, within 0 and 1.
         end_points: `"reference"` includes both ends (`linspace(min, max, w)`), `"paper"` leaves the upper one out (eq. 7:

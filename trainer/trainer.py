@@ -358,8 +358,10 @@ class JacobiForcingTrainer(Trainer):
     def _decoding_metrics(self) -> dict[str, float]:
         """On every process, since sharded weights need them all; once, where several sets are evaluated at the same step."""
         config = self.args.decoding_config()
-        if config is None or not self._eval_prompts or (self._decoded is not None and self._decoded[0] == self.state.global_step):
+        if config is None or not self._eval_prompts:
             return {}
+        if self._decoded is not None and self._decoded[0] == self.state.global_step:
+            return self._decoded[1]
         model: Any = self.accelerator.unwrap_model(self.model)
         was_training, limit = model.training, self.args.eval_max_new_tokens
         model.eval()

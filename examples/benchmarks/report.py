@@ -7,6 +7,7 @@ Every figure of the page is read from a document; a test fails when page and doc
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from jacobi_hf.results import Measurement, Results
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "results.md"
+TIMES = HERE.parent / "tiny_qwen3" / "forced" / "times.tsv"
 
 HEAD = """# Measured results
 
@@ -199,6 +201,17 @@ def quality(results: Results, domain: str) -> tuple[str, str]:
     return "-" if loss is None else f"{loss:.3f}", share
 
 
+def minutes_of_the_recipe() -> str:
+    """How long each part of force.sh took, from the times at which they ended."""
+    if not TIMES.is_file():
+        return ""
+    lines = [line.split("\t") for line in TIMES.read_text(encoding="utf-8").splitlines()]
+    ended = [(name, int(second)) for name, second in lines]
+    parts = ", ".join(f"{name} {(at - before) / 60:.1f}" for (_, before), (name, at) in itertools.pairwise(ended))
+    whole = (ended[-1][1] - ended[0][1]) / 60
+    return f"\nMinutes of the whole recipe by `examples/tiny_qwen3/force.sh` on two cores: **{whole:.1f}** ({parts}).\n"
+
+
 def forcing(documents: dict[str, Results]) -> str:
     """The tiny model before and after Jacobi Forcing."""
     text = "## Jacobi Forcing of the tiny model\n\n"
@@ -223,7 +236,8 @@ def forcing(documents: dict[str, Results]) -> str:
     text += "\n" + table(["domain", "decoder", "model", "TPF", "loop-free", "slots", "identical to generate"], rows)
     domains = dict.fromkeys(m.prompts.domain for r in documents.values() for m in r.measurements)
     scores = [[domain, name, *quality(results, domain)] for domain in domains for name, results in documents.items()]
-    return text + "\n" + table(["domain", "model", "held-out loss, nats per token", "exact match, 95 % interval"], scores)
+    text += "\n" + table(["domain", "model", "held-out loss, nats per token", "exact match, 95 % interval"], scores)
+    return text + minutes_of_the_recipe()
 
 
 def ablations(documents: dict[str, Results]) -> str:

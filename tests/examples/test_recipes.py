@@ -87,7 +87,8 @@ def test_the_published_runs_are_what_was_published(script):
     (packed,) = script.parse((PackConfig,), recipe["pack"], [], "pack")
     assert (args.block_size, packed.window, packed.schedule, packed.max_blocks, packed.buckets) == (32, 16, "progressive", 3, "8-11")
     assert (args.learning_rate, str(args.lr_scheduler_type), args.get_warmup_steps(1000)) == (5e-6, "SchedulerType.COSINE", 30)
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.ar_loss_weight) == (1, 4, 10)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 4)
+    assert (args.ar_loss_weight, args.consistency_loss_weight, args.kl_loss_weight) == (10, 1, 0)
 
 
 def test_the_command_line_comes_before_the_recipe(script):
@@ -149,6 +150,9 @@ def test_all_stages_from_prompts_to_results(tmp_path):
     assert "finished already" in run("train", "--config", path).stdout
     refused = run("train", "--config", path, "--learning_rate", "0.5", check=False)
     assert "holds a run under other arguments (learning_rate: 0.001, now 0.5)" in refused.stderr
+    forced = ROOT / "examples" / "tiny_qwen3" / "forced"
+    refused = run("train", "--config", path, "--model", forced, "--output_dir", tmp_path / "other", check=False)
+    assert f"was collected from {CHECKPOINT}, and {forced} is to be trained" in refused.stderr
     report = json.loads((tmp_path / "model" / "final" / "forcing.json").read_text())
     assert report["steps"] == 2
     knobs = json.loads((tmp_path / "model" / "final" / "generation_config.json").read_text())
@@ -161,3 +165,14 @@ def test_errors_are_one_line(tmp_path):
     assert failed.stderr.strip().splitlines()[-1].startswith("train_jacobi_forcing.py collect: the dataset ")
     assert "Traceback" not in failed.stderr
     assert "usage" in run("fly", check=False).stderr
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(b"PAR1 and nothing else")
+    for arguments in (
+        ("--config", tmp_path / "none.yaml"),
+        ("--model", CHECKPOINT, "--dataset", damaged, "--output_dir", tmp_path / "out"),
+        ("--model", tmp_path / "no-model", "--dataset", damaged, "--output_dir", tmp_path / "out"),
+    ):
+        failed = run("collect", *arguments, check=False)
+        assert failed.returncode != 0
+        assert "Traceback" not in failed.stderr
+        assert failed.stderr.strip().splitlines()[-1].startswith("train_jacobi_forcing.py collect: ")

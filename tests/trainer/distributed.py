@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from jacobi_hf.trainer import JacobiForcingTrainer  # noqa: E402
 from jacobi_hf.trainer.collator import counts_of  # noqa: E402
-from tests.models import fresh_model  # noqa: E402
+from tests.models import VOCAB, fresh_model  # noqa: E402
 from tests.trainer.records import records  # noqa: E402
 from tests.trainer.test_trainer import config  # noqa: E402
 
@@ -49,7 +49,9 @@ def step_by_step(args, data):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        args = config(Path(folder), per_device_train_batch_size=int(sys.argv[2]))
+        # Chunks of ten rows, each with a backward of its own through the sharded head.
+        options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
+        args = config(Path(folder), per_device_train_batch_size=int(sys.argv[2]), **options)
         data = records(20, 4, seed=1)
         if sys.argv[3] == "fsdp":
             model = step_by_step(args, data)

@@ -40,6 +40,10 @@ def config(tmp_path, **options) -> JacobiForcingConfig:
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "jacobi_block_size": N,
+        "ar_loss_weight": 3.0,
+        "replay_loss_weight": 3.0,
+        "kl_loss_weight": 0.0,
+        "replay_ratio": 1.0,
         "bf16": False,
         "weight_decay": 0.0,
     }
@@ -263,14 +267,22 @@ def test_resuming_gives_the_same_curve(tmp_path, muon_learning_rate):
     data, replay = records(24, N, seed=8), [{"input_ids": list(range(2, 12))}, {"input_ids": list(range(5, 20))}]
     options = {"max_steps": 6, "replay_dataset": replay, "replay_ratio": 0.5, "lr_scheduler_type": "linear"}
     options["muon_learning_rate"] = muon_learning_rate
-    whole = forced(tmp_path / "whole", data, **options)
+
+    def dropping(seed=0):
+        """Draws random numbers in each forward, so that a generator which is not restored shows."""
+        model = fresh_model("qwen3", seed=seed)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        return model
+
+    whole = forced(tmp_path / "whole", data, model=dropping(), **options)
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
     first = JacobiForcingTrainer(
-        fresh_model("qwen3"),
+        dropping(),
         config(tmp_path / "cut", save_strategy="steps", save_steps=3, **{k: v for k, v in options.items() if k != "replay_dataset"}),
         data,
         replay_dataset=replay,
@@ -278,7 +290,7 @@ def test_resuming_gives_the_same_curve(tmp_path, muon_learning_rate):
     )
     first.train()
     second = JacobiForcingTrainer(
-        fresh_model("qwen3", seed=9),
+        dropping(seed=9),
         config(tmp_path / "cut", **{k: v for k, v in options.items() if k != "replay_dataset"}),
         data,
         replay_dataset=replay,
