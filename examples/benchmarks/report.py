@@ -202,14 +202,17 @@ def quality(results: Results, domain: str) -> tuple[str, str]:
 
 
 def minutes_of_the_recipe() -> str:
-    """How long each part of force.sh took, from the times at which they ended."""
+    """How long each part of force.sh took, from the times at which they ended, over all of its starts."""
     if not TIMES.is_file():
         return ""
     lines = [line.split("\t") for line in TIMES.read_text(encoding="utf-8").splitlines()]
     ended = [(name, int(second)) for name, second in lines]
-    parts = ", ".join(f"{name} {(at - before) / 60:.1f}" for (_, before), (name, at) in itertools.pairwise(ended))
-    whole = (ended[-1][1] - ended[0][1]) / 60
-    return f"\nMinutes of the whole recipe by `examples/tiny_qwen3/force.sh` on two cores: **{whole:.1f}** ({parts}).\n"
+    minutes: dict[str, float] = {}
+    for (_, before), (name, at) in itertools.pairwise(ended):
+        if name != "start":  # what lies in front of a start is the pause before it
+            minutes[name] = minutes.get(name, 0) + (at - before) / 60
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    return f"\nMinutes of the recipe by `examples/tiny_qwen3/force.sh` on two cores: **{sum(minutes.values()):.1f}** ({parts}).\n"
 
 
 def forcing(documents: dict[str, Results]) -> str:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import CHECKPOINT, EXAMPLE
@@ -116,6 +117,16 @@ def test_forced_checkpoint_is_small_plain_and_carries_its_decoding(trained):
     assert model.generation_config.decoding == "jacobi_multiblock"
     _, tokenizer = trained
     assert AutoTokenizer.from_pretrained(forced).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(("report", "recipe"), [("forcing-stage1", "tiny_qwen3_cpu"), ("forcing", "tiny_qwen3_cpu_stage2")])
+def test_the_forced_checkpoint_was_made_by_the_recipes(report, recipe):
+    said = json.loads((EXAMPLE / "forced" / f"{report}.json").read_text(encoding="utf-8"))
+    asked = yaml.safe_load((EXAMPLE.parent / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8"))["train"]
+    used = said["arguments"] | said["data"] | {"max_steps": said["steps"], "per_device_train_batch_size": said["batch"]["per_device"]}
+    shared = asked.keys() & used.keys()
+    assert {"learning_rate", "muon_learning_rate", "kl_loss_weight", "max_steps", "ar_loss_weight", "replay_ratio"} <= shared
+    assert {name: used[name] for name in shared} == {name: asked[name] for name in shared}
 
 
 def test_forcing_paid(trained, corpus):
