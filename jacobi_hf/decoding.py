@@ -137,6 +137,9 @@ class Decoder:
         self._longest_cached = int(cache.lengths_B.max())
         self._plan = Plan([0] * batch, [0] * batch, [False] * batch, [0] * batch, [0] * batch, [0] * batch, [[]] * batch)
         self.stats = JacobiStats(new_tokens=[0] * batch, row_forwards=[0] * batch)
+        # Per row and step: row, tokens before and behind it, name of the segment, guesses confirmed. Counted at the end, since a
+        # criterion may end a row within what an earlier step accepted.
+        self._runs: list[tuple[int, int, int, str, int]] = []
 
     def run(self, prompt: Prompt, keep_going: Callable[[bool], bool]) -> None:
         """Decode until every row has finished; `keep_going(done)` may ask for idle forwards (distributed peers)."""
@@ -150,6 +153,10 @@ class Decoder:
                 self._step()
         self.stats.prefill_seconds, self.stats.decode_seconds = prefilled - started, time.perf_counter() - prefilled
         self.stats.new_tokens = [end or 0 for end in self._frontier.ended]
+        for row, first, last, name, confirmed_guesses in self._runs:
+            count = max(0, min(last, self.stats.new_tokens[row]) - first)
+            self.stats.accepted_lengths[count] += 1
+            self.stats.accepted_from[name] += min(count, confirmed_guesses)
 
     def _finished(self) -> bool:
         """Whether every row has ended, and with `fills` has its pads too."""
@@ -356,11 +363,8 @@ class Decoder:
             stats.row_forwards[row] += 1
             if is_prefill:
                 continue
-            end = self._frontier.ended[row]
-            kept = self._plan.generated[row] if end is None else min(end, self._plan.generated[row])
-            count, name = kept - former.generated[row], slots.names[self._plan.best[row]]
-            stats.accepted_lengths[count] += 1
-            stats.accepted_from[name] += min(count, self._plan.counts[row] - 1)
+            name = slots.names[self._plan.best[row]]
+            self._runs.append((row, former.generated[row], self._plan.generated[row], name, self._plan.counts[row] - 1))
             stats.drafted += former.widths[row]
             stats.drafted_confirmed += self._plan.confirmed_in_window[row]
 

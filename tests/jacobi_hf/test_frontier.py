@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import BaseStreamer
@@ -120,6 +120,7 @@ def test_statistics_do_not_depend_on_who_watches(model, end):
     seed=st.integers(0, 10**6), batch=st.integers(1, 4), new=st.integers(1, 25), end=st.none() | st.integers(1, VOCAB - 1),
     stops=st.lists(st.integers(1, VOCAB - 1), max_size=3), processes=st.booleans(),
 )  # fmt: skip
+@example(seed=491, batch=3, new=5, end=None, stops=[20], processes=False)  # a row stops within what an earlier step accepted
 @settings(max_examples=60)
 def test_statistics_add_up(seed, batch, new, end, stops, processes):
     ids = torch.randint(1, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(seed))
