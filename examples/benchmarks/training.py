@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/training.py
 
 - *collection*: rows per second of all-blocks-together collection in batches, over the plain decoder at batch 1, same prompts and model;
-- *throughput*: slots per second of `JacobiForcingTrainer` over tokens per second of transformers' `Trainer`, rows of the same length,
-  both with sdpa, alternating in one process;
+- *throughput*: slots per second of `JacobiForcingTrainer`, at its defaults, over tokens per second of transformers' `Trainer`, on rows of
+  the same length, both with sdpa, alternating in one process. All P + 2nT slots of a record count, though behind clean context those up to
+  the first wrong token of a noisy block are not computed;
 - *loss memory*: highest resident set of one forward and backward with the losses over 8 192 packed tokens and a vocabulary of 151 936,
   less that of the model's own forward and backward over the same tokens; each in a process of its own.
 """
