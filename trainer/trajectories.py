@@ -151,9 +151,9 @@ def collect_trajectories(
     written = _answer(model, prompts, answers)
     after = generator_state(device)
     ends = end_ids(model)
-    starts = [_within(a, s, block_size, ends) for a, s in zip(written, starts or [0] * len(prompts), strict=True)]
-    prompts = [[*p, *a[:s]] for p, a, s in zip(prompts, written, starts, strict=True)]
-    written = [_blocks_of(a[s:], block_size, ends) for a, s in zip(written, starts, strict=True)]
+    parts = [_split(a, s, block_size, ends) for a, s in zip(written, starts or [0] * len(prompts), strict=True)]
+    prompts = [[*prompt, *front] for prompt, (front, _) in zip(prompts, parts, strict=True)]
+    starts, written = [len(front) for front, _ in parts], [blocks for _, blocks in parts]
     collected: dict[int, Trajectory] = {}
     # Rows of a forward are as wide as the widest: those of like length go together.
     order = sorted(range(len(prompts)), key=lambda row: len(written[row]))
@@ -286,15 +286,12 @@ def _cut(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: first + 1]
 
 
-def _within(answer: list[int], start: int, block_size: int, ends: set[int]) -> int:
-    """`start`, or less where too little of the answer would stay behind it."""
-    least = 2 if answer[-1] in ends else block_size
-    return max(0, min(start, len(answer) - least))
-
-
-def _blocks_of(answer: list[int], block_size: int, ends: set[int]) -> list[int]:
-    """The answer, without a last block that neither is full nor ends."""
-    return answer if answer[-1] in ends else answer[: len(answer) // block_size * block_size]
+def _split(answer: list[int], start: int, block_size: int, ends: set[int]) -> tuple[list[int], list[int]]:
+    """What stands in front of the first block, as far as a block stays behind it, and the blocks: up to the end, else whole ones."""
+    ended = answer[-1] in ends
+    start = max(0, min(start, len(answer) - (2 if ended else block_size)))
+    last = len(answer) if ended else start + (len(answer) - start) // block_size * block_size
+    return answer[:start], answer[start:last]
 
 
 @dataclass(frozen=True)

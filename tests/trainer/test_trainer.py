@@ -371,6 +371,7 @@ def test_overfitting_eight_samples(tmp_path):
         ({"layout": "grid"}, "layout='grid'"),
         ({"consistency_reduction": "sum"}, "consistency_reduction='sum'"),
         ({"ar_loss_weight": -1.0}, "ar_loss_weight=-1"),
+        ({"fp16": True}, "fp16=True"),
         ({"distill_temperature": 0.0}, "distill_temperature=0"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"jacobi_block_size": 1}, "jacobi_block_size=1"),
