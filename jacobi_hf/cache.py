@@ -109,21 +109,25 @@ class JacobiStaticCache(StaticCache):
         """The longest row's committed tokens."""
         return int(self.lengths_B.max())
 
-    def load(self, source: Cache, pad_B: torch.Tensor) -> None:
-        """Take over a left-padded cache of an earlier turn, each row shifted left by its `pad_B` pads; `source` is only read."""
+    def load(self, source: Cache, pad_B: torch.Tensor, row_B: torch.Tensor | None = None) -> None:
+        """Take over a left-padded cache, each row shifted left by its `pad_B` pads and cut at the capacity; `source` is only read.
+
+        Args:
+            source: the cache of an earlier call.
+            pad_B: pads in front of each row of this cache.
+            row_B: the row of `source` that each row takes over; by default its own.
+        """
         past = int(source.get_seq_length())
         for mine, theirs in zip(self.layers, source.layers, strict=True):
-            stored = min(past, theirs.keys.shape[2])  # a sliding layer has kept the last tokens only
-            mine.lazy_initialization(theirs.keys, theirs.values)
-            device = theirs.keys.device
-            compact_BN = torch.arange(past - stored, past, device=device) - pad_B.to(device)[:, None]
-            valid_BN = compact_BN >= 0
-            # Pads are sent to the last place, which is written over before it is ever visible.
-            index_BN = torch.where(valid_BN, compact_BN, torch.full_like(compact_BN, self.capacity - 1))
-            buffers = ((mine.keys, theirs.keys), (mine.values, theirs.values))
-            for buffer, states in buffers:
+            keys, values = (theirs.keys, theirs.values) if row_B is None else (theirs.keys[row_B], theirs.values[row_B])
+            stored = min(past, keys.shape[2])  # a sliding layer has kept the last tokens only
+            mine.lazy_initialization(keys, values)
+            compact_BN = torch.arange(past - stored, past, device=keys.device) - pad_B.to(keys.device)[:, None]
+            # What has no place is sent to the last one, which is written over before it is ever visible.
+            index_BN = torch.where((compact_BN >= 0) & (compact_BN < self.capacity), compact_BN, self.capacity - 1)
+            for buffer, states in ((mine.keys, keys), (mine.values, values)):
                 buffer.scatter_(2, index_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states[:, :, :stored])
-        self.lengths_B.copy_((past - pad_B).clamp(min=0))
+        self.lengths_B.copy_((past - pad_B).clamp(0, self.capacity))
 
     def append_to(self, target: Cache, first: int, last: int, pad_B: torch.Tensor) -> None:
         """Append the tokens `first..last-1` (counted with left pads) to `target`, and free this cache layer by layer."""

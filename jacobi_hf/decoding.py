@@ -16,7 +16,7 @@ from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 from jacobi_hf.layout import Layout, build_layout, chain_layout
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.pool import CandidateSource, NgramLookup, NgramPool, Rejection, Text
-from jacobi_hf.selection import Selector, confirmed
+from jacobi_hf.selection import Selector, best, confirmed
 from jacobi_hf.window import Window
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class Decoder:
         selector, frontier, layout = self._selector, self._frontier, slots.layout
         row_B = torch.arange(len(slots.token_BQ), device=slots.token_BQ.device)
         if selector.noise is None or not selector.noise.ahead:
-            choice_BQ = logits_BQV.argmax(-1)
+            choice_BQ = best(logits_BQV)
         else:
             choice_BQ = selector.choose(logits_BQV, self._generated_B[:, None] + layout.depth_Q)
         alive_BS = torch.ones_like(slots.length_BS, dtype=torch.bool)

@@ -82,6 +82,11 @@ class FixedNoise:
             set_generator_state(self._device, self._states[max(tokens, self._first)])
 
 
+def best(scores: torch.Tensor) -> torch.Tensor:
+    """Index of the first largest score along the last dimension: `argmax`, which on the CPU takes six times as long in bfloat16."""
+    return scores.max(-1).indices
+
+
 class Selector:
     """Scores and choices of a call to `generate`: its processors, its noise, its tokens seen so far.
 
@@ -123,10 +128,10 @@ class Selector:
     def choose(self, scores_BQV: torch.Tensor, index_BQ: torch.Tensor) -> torch.Tensor:
         """The token of every slot; `index_BQ` is the new-token index that each slot predicts."""
         if self.noise is None:
-            return scores_BQV.argmax(-1)
+            return best(scores_BQV)
         probability_BQV = scores_BQV.float().softmax(-1)
         self._broken_BQ = probability_BQV.sum(-1).isnan()
-        return (probability_BQV / self.noise.at(index_BQ)).argmax(-1)
+        return best(probability_BQV / self.noise.at(index_BQ))
 
     def check(self, path_BD: torch.Tensor, count_B: torch.Tensor) -> None:
         """Refuse to commit samples from what is no distribution, as `torch.multinomial` does.

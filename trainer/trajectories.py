@@ -6,8 +6,8 @@ give the same states:
 
 - `record_trajectories` watches `generate(decoding="jacobi")`, one block after the other: the plain way, and the oracle.
 - `collect_trajectories` lets ordinary `generate` write the answers and then iterates all blocks of all answers together, each
-  behind the clean keys and values of what precedes it. The first unsettled token of a block is known from the answer, so only
-  what lies behind it is computed.
+  behind the keys and values that `generate` has left of what precedes it. The first unsettled token of a block is known from
+  the answer, so only what lies behind it is computed.
 
 Shapes: B rows, P prompt ids, T blocks of a row, n ids of a block, C columns of clean keys and values, Q slots, V ids.
 """
@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from jacobi_hf.attention import MaskBuilder
 from jacobi_hf.cache import JacobiStaticCache
-from jacobi_hf.selection import generator_state, set_generator_state
+from jacobi_hf.selection import best, generator_state, set_generator_state
 from jacobi_hf.window import ids_of_the_text
 
 if TYPE_CHECKING:
@@ -148,19 +148,21 @@ def collect_trajectories(
     if seed is not None:
         torch.manual_seed(seed)
     before = generator_state(device)
-    written = _answer(model, prompts, answers)
+    written, clean = _answer(model, prompts, answers)
     after = generator_state(device)
-    ends = end_ids(model)
+    ends, width = end_ids(model), max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
     parts = [_split(a, s, block_size, ends) for a, s in zip(written, starts or [0] * len(prompts), strict=True)]
     prompts = [[*prompt, *front] for prompt, (front, _) in zip(prompts, parts, strict=True)]
     starts, written = [len(front) for front, _ in parts], [blocks for _, blocks in parts]
     collected: dict[int, Trajectory] = {}
     # Rows of a forward are as wide as the widest: those of like length go together.
-    order = sorted(range(len(prompts)), key=lambda row: len(written[row]))
+    order = sorted(range(len(prompts)), key=lambda row: (len(written[row]), len(prompts[row])))
     for start in range(0, len(order), GROUP):
         rows = order[start : start + GROUP]
         noise = _Noise(before, rows, len(prompts), [starts[row] for row in rows]) if answers.do_sample else None
         blocks = _Blocks(model, [prompts[row] for row in rows], [written[row] for row in rows], block_size, answers.warpers(), noise)
+        blocks.load(clean, [pads[row] for row in rows], rows)
         blocks.iterate()
         collected |= zip(rows, blocks.trajectories(), strict=True)
     set_generator_state(device, after)
@@ -257,12 +259,15 @@ def _left_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> di
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _answer(model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: AnswerConfig) -> list[list[int]]:
-    """What ordinary `generate` writes, end-of-sequence id included, pads not."""
+def _answer(model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: AnswerConfig) -> tuple[list[list[int]], DynamicCache]:
+    """What ordinary `generate` writes, end-of-sequence id included, pads not; and its keys and values, left-padded as the prompts."""
+    clean = DynamicCache()  # of no config, so that sliding layers keep everything too
     with torch.no_grad(), _bare(model):
-        ids_BL = model.generate(**_left_padded(model, prompts), generation_config=answers.generation_config(model), decoding=None)
+        ids_BL = model.generate(
+            **_left_padded(model, prompts), generation_config=answers.generation_config(model), past_key_values=clean, decoding=None
+        )
     ends, width = end_ids(model), max(map(len, prompts))
-    return [_cut(row[width:].tolist(), ends) for row in ids_BL]
+    return [_cut(row[width:].tolist(), ends) for row in ids_BL], clean
 
 
 def end_ids(model: PreTrainedModel) -> set[int]:
@@ -345,10 +350,15 @@ class _Blocks:
         self._masks = MaskBuilder(self.model.config, self.model.dtype)
         self._cache = JacobiStaticCache(self.model.config, batch, columns + blocks * n, device)
 
+    def load(self, clean: DynamicCache, pads: list[int], rows: list[int]) -> None:
+        """Take over the keys and values of the answers: rows of a cache with so many pads on the left."""
+        device = self.model.device
+        self._cache.load(clean, torch.tensor(pads, device=device), torch.tensor(rows, device=device))
+        self._cache.lengths_B.fill_(self._columns)  # each forward's slots go behind the longest row
+
     def iterate(self) -> None:
         """Until every block is at its fixed point; each state on the way is kept."""
         with torch.no_grad():
-            self._write_clean_keys()
             while True:
                 wrong_BTn = (self._state_BTn != self._fixed_BTn) & self._inside_BTn
                 unsettled_BT = wrong_BTn.any(-1)
@@ -357,22 +367,6 @@ class _Blocks:
                 self._states.append(self._state_BTn.cpu())
                 self._unsettled.append(unsettled_BT.cpu())
                 self._advance(wrong_BTn.long().argmax(-1), unsettled_BT)
-
-    def _write_clean_keys(self) -> None:
-        column_C = torch.arange(self._columns, device=self.model.device)
-        position_BC = column_C.expand(len(self._text_BC), -1)
-
-        def causal(window: int | None) -> torch.Tensor:
-            back_CC = column_C[:, None] - column_C
-            allowed = (back_CC >= 0) if window is None else (back_CC >= 0) & (back_CC < window)
-            return torch.nn.functional.pad(allowed, (0, extent - self._columns))[None, None].expand(len(self._text_BC), -1, -1, -1)
-
-        extent = self._cache.open_step(self._columns, 0)
-        self.model(
-            input_ids=self._text_BC, attention_mask=self._masks(causal, self.model.device), position_ids=position_BC,
-            past_key_values=self._cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self._cache.commit(torch.full_like(self._length_B, self._columns))
 
     def _advance(self, wrong_BT: torch.Tensor, unsettled_BT: torch.Tensor) -> None:
         """One Jacobi iteration of the unsettled blocks; `wrong_BT` is the first slot of each that differs from the fixed point."""
@@ -422,7 +416,7 @@ class _Blocks:
     def _choose(self, logits_BQV: torch.Tensor, index_BQ: torch.Tensor, used_BQ: torch.Tensor) -> torch.Tensor:
         """The model's token behind each slot: the greedy one, or the sample under the noise of that new-token index."""
         if self.noise is None:
-            return logits_BQV.argmax(-1)
+            return best(logits_BQV)
         choice_BQ = torch.zeros_like(index_BQ)
         set_generator_state(logits_BQV.device, self.noise.state)
         noise_BV = torch.empty(self.noise.batch, logits_BQV.shape[-1], device=logits_BQV.device)
@@ -434,7 +428,7 @@ class _Blocks:
             row_N, slot_N = ((behind_BQ == index) & used_BQ).nonzero(as_tuple=True)
             if len(row_N):
                 scores_NV = self.warpers(None, logits_BQV[row_N, slot_N].float())
-                choice_BQ[row_N, slot_N] = (scores_NV.softmax(-1) / noise_BV[own_B[row_N]]).argmax(-1)
+                choice_BQ[row_N, slot_N] = best(scores_NV.softmax(-1) / noise_BV[own_B[row_N]])
         return choice_BQ
 
     def trajectories(self) -> list[Trajectory]:

@@ -35,10 +35,10 @@ VOCAB, TOKENS, BLOCK = 151_936, 8_192, 16
 
 
 def collection(model: Any, tokenizer: Any, prompts: int, repeats: int) -> list[Cost]:
-    """Rows per second, both ways, on as many prompts of code and of arithmetic."""
+    """Rows per second, both ways, on as many prompts of code and of arithmetic; each a set of its own, as `collect` has it."""
     texts = json.loads(common.PROMPTS.read_text(encoding="utf-8"))["prompts"]
-    ids = [tokenizer(text)["input_ids"] for domain in ("code", "arithmetic") for text in texts[domain][:prompts]]
-    ids.sort(key=len)
+    sets = [sorted((tokenizer(text)["input_ids"] for text in texts[domain][:prompts]), key=len) for domain in ("code", "arithmetic")]
+    ids = [prompt for of_domain in sets for prompt in of_domain]
     answers, seconds = AnswerConfig(max_new_tokens=96), {"plain": [], "together": []}
     for _ in range(repeats):
         started = time.perf_counter()
@@ -46,8 +46,9 @@ def collection(model: Any, tokenizer: Any, prompts: int, repeats: int) -> list[C
             record_trajectories(model, [prompt], BLOCK, answers)
         seconds["plain"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        for first in range(0, len(ids), 64):
-            collect_trajectories(model, ids[first : first + 64], BLOCK, answers)
+        for of_domain in sets:
+            for first in range(0, len(of_domain), 64):
+                collect_trajectories(model, of_domain[first : first + 64], BLOCK, answers)
         seconds["together"].append(time.perf_counter() - started)
     setting = {"prompts": len(ids), "block_size": BLOCK, "max_new_tokens": 96, "dtype": str(model.dtype).removeprefix("torch.")}
     rate = {name: len(ids) / statistics.median(values) for name, values in seconds.items()}
@@ -170,8 +171,8 @@ def main(
     costs = loss_memory()
     for length in map(int, lengths.split(",")):
         costs += throughput(length, max(1, 2048 // length), steps, repeats)
-    costs += collection(model, tokenizer, prompts, 1)
-    costs += collection(model.to(torch.bfloat16), tokenizer, prompts, 1)
+    costs += collection(model, tokenizer, prompts, repeats)
+    costs += collection(model.to(torch.bfloat16), tokenizer, prompts, repeats)
     results.model_copy(update={"costs": costs}).write(output)
     for cost in costs:
         print(cost.name, f"{cost.value:.4g} {cost.unit}", "" if cost.factor is None else f"x {cost.factor:.2f}")

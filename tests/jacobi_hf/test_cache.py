@@ -48,6 +48,25 @@ def test_a_branch_is_moved_to_the_front():
     assert torch.equal(cache.layers[0].keys[1, :, 5:7], keys[1][:, [0, 1]])
 
 
+@given(pads=st.lists(st.integers(0, 6), min_size=1, max_size=4), capacity=st.integers(1, 9), data=st.data())
+def test_rows_of_a_padded_cache_are_taken_over_as_far_as_they_fit(pads, capacity, data):
+    model, past = tiny_model("qwen3"), 6
+    source = DynamicCache()
+    keys = states(len(pads), 2, past, 8)
+    for layer in range(model.config.num_hidden_layers):
+        source.update(keys, keys + 1, layer)
+    rows = data.draw(st.lists(st.integers(0, len(pads) - 1), min_size=1, max_size=3))
+    cache = JacobiStaticCache(model.config, len(rows), capacity, torch.device("cpu"))
+    cache.load(source, torch.tensor([pads[row] for row in rows]), torch.tensor(rows))
+    for number, row in enumerate(rows):
+        length = min(past - pads[row], capacity)
+        assert cache.lengths_B[number] == length
+        # The last place may hold what had no place of its own.
+        seen = min(length, capacity - 1)
+        assert torch.equal(cache.layers[-1].keys[number, :, :seen], keys[row, :, pads[row] : pads[row] + seen])
+        assert torch.equal(cache.layers[0].values[number, :, :seen], keys[row, :, pads[row] : pads[row] + seen] + 1)
+
+
 def test_a_step_that_does_not_fit_is_refused_before_it_is_written():
     cache = JacobiStaticCache(tiny_model("qwen3").config, 1, 8, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="does not fit"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from jacobi_hf.layout import build_layout
-from jacobi_hf.selection import FixedNoise, Selector, confirmed
+from jacobi_hf.selection import FixedNoise, Selector, best, confirmed
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,17 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
     assert torch.equal(chosen, torch.stack(sampled, 1))
     noise.rewind(tokens)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), vocab=st.sampled_from([1, 2, 33, 1000]),
+    kinds=st.integers(1, 4), seed=st.integers(0, 10**6), odd=st.sampled_from([0.0, float("nan"), float("inf"), float("-inf")]),
+)  # fmt: skip
+def test_the_best_of_equals_is_the_first_as_in_ordinary_decoding(dtype, vocab, kinds, seed, odd):
+    torch.manual_seed(seed)
+    scores = torch.randint(0, kinds, (3, 2, vocab)).to(dtype)
+    scores[0, :, vocab // 2 :] = odd
+    assert torch.equal(best(scores), scores.argmax(-1))
 
 
 @given(data=st.data(), penalty=st.sampled_from([0.7, 1.3]), ignore=st.sampled_from([None, 2, "per row"]))
