@@ -31,7 +31,8 @@ class JacobiConfig:
         decoding: `"jacobi"`, one block at a time, each new block from random ids; or `"jacobi_multiblock"`, a rolling
             window of blocks with candidate branches.
         jacobi_block_size: n, the positions of a block.
-        jacobi_max_blocks: K, the blocks in flight.
+        jacobi_max_blocks: K, the blocks in flight; 0 for no window, so that the lookup branch alone is verified (the pool
+            learns from the window, so it stays empty).
         jacobi_activation_ratio: r; a block is appended when the newest one has `ceil(r * n)` agreed tokens. 0 keeps K
             blocks in flight at all times, 1 waits for a block to finish.
         jacobi_pool_size: branches per forward from recycled n-grams; 0 switches the pool off.
@@ -41,12 +42,12 @@ class JacobiConfig:
     The tokens do not depend on any of these, only the number of forwards does. With `"jacobi"` only the block size applies.
 
     Raises:
-        ValueError: a value out of range, or of the wrong type, named with what is allowed.
+        ValueError: a value out of range, or of the wrong type, named with what is allowed; neither window nor lookup.
     """
 
     decoding: str = MULTIBLOCK
     jacobi_block_size: int = _knob(16, 2, 1024, "positions of a block (n)")
-    jacobi_max_blocks: int = _knob(2, 1, 64, "blocks in flight (K)")
+    jacobi_max_blocks: int = _knob(2, 0, 64, "blocks in flight (K), 0 = lookup alone")
     jacobi_activation_ratio: float = _knob(0.0, 0.0, 1.0, "share of a block that must agree before the next one starts (r)")
     jacobi_pool_size: int = _knob(2, 0, 64, "branches from recycled n-grams, 0 = off")
     jacobi_lookup_tokens: int = _knob(16, 0, 1024, "length of the n-gram lookup branch, 0 = off")
@@ -68,6 +69,8 @@ class JacobiConfig:
                 raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
             plain: Any = value
             object.__setattr__(self, knob.name, int(plain) if integral else float(plain))  # numpy's numbers do not serialise
+        if self.decoding == MULTIBLOCK and not self.jacobi_max_blocks and not self.jacobi_lookup_tokens:
+            raise ValueError("jacobi_max_blocks=0 with jacobi_lookup_tokens=0 leaves nothing to draft from; that is decoding=None.")
 
     @classmethod
     def paper(cls) -> Self:

@@ -84,7 +84,7 @@ def candidate_sources(config: JacobiConfig, batch_size: int, device: torch.devic
     sources: list[CandidateSource] = []
     if config.decoding == MULTIBLOCK and config.jacobi_lookup_tokens:
         sources.append(NgramLookup(config.jacobi_lookup_tokens))
-    if config.decoding == MULTIBLOCK and config.jacobi_pool_size:
+    if config.decoding == MULTIBLOCK and config.jacobi_pool_size and config.jacobi_max_blocks:
         sources.append(NgramPool(config.jacobi_pool_size, config.jacobi_branch_length, batch_size, device))
     return sources
 
@@ -177,10 +177,11 @@ class Decoder:
         self._forward(self._pending_B[:, None], None, layout, self._longest_cached, None)
 
     def _step(self) -> None:
+        started = time.perf_counter()
         slots = self._next_slots()
         logits_BQV = self._forward(slots.token_BQ, None, slots.layout, self._longest_cached, None)
-        self.stats.slots_by_width[slots.layout.slots] += 1
         self._settle(logits_BQV, slots)
+        self.stats.seconds_by_width[slots.layout.slots].append(time.perf_counter() - started)
 
     def _next_slots(self) -> Slots:
         """Pending token, window, and the branches that some active row has, none longer than any of these uses."""
@@ -349,7 +350,7 @@ class Decoder:
         """Clip window and branches to what the limit leaves room for; a finished row's guesses are pads."""
         window, room_B = self._window, (self._frontier.limit - 1 - self._generated_B).clamp(min=0)
         window.draft_BW = torch.where(self._halted_B[:, None], self._frontier.pad, window.draft_BW)
-        width_B = torch.where(self._halted_B, window.draft_BW.shape[1], window.end_B - self._generated_B)
+        width_B = torch.where(self._halted_B, window.draft_BW.shape[1], (window.end_B - self._generated_B).clamp(min=0))
         self._width_B = torch.minimum(width_B, room_B)
         self._proposals = [
             (name, token_BL, torch.minimum(length_B, room_B).masked_fill(self._halted_B, 0)) for name, token_BL, length_B in self._proposals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -20,7 +20,7 @@ class JacobiStats:
         accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup".
         drafted: guesses of the window that were sent to the model (and those that were confirmed there, `drafted_confirmed`).
         slots: positions computed in decoding forwards, per row of the batch.
-        slots_by_width: how many decoding forwards had that many slots.
+        seconds_by_width: wall time of each decoding step, from one forward to the next, by the slots of its forward.
         prefill_seconds, decode_seconds: wall time of the call, split behind the prefill.
     """
 
@@ -31,7 +31,7 @@ class JacobiStats:
     accepted_from: Counter[str] = field(default_factory=Counter)
     drafted: int = 0
     drafted_confirmed: int = 0
-    slots_by_width: Counter[int] = field(default_factory=Counter)
+    seconds_by_width: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -44,6 +44,11 @@ class JacobiStats:
     def mean_tokens_per_forward(self) -> float:
         """New tokens over forwards, all rows together."""
         return sum(self.new_tokens) / sum(self.row_forwards)
+
+    @property
+    def slots_by_width(self) -> Counter[int]:
+        """How many decoding forwards had that many slots."""
+        return Counter({width: len(times) for width, times in self.seconds_by_width.items()})
 
     @property
     def slots(self) -> int:

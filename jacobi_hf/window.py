@@ -42,7 +42,7 @@ class Window:
             self.end_B = -(-generated_B // n) * n
             return
         front_B = generated_B // n * n
-        if self._needed == 0:
+        if self._needed == 0 or not self._blocks:
             self.end_B = front_B + self._blocks * n
             return
         end_B = torch.maximum(self.end_B, front_B)

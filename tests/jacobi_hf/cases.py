@@ -53,13 +53,13 @@ def knobs() -> st.SearchStrategy[dict[str, Any]]:
         {
             "decoding": st.just("jacobi_multiblock"),
             "jacobi_block_size": st.sampled_from([2, 3, 4, 8, 16]),
-            "jacobi_max_blocks": st.integers(1, 4),
+            "jacobi_max_blocks": st.integers(0, 4),
             "jacobi_activation_ratio": st.sampled_from([0, 0.3, 0.5, 0.85, 1.0]),
             "jacobi_pool_size": st.sampled_from([0, 1, 2, 4]),
             "jacobi_lookup_tokens": st.sampled_from([0, 1, 5, 16]),
             "jacobi_branch_length": st.integers(1, 8),
         }
-    )
+    ).filter(lambda knobs: knobs["jacobi_max_blocks"] or knobs["jacobi_lookup_tokens"])
     single = st.fixed_dictionaries({"decoding": st.just("jacobi"), "jacobi_block_size": st.sampled_from([2, 3, 4, 8, 16])})
     return st.one_of(multiblock, multiblock, multiblock, single)
 

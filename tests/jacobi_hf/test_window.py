@@ -60,6 +60,16 @@ def test_blocks_are_appended_by_the_rule(n, blocks, ratio, steps):
             assert in_flight == (blocks if ratio == 0 else 1) * n - 1
 
 
+@given(n=st.sampled_from([2, 5]), ratio=st.sampled_from([0.0, 0.5]), counts=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_without_blocks_nothing_is_drafted(n, ratio, counts):
+    window, generated = make(n, 0, ratio), 0
+    for count in counts:
+        before, generated = generated, generated + count
+        window.append_blocks(torch.tensor([before]), torch.tensor([generated]), torch.zeros(1, 0, dtype=torch.bool))
+        assert window.draft_BW.shape[1] == 0
+        assert window.end_B.item() <= generated
+
+
 @given(n=st.sampled_from([2, 3, 8]), generated=st.integers(1, 40))
 def test_jacobi_keeps_to_blocks_whose_first_token_is_verified(n, generated):
     window = make(n, 2, 0.0, "jacobi")
