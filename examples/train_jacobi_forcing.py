@@ -112,6 +112,7 @@ def run_collect(section: dict[str, Any], arguments: list[str]) -> None:
     for name, own in sets.items():
         merged = {**section, **({"name": name} if name else {}), **own}
         (config,) = parse((CollectConfig,), merged, arguments, "collect")
+        demand(config, "collect", "model", "dataset", "output_dir")
         model, tokenizer = load(config.model, config.dtype, config.revision)
         counts = collect(on_device(model), tokenizer, config)
         print(json.dumps({"set": config.name, **counts}))
@@ -119,6 +120,7 @@ def run_collect(section: dict[str, Any], arguments: list[str]) -> None:
 
 def run_pack(section: dict[str, Any], arguments: list[str]) -> None:
     (config,) = parse((PackConfig,), section, arguments, "pack")
+    demand(config, "pack", "sources", "output_dir")
     if processes().is_main_process:
         print(json.dumps(pack_trajectories(config)))
 
@@ -170,17 +172,25 @@ class Run(TrainerCallback):
         part.replace(self._file)
 
 
+def same_model(name: str, other: str) -> bool:
+    """Whether two names or paths mean one model."""
+    return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))
+
+
 def check_origin(data: TrainData) -> None:
-    """A model is trained on its own trajectories, unless the caller says otherwise.
+    """A model is trained on its own trajectories, unless the caller says otherwise. Models are told apart by name or path.
 
     Raises:
-        ValueError: packed records that were collected from another model.
+        ValueError: packed records that were collected from another model; trajectories that are not packed yet.
     """
     manifest = Path(data.train_dataset) / "manifest.json"
     if data.off_policy or not manifest.is_file():
         return
-    origins = {collected["model"] for collected in json.loads(manifest.read_text(encoding="utf-8"))["settings"]["of"].values()}
-    if others := sorted(origins - {data.model}):
+    collected = json.loads(manifest.read_text(encoding="utf-8"))["settings"].get("of")
+    if collected is None:
+        raise ValueError(f"{data.train_dataset} holds trajectories: pack them first, and train on the folder that pack wrote.")
+    others = sorted({one["model"] for one in collected.values() if not same_model(one["model"], data.model)})
+    if others:
         raise ValueError(
             f"{data.train_dataset} was collected from {', '.join(others)}, and {data.model} is to be trained: collect and pack its own "
             "trajectories, or train on these all the same with --off_policy true."
@@ -200,10 +210,21 @@ def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**asdict(data), **mine, "packed": packed}, default=str))
 
 
+def demand(config: Any, stage: str, *names: str) -> None:
+    """Fail before any work where a field is missing that the stage cannot do without."""
+    if missing := [name for name in names if not getattr(config, name)]:
+        raise ValueError(
+            f"{', '.join(missing)} missing: give {'it' if len(missing) == 1 else 'them'} in the recipe's section {stage!r} "
+            f"or on the command line (--{missing[0]} ..)."
+        )
+
+
 def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     data, args = parse((TrainData, JacobiForcingConfig), section, arguments, "train")
+    demand(data, "train", "model", "train_dataset")
     check_origin(data)
-    run, final = Run(args.output_dir, started_with(data, args)), Path(args.output_dir) / "final"
+    started = started_with(data, args)
+    run, final = Run(args.output_dir, started), Path(args.output_dir) / "final"
     if (final / "forcing.json").is_file():
         print(f"{final} is finished already.")
         return
@@ -231,7 +252,8 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     report = {
         "command": " ".join(["train_jacobi_forcing.py", "train", *sys.argv[2:]]),
         "data": asdict(data),
-        "arguments": {name: getattr(args, name) for name in JacobiForcingConfig.__annotations__},
+        "arguments": {name: value for name, value in started.items() if name not in {*asdict(data), "packed"}},
+        "packed": started["packed"],
         "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
         "slots": sum(entry.get("slots", 0) for entry in trainer.state.log_history),
         "minutes": round(run.minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
@@ -258,6 +280,7 @@ def save_final(trainer: JacobiForcingTrainer, final: Path, dtype: torch.dtype, r
 
 def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
     (config,) = parse((Evaluation,), section, arguments, "evaluate")
+    demand(config, "evaluate", "model", "prompts", "output")
     model, tokenizer = load(config.model, config.dtype)
     model = on_device(model)
     by_domain = json.loads(Path(config.prompts).read_text(encoding="utf-8"))["prompts"]

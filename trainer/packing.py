@@ -31,7 +31,7 @@ class PackConfig:
         max_blocks: leave out samples of more blocks (`traj_count` of published runs).
         buckets: length buckets to keep, "8-11" or "3,5": the number in `data_id`, in ours the tokens in front of the first block over 32.
         visits: records per trajectory, each with its own phase.
-        views: noisy versions within a record, which share prompt and clean blocks (the published format has one).
+        views: noisy versions within a record, each with its own phase, which share prompt and clean blocks (the published format has one).
         schedule, window, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`.
         shard_size: records per file.
         seed: of the choice, the order and the phases.
@@ -62,8 +62,12 @@ class PackConfig:
             self.sources = [self.sources]
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows={self.rows} must be at least 1.")
-        self.noise_schedule()
         wanted_buckets(self.buckets)
+        if self.noise_schedule().is_deterministic and (self.views > 1 or self.visits > 1):
+            raise ValueError(
+                f"visits={self.visits} and views={self.views} would repeat one noisy version: schedule={self.schedule!r} with "
+                f"phase={self.phase!r} draws nothing. Use phase='random' or schedule='random', or one visit and one view."
+            )
 
     def noise_schedule(self) -> NoiseSchedule:
         """The schedule that the fields describe."""

@@ -61,6 +61,11 @@ class NoiseSchedule:
         if not 0 <= self.min_noise <= self.max_noise <= 1:
             raise ValueError(f"min_noise={self.min_noise} and max_noise={self.max_noise} must satisfy 0 <= min <= max <= 1.")
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a trajectory gives the same noisy version every time."""
+        return self.kind == "constant" or (self.kind != "random" and self.phase == "fixed")
+
     def levels(self) -> list[float]:
         """The w levels, rising."""
         steps = self.window - 1 if self.end_points == "reference" else self.window

@@ -394,6 +394,11 @@ def test_filters_and_shares():
         PackConfig(buckets="eight")
     with pytest.raises(ValueError, match="visits=0"):
         PackConfig(visits=0)
+    with pytest.raises(ValueError, match="views=3 would repeat one noisy version"):
+        PackConfig(phase="fixed", views=3)
+    with pytest.raises(ValueError, match="visits=2 .* would repeat"):
+        PackConfig(schedule="constant", visits=2)
+    PackConfig(schedule="random", phase="fixed", views=3)
     with pytest.raises(ValueError, match="kind='linear'"):
         PackConfig(schedule="linear")
     assert PackConfig(schedule="reverse", window=3).noise_schedule() == NoiseSchedule("reverse", window=3)
