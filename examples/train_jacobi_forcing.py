@@ -32,6 +32,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 
 import jacobi_hf
+from jacobi_hf.config import reject_misspelt
 from jacobi_hf.results import Decoder, Measurement, Prompts, Results
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer, load_packed
 from jacobi_hf.trainer.collection import CollectConfig, collect
@@ -281,12 +282,16 @@ def save_final(trainer: JacobiForcingTrainer, final: Path, dtype: torch.dtype, r
 def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
     (config,) = parse((Evaluation,), section, arguments, "evaluate")
     demand(config, "evaluate", "model", "prompts", "output")
-    model, tokenizer = load(config.model, config.dtype)
-    model = on_device(model)
     by_domain = json.loads(Path(config.prompts).read_text(encoding="utf-8"))["prompts"]
     domains = config.domains.split(",") if config.domains else list(by_domain)
+    if unknown := [domain for domain in domains if domain not in by_domain]:
+        raise ValueError(f"{config.prompts} has no domain {', '.join(unknown)}; it has {', '.join(by_domain)}.")
     prompts = {domain: by_domain[domain][: config.prompt_count] for domain in domains}
+    for knobs in config.decoders.values():
+        reject_misspelt(knobs)
     decoders = {name: jacobi_hf.JacobiConfig(**knobs) for name, knobs in config.decoders.items()}
+    model, tokenizer = load(config.model, config.dtype)
+    model = on_device(model)
     ordinary, measured = Decoder(name="generate", kind="generate"), []
     if config.held_out:
         texts = read_jsonl(config.held_out)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Implementations that take a mask of ours.
+TAKES_MASK = ("sdpa", "eager")
 
 
 def attention_of(config: Any) -> str:

@@ -119,7 +119,9 @@ class JacobiStaticCache(StaticCache):
         """
         past = int(source.get_seq_length())
         for mine, theirs in zip(self.layers, source.layers, strict=True):
-            keys, values = (theirs.keys, theirs.values) if row_B is None else (theirs.keys[row_B], theirs.values[row_B])
+            keys, values = theirs.keys, theirs.values
+            if row_B is not None:
+                keys, values = keys[row_B.to(keys.device)], values[row_B.to(values.device)]
             stored = min(past, keys.shape[2])  # a sliding layer has kept the last tokens only
             mine.lazy_initialization(keys, values)
             compact_BN = torch.arange(past - stored, past, device=keys.device) - pad_B.to(keys.device)[:, None]

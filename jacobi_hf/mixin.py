@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
-from jacobi_hf.attention import LAYER_TYPES, MaskBuilder, attention_of, layer_types
+from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder, step_slots
@@ -40,7 +40,6 @@ _HANDLED = {
     "cache_position",
     "tokenizer",
 }
-_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _contradiction(model: Any, mode: GenerationMode, generation_config: Generati
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
-    if attention_of(config) not in _ATTENTION:
+    if attention_of(config) not in TAKES_MASK:
         return (
             f"attn_implementation={attention_of(config)!r}, which takes no mask of our own: load the model with "
             "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"

@@ -19,12 +19,14 @@ from jacobi_hf.trainer.options import option
 class JacobiForcingConfig(TrainingArguments):
     """`TrainingArguments` for Jacobi Forcing (arXiv 2512.14681).
 
-    The defaults are one consistent set, that of the tiny model's recipe, which its ablations led to (docs/results.md), but for the
-    learning rate; the paper's, the reference code's and the published Qwen3-1.7B run's sets are in examples/recipes.
+    Losses, context and replay default to one consistent set, that of the tiny model's recipe, which its ablations led to
+    (docs/results.md); optimizer and schedule to what suits models of a billion parameters and more. The paper's, the reference
+    code's and the published Qwen3-1.7B run's sets are in examples/recipes.
 
     Parameters that describe the data:
         block_size: n of the trajectories.
-        max_length: slots of a packed row, P + 2nT for a sample; short samples of a batch share rows.
+        max_length: slots of a packed row; short samples of a batch share rows. A sample counts as P + 2nT (another nT for each
+            further noisy view), also where clean context leaves most of its noisy slots out.
         too_long: what happens to a sample that does not fit, `"drop"` or `"truncate"` (its last blocks).
         on_bad_row: what happens to a malformed record, `"raise"` or `"skip"`.
 
@@ -37,9 +39,9 @@ class JacobiForcingConfig(TrainingArguments):
         ar_loss_weight, consistency_loss_weight, replay_loss_weight: factors of the three terms, each a mean over its tokens in
             the whole accumulated batch over all processes.
         kl_loss_weight: factor of the KL divergence from a frozen model (`ref_model` of the trainer, by default the model before
-            training), a mean over prompt, answer and replay tokens. It holds the model where it was, and needs memory for a second
-            copy (none with LoRA) and a forward of the clean tokens. Where there is no room for it: `kl_loss_weight=0` with
-            `ar_loss_weight=1` and `replay_loss_weight=4`, which holds the model less well.
+            training), a mean over the tokens that AR and replay loss cover, whatever their weights. It holds the model where it
+            was, and needs memory for a second copy (none with LoRA) and a forward of the clean tokens. Where there is no room for
+            it: `kl_loss_weight=0` with `ar_loss_weight=1` and `replay_loss_weight=4`, which holds the model less well.
         replay_ratio: replay rows per trajectory row, where a `replay_dataset` is given.
         distill_temperature: tau of the consistency loss.
         consistency_reduction: `"mean"` over kept slots; `"block_sum"`, mean over blocks of per-block sums (paper, eq. 8);

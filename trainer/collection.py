@@ -98,11 +98,17 @@ class CollectConfig:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be a multiple of block_size={self.block_size}.")
         if self.long_prompts not in LONG_PROMPTS:
             raise ValueError(f"long_prompts={self.long_prompts!r} must be one of {', '.join(map(repr, LONG_PROMPTS))}.")
+        if isinstance(self.chat_template_options, dict):  # as a recipe may have it
+            self.chat_template_options = json.dumps(self.chat_template_options)
         if self.chat_template_options:
             try:
-                json.loads(self.chat_template_options)
+                options = json.loads(self.chat_template_options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"chat_template_options={self.chat_template_options!r} is not JSON ({error}).") from None
+            if not isinstance(options, dict):
+                raise ValueError(
+                    f'chat_template_options={self.chat_template_options!r} is no JSON object, such as {{"enable_thinking": false}}.'
+                )
         self.answers()
 
     def answers(self) -> AnswerConfig:

@@ -291,20 +291,28 @@ class StreamedRecords(_Mixture, torch.utils.data.IterableDataset[dict[str, Any]]
     """
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        index, replayed, owed, dropped = 0, 0, 0.0, 0
+        # Workers read a part of the stream each, and number what they give among themselves.
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        given = replayed = dropped = 0
+        owed = 0.0
+
+        def numbered(record: dict[str, Any]) -> dict[str, Any]:
+            return {**record, "index": first + stride * given}
+
         for row in self._records:
             record = self._fitted(row)
             if record is None:
                 dropped += 1
                 continue
-            yield {**record, "index": index}
-            index, owed = index + 1, owed + self._replay_ratio
+            yield numbered(record)
+            given, owed = given + 1, owed + self._replay_ratio
             while owed >= 1:
-                yield {**self._replayed(replayed), "index": index}
-                index, replayed, owed = index + 1, replayed + 1, owed - 1
+                yield numbered(self._replayed(first + stride * replayed))
+                given, replayed, owed = given + 1, replayed + 1, owed - 1
         if dropped:
-            logger.warning("of %d streamed records, %d were dropped (max_length=%d)", index - replayed + dropped, dropped, self._max_length)
-        if not index:
+            logger.warning("of %d streamed records, %d were dropped (max_length=%d)", given - replayed + dropped, dropped, self._max_length)
+        if not given and (dropped or worker is None):  # a worker may be without a part
             raise ValueError(f"no record is left: all {dropped} of the stream are longer than max_length={self._max_length}.")
 
     def name(self, index: int) -> str:

@@ -141,6 +141,8 @@ def held_out_loss(
         if len(stream) >= tokens:
             break
     row = min(row, len(stream))
+    if row < 2:
+        raise ValueError(f"{len(texts)} texts hold {len(stream)} tokens: the held-out loss needs at least two.")
     rows = torch.tensor(stream[: min(tokens, len(stream)) // row * row], device=model.device).view(-1, row)
     total = 0.0
     with torch.no_grad():
@@ -158,6 +160,8 @@ def right_answers(
     batch_size: int = 50,
 ) -> Quality:
     """Share of problems (`prompt`, `answer`) whose greedy completion has the answer as group 1 of `pattern`, with its 95 % interval."""
+    if not problems:
+        raise ValueError("problems is empty: there is no share of right answers.")
     right = 0
     for start in range(0, len(problems), batch_size):
         part = problems[start : start + batch_size]

@@ -23,7 +23,7 @@ from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from jacobi_hf.trainer.losses import Losses, Reference, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
 from jacobi_hf.trainer.optimizer import muon_and_adamw
-from jacobi_hf.trainer.trajectories import special_ids
+from jacobi_hf.trainer.trajectories import base_of, special_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +91,7 @@ class JacobiForcingTrainer(Trainer):
         args: a `JacobiForcingConfig`.
         train_dataset: packed records (`jacobi_hf.trainer.dataset`), as a `datasets.Dataset`, an `IterableDataset` or a list.
         eval_dataset: packed records for the losses, or a dict of them.
-        eval_prompts: prompts (ids) decoded at each evaluation, by name of their set: tokens per forward and identity.
+        eval_prompts: prompts (ids) decoded at each evaluation of `eval_dataset`, by name of their set: tokens per forward and identity.
         replay_dataset: ordinary text (`text`, `messages` or `input_ids`) mixed in against drift.
         processing_class: the tokenizer.
         peft_config: trains an adapter instead of the model.
@@ -99,7 +99,8 @@ class JacobiForcingTrainer(Trainer):
             Each process holds it whole.
 
     Raises:
-        ValueError: data of another block size or vocabulary, `layout="packed"` with flash attention, nothing to train on.
+        ValueError: data of another block size or vocabulary, `layout="packed"` with flash attention, nothing to train on,
+            replay without a weight, eval_prompts without an eval_dataset.
         FloatingPointError: a loss that is not finite, with the samples it came from; the weights are still those before it.
     """
 
@@ -128,8 +129,9 @@ class JacobiForcingTrainer(Trainer):
 
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         _check_model(model, args)
+        _check_use(args, replay_dataset, ref_model, eval_prompts, eval_dataset)
         model = _with_adapter(model, args, peft_config)
-        base = _base_of(model)
+        base = base_of(model)
         if ref_model is not None:
             _check_reference(ref_model, base)
         elif args.kl_loss_weight and base is model:
@@ -187,7 +189,7 @@ class JacobiForcingTrainer(Trainer):
         if rate is not None and self.optimizer is None:  # type: ignore[has-type]
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("muon_learning_rate needs whole matrices, which FSDP and DeepSpeed do not keep: leave it out with them.")
-            trained, base = model or self.model, _base_of(self.model)
+            trained, base = model or self.model, base_of(self.model)
             outside = [base.get_input_embeddings(), _head_of(base)]
             self.optimizer = muon_and_adamw(trained, self.args, rate, self.get_decay_parameter_names(trained), outside)
         return super().create_optimizer(model)
@@ -240,7 +242,7 @@ class JacobiForcingTrainer(Trainer):
 
     def _reference(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Reference:
         """The frozen model's hidden states where the AR loss has labels, which no noisy slot has a part in."""
-        clean, home_R = clean_part(inputs, 128 if attention_of(_base_of(self.model).config) == "flex_attention" else 1)
+        clean, home_R = clean_part(inputs, 128 if attention_of(base_of(self.model).config) == "flex_attention" else 1)
         if self._ref_model is not None:
             assert self._at_ref_head is not None
             at_head, frozen, off = self._at_ref_head, self._ref_model, nullcontext
@@ -262,7 +264,7 @@ class JacobiForcingTrainer(Trainer):
     def _mask(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         args: JacobiForcingConfig = self.args
         slots = Slots.of(inputs)
-        if attention_of(_base_of(self.model).config) == "flex_attention":
+        if attention_of(base_of(self.model).config) == "flex_attention":
             return self._block_masks(slots)
         return self._masks(lambda sliding: dense_mask(slots, args.context, args.window, sliding), slots.sample.device)
 
@@ -356,11 +358,12 @@ class JacobiForcingTrainer(Trainer):
         return output
 
     def _decoding_metrics(self) -> dict[str, float]:
-        """On every process, since sharded weights need them all; once, where several sets are evaluated at the same step."""
+        """On every process, since sharded weights need them all; once, where several sets are evaluated with the same weights."""
         config = self.args.decoding_config()
         if config is None or not self._eval_prompts:
             return {}
-        if self._decoded is not None and self._decoded[0] == self.state.global_step:
+        weights = sum(parameter._version for parameter in self.model.parameters())
+        if self._decoded is not None and self._decoded[0] == weights:
             return self._decoded[1]
         model: Any = self.accelerator.unwrap_model(self.model)
         was_training, limit = model.training, self.args.eval_max_new_tokens
@@ -374,7 +377,7 @@ class JacobiForcingTrainer(Trainer):
             metrics[f"{label}tokens_per_forward"] = report.tokens_per_forward
             metrics[f"{label}identical"] = sum(same) / len(chosen)
         model.train(was_training)
-        self._decoded = (self.state.global_step, metrics)
+        self._decoded = (weights, metrics)
         return metrics
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -386,7 +389,7 @@ class JacobiForcingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain checkpoint whose generation config carries the decoding knobs, with the key/value cache switched on again."""
-        base = _base_of(self.accelerator.unwrap_model(self.model))
+        base = base_of(self.accelerator.unwrap_model(self.model))
         training, base.config.use_cache = base.config.use_cache, True
         try:
             super().save_model(output_dir, _internal_call)
@@ -460,16 +463,34 @@ def _collator(base: PreTrainedModel, args: JacobiForcingConfig, tokenizer: PreTr
     )
 
 
+def _check_use(args: JacobiForcingConfig, replay_dataset: Any, ref_model: Any, eval_prompts: Any, eval_dataset: Any) -> None:
+    """Settings and data of which nothing would come."""
+    has_replay = replay_dataset is not None
+    pulls = args.kl_loss_weight and ref_model is not None  # towards another model; towards itself it only holds
+    if eval_prompts and eval_dataset is None:
+        raise ValueError("eval_prompts are decoded when eval_dataset is evaluated, and there is none: give one.")
+    if not (args.ar_loss_weight or args.consistency_loss_weight or (args.replay_loss_weight and has_replay) or pulls):
+        raise ValueError(
+            "ar_loss_weight, consistency_loss_weight and replay_loss_weight leave nothing to train on"
+            + (" but the KL divergence, which starts at 0 and stays there." if args.kl_loss_weight else ".")
+        )
+    if has_replay and args.replay_ratio and not (args.replay_loss_weight or args.kl_loss_weight):
+        raise ValueError(
+            "replay_dataset is given, but replay_loss_weight=0 and kl_loss_weight=0: nothing would be learnt from it. "
+            "Give one of them a weight, or leave the dataset out."
+        )
+
+
 def _check_model(model: Any, args: JacobiForcingConfig) -> None:
     """What the losses could not be right for."""
-    config = _base_of(model).config.get_text_config(decoder=True)
+    config = base_of(model).config.get_text_config(decoder=True)
     for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1), ("output_router_logits", False)):
         value = getattr(config, name, neutral)
         if value not in (neutral, None):
             raise ValueError(
                 f"the model's {name}={value!r} changes logits or loss behind the LM head, which JacobiForcingTrainer does not do."
             )
-    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in _base_of(model).parameters()):
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in base_of(model).parameters()):
         logger.warning(
             "the model's own weights are in half precision: small updates are rounded away. Load it with dtype=float32 and train with "
             "bf16=True (sharded training that keeps float32 copies is fine)."
@@ -501,11 +522,6 @@ def _with_adapter(model: Any, args: JacobiForcingConfig, peft_config: PeftConfig
     elif args.activation_checkpointing:
         model.enable_input_require_grads()
     return get_peft_model(model, peft_config)
-
-
-def _base_of(model: Any) -> Any:
-    """The transformers model under an adapter, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _head_of(base: Any) -> torch.nn.Module:

@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from jacobi_hf.attention import MaskBuilder
+from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.selection import best, generator_state, set_generator_state
 from jacobi_hf.window import ids_of_the_text
@@ -131,7 +131,7 @@ def collect_trajectories(
     """Trajectories of a batch of prompts, all blocks of all answers iterating together.
 
     Args:
-        model: any registered model, in eval mode.
+        model: any registered model, in eval mode, with or without a LoRA.
         prompts: ids of each prompt, not empty.
         block_size: n, at least 2.
         answers: how the model answers; greedy, 256 tokens by default.
@@ -140,10 +140,13 @@ def collect_trajectories(
             them. Of an answer without an end, whole blocks are taken: nobody knows what follows it. None for 0.
 
     Raises:
-        ValueError: a block size below 2, an answer length that is no multiple of it, an empty prompt.
+        ValueError: a block size below 2, an answer length that is no multiple of it, no prompt or an empty one, starts of another
+            number; a model whose attention takes no mask of ours, or with a prompt-learning adapter.
     """
-    answers = answers or AnswerConfig()
-    _check(prompts, block_size, answers)
+    answers, model = answers or AnswerConfig(), base_of(model)
+    _check(model, prompts, block_size, answers)
+    if starts is not None and len(starts) != len(prompts):
+        raise ValueError(f"starts has {len(starts)} entries for {len(prompts)} prompts.")
     device = model.device
     if seed is not None:
         torch.manual_seed(seed)
@@ -176,8 +179,8 @@ def record_trajectories(
 
     Takes and raises what `collect_trajectories` does.
     """
-    answers = answers or AnswerConfig()
-    _check(prompts, block_size, answers)
+    answers, model = answers or AnswerConfig(), base_of(model)
+    _check(model, prompts, block_size, answers)
     if seed is not None:
         torch.manual_seed(seed)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -228,7 +231,24 @@ def _tidy(prompt: list[int], answer: list[int], states: list[list[State]], block
     return Trajectory(prompt, answer, blocks)
 
 
-def _check(prompts: Sequence[Sequence[int]], block_size: int, answers: AnswerConfig) -> None:
+def base_of(model: Any) -> Any:
+    """The transformers model under an adapter, if there is one. The layers of a LoRA are in it, and work there."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("the model has a prompt-learning adapter, whose prompts are not part of the model under it; use a LoRA.")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], block_size: int, answers: AnswerConfig) -> None:
+    config = model.config.get_text_config(decoder=True)
+    if attention_of(config) not in TAKES_MASK:
+        raise ValueError(
+            f"attn_implementation={attention_of(config)!r} takes no mask of our own: collect with attn_implementation='sdpa' "
+            "(training is free to use another)."
+        )
+    if unknown := set(layer_types(config)) - LAYER_TYPES:
+        raise ValueError(f"layers of type {', '.join(sorted(unknown))} are not known; only full and sliding attention are.")
+    if not len(prompts):
+        raise ValueError("prompts is empty.")
     if block_size < 2:
         raise ValueError(f"block_size={block_size} must be at least 2: a block of one token has nothing to draft.")
     if answers.max_new_tokens % block_size:

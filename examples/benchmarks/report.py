@@ -248,8 +248,10 @@ def ablations(documents: dict[str, Results]) -> str:
     text = "## Ablations of the training recipe\n\n"
     first = next(iter(documents.values()))
     text += (
-        f"{setting(first)}\nEach row changes what its name says of `short` (examples/recipes/tiny_qwen3_short.yaml, examples/tiny_qwen3/ablations.py); "
-        "window of 16, no candidates. One seed.\n\n"
+        f"{setting(first)}\nEach row changes what its name says of `short` (examples/recipes/tiny_qwen3_short.yaml), as written in "
+        "examples/tiny_qwen3/ablations.py; fixed-phase and reference-bundle have one view, so one-view is what they compare with. Window of 16, "
+        "no candidates. One seed. Minutes are those of the last stage's training, on one of two cores that were not always idle. Rows were run "
+        "as the code grew, at the revisions they name.\n\n"
     )
     rows = []
     for name, results in documents.items():
@@ -257,10 +259,10 @@ def ablations(documents: dict[str, Results]) -> str:
         code, arithmetic = by_domain["code"], by_domain["arithmetic"]
         assert results.training is not None
         rows.append(
-            [name, f"{results.training['minutes']:.1f}", f"{arithmetic.tokens_per_forward:.2f}", f"{code.tokens_per_forward:.2f}",
+            [name, results.software.git_revision or "-", f"{results.training['minutes']:.1f}", f"{arithmetic.tokens_per_forward:.2f}", f"{code.tokens_per_forward:.2f}",
              f"{code.tokens_per_forward_loop_free or 0:.2f}", quality(results, "arithmetic")[1], quality(results, "code")[0]]
         )  # fmt: skip
-    head = ["variation", "minutes", "TPF arithmetic", "TPF code", "code, loop-free", "exact match", "held-out code, nats"]
+    head = ["variation", "revision", "minutes", "TPF arithmetic", "TPF code", "code, loop-free", "exact match", "held-out code, nats"]
     return text + table(head, rows)
 
 

@@ -153,8 +153,12 @@ def test_all_stages_from_prompts_to_results(tmp_path):
     forced = ROOT / "examples" / "tiny_qwen3" / "forced"
     refused = run("train", "--config", path, "--model", forced, "--output_dir", tmp_path / "other", check=False)
     assert f"was collected from {CHECKPOINT}, and {forced} is to be trained" in refused.stderr
+    raw = run("train", "--config", path, "--train_dataset", tmp_path / "trajectories", "--output_dir", tmp_path / "other", check=False)
+    assert "holds trajectories: pack them first" in raw.stderr
     report = json.loads((tmp_path / "model" / "final" / "forcing.json").read_text())
     assert report["steps"] == 2
+    assert report["packed"]["schedule"] == "progressive"
+    assert report["arguments"]["warmup_steps"] == 0
     knobs = json.loads((tmp_path / "model" / "final" / "generation_config.json").read_text())
     assert (knobs["decoding"], knobs["jacobi_block_size"]) == ("jacobi_multiblock", 4)
 
@@ -176,3 +180,33 @@ def test_errors_are_one_line(tmp_path):
         assert failed.returncode != 0
         assert "Traceback" not in failed.stderr
         assert failed.stderr.strip().splitlines()[-1].startswith("train_jacobi_forcing.py collect: ")
+
+
+def test_what_is_missing_is_named_before_any_work(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"prompts": {"code": ["def f():"]}}))
+    for stage, arguments, message in (
+        ("collect", [], "model, dataset, output_dir missing: give them"),
+        ("pack", [], "sources, output_dir missing"),
+        ("train", ["--model", "none"], "train_dataset missing: give it"),
+        ("evaluate", ["--model", "none", "--prompts", str(prompts)], "output missing"),
+        (
+            "evaluate",
+            ["--model", "none", "--prompts", str(prompts), "--output", "o.json", "--domains", "cod"],
+            "no domain cod; it has code",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.STAGES[stage]({}, arguments)
+    section = {"model": "none", "prompts": str(prompts), "output": "o.json", "decoders": {"x": {"jacobi_blocksize": 4}}}
+    with pytest.raises(ValueError, match="did you mean 'jacobi_block_size'"):
+        script.run_evaluate(section, [])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "trainer_output") == ["prompts.json"]
+
+
+def test_paths_of_one_model_are_one(script, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert script.same_model(f"{tmp_path}/model/", str(tmp_path / "." / "model"))
+    assert script.same_model("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B")
+    assert not script.same_model("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B")

@@ -199,6 +199,9 @@ def test_template_options_reach_the_template(tokenizer, tmp_path):
     assert tokenizer.decode(prompts[0]) == "quick hi"
     with pytest.raises(ValueError, match="chat_template_options='think' is not JSON"):
         CollectConfig(chat_template_options="think")
+    with pytest.raises(ValueError, match="chat_template_options='3' is no JSON object"):
+        CollectConfig(chat_template_options="3")
+    assert CollectConfig(chat_template_options={"think": False}).chat_template_options == '{"think": false}'
 
 
 def test_one_token_answers_are_left_out_and_counted(tiny, tokenizer, tmp_path):
@@ -396,7 +399,7 @@ def test_filters_and_shares():
         PackConfig(visits=0)
     with pytest.raises(ValueError, match="views=3 would repeat one noisy version"):
         PackConfig(phase="fixed", views=3)
-    with pytest.raises(ValueError, match="visits=2 .* would repeat"):
+    with pytest.raises(ValueError, match=r"visits=2 .* would repeat"):
         PackConfig(schedule="constant", visits=2)
     PackConfig(schedule="random", phase="fixed", views=3)
     with pytest.raises(ValueError, match="kind='linear'"):

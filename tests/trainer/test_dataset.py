@@ -186,6 +186,22 @@ def test_streamed_records_are_the_same_in_order():
     assert [r["index"] for r in streamed] == list(range(13))
 
 
+def test_workers_share_a_stream():
+    """One file has one part, so that a second worker has none; with several, ids and replay rows are each worker's own."""
+    from datasets import Dataset as Arrow
+    from torch.utils.data import DataLoader
+
+    data, replay = records(8, N, seed=3), [{"input_ids": [1, number]} for number in range(4)]
+    for parts in (1, 2):
+        stream = StreamedRecords(Arrow.from_list(data).to_iterable_dataset(num_shards=parts), 128, N, "drop", replay, 0.25)
+        rows = list(DataLoader(stream, batch_size=None, num_workers=2, collate_fn=lambda row: row))
+        assert sorted(str(row["complete_training_sequence_ids"]) for row in rows if "prompt_ids" in row) == sorted(
+            str(record["complete_training_sequence_ids"]) for record in data
+        )
+        assert len({tuple(row["input_ids"]) for row in rows if "input_ids" in row}) == 2
+        assert len({row["index"] for row in rows}) == 10
+
+
 def test_a_stream_of_which_nothing_fits_says_so():
     from datasets import Dataset as Arrow
 

@@ -189,11 +189,48 @@ def test_forwards_are_those_of_the_decoder():
         ([[1, 2]], 1, AnswerConfig(8), "block_size=1 must be at least 2"),
         ([[1, 2]], 5, AnswerConfig(8), "max_new_tokens=8 must be a multiple of block_size=5, for example 10"),
         ([[1, 2], []], 4, AnswerConfig(8), "prompt 1 is empty"),
+        ([], 4, AnswerConfig(8), "prompts is empty"),
     ],
 )
 def test_bad_input_is_named(model, prompts, n, answers, message):
     with pytest.raises(ValueError, match=message):
         collect_trajectories(model, prompts, n, answers)
+
+
+def test_starts_of_another_number_are_named(model):
+    with pytest.raises(ValueError, match="starts has 1 entries for 2 prompts"):
+        collect_trajectories(model, [[1, 2], [3]], 4, AnswerConfig(8), starts=[0])
+
+
+@pytest.mark.parametrize("collecting", [collect_trajectories, record_trajectories])
+def test_models_whose_blocks_would_be_wrong_are_refused(collecting):
+    model = fresh_model("qwen3")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'flex_attention' takes no mask of our own"):
+        collecting(model, [[1, 2]], 4, AnswerConfig(8))
+    model = fresh_model("qwen3")
+    model.config.layer_types = ["linear_attention"] * model.config.num_hidden_layers
+    with pytest.raises(ValueError, match="layers of type linear_attention"):
+        collecting(model, [[1, 2]], 4, AnswerConfig(8))
+
+
+def test_a_lora_is_collected_from_as_it_decodes():
+    """Both collectors, and the config of the model under the adapter is left alone."""
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+    model = fresh_model("qwen3")
+    base_alone = collect_trajectories(model, PROMPTS, 4, AnswerConfig(12))
+    model.generation_config.top_k = 7
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    together = collect_trajectories(adapted, PROMPTS, 4, AnswerConfig(12))
+    assert together != base_alone
+    assert record_trajectories(adapted, PROMPTS, 4, AnswerConfig(12)) == together
+    assert any(len(states) > 1 for trajectory in together for states in trajectory.blocks)
+    assert [t.answer_ids for t in together] == answers_of(adapted, PROMPTS, AnswerConfig(12))
+    assert model.generation_config.top_k == 7
+    prefixed = get_peft_model(fresh_model("qwen3"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="prompt-learning adapter"):
+        collect_trajectories(prefixed, PROMPTS, 4, AnswerConfig(12))
 
 
 def test_bad_answer_configs_are_named():
