@@ -345,6 +345,9 @@ def main() -> None:
     except (OSError, ManifestError, ValueError, DatasetGenerationError, yaml.YAMLError) as error:
         cause = f" ({error.__cause__})" if isinstance(error, DatasetGenerationError) else ""
         sys.exit(f"train_jacobi_forcing.py {stage}: {error}{cause}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a process that leaves while another still sends makes that one abort
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -65,4 +65,5 @@ if __name__ == "__main__":
             flat = torch.cat([p.detach().flatten() for p in weights])
             torch.save({"weights": flat, "processes": args.world_size, "sharded": sharded}, sys.argv[1])
         if dist.is_initialized():
+            dist.barrier()  # a process that leaves while another still sends makes that one abort
             dist.destroy_process_group()
