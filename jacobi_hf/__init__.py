@@ -7,10 +7,20 @@ from pathlib import Path as _Path
 
 from jacobi_hf._version import __version__
 from jacobi_hf.config import JacobiConfig
+from jacobi_hf.execution import clear_graphs
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 
-__all__ = ["JacobiConfig", "JacobiDecoderOnlyOutput", "JacobiGenerationMixin", "JacobiStats", "__version__", "register", "unregister"]
+__all__ = [
+    "JacobiConfig",
+    "JacobiDecoderOnlyOutput",
+    "JacobiGenerationMixin",
+    "JacobiStats",
+    "__version__",
+    "clear_graphs",
+    "register",
+    "unregister",
+]
 
 # The other packages of the project lie beside this one in a checkout and inside it when installed; both import as jacobi_hf.*.
 _package = _Path(__file__).resolve().parent

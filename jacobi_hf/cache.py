@@ -31,7 +31,8 @@ class JacobiStaticLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.write(self._step.slot_BQ, key_states, value_states)
-        return self.keys[:, :, : self._step.extent], self.values[:, :, : self._step.extent]
+        extent = len(self._step.column_S)
+        return self.keys[:, :, :extent], self.values[:, :, :extent]
 
     def write(self, index_BQ: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Put `(B, heads, Q, head_dim)` states at the given places of each row."""
@@ -44,7 +45,10 @@ class JacobiStaticLayer(StaticLayer):
 
     def read(self, index_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the states at the given places of each row, `(B, heads, N, head_dim)`."""
-        index = index_BN.to(self.keys.device)[:, None, :, None]
+        index_BN = index_BN.to(self.keys.device)
+        if len(self.keys) == 1:
+            return self.keys.index_select(2, index_BN[0]), self.values.index_select(2, index_BN[0])
+        index = index_BN[:, None, :, None]
         keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
         values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
         return keys, values
@@ -54,7 +58,7 @@ class _Step:
     """What the layers share while one forward runs: where its slots go and how far the cache is read."""
 
     slot_BQ: torch.Tensor
-    extent: int
+    column_S: torch.Tensor
 
 
 class JacobiStaticCache(StaticCache):
@@ -74,22 +78,32 @@ class JacobiStaticCache(StaticCache):
 
     def __init__(self, config: PreTrainedConfig, batch_size: int, capacity: int, device: torch.device) -> None:
         self._step = _Step()
-        layers = [JacobiStaticLayer(capacity, self._step) for _ in range(config.get_text_config(decoder=True).num_hidden_layers)]
-        Cache.__init__(self, layers=layers)
         self.capacity = capacity
+        # One column more than is ever read: a compiled step would take a view of all columns for another kind of tensor.
+        columns = self._extent(capacity) + 1
+        layers = [JacobiStaticLayer(columns, self._step) for _ in range(config.get_text_config(decoder=True).num_hidden_layers)]
+        Cache.__init__(self, layers=layers)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.column_C = torch.arange(columns, device=device)
 
-    def open_step(self, slots: int, longest: int) -> int:
-        """Prepare for a forward of `slots` slots; `longest` is the largest of `lengths_B`, known to the host.
+    def columns(self, slots: int, longest: int) -> torch.Tensor:
+        """`column_S`, the numbers of the columns that a forward of `slots` slots reads; on the host.
 
-        Returns the extent: how many columns the forward reads.
+        Args:
+            longest: the largest of `lengths_B`.
         """
         needed = longest + slots
         if needed > self.capacity:
             raise RuntimeError(f"a step of {slots} slots behind {longest} tokens does not fit into a cache of {self.capacity}")
-        self._step.slot_BQ = self.lengths_B[:, None] + torch.arange(slots, device=self.lengths_B.device)
-        self._step.extent = min(self.capacity, -(-needed // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE)
-        return self._step.extent
+        return self.column_C[: self._extent(needed)]
+
+    def _extent(self, columns: int) -> int:
+        return -(-columns // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE
+
+    def open_step(self, slots: int, column_S: torch.Tensor) -> None:
+        """Prepare for a forward of `slots` slots that reads the columns `column_S`."""
+        self._step.slot_BQ = self.lengths_B[:, None] + self.column_C[:slots]
+        self._step.column_S = column_S
 
     def commit(self, counts_B: torch.Tensor, slot_BN: torch.Tensor | None = None) -> None:
         """Keep `counts_B` of the written slots per row.

@@ -51,6 +51,7 @@ class Frontier:
     Attributes:
         ids_BT: the output so far, `P + limit` columns and one that is thrown away.
         generated: tokens behind the frontier.
+        is_one_by_one: whether criteria or streamer look at every token.
         pads: whether a finished row is followed by pads (it goes on generating where no criterion knows an end token).
         eos_E: ids that end a row.
         ended: per row, its number of tokens once it has finished, else None.
@@ -68,7 +69,9 @@ class Frontier:
     ) -> None:
         self._criteria, self._streamer, self._scores = criteria, streamer, scores
         self._prompt = input_BP.shape[1]
-        self._one_by_one = one_by_one or streamer is not None or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+        self.is_one_by_one = (
+            one_by_one or streamer is not None or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+        )
         self.limit = limit
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self.pad = 0 if pad_token_id is None else pad_token_id
@@ -99,6 +102,14 @@ class Frontier:
         index_BN = torch.where(offset_N < count_B[:, None], self._prompt + first_B[:, None] + offset_N, self.ids_BT.shape[1] - 1)
         self.ids_BT.scatter_(1, index_BN, token_BN)
 
+    def take(self, text_BL: torch.Tensor, start_B: torch.Tensor, available: list[int]) -> None:
+        """Bring the output up to date with the rows' texts, whose new tokens begin at `start_B`; see `advance`."""
+        first = self.generated if self.is_one_by_one else 0
+        index_N = torch.arange(first, max(available), device=text_BL.device)
+        ids_BN = text_BL.gather(1, start_B[:, None] + index_N)
+        there_BN = index_N < torch.tensor(available, device=text_BL.device)[:, None]
+        self.ids_BT[:, self._prompt + first : self._prompt + max(available)] = ids_BN.where(there_BN, self.pad)
+
     def advance(self, available: list[int], at_eos: list[bool]) -> list[int]:
         """Move on as far as every unfinished row has tokens.
 
@@ -109,7 +120,7 @@ class Frontier:
         Returns:
             rows that a criterion finished otherwise than by their last token: what they have behind their end is void.
         """
-        if not self._one_by_one:
+        if not self.is_one_by_one:
             for row, (tokens, stops) in enumerate(zip(available, at_eos, strict=True)):
                 if self.ended[row] is None and (stops or tokens >= self.limit):
                     self.ended[row] = tokens

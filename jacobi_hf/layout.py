@@ -22,12 +22,15 @@ class Layout:
         depth_Q: distance of each slot from the pending token.
         sees_QQ: `[q, k]` is True where slot q attends to slot k: the pending token, and its own segment up to itself.
         path_SD: slot of segment s at depth d, `D = 1 + max(lengths)`; beyond a segment's end its last slot is repeated.
+        offset_D, rank_S: 0, 1, 2, ..
     """
 
     lengths: tuple[int, ...]
     depth_Q: torch.Tensor
     sees_QQ: torch.Tensor
     path_SD: torch.Tensor
+    offset_D: torch.Tensor
+    rank_S: torch.Tensor
 
     @property
     def slots(self) -> int:
@@ -54,29 +57,29 @@ def build_layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
     depth_Q, segment_Q = torch.tensor(depths, device=device), torch.tensor(segments, device=device)
     sees_QQ = (segment_Q[:, None] == segment_Q) & (depth_Q[:, None] >= depth_Q)
     sees_QQ[:, 0] = True
-    return Layout(lengths, depth_Q, sees_QQ, path_SD)
+    offset_D, rank_S = torch.arange(deepest, device=device), torch.arange(len(lengths), device=device)
+    return Layout(lengths, depth_Q, sees_QQ, path_SD, offset_D, rank_S)
 
 
-def attention_mask(layout: Layout, lengths_B: torch.Tensor, extent: int, sliding_window: int | None = None) -> torch.Tensor:
+def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> torch.Tensor:
     """Who sees whom when a step's slots are written behind `lengths_B` cached tokens.
 
     Column c of row b is cached token c for `c < lengths_B[b]`, and slot `c - lengths_B[b]` of this step from there on.
 
     Args:
         lengths_B: cached tokens per row.
-        extent: columns, the part of the cache that is read.
+        column_S: 0, 1, 2, .., the part of the cache that is read.
         sliding_window: positions that a query may look back, itself included; None for full attention.
 
     Returns:
-        bool `(B, 1, Q, extent)`, True where attention is allowed.
+        bool `(B, 1, Q, S)`, True where attention is allowed.
     """
-    column_S = torch.arange(extent, device=lengths_B.device)
-    slot_BS = column_S - lengths_B[:, None]
     position_BQ1 = (lengths_B[:, None] + layout.depth_Q)[..., None]
     if layout.is_chain:
         allowed_BQS = column_S <= position_BQ1
         column_position_BS = column_S[None]
     else:
+        slot_BS = column_S - lengths_B[:, None]
         safe_BS = slot_BS.clamp(0, layout.slots - 1)
         in_step_BS = (slot_BS >= 0) & (slot_BS < layout.slots)
         allowed_BQS = layout.sees_QQ[:, safe_BS].transpose(0, 1) & in_step_BS[:, None]
@@ -90,4 +93,4 @@ def attention_mask(layout: Layout, lengths_B: torch.Tensor, extent: int, sliding
 def chain_layout(length: int, device: torch.device) -> Layout:
     """A plain causal chain of `length` slots, as a prefill is; its `sees_QQ` is never needed and stays empty."""
     depth_Q = torch.arange(length, device=device)
-    return Layout((length - 1,), depth_Q, torch.empty(0, 0, dtype=torch.bool, device=device), depth_Q[None])
+    return Layout((length - 1,), depth_Q, torch.empty(0, 0, dtype=torch.bool, device=device), depth_Q[None], depth_Q, depth_Q[:1])

@@ -11,23 +11,27 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
 from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
-from jacobi_hf.decoding import Decoder, step_slots
+from jacobi_hf.decoding import Decoder
+from jacobi_hf.execution import Compiled, Eager, cannot_compile
 from jacobi_hf.frontier import Frontier, Scores, token_limit
 from jacobi_hf.layout import Layout, attention_mask
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
+from jacobi_hf.step import Step
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
+
+    from jacobi_hf.execution import Execution
 
 _REQUEST = "_jacobi_request"
 _HANDLED = {
@@ -234,11 +238,14 @@ class _Call:
             scores,
             one_by_one=not selector.is_vectorised,
         )
-        cache = self._open_cache()
+        execution = self._execution()
+        cache = self._open_cache(execution)
         hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
-        fills = bool(hands_out_cache or scores or logits)
+        fills = bool(hands_out_cache or scores or logits or not selector.is_vectorised)
         forward = _Forward(self._model, cache, prompt.total + self._limit - 1)
-        decoder = Decoder(forward, self._config, cache, prompt, selector, frontier, scores, logits, fills)
+        step = Step(self._config, cache, prompt.text_BL.shape[1] + self._limit)
+        step.open(prompt, self._limit, frontier.pad, frontier.eos_E, fills=fills)
+        decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution)
         try:
             decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
         finally:
@@ -258,8 +265,19 @@ class _Call:
             jacobi_stats=decoder.stats,
         )
 
-    def _open_cache(self) -> JacobiStaticCache:
-        capacity = self._prompt.total + self._limit + step_slots(self._config, self._limit)
+    def _execution(self) -> Execution:
+        """Compiled where the caller gave a `compile_config` (and no `disable_compile`) and the model allows it."""
+        wanted = self._generation_config.compile_config
+        if wanted is None or self._generation_config.disable_compile:
+            return Eager()
+        reason = cannot_compile(self._model)
+        if reason:
+            warnings.warn(f"compile_config is without effect: {reason}. The steps run uncompiled.", UserWarning, stacklevel=2)
+            return Eager()
+        return Compiled(self._model, self._config, wanted)
+
+    def _open_cache(self, execution: Execution) -> JacobiStaticCache:
+        capacity = self._prompt.total + self._limit + execution.slots(self._config, self._limit)
         cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
         if self._prompt.past and self._target is not None:
             cache.load(self._target, self._prompt.pad_B)
@@ -290,25 +308,26 @@ class _Forward:
     """
 
     def __init__(self, model: Any, cache: JacobiStaticCache, last_position: int) -> None:
-        self._model, self._cache, self._last_position = model, cache, last_position
+        self._model, self._cache, self._last_position = model, cache, torch.tensor(last_position, device=cache.lengths_B.device)
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
         self._masks = MaskBuilder(model.config, model.dtype)
 
     def __call__(
-        self, token_BQ: torch.Tensor | None, embeds_BQH: torch.Tensor | None, layout: Layout, longest: int, keep_BN: torch.Tensor | None
+        self,
+        token_BQ: torch.Tensor | None,
+        embeds_BQH: torch.Tensor | None,
+        layout: Layout,
+        column_S: torch.Tensor,
+        keep_BN: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`.
-
-        Args:
-            longest: most cached tokens of a row.
-        """
+        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `column_S` as `cache.columns` gives them."""
         cache = self._cache
-        extent = cache.open_step(layout.slots, longest)
+        cache.open_step(layout.slots, column_S)
         outputs = self._model(
             input_ids=None if token_BQ is None else token_BQ.to(self._device),
             inputs_embeds=embeds_BQH,
-            attention_mask=self._masks(lambda window: attention_mask(layout, cache.lengths_B, extent, window), self._device),
+            attention_mask=self._masks(lambda window: attention_mask(layout, cache.lengths_B, column_S, window), self._device),
             position_ids=(cache.lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
             past_key_values=cache,
             use_cache=True,

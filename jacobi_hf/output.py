@@ -21,6 +21,7 @@ class JacobiStats:
         drafted: guesses of the window that were sent to the model (and those that were confirmed there, `drafted_confirmed`).
         slots: positions computed in decoding forwards, per row of the batch.
         seconds_by_width: wall time of each decoding step, from one forward to the next, by the slots of its forward.
+        compiled_steps: shapes of steps that this call compiled; 0 when they were kept from an earlier call.
         prefill_seconds, decode_seconds: wall time of the call, split behind the prefill.
     """
 
@@ -32,6 +33,7 @@ class JacobiStats:
     drafted: int = 0
     drafted_confirmed: int = 0
     seconds_by_width: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    compiled_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 

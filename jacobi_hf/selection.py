@@ -87,6 +87,24 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     return scores.max(-1).indices
 
 
+def pick(scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The token of every slot, greedy without noise; and with noise, which slots had no distribution to sample from."""
+    if noise_BQV is None:
+        return best(scores_BQV), None
+    probability_BQV = scores_BQV.float().softmax(-1)
+    return best(probability_BQV / noise_BQV), probability_BQV.sum(-1).isnan()
+
+
+def check_samples(broken: bool) -> None:
+    """Refuse samples from what is no distribution, as `torch.multinomial` does.
+
+    Raises:
+        RuntimeError: `broken`.
+    """
+    if broken:
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+
 class Selector:
     """Scores and choices of a call to `generate`: its processors, its noise, its tokens seen so far.
 
@@ -127,23 +145,17 @@ class Selector:
 
     def choose(self, scores_BQV: torch.Tensor, index_BQ: torch.Tensor) -> torch.Tensor:
         """The token of every slot; `index_BQ` is the new-token index that each slot predicts."""
-        if self.noise is None:
-            return best(scores_BQV)
-        probability_BQV = scores_BQV.float().softmax(-1)
-        self._broken_BQ = probability_BQV.sum(-1).isnan()
-        return best(probability_BQV / self.noise.at(index_BQ))
+        choice_BQ, self._broken_BQ = pick(scores_BQV, None if self.noise is None else self.noise.at(index_BQ))
+        return choice_BQ
 
-    def check(self, path_BD: torch.Tensor, count_B: torch.Tensor) -> None:
-        """Refuse to commit samples from what is no distribution, as `torch.multinomial` does.
+    def check(self) -> None:
+        """Refuse tokens that were chosen from what is no distribution, as `torch.multinomial` does.
 
         Raises:
             RuntimeError: a score is NaN, or all scores of a token are -inf.
         """
-        if self._broken_BQ is None:
-            return
-        committed_BD = torch.arange(path_BD.shape[1], device=path_BD.device) < count_B[:, None]
-        if (self._broken_BQ.gather(1, path_BD) & committed_BD).any():
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        if self._broken_BQ is not None:
+            check_samples(bool(self._broken_BQ.any()))
 
     def commit(self, token_BN: torch.Tensor, count_B: torch.Tensor) -> None:
         """Note the first `count_B` of `token_BN` as part of each row."""
@@ -205,7 +217,9 @@ def confirmed(
     Returns:
         `(agrees_BSD, accepted_BS)`: agreement of each segment's guess at depths 1..D, and the length of its confirmed prefix.
     """
-    guess_BSD, chosen_BSD = token_BQ[:, layout.path_SD[:, 1:]], choice_BQ[:, layout.path_SD[:, :-1]]
-    depth_D = torch.arange(1, guess_BSD.shape[2] + 1, device=token_BQ.device)
-    agrees_BSD = (guess_BSD == chosen_BSD) & (depth_D <= length_BS[..., None])
+    if layout.is_chain:
+        guess_BSD, chosen_BSD = token_BQ[:, None, 1:], choice_BQ[:, None, :-1]
+    else:
+        guess_BSD, chosen_BSD = token_BQ[:, layout.path_SD[:, 1:]], choice_BQ[:, layout.path_SD[:, :-1]]
+    agrees_BSD = (guess_BSD == chosen_BSD) & (layout.offset_D[1:] <= length_BS[..., None])
     return agrees_BSD, agrees_BSD.long().cumprod(-1).sum(-1)

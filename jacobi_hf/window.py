@@ -20,16 +20,25 @@ class Window:
     Attributes:
         draft_BW: guesses, the first for index `generated_B`; `W = K * n`.
         end_B: first index behind the guesses.
+
+    Both keep their address. `columns` is the most new tokens of a row.
     """
 
-    def __init__(self, config: JacobiConfig, batch_size: int, device: torch.device) -> None:
+    def __init__(self, config: JacobiConfig, batch_size: int, columns: int, device: torch.device) -> None:
+        width = self.width_of(config)
         self._restarts = config.decoding == JACOBI
         self._block = config.jacobi_block_size
-        self._blocks = 1 if self._restarts else config.jacobi_max_blocks
+        self._blocks = width // self._block
         self._needed = math.ceil(config.jacobi_activation_ratio * self._block)
-        self._offset_W = torch.arange(self._blocks * self._block, device=device)
+        self._offset_W, self._offset_n = torch.arange(width, device=device), torch.arange(self._block, device=device)
+        self.scattered_T = scattered(torch.arange(columns + width, device=device))
         self.draft_BW = torch.zeros(batch_size, len(self._offset_W), dtype=torch.long, device=device)
         self.end_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    @staticmethod
+    def width_of(config: JacobiConfig) -> int:
+        """Most guesses that a window of this config holds."""
+        return config.jacobi_block_size * (1 if config.decoding == JACOBI else config.jacobi_max_blocks)
 
     def append_blocks(self, before_B: torch.Tensor, generated_B: torch.Tensor, agrees_BD: torch.Tensor) -> None:
         """Move `end_B` on after a step that brought a row from `before_B` to `generated_B` tokens.
@@ -39,15 +48,15 @@ class Window:
         """
         n = self._block
         if self._restarts:  # a finished block is followed by the next one only when the first token of that is verified
-            self.end_B = -(-generated_B // n) * n
+            self.end_B.copy_(-(-generated_B // n) * n)
             return
         front_B = generated_B // n * n
         if self._needed == 0 or not self._blocks:
-            self.end_B = front_B + self._blocks * n
+            self.end_B.copy_(front_B + self._blocks * n)
             return
         end_B = torch.maximum(self.end_B, front_B)
         end_B = torch.where(end_B == front_B, end_B + n, end_B)
-        index_Bn = end_B[:, None] - n + torch.arange(n, device=end_B.device)
+        index_Bn = end_B[:, None] - n + self._offset_n
         depth_Bn = index_Bn - before_B[:, None]
         agrees_Bn = index_Bn < generated_B[:, None]
         if agrees_BD.shape[1]:
@@ -55,7 +64,7 @@ class Window:
             agrees_Bn = agrees_Bn | (within_Bn & agrees_BD.gather(1, depth_Bn.clamp(0, agrees_BD.shape[1] - 1)))
         run_B = agrees_Bn.long().cumprod(1).sum(1)
         appends_B = (run_B >= self._needed) & (end_B - front_B < self._blocks * n)
-        self.end_B = torch.where(appends_B, end_B + n, end_B)
+        self.end_B.copy_(torch.where(appends_B, end_B + n, end_B))
 
     def redraft(
         self,
@@ -72,12 +81,15 @@ class Window:
             choices: `(choice_BD, length_B)`, best first: `choice_BD[:, d]` is the choice for the d-th token behind the former
                 pending one, and there is one for `d <= length_B`.
         """
+        if not len(self._offset_W):
+            return
         depth_BW = count_B[:, None] + self._offset_W
-        self.draft_BW = ids_of_the_text(generated_B[:, None] + self._offset_W, text_BL, text_length_B[:, None])
+        draft_BW = text_BL.gather(1, self.scattered_T[generated_B[:, None] + self._offset_W] % text_length_B[:, None])
         for choice_BD, length_B in reversed(choices):
             last = choice_BD.shape[1] - 1
             known_BW = depth_BW <= length_B.clamp(max=last)[:, None]
-            self.draft_BW = torch.where(known_BW, choice_BD.gather(1, depth_BW.clamp(max=last)), self.draft_BW)
+            draft_BW = torch.where(known_BW, choice_BD.gather(1, depth_BW.clamp(max=last)), draft_BW)
+        self.draft_BW.copy_(draft_BW)
 
 
 def ids_of_the_text(index_BW: torch.Tensor, text_BL: torch.Tensor, text_length_BW: torch.Tensor) -> torch.Tensor:
@@ -87,6 +99,11 @@ def ids_of_the_text(index_BW: torch.Tensor, text_BL: torch.Tensor, text_length_B
         index_BW: new-token indices to fill.
         text_BL: prompt and output so far, of which the first `text_length_BW` ids count, per row or per index.
     """
-    mixed = (index_BW * 2654435761 + 974711) & 0x7FFFFFFF
+    return text_BL.gather(1, scattered(index_BW) % text_length_BW)
+
+
+def scattered(index: torch.Tensor) -> torch.Tensor:
+    """A hash of each index, in 31 bits."""
+    mixed = (index * 2654435761 + 974711) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0x7FFFFFFF
-    return text_BL.gather(1, (mixed ^ (mixed >> 13)) % text_length_BW)
+    return mixed ^ (mixed >> 13)

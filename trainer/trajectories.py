@@ -414,17 +414,18 @@ class _Blocks:
         position_BQ = self._length_B[:, None] + index_BQ
         block_BQ = index_BQ // n
         clean_BQ = self._length_B[:, None] + block_BQ * n + wrong_BT.gather(1, block_BQ)  # clean tokens in front of each slot's block
-        extent = self._cache.open_step(index_BQ.shape[1], columns)
+        column_S = self._cache.columns(index_BQ.shape[1], columns)
+        self._cache.open_step(index_BQ.shape[1], column_S)
 
         def mask(window: int | None) -> torch.Tensor:
-            column_C = torch.arange(columns, device=index_BQ.device)
+            column_C = column_S[:columns]
             clean_BQC = column_C < clean_BQ[..., None]
             own_BQQ = (block_BQ[..., None] == block_BQ[:, None]) & (index_BQ[..., None] >= index_BQ[:, None]) & used_BQ[:, None]
             if window is not None:
                 clean_BQC &= column_C > position_BQ[..., None] - window
                 own_BQQ &= index_BQ[:, None] > index_BQ[..., None] - window
             allowed_BQS = torch.cat([clean_BQC, own_BQQ], -1)
-            return torch.nn.functional.pad(allowed_BQS, (0, extent - allowed_BQS.shape[-1]))[:, None]
+            return torch.nn.functional.pad(allowed_BQS, (0, len(column_S) - allowed_BQS.shape[-1]))[:, None]
 
         outputs = self.model(
             input_ids=self._state_BTn.view(len(index_BQ), -1).gather(1, index_BQ),

@@ -20,11 +20,12 @@ def test_rows_hold_exactly_what_was_committed(counts):
     cache = JacobiStaticCache(model.config, 2, 40, torch.device("cpu"))
     kept = [[], []]
     for count in counts:
-        extent = cache.open_step(4, int(cache.lengths_B.max()))
+        column_S = cache.columns(4, int(cache.lengths_B.max()))
+        cache.open_step(4, column_S)
         keys = states(2, 2, 4, 8)
         for layer in range(len(cache.layers)):
             read, _ = cache.update(keys, keys + 1, layer)
-            assert read.shape[2] == extent
+            assert read.shape[2] == len(column_S)
         cache.commit(torch.tensor(count))
         for row in (0, 1):
             kept[row] += keys[row, :, : count[row]].unbind(1)
@@ -37,7 +38,7 @@ def test_rows_hold_exactly_what_was_committed(counts):
 def test_a_branch_is_moved_to_the_front():
     cache = JacobiStaticCache(tiny_model("qwen3").config, 2, 32, torch.device("cpu"))
     cache.lengths_B += torch.tensor([3, 5])
-    cache.open_step(6, 5)
+    cache.open_step(6, cache.columns(6, 5))
     keys = states(2, 2, 6, 8)
     for layer in range(len(cache.layers)):
         cache.update(keys, keys, layer)
@@ -70,7 +71,7 @@ def test_rows_of_a_padded_cache_are_taken_over_as_far_as_they_fit(pads, capacity
 def test_a_step_that_does_not_fit_is_refused_before_it_is_written():
     cache = JacobiStaticCache(tiny_model("qwen3").config, 1, 8, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="does not fit"):
-        cache.open_step(9, 0)
+        cache.columns(9, 0)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-sliding", "qwen2-sliding"])

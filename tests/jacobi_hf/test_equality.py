@@ -109,19 +109,22 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
 @hypothesis.given(case=cases())
 @hypothesis.settings(max_examples=40)
 def test_a_step_accepts_at_least_what_its_window_alone_would(case: Case) -> None:
-    from jacobi_hf.decoding import Decoder
+    from jacobi_hf.step import Step
 
-    commit = Decoder._commit
+    accept, steps = Step.accept, []
 
-    def watch(self, slots, verdict):
-        width_B = torch.minimum(verdict.accepted_BS[:, 0] + 1, self._frontier.limit - self._generated_B)
-        if self._selector.is_vectorised:
-            best_B = verdict.accepted_BS.max(1).values
-            assert torch.equal(verdict.accepted_BS.gather(1, verdict.best_B[:, None])[:, 0], best_B)
-            going = ~self._halted_B & ~verdict.at_eos_B
-            assert (verdict.count_B >= width_B)[going].all()
-        commit(self, slots, verdict)
+    def watch(self, slots, *rest, **options):
+        verdict = accept(self, slots, *rest, **options)
+        width_B = torch.minimum(verdict.accepted_BS[:, 0] + 1, self._limit - self.generated_B)
+        best_B = verdict.accepted_BS.max(1).values
+        assert torch.equal(verdict.accepted_BS.gather(1, verdict.best_B[:, None])[:, 0], best_B)
+        going = ~self.halted_B & ~verdict.at_eos_B
+        assert (verdict.count_B >= width_B)[going].all()
+        steps.append(verdict)
+        return verdict
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "_commit", watch)
-        case.generate(**case.knobs)
+        patch.setattr(Step, "accept", watch)
+        output, _ = case.generate(**case.knobs)
+    if case.returns_dict and steps:
+        assert len(steps) == output.jacobi_stats.forwards

@@ -1,0 +1,155 @@
+"""How a step runs: as it stands, or compiled (`compile_config`), with the compiled steps kept for the model's next call."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+
+from jacobi_hf.step import Widths, candidate_sources, step_slots
+from jacobi_hf.window import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import CompileConfig
+
+    from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.layout import Layout
+    from jacobi_hf.selection import Selector
+    from jacobi_hf.step import Forward, Step
+
+_kept: WeakKeyDictionary[Any, dict[Any, Callable[..., None]]] = WeakKeyDictionary()
+
+
+def clear_graphs(model: Any) -> None:
+    """Forget the compiled steps of a model; the next call that wants them compiles anew."""
+    _kept.pop(model, None)
+
+
+def cannot_compile(model: Any) -> str | None:
+    """What about a model forbids compiling it as one graph."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model is spread over several devices"
+    if any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()):
+        return "a module of the model has forward hooks"
+    quantizer = getattr(model, "hf_quantizer", None)
+    return "its quantisation cannot be compiled" if quantizer is not None and not quantizer.is_compileable else None
+
+
+class Execution(Protocol):
+    """What the decoder asks of a way to run steps; `compiled` counts the steps that a call compiled."""
+
+    compiled: int
+
+    def slots(self, config: JacobiConfig, limit: int) -> int:
+        """Most slots of a step of a call for at most `limit` tokens."""
+
+    def widths(self, widths: Widths) -> Widths:
+        """The shape in which a step that needs `widths` runs."""
+
+    def run(
+        self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
+        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+    ) -> None:  # fmt: skip
+        """One step; see `Step.run`."""
+
+
+class Eager:
+    """Every operation of a step as it comes, with shapes as small as the step needs."""
+
+    compiled = 0
+
+    def slots(self, config: JacobiConfig, limit: int) -> int:
+        """Most slots of a step of a call for at most `limit` tokens."""
+        return step_slots(config, limit)
+
+    def widths(self, widths: Widths) -> Widths:
+        """The shape in which a step that needs `widths` runs."""
+        return widths
+
+    def run(
+        self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
+        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+    ) -> None:  # fmt: skip
+        """One step; see `Step.run`."""
+        may_look = column_S.device.type == "cpu"  # at the host's own memory
+        step.run(forward, selector, widths, layout, column_S, noise_BQV, text_columns, some_halted=some_halted, may_look=may_look)
+
+
+class Compiled:
+    """Whole steps through `torch.compile`, one for each of few shapes, whatever the lengths of texts and cache.
+
+    Args:
+        model: whose steps these are.
+        config: how drafts are made, for the shapes.
+        options: backend and mode; a step is always one graph.
+
+    Attributes:
+        compiled: steps that this call compiled.
+    """
+
+    PARTS = 4  # widths of the window, as parts of its greatest
+
+    def __init__(self, model: Any, config: JacobiConfig, options: CompileConfig) -> None:
+        self._backend, self._mode = options.backend, options.mode
+        self._known, self._is_marked = _kept.setdefault(model, {}), False
+        self._window = Window.width_of(config)
+        self._sources = [(s.branches, s.length) for s in candidate_sources(config, 1, torch.device("cpu"))]
+        self.compiled = 0
+
+    def slots(self, config: JacobiConfig, limit: int) -> int:
+        """Most slots of a step, whatever the limit."""
+        return step_slots(config)
+
+    def widths(self, widths: Widths) -> Widths:
+        """The window in quarters of its full width; of each source all branches at full length, or none."""
+        part = max(1, -(-self._window // self.PARTS))
+        window = min(self._window, -(-widths.window // part) * part)
+        used, branches = list(widths.branches), []
+        for number, length in self._sources:
+            branches += [length if any(used[:number]) else 0] * number
+            del used[:number]
+        return Widths(window, tuple(branches))
+
+    def run(
+        self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
+        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+    ) -> None:  # fmt: skip
+        """One step; `text_columns` and `some_halted` are not looked at, so that they change nothing in what is compiled."""
+        processors = tuple((type(p), repr(sorted(vars(p).items(), key=str))) for p in selector.processors)
+        key = (widths, step.kind, noise_BQV is None, processors, self._backend, self._mode)
+        if key not in self._known:
+            function = _of_its_own(_whole_step)
+            self._known[key] = torch.compile(function, backend=self._backend, mode=self._mode, fullgraph=True, dynamic=False)
+            self.compiled += 1
+        if not self._is_marked:
+            _mark_lengths(step)
+            self._is_marked = True
+        column_S = column_S.view(-1)
+        torch._dynamo.mark_dynamic(column_S, 0)
+        self._known[key](step, forward, selector, widths, layout, column_S, noise_BQV)
+
+
+def _whole_step(
+    step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
+    noise_BQV: torch.Tensor | None,
+) -> None:  # fmt: skip
+    step.run(forward, selector, widths, layout, column_S, noise_BQV)
+
+
+def _mark_lengths(step: Step) -> None:
+    """Tell the compiler which sizes change from call to call: those that follow from the lengths of prompt and output."""
+    torch._dynamo.mark_dynamic(step.text_BL, 1)
+    torch._dynamo.mark_dynamic(step.window.scattered_T, 0)
+    torch._dynamo.mark_dynamic(step.cache.column_C, 0)
+    for layer in step.cache.layers:
+        torch._dynamo.mark_dynamic(layer.keys, 2)
+        torch._dynamo.mark_dynamic(layer.values, 2)
+
+
+def _of_its_own(function: Any) -> Any:
+    """A copy with a code object of its own: torch.compile keeps (and limits, and searches) what it compiled by code object."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

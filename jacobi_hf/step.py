@@ -1,0 +1,293 @@
+"""One decoding step: forward, select, accept, commit, redraft.
+
+All of it is tensor operations over buffers that keep their address from step to step. What shapes depend on (`Widths`) is the host's
+choice, and nothing goes to the host in between, so that a step can run as it stands, compiled, or captured.
+
+Shapes: B rows, P prompt columns, Q slots of a step, W window guesses, S segments, D depths (1 + the longest segment), C branches, V ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from jacobi_hf.config import MULTIBLOCK, JacobiConfig
+from jacobi_hf.pool import CandidateSource, NgramLookup, NgramPool, Rejection, Text
+from jacobi_hf.selection import confirmed, pick
+from jacobi_hf.window import Window
+
+if TYPE_CHECKING:
+    from jacobi_hf.cache import JacobiStaticCache
+    from jacobi_hf.layout import Layout
+    from jacobi_hf.prompt import Prompt
+    from jacobi_hf.selection import Selector
+
+Forward = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The shape of a step.
+
+    Attributes:
+        window: guesses of the window that are sent.
+        branches: tokens of every branch that are sent; a branch of 0 is left out.
+    """
+
+    window: int
+    branches: tuple[int, ...]
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Tokens of each segment that is there, as a layout wants them."""
+        return (self.window, *filter(None, self.branches))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What goes into one forward.
+
+    Attributes:
+        layout: where each slot sits.
+        token_BQ: pending token, window, branches.
+        length_BS: valid guesses of each segment.
+    """
+
+    layout: Layout
+    token_BQ: torch.Tensor
+    length_BS: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of it.
+
+    Attributes:
+        choice_BQ: the model's token at every slot.
+        agrees_BSD, accepted_BS: as `selection.confirmed` returns them.
+        best_B: the segment that each row follows.
+        path_BD: its slots by depth.
+        run_BD: the choices along it, of which the first `count_B` are committed.
+        at_eos_B: whether the row's last committed token ends it.
+        broken_B: whether a committed token was sampled from what is no distribution; None for greedy decoding.
+    """
+
+    choice_BQ: torch.Tensor
+    agrees_BSD: torch.Tensor
+    accepted_BS: torch.Tensor
+    best_B: torch.Tensor
+    path_BD: torch.Tensor
+    run_BD: torch.Tensor
+    count_B: torch.Tensor
+    at_eos_B: torch.Tensor
+    broken_B: torch.Tensor | None = None
+
+
+def candidate_sources(config: JacobiConfig, batch_size: int, device: torch.device) -> list[CandidateSource]:
+    """The sources of branches that a config asks for."""
+    sources: list[CandidateSource] = []
+    if config.decoding == MULTIBLOCK and config.jacobi_lookup_tokens:
+        sources.append(NgramLookup(config.jacobi_lookup_tokens))
+    if config.decoding == MULTIBLOCK and config.jacobi_pool_size and config.jacobi_max_blocks:
+        sources.append(NgramPool(config.jacobi_pool_size, config.jacobi_branch_length, batch_size, device))
+    return sources
+
+
+def step_slots(config: JacobiConfig, limit: int | None = None) -> int:
+    """Most slots of one forward (that is to yield at most `limit` tokens): pending token, window and branches."""
+    sources = candidate_sources(config, 1, torch.device("cpu"))
+    lengths = [Window.width_of(config), *(s.length for s in sources for _ in range(s.branches))]
+    return 1 + sum(length if limit is None else min(length, limit) for length in lengths)
+
+
+class Step:
+    """The state of all rows, and the step that moves them on.
+
+    Args:
+        config: how to draft.
+        cache: keys and values of everything committed but the pending token.
+        columns: tokens that a row's text can have, prompt included.
+
+    Attributes:
+        generated_B: new tokens of each row, the pending one included.
+        halted_B: rows behind their end token.
+        text_BL: prompt and new tokens without pads, of which `length_B` count; new ones begin at `start_B`, the last one is pending.
+        width_B, token_BCL, length_BC: valid guesses of the window; tokens and valid lengths of the branches, per source.
+        report_BN: what the host is told after a step: new tokens, guesses of the next window, whether the row's last token ends it,
+            tokens committed, segment followed, guesses confirmed in the window, whether sampling broke, valid tokens of each branch.
+        names: the source of each branch.
+    """
+
+    REPORTED = 7  # columns of a report before those of the branches
+
+    def __init__(self, config: JacobiConfig, cache: JacobiStaticCache, columns: int) -> None:
+        device, batch = cache.lengths_B.device, len(cache.lengths_B)
+        self.cache = cache
+        self.window = Window(config, batch, columns, device)
+        self.sources = candidate_sources(config, batch, device)
+        self.names = [source.name for source in self.sources for _ in range(source.branches)]
+        slack = 1 + max([self.window.draft_BW.shape[1], *(source.length for source in self.sources)])
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        self.generated_B, self.length_B, self.start_B, self.width_B = zeros(batch), zeros(batch), zeros(batch), zeros(batch)
+        self.halted_B = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.text_BL = zeros(batch, columns + slack)
+        self._branches = [(zeros(batch, s.branches, s.length), zeros(batch, s.branches)) for s in self.sources]
+        self._limit, self._pad, self._eos_E, self._fills = zeros(), zeros(), zeros(0), False
+        self.report_BN = zeros(batch, self.REPORTED + len(self.names))
+
+    def open(self, prompt: Prompt, limit: int, pad: int, eos_E: torch.Tensor, *, fills: bool) -> None:
+        """Begin a call.
+
+        Args:
+            limit: most new tokens.
+            pad: what follows a finished row; eos_E: ids that end one.
+            fills: whether finished rows are decoded on, as pads.
+        """
+        self.text_BL[:, : prompt.text_BL.shape[1]] = prompt.text_BL
+        self.start_B.copy_(prompt.text_length_B)
+        self.length_B.copy_(prompt.text_length_B)
+        self._limit.fill_(limit)
+        self._pad.fill_(pad)
+        self._eos_E, self._fills = eos_E, fills
+
+    @property
+    def pending_B1(self) -> torch.Tensor:
+        """The last token of each row, which the cache does not hold yet."""
+        return self.text_BL.gather(1, self.length_B[:, None] - 1)
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """What one call's step has different from another's: rows, end tokens, whether finished rows are decoded on."""
+        return len(self.generated_B), len(self._eos_E), self._fills
+
+    def run(
+        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor, noise_BQV: torch.Tensor | None,
+        text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False,
+    ) -> None:  # fmt: skip
+        """A whole step of a call that wants its tokens alone.
+
+        Args:
+            forward, layout, column_S: as in `Decoder`, for `widths.segments`.
+            selector: vectorised.
+            noise_BQV: of the new-token index of each slot, to sample.
+            text_columns, some_halted, may_look: as in `advance`.
+        """
+        slots = self.slots(widths, layout)
+        scores_BQV = forward(slots.token_BQ, None, layout, column_S, None)
+        if selector.processors:
+            scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
+        verdict = self.accept(slots, scores_BQV, noise_BQV, some_halted=some_halted)
+        self.advance(slots, verdict, text_columns, some_halted=some_halted, may_look=may_look)
+        selector.commit(verdict.run_BD, verdict.count_B)
+
+    def slots(self, widths: Widths, layout: Layout) -> Slots:
+        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.segments`."""
+        tokens, lengths = [self.pending_B1, self.window.draft_BW[:, : widths.window]], [self.width_B]
+        branches = [(token_BCL[:, c], length_BC[:, c]) for token_BCL, length_BC in self._branches for c in range(token_BCL.shape[1])]
+        for (token_BL, length_B), used in zip(branches, widths.branches, strict=True):
+            if used:
+                tokens.append(token_BL[:, :used])
+                lengths.append(length_B)
+        return Slots(layout, torch.cat(tokens, 1), torch.stack(lengths, 1) if len(lengths) > 1 else self.width_B[:, None])
+
+    def accept(self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_halted: bool = True) -> Verdict:
+        """All slots at once; the segment with the longest confirmed prefix wins."""
+        layout = slots.layout
+        choice_BQ, broken_BQ = pick(scores_BQV, noise_BQV)
+        if some_halted:
+            choice_BQ = torch.where(self.halted_B[:, None], self._pad, choice_BQ)
+        agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
+        if layout.is_chain:
+            best_B, path_BD, run_BD, accepted_B = torch.zeros_like(self.generated_B), layout.path_SD, choice_BQ, accepted_BS[:, 0]
+        else:
+            # Of equals the window wins: nothing has to be moved.
+            rank_S = layout.rank_S
+            best_B = (accepted_BS * len(rank_S) - rank_S).max(1).indices
+            path_BD = layout.path_SD[best_B]
+            run_BD = choice_BQ.gather(1, path_BD)
+            accepted_B = accepted_BS.gather(1, best_B[:, None])[:, 0]
+        count_B, at_eos_B = self._cut(run_BD, accepted_B + 1, some_halted=some_halted)
+        broken_B = None
+        if broken_BQ is not None:
+            committed_BD = torch.arange(run_BD.shape[1], device=run_BD.device) < count_B[:, None]
+            broken_B = (broken_BQ.gather(1, path_BD.expand_as(run_BD)) & committed_BD).any(1)
+        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, run_BD, count_B, at_eos_B, broken_B)
+
+    def _cut(self, run_BD: torch.Tensor, count_B: torch.Tensor, *, some_halted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """End the run behind its first end token and at the limit; finished rows stand still unless they are to be filled."""
+        count_B = torch.minimum(count_B, self._limit - self.generated_B)
+        at_eos_B = self.halted_B
+        if len(self._eos_E):
+            is_end_B, first_B = (run_BD[..., None] == self._eos_E).any(-1).max(1)
+            ends_B = is_end_B & (first_B < count_B)
+            if some_halted:
+                ends_B = ends_B & ~self.halted_B
+            count_B = torch.where(ends_B, first_B + 1, count_B)
+            at_eos_B = at_eos_B | ends_B
+        if some_halted and not self._fills:
+            count_B = count_B.masked_fill(self.halted_B, 0)
+        return count_B, at_eos_B
+
+    def advance(
+        self, slots: Slots, verdict: Verdict, text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False
+    ) -> None:
+        """Make the run part of every row, draft anew, and report.
+
+        Args:
+            text_columns: how much of the text may be in use; all of it by default.
+            some_halted: False where the host knows that no row has halted before this step.
+            may_look: whether the host may be asked for a value in between, where that saves work.
+        """
+        run_BD, count_B = verdict.run_BD, verdict.count_B
+        moves = not slots.layout.is_chain and not (may_look and not bool(((verdict.best_B > 0) & (count_B > 1)).any()))
+        self.cache.commit(count_B, verdict.path_BD if moves else None)
+        # What is behind `count_B` is written over before it counts.
+        self.text_BL.scatter_(1, self.length_B[:, None] + slots.layout.offset_D, run_BD)
+        self.length_B += count_B
+        generated_B = self.generated_B + count_B
+        self._redraft(slots, verdict, generated_B, text_columns)
+        self.generated_B.copy_(generated_B)
+        self.halted_B.copy_(verdict.at_eos_B)
+        self.measure(some_halted=some_halted)
+        self._report(verdict)
+
+    def _redraft(self, slots: Slots, verdict: Verdict, generated_B: torch.Tensor, text_columns: int | None) -> None:
+        """The next window and the next branches."""
+        window, width = self.window, slots.layout.lengths[0]
+        window.append_blocks(self.generated_B, generated_B, verdict.agrees_BSD[:, 0])
+        window_choice_BD, window_length_B = verdict.choice_BQ[:, : width + 1], slots.length_BS[:, 0]
+        choices = [(window_choice_BD, window_length_B)]
+        if not slots.layout.is_chain:
+            choices.insert(0, (verdict.run_BD, slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0]))
+        text = Text(self.text_BL if text_columns is None else self.text_BL[:, :text_columns], self.length_B)
+        window.redraft(generated_B, verdict.count_B, choices, text.ids_BL, text.length_B)
+        rejection = Rejection(slots.token_BQ[:, : width + 1], window_choice_BD, verdict.accepted_BS[:, 0], window_length_B)
+        for source, (token_BCL, length_BC) in zip(self.sources, self._branches, strict=True):
+            if width:
+                source.learn(rejection)
+            tokens, lengths = source.propose(text)
+            token_BCL.copy_(tokens)
+            length_BC.copy_(lengths)
+
+    def measure(self, *, some_halted: bool = True) -> None:
+        """Clip window and branches to what the limit leaves room for; guesses of rows that have halted are pads."""
+        window, halted_B1 = self.window, self.halted_B[:, None]
+        room_B = (self._limit - 1 - self.generated_B).clamp(min=0)
+        width_B = torch.minimum((window.end_B - self.generated_B).clamp(min=0), room_B)
+        if some_halted:
+            window.draft_BW.copy_(torch.where(halted_B1, self._pad, window.draft_BW))
+            width_B = torch.where(self.halted_B, room_B.clamp(max=window.draft_BW.shape[1]), width_B)
+        self.width_B.copy_(width_B)
+        for _, length_BC in self._branches:
+            length_BC.copy_(torch.minimum(length_BC, room_B[:, None]).masked_fill(halted_B1, 0))
+
+    def _report(self, verdict: Verdict) -> None:
+        broken_B = torch.zeros_like(self.halted_B) if verdict.broken_B is None else verdict.broken_B
+        columns = [self.generated_B, self.width_B, self.halted_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0], broken_B]
+        self.report_BN = torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import jacobi_hf
+from tests.models import VOCAB, fresh_model, tiny_model
+
+# Traces and functionalises as inductor does, without the minutes of a C++ compiler.
+TRACED = CompileConfig(backend="aot_eager", mode=None)
+BOTH = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 2, "jacobi_branch_length": 3}
+SETTINGS = {
+    "jacobi": {"decoding": "jacobi", "jacobi_block_size": 4},
+    "window": {"jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_pool_size": 0},
+    "lookup alone": {"jacobi_max_blocks": 0, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 0},
+    "both": BOTH,
+    "late blocks": {**BOTH, "jacobi_activation_ratio": 0.5},
+}
+CALLS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 10, "repetition_penalty": 1.2},
+    "ends": {"do_sample": False, "eos_token_id": list(range(1, 9))},
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    for kind in ("qwen3", "qwen2-sliding"):
+        jacobi_hf.clear_graphs(tiny_model(kind))
+
+
+def prompt(rows, columns, seed=0, alphabet=6):
+    return torch.randint(1, alphabet, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, ids, **arguments):
+    torch.manual_seed(5)
+    arguments = {"decoding": "jacobi_multiblock", "pad_token_id": 0, "max_new_tokens": 24, **arguments}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **arguments)
+
+
+def counts(stats):
+    return stats.forwards, stats.new_tokens, stats.row_forwards, stats.accepted_lengths, stats.accepted_from
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "call"),
+    [
+        ("qwen3", "window", "sampled"), ("qwen2-sliding", "both", "greedy"), ("qwen3", "lookup alone", "ends"),
+        ("qwen2-sliding", "jacobi", "ends"), ("qwen3", "late blocks", "sampled"),
+    ],
+)  # fmt: skip
+def test_compiled_steps_give_the_same_tokens_statistics_and_cache(kind, setting, call):
+    model, ids, arguments = tiny_model(kind), prompt(2, 7), {**SETTINGS[setting], **CALLS[call]}
+    plain, compiled = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=TRACED)
+    assert torch.equal(plain.sequences, compiled.sequences)
+    assert counts(plain.jacobi_stats) == counts(compiled.jacobi_stats)
+    assert plain.jacobi_stats.compiled_steps == 0
+    assert compiled.jacobi_stats.compiled_steps > 0
+    for a, b in zip(plain.past_key_values.layers, compiled.past_key_values.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
+
+
+def test_inductor_gives_the_same_tokens():
+    model, ids = tiny_model("qwen3"), prompt(1, 7)
+    arguments = {"do_sample": False, **SETTINGS["lookup alone"]}
+    assert torch.equal(
+        generate(model, ids, **arguments).sequences, generate(model, ids, **arguments, compile_config=CompileConfig()).sequences
+    )
+
+
+def test_other_lengths_and_prompts_compile_nothing():
+    """Over calls of many lengths, with two batch sizes, each shape of a step is compiled once, whatever is in it."""
+    model = tiny_model("qwen3")
+    arguments = {"do_sample": False, "compile_config": TRACED, **SETTINGS["window"]}
+    shapes = set()
+    for call in range(40):
+        rows = 1 + call % 2
+        output = generate(model, prompt(rows, 1 + 7 * call % 40, seed=call, alphabet=VOCAB), **arguments, max_new_tokens=1 + 11 * call % 90)
+        new = {(rows, width) for width in output.jacobi_stats.slots_by_width} - shapes
+        shapes |= new
+        assert output.jacobi_stats.compiled_steps == len(new)
+        if call == 0:
+            counters.clear()
+    assert len(shapes) <= 10
+    # The first call's shapes were compiled before the counters were cleared.
+    assert counters["stats"]["unique_graphs"] <= len(shapes)
+
+
+def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
+    first, second, ids = fresh_model("qwen3"), fresh_model("qwen3"), prompt(1, 5)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    arguments = {"do_sample": False, **SETTINGS["window"]}
+    for model in (first, second):
+        assert generate(model, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps > 0
+        assert generate(model, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps == 0
+        assert torch.equal(generate(model, ids, **arguments).sequences, generate(model, ids, **arguments, compile_config=TRACED).sequences)
+    jacobi_hf.clear_graphs(first)
+    assert generate(first, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps > 0
+    assert generate(second, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps == 0
+    copy.deepcopy(first)
+    gone = weakref.ref(second)
+    jacobi_hf.clear_graphs(second)
+    del second, model
+    gc.collect()
+    assert gone() is None
+
+
+def test_hooks_and_disable_compile_leave_steps_as_they_are():
+    model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["window"]}
+    plain = generate(model, ids, **arguments)
+    output = generate(model, ids, **arguments, compile_config=TRACED, disable_compile=True)
+    assert output.jacobi_stats.compiled_steps == 0
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+        output = generate(model, ids, **arguments, compile_config=TRACED)
+    handle.remove()
+    assert output.jacobi_stats.compiled_steps == 0
+    assert torch.equal(plain.sequences, output.sequences)
+
+
+def test_who_wants_more_than_tokens_gets_it_uncompiled():
+    model, ids = tiny_model("qwen3"), prompt(2, 5)
+    output = generate(model, ids, do_sample=False, **BOTH, compile_config=TRACED, output_scores=True)
+    assert output.jacobi_stats.compiled_steps == 0
+    assert len(output.scores) == 24
