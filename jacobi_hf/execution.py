@@ -122,7 +122,7 @@ class Compiled:
         processors = tuple((type(p), repr(sorted(vars(p).items(), key=str))) for p in selector.processors)
         key = (widths, step.kind, noise_BQV is None, processors, self._backend, self._mode)
         if key not in self._known:
-            function = _of_its_own(_whole_step)
+            function = of_its_own(_whole_step)
             self._known[key] = torch.compile(function, backend=self._backend, mode=self._mode, fullgraph=True, dynamic=False)
             self.compiled += 1
         if not self._is_marked:
@@ -150,6 +150,6 @@ def _mark_lengths(step: Step) -> None:
         torch._dynamo.mark_dynamic(layer.values, 2)
 
 
-def _of_its_own(function: Any) -> Any:
-    """A copy with a code object of its own: torch.compile keeps (and limits, and searches) what it compiled by code object."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+def of_its_own(function: Any) -> Any:
+    """A copy with a code object of its own: torch.compile keeps what it compiled, and limits and searches it, by code object."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__)

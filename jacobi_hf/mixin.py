@@ -322,19 +322,31 @@ class _Forward:
         keep_BN: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `column_S` as `cache.columns` gives them."""
-        cache = self._cache
-        cache.open_step(layout.slots, column_S)
-        outputs = self._model(
-            input_ids=None if token_BQ is None else token_BQ.to(self._device),
-            inputs_embeds=embeds_BQH,
-            attention_mask=self._masks(lambda window: attention_mask(layout, cache.lengths_B, column_S, window), self._device),
-            position_ids=(cache.lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=0 if keep_BN is None else keep_BN.to(self._device),
-            return_dict=True,
-        )
-        return outputs.logits.to(cache.lengths_B.device)
+        self._cache.open_step(layout.slots, column_S)
+        outputs = self._model(**self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN))
+        logits: torch.Tensor = outputs.logits.to(self._cache.lengths_B.device)
+        return logits
+
+    def arguments(
+        self,
+        token_BQ: torch.Tensor | None,
+        embeds_BQH: torch.Tensor | None,
+        layout: Layout,
+        column_S: torch.Tensor,
+        keep_BN: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """What the model is called with."""
+        lengths_B = self._cache.lengths_B
+        return {
+            "input_ids": None if token_BQ is None else token_BQ.to(self._device),
+            "inputs_embeds": embeds_BQH,
+            "attention_mask": self._masks(lambda window: attention_mask(layout, lengths_B, column_S, window), self._device),
+            "position_ids": (lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
+            "past_key_values": self._cache,
+            "use_cache": True,
+            "logits_to_keep": 0 if keep_BN is None else keep_BN.to(self._device),
+            "return_dict": True,
+        }
 
 
 _registered: list[type] = []

@@ -222,4 +222,8 @@ def confirmed(
     else:
         guess_BSD, chosen_BSD = token_BQ[:, layout.path_SD[:, 1:]], choice_BQ[:, layout.path_SD[:, :-1]]
     agrees_BSD = (guess_BSD == chosen_BSD) & (layout.offset_D[1:] <= length_BS[..., None])
-    return agrees_BSD, agrees_BSD.long().cumprod(-1).sum(-1)
+    if not agrees_BSD.shape[-1]:
+        return agrees_BSD, torch.zeros_like(length_BS)
+    # The place of the first guess that does not agree; behind the last one where all do.
+    place_D = layout.offset_D[:-1].expand_as(agrees_BSD)
+    return agrees_BSD, place_D.masked_fill(agrees_BSD, layout.offset_D.shape[0] - 1).amin(-1)

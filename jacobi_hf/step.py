@@ -134,7 +134,7 @@ class Step:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
-        self.generated_B, self.length_B, self.start_B, self.width_B = zeros(batch), zeros(batch), zeros(batch), zeros(batch)
+        self.generated_B, self.length_B, self.start_B, self.width_B, self._none_B = (zeros(batch) for _ in range(5))
         self.halted_B = torch.zeros(batch, dtype=torch.bool, device=device)
         self.text_BL = zeros(batch, columns + slack)
         self._branches = [(zeros(batch, s.branches, s.length), zeros(batch, s.branches)) for s in self.sources]
@@ -204,7 +204,7 @@ class Step:
             choice_BQ = torch.where(self.halted_B[:, None], self._pad, choice_BQ)
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         if layout.is_chain:
-            best_B, path_BD, run_BD, accepted_B = torch.zeros_like(self.generated_B), layout.path_SD, choice_BQ, accepted_BS[:, 0]
+            best_B, path_BD, run_BD, accepted_B = self._none_B, layout.path_SD, choice_BQ, accepted_BS[:, 0]
         else:
             # Of equals the window wins: nothing has to be moved.
             rank_S = layout.rank_S
@@ -288,6 +288,6 @@ class Step:
             length_BC.copy_(torch.minimum(length_BC, room_B[:, None]).masked_fill(halted_B1, 0))
 
     def _report(self, verdict: Verdict) -> None:
-        broken_B = torch.zeros_like(self.halted_B) if verdict.broken_B is None else verdict.broken_B
+        broken_B = self._none_B if verdict.broken_B is None else verdict.broken_B
         columns = [self.generated_B, self.width_B, self.halted_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0], broken_B]
         self.report_BN = torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1)

@@ -52,7 +52,7 @@ class Window:
             return
         front_B = generated_B // n * n
         if self._needed == 0 or not self._blocks:
-            self.end_B.copy_(front_B + self._blocks * n)
+            torch.add(front_B, self._blocks * n, out=self.end_B)
             return
         end_B = torch.maximum(self.end_B, front_B)
         end_B = torch.where(end_B == front_B, end_B + n, end_B)
@@ -79,7 +79,7 @@ class Window:
         Args:
             count_B: tokens committed in this step.
             choices: `(choice_BD, length_B)`, best first: `choice_BD[:, d]` is the choice for the d-th token behind the former
-                pending one, and there is one for `d <= length_B`.
+                pending one, and there is one for `d <= length_B` (in rows that still draft; the others' guesses are never used).
         """
         if not len(self._offset_W):
             return
@@ -87,7 +87,7 @@ class Window:
         draft_BW = text_BL.gather(1, self.scattered_T[generated_B[:, None] + self._offset_W] % text_length_B[:, None])
         for choice_BD, length_B in reversed(choices):
             last = choice_BD.shape[1] - 1
-            known_BW = depth_BW <= length_B.clamp(max=last)[:, None]
+            known_BW = depth_BW <= length_B[:, None]
             draft_BW = torch.where(known_BW, choice_BD.gather(1, depth_BW.clamp(max=last)), draft_BW)
         self.draft_BW.copy_(draft_BW)
 

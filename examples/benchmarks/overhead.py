@@ -1,10 +1,10 @@
-"""What a step costs beside its forward, at 100 % acceptance.
+"""What a step costs beside its forward, at 100 % acceptance, as it stands and compiled.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/overhead.py
 
 Drafts are replaced by the true continuation, so that every guess is confirmed and each step does all the work it ever does. The
-bare forward is the same module called again with the very arguments of the step (width, mask, positions, cache), alternating with
-steps in one process. No candidates: their slots would be part of both.
+bare forward is the same module called with the very arguments of the step (tokens, mask, positions, cache) right before it, alternating
+with steps in one process; beside the compiled step, it is compiled in the same way. No candidates: their slots would be part of both.
 """
 
 from __future__ import annotations
@@ -17,55 +17,118 @@ from typing import Annotated, Any
 import common
 import torch
 import typer
+from transformers import CompileConfig
 
+import jacobi_hf
+from jacobi_hf import mixin
+from jacobi_hf.execution import of_its_own
 from jacobi_hf.results import Measurement, Prompts, Results
 from jacobi_hf.window import Window
 
 
-def replaying(truth_BT: torch.Tensor) -> Any:
-    """A `Window.redraft` that drafts the true continuation."""
+def replaying(truth_BT: torch.Tensor, seconds: list[float]) -> Any:
+    """A `Window.redraft` that drafts the true continuation; uncompiled, it adds to `seconds` what that took more than drafting."""
     redraft = Window.redraft
 
     def replay(self: Window, generated_B: torch.Tensor, *rest: Any) -> None:
         redraft(self, generated_B, *rest)
+        if torch.compiler.is_compiling():
+            return replace(self, generated_B)
+        started = time.perf_counter()
+        replace(self, generated_B)
+        seconds.append(time.perf_counter() - started)
+        return None
+
+    def replace(self: Window, generated_B: torch.Tensor) -> None:
         index_BW = generated_B[:, None] + torch.arange(self.draft_BW.shape[1])
-        self.draft_BW = truth_BT.gather(1, index_BW.clamp(max=truth_BT.shape[1] - 1))
+        self.draft_BW.copy_(truth_BT.gather(1, index_BW.clamp(max=truth_BT.shape[1] - 1)))
 
     return replay
 
 
-def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_tokens: int, repeats: int) -> Measurement:
+class Clock:
+    """An execution whose every step is preceded by its own forward, bare and on a clock of its own.
+
+    Args:
+        compiled_forwards: the compiled forward of each width, filled as they are needed; None for bare ones as they stand.
+        replaying: seconds since the last step that are not the decoder's.
+    """
+
+    def __init__(self, model: Any, execution: Any, compiled_forwards: dict[int, Any] | None, replaying: list[float]) -> None:
+        self._model, self._execution, self._forwards, self._replaying = model, execution, compiled_forwards, replaying
+        self._last: float | None = None
+        self.steps: list[float] = []
+        self.bare: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._execution, name)
+
+    def run(
+        self, step: Any, forward: Any, selector: Any, widths: Any, layout: Any, column_S: torch.Tensor, *rest: Any, **options: Any
+    ) -> None:
+        """From one step's beginning to the next one's, less the bare forward in between."""
+        if self._last is not None:
+            self.steps.append(time.perf_counter() - self._last - sum(self._replaying))
+        self._replaying.clear()
+        slots = step.slots(widths, layout)
+        bare, read_S = self._model.forward, column_S.view(-1)
+        if self._forwards is not None:
+            bare = self._forwards.setdefault(layout.slots, compiled(self._model))
+            torch._dynamo.mark_dynamic(read_S, 0)
+        step.cache.open_step(layout.slots, read_S)
+        arguments = forward.arguments(slots.token_BQ, None, layout, read_S, None)
+        if self._forwards is not None:
+            torch._dynamo.mark_dynamic(arguments["attention_mask"], 3)
+        began = time.perf_counter()
+        bare(**arguments)
+        self._last = time.perf_counter()
+        self.bare.append(self._last - began)
+        self._execution.run(step, forward, selector, widths, layout, column_S, *rest, **options)
+
+
+def compiled(model: Any) -> Any:
+    """The model's forward compiled for one width."""
+
+    def call(arguments: dict[str, Any]) -> torch.Tensor:
+        logits: torch.Tensor = model(**arguments).logits
+        return logits
+
+    run = torch.compile(of_its_own(call), fullgraph=True, dynamic=False)
+    return lambda **arguments: run(arguments)
+
+
+def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_tokens: int, repeats: int, *, compiles: bool) -> Measurement:
     """Median step and median bare forward with windows of up to 2 `block` guesses."""
-    contender = common.jacobi(f"replay-n{block}", jacobi_block_size=block, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+    name = f"replay-n{block}" + "-compiled" * compiles
+    contender = common.jacobi(name, jacobi_block_size=block, jacobi_pool_size=0, jacobi_lookup_tokens=0)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     arguments = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     reference = model.generate(**inputs, **arguments)
     truth = torch.cat([reference[:, inputs["input_ids"].shape[1] :], torch.zeros(1, 4 * block, dtype=torch.long)], 1)
-    original, steps, bare, tokens, forwards = Window.redraft, [], [], 0, 0
-    Window.redraft = replaying(truth)  # type: ignore[method-assign]
+    if compiles:
+        arguments["compile_config"] = CompileConfig()
+    steps, bare, tokens, forwards = [], [], 0, 0
+    original, execution, clocks = Window.redraft, mixin._Call._execution, []
+    compiled_forwards: dict[int, Any] = {}
+    seconds: list[float] = []
+
+    def clocked(call: Any) -> Clock:
+        clocks.append(Clock(model, execution(call), compiled_forwards if compiles else None, seconds))
+        return clocks[-1]
+
+    Window.redraft, mixin._Call._execution = replaying(truth, seconds), clocked  # type: ignore[method-assign, assignment]
     try:
-        for _ in range(repeats):
-            starts: list[float] = []
-
-            def repeat_alone(_: Any, __: tuple, kwargs: dict[str, Any], starts: list[float] = starts) -> None:
-                """Before the step's own forward: the same forward, bare and on the clock; then the step's clock goes on."""
-                if starts:
-                    steps.append(time.perf_counter() - starts[-1])
-                    began = time.perf_counter()
-                    model.forward(**kwargs)
-                    bare.append(time.perf_counter() - began)
-                starts.append(time.perf_counter())
-
-            hook = model.register_forward_pre_hook(repeat_alone, with_kwargs=True)
+        for repeat in range(repeats + 1):  # the first one warms up, and compiles
             output = model.generate(**inputs, **arguments, **contender.arguments, return_dict_in_generate=True)
-            hook.remove()
             if not torch.equal(output.sequences, reference) or output.jacobi_stats.window_acceptance < 1:
                 raise SystemExit("the replay was not accepted throughout")
-            del steps[-len(starts) + 1]  # from the prefill to the first step
-            del bare[-len(starts) + 1]
-            tokens, forwards = tokens + max_new_tokens, forwards + output.jacobi_stats.forwards
+            if repeat:
+                steps += clocks[-1].steps
+                bare += clocks[-1].bare[: len(clocks[-1].steps)]
+                tokens, forwards = tokens + max_new_tokens, forwards + output.jacobi_stats.forwards
     finally:
-        Window.redraft = original  # type: ignore[method-assign]
+        Window.redraft, mixin._Call._execution = original, execution  # type: ignore[method-assign]
+        jacobi_hf.clear_graphs(model)
     step, alone = statistics.median(steps) * 1e3, statistics.median(bare) * 1e3
     return Measurement(
         decoder=contender.decoder,
@@ -90,13 +153,17 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=8)] = 512,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
 ) -> None:
-    """Overhead of a step for n = 4, 8, 16 and 32, K = 2."""
+    """Overhead of a step for n = 4, 8, 16 and 32, K = 2, eager and compiled."""
     loaded, tokenizer, name = common.load(model)
     prompt = common.prompts(1)["code"][0]
-    measurements = [one_width(loaded, tokenizer, prompt, block, max_new_tokens, repeats) for block in (4, 8, 16, 32)]
+    measurements = [
+        one_width(loaded, tokenizer, prompt, block, max_new_tokens, repeats, compiles=compiles)
+        for compiles in (False, True)
+        for block in (4, 8, 16, 32)
+    ]
     Results.start("Cost of a step beside its forward, at 100 % acceptance", loaded, name).with_measurements(measurements).write(output)
     for m in measurements:
-        print(f"n={m.decoder.block_size}: {m.extra}")
+        print(f"{m.decoder.name}: {m.extra}")
     print(output)
 
 
