@@ -10,13 +10,16 @@ from jacobi_hf.config import JacobiConfig
 from jacobi_hf.execution import clear_graphs
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
+from jacobi_hf.tuning import Tuning, autotune
 
 __all__ = [
     "JacobiConfig",
     "JacobiDecoderOnlyOutput",
     "JacobiGenerationMixin",
     "JacobiStats",
+    "Tuning",
     "__version__",
+    "autotune",
     "clear_graphs",
     "register",
     "unregister",

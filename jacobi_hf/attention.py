@@ -1,10 +1,13 @@
-"""Masks of our own as a model's attention implementation wants them."""
+"""Attention over the slots of a step, and masks of our own as a model's attention implementation wants them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,7 +16,10 @@ if TYPE_CHECKING:
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Implementations that take a mask of ours.
-TAKES_MASK = ("sdpa", "eager")
+GROUPED = "jacobi_sdpa"
+TAKES_MASK = ("sdpa", "eager", GROUPED)
+# Wider forwards are prefills: there the mask, once per query head of a group, would be larger than what it saves.
+GROUPED_SLOTS = 512
 
 
 def attention_of(config: Any) -> str:
@@ -26,6 +32,44 @@ def layer_types(config: Any) -> list[str]:
     declared = getattr(config, "layer_types", None)
     kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     return list(declared) if declared else [kind] * config.num_hidden_layers
+
+
+def grouped_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Sdpa whose keys and values stay grouped: the query heads of a group go in as further queries of one head.
+
+    Transformers' own function repeats keys and values for every query head when there is a mask, in every layer and step. The result is
+    the same. Anything but a mask made for it by `MaskBuilder` is handed on to that function.
+
+    Args:
+        query: `(B, heads, Q, head_dim)`; key, value: `(B, key/value heads, S, head_dim)`.
+        attention_mask: bool `(B, 1, group * Q, S)`.
+
+    Returns:
+        `(B, Q, heads, head_dim)`, and None for the weights.
+    """
+    batch, heads, slots, width = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is None or groups == 1 or attention_mask.shape[2] != groups * slots:
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return output, None
+    grouped = query.reshape(batch, key.shape[1], groups * slots, width)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return output.view(batch, heads, slots, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 class MaskBuilder:
@@ -43,6 +87,8 @@ class MaskBuilder:
         text_config = config.get_text_config(decoder=True)
         self._dtype = dtype
         self._is_eager = attention_of(text_config) == "eager"
+        is_grouped = attention_of(text_config) == GROUPED
+        self._groups = text_config.num_attention_heads // text_config.num_key_value_heads if is_grouped else 1
         self.windows = {
             kind: text_config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(layer_types(text_config)))
         }
@@ -59,6 +105,9 @@ class MaskBuilder:
 
     def _prepared(self, allowed: torch.Tensor) -> torch.Tensor:
         if not self._is_eager:
-            return allowed
+            batch, _, slots, columns = allowed.shape
+            if self._groups == 1 or slots > GROUPED_SLOTS:
+                return allowed
+            return allowed[:, :, None].expand(-1, -1, self._groups, -1, -1).reshape(batch, 1, self._groups * slots, columns)
         # A bool mask is added to the scores by eager attention, silently.
         return torch.where(allowed, 0.0, torch.finfo(self._dtype).min).to(self._dtype)

@@ -7,15 +7,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
-from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
+from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
@@ -28,6 +31,8 @@ from jacobi_hf.selection import FixedNoise, Selector
 from jacobi_hf.step import Step
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
@@ -242,12 +247,13 @@ class _Call:
         cache = self._open_cache(execution)
         hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
         fills = bool(hands_out_cache or scores or logits or not selector.is_vectorised)
-        forward = _Forward(self._model, cache, prompt.total + self._limit - 1)
         step = Step(self._config, cache, prompt.text_BL.shape[1] + self._limit)
         step.open(prompt, self._limit, frontier.pad, frontier.eos_E, fills=fills)
-        decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution)
         try:
-            decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
+            with _grouped_attention(self._model):
+                forward = _Forward(self._model, cache, prompt.total + self._limit - 1)
+                decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution)
+                decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
         finally:
             if noise is not None:
                 noise.rewind(frontier.generated)
@@ -282,6 +288,32 @@ class _Call:
         if self._prompt.past and self._target is not None:
             cache.load(self._target, self._prompt.pad_B)
         return cache
+
+
+_switched: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_switching = threading.Lock()
+
+
+@contextlib.contextmanager
+def _grouped_attention(model: Any) -> Iterator[None]:
+    """Run a model that uses sdpa with `grouped_sdpa`, which to everybody else's forwards is sdpa.
+
+    The config is switched, since attention modules look there; and back by the last of the calls that overlap.
+    """
+    config = model.config.get_text_config(decoder=True)
+    with _switching:
+        count = _switched.get(model, 0)
+        if count or attention_of(config) == "sdpa":
+            _switched[model], config._attn_implementation = count + 1, GROUPED
+            count += 1
+    try:
+        yield
+    finally:
+        if count:
+            with _switching:
+                _switched[model] -= 1
+                if not _switched[model]:
+                    config._attn_implementation = "sdpa"
 
 
 def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:

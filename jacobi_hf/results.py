@@ -49,7 +49,8 @@ class Decoder(_Strict):
     """How text was produced. `name` is unique within a document; the other fields are None where they do not apply."""
 
     name: str
-    kind: Literal["generate", "generate-static-compiled", "prompt-lookup", "jacobi", "jacobi_multiblock"]
+    kind: Literal["generate", "generate-static-compiled", "prompt-lookup", "assisted", "early-exit", "jacobi", "jacobi_multiblock"]
+    compiled: bool = Field(default=False, description="whether steps or forwards ran through torch.compile")
     block_size: int | None = Field(default=None, description="n")
     max_blocks: int | None = Field(default=None, description="K")
     activation_ratio: float | None = Field(default=None, description="r")

@@ -212,20 +212,24 @@ class Step:
             path_BD = layout.path_SD[best_B]
             run_BD = choice_BQ.gather(1, path_BD)
             accepted_B = accepted_BS.gather(1, best_B[:, None])[:, 0]
-        count_B, at_eos_B = self._cut(run_BD, accepted_B + 1, some_halted=some_halted)
+        count_B, at_eos_B = self._cut(run_BD, accepted_B + 1, layout.offset_D, some_halted=some_halted)
         broken_B = None
         if broken_BQ is not None:
-            committed_BD = torch.arange(run_BD.shape[1], device=run_BD.device) < count_B[:, None]
-            broken_B = (broken_BQ.gather(1, path_BD.expand_as(run_BD)) & committed_BD).any(1)
+            broken_BD = broken_BQ.gather(1, path_BD.expand_as(run_BD)) & (layout.offset_D < count_B[:, None])
+            broken_B = broken_BD.long().amax(1)
         return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, run_BD, count_B, at_eos_B, broken_B)
 
-    def _cut(self, run_BD: torch.Tensor, count_B: torch.Tensor, *, some_halted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cut(
+        self, run_BD: torch.Tensor, count_B: torch.Tensor, offset_D: torch.Tensor, *, some_halted: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """End the run behind its first end token and at the limit; finished rows stand still unless they are to be filled."""
         count_B = torch.minimum(count_B, self._limit - self.generated_B)
         at_eos_B = self.halted_B
         if len(self._eos_E):
-            is_end_B, first_B = (run_BD[..., None] == self._eos_E).any(-1).max(1)
-            ends_B = is_end_B & (first_B < count_B)
+            # Reductions of integers: inductor writes those of bools in C++ that does not compile (torch 2.13).
+            is_end_BD = (run_BD[..., None] == self._eos_E).long().sum(-1) > 0
+            first_B = torch.where(is_end_BD, offset_D, offset_D.shape[0]).amin(1)
+            ends_B = first_B < count_B
             if some_halted:
                 ends_B = ends_B & ~self.halted_B
             count_B = torch.where(ends_B, first_B + 1, count_B)

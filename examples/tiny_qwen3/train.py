@@ -6,6 +6,8 @@
 The `MALLOC_*` variables keep glibc from handing the logits' memory back after each step (about a quarter of the time).
 Interrupted, the same command continues from the last checkpoint. The finished model lies in `OUTPUT_DIR/final`; its
 held-out losses and everything it was made with in `OUTPUT_DIR/final/training.json`. The committed checkpoint is a copy of that folder.
+
+The draft model of the benchmarks (1.1 M): `--hidden-size 128 --layers 3 --tokenizer examples/tiny_qwen3/checkpoint`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ class Recipe:
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
     learning_rate: float = field(default=2.5e-3, metadata={"help": "Peak learning rate (linear warm-up, cosine decay)."})
     vocab_size: int = field(default=4096, metadata={"help": "Entries of the byte-level BPE."})
+    hidden_size: int = field(default=256, metadata={"help": "Width of the model, in heads of 64."})
+    layers: int = field(default=6, metadata={"help": "Depth of the model."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder of the tokenizer to take; trained on the texts when not given."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights, the order of rows and dropout."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model (needs a C compiler; a third faster)."})
 
@@ -97,11 +102,13 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Qwen3ForCausalLM:
-    """About 5.8 M parameters: hidden 256, 6 layers, 4 query and 2 key/value heads of 64, tied embeddings."""
+def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3ForCausalLM:
+    """About 5.8 M parameters by default: hidden 256, 6 layers, 4 query and 2 key/value heads of 64, tied embeddings."""
+    heads = recipe.hidden_size // 64
     config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+        vocab_size=recipe.vocab_size, hidden_size=recipe.hidden_size, intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), head_dim=64,
+        max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
@@ -137,7 +144,10 @@ def main() -> None:
         "prose": corpus.prose_texts(held_out=True),
         "arithmetic": corpus.arithmetic_texts(held_out=True, count=500),
     }
-    tokenizer = train_tokenizer(train["code"] + train["prose"] + train["arithmetic"][:5000], recipe.vocab_size)
+    if recipe.tokenizer is None:
+        tokenizer = train_tokenizer(train["code"] + train["prose"] + train["arithmetic"][:5000], recipe.vocab_size)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.tokenizer)
     streams = {d: pack(tokenizer, train[d], int(recipe.tokens * shares[d]), rng) for d in corpus.DOMAINS}
     rows = np.concatenate([Rows(ids, recipe.row_length).rows for ids in streams.values()])
     evals = {}
@@ -145,7 +155,7 @@ def main() -> None:
         count = min(120_000, sum(len(tokenizer(t)["input_ids"]) + 1 for t in texts))
         evals[domain] = Rows(pack(tokenizer, texts, count, random.Random(0)), recipe.row_length)
 
-    model = build_model(tokenizer, recipe.vocab_size)
+    model = build_model(tokenizer, recipe)
     args = TrainingArguments(
         output_dir=str(out), use_cpu=not torch.cuda.is_available(), bf16=True, seed=recipe.seed, num_train_epochs=1,
         per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,

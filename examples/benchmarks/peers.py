@@ -1,0 +1,186 @@
+"""Ours, as autotuned, against transformers' own ways to decode, on the base and the forced tiny checkpoint.
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/peers.py
+
+`autotune` sees other prompts of the domain than those that are timed. All ways run in one process, in turn on every prompt, several times
+over; a way's seconds are the sum of its medians per prompt. Uncompiled ways are compared with uncompiled ones, compiled with compiled.
+The draft of assisted decoding has 1.1 M parameters and was trained by the same script on the same texts (examples/tiny_qwen3/README.md).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import common
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForCausalLM, CompileConfig
+
+import jacobi_hf
+from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Speedup
+from jacobi_hf.tuning import Tuning, autotune, describe
+
+TINY = common.EXAMPLES / "tiny_qwen3"
+MODELS = {"base": TINY / "checkpoint", "forced": TINY / "forced"}
+ROOM = 512
+
+
+@dataclass
+class Way:
+    """A way to decode, whose it is, and what it did: seconds per prompt and repeat, outputs, forwards of the model."""
+
+    decoder: Decoder
+    arguments: dict[str, Any]
+    ours: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self.seconds: list[list[float]] = []
+        self.outputs: list[list[int]] = []
+        self.forwards = 0
+
+    @property
+    def total(self) -> float:
+        """Seconds for all prompts once."""
+        return sum(statistics.median(times) for times in self.seconds)
+
+
+def compiling() -> CompileConfig:
+    """Compiled on whatever device."""
+    config = CompileConfig(mode="default", fullgraph=True)
+    config._compile_all_devices = True
+    return config
+
+
+def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
+    """Transformers' own, and ours."""
+    ordinary = {"cache_implementation": "static", "max_cache_len": ROOM, "compile_config": compiling()}
+    static = Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True)
+    found = [
+        Way(Decoder(name="generate", kind="generate"), {}),
+        *(
+            Way(Decoder(name=f"prompt-lookup-{tokens}", kind="prompt-lookup", lookup_tokens=tokens), {"prompt_lookup_num_tokens": tokens})
+            for tokens in (5, 10, 16)
+        ),
+        Way(Decoder(name="assisted", kind="assisted"), {"assistant_model": draft}),
+        Way(Decoder(name="early-exit", kind="early-exit"), {"assistant_early_exit": layers // 2}),
+        Way(static.model_copy(update={"name": "generate-compiled"}), ordinary),
+    ]
+    note = describe(tuning.config)
+    if tuning.config is None:
+        found.append(Way(Decoder(name="autotuned", kind="generate"), {}, ours=True, note=note))
+        found.append(
+            Way(Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True), ordinary, ours=True, note=note)
+        )
+    else:
+        plain, compiled = (Decoder.of(name, tuning.config) for name in ("autotuned", "autotuned-compiled"))
+        knobs = tuning.knobs
+        found.append(Way(plain, knobs, ours=True, note=note))
+        found.append(Way(compiled.model_copy(update={"compiled": True}), {**knobs, "compile_config": compiling()}, ours=True, note=note))
+    return found
+
+
+def once(model: Any, inputs: dict[str, torch.Tensor], way: Way, max_new_tokens: int) -> tuple[list[int], float]:
+    """One greedy output and its seconds."""
+    started = time.perf_counter()
+    # The forced checkpoint is saved with a decoding of its own.
+    arguments = {"decoding": None, **way.arguments}
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **arguments)
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), time.perf_counter() - started
+
+
+def count_forwards(model: Any, inputs: dict[str, torch.Tensor], way: Way, max_new_tokens: int) -> None:
+    """How often the whole model ran, counted apart from the clock."""
+
+    def note(*_: Any) -> None:
+        way.forwards += 1
+
+    hook = model.lm_head.register_forward_pre_hook(note)
+    once(model, inputs, way, max_new_tokens)
+    hook.remove()
+
+
+def compare(
+    model: Any, tokenizer: Any, draft: Any, name: str, domain: str, count: int, max_new_tokens: int, repeats: int
+) -> list[Measurement]:
+    """All ways on the prompts of a domain."""
+    texts = common.prompts(count + 12)[domain]
+    tuning = autotune(model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False)
+    contenders = ways(tuning, draft, model.config.num_hidden_layers)
+    encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False)) for text in texts[:count]]
+    for way in contenders:  # everything compiles and warms up outside the clock
+        for inputs in encoded if way.decoder.compiled else encoded[:1]:
+            once(model, inputs, way, max_new_tokens)
+    for inputs in track(encoded, description=f"{name} {domain}", console=Console(stderr=True)):
+        for way in contenders:
+            way.seconds.append([])
+        for repeat in range(repeats):
+            for way in contenders:
+                output, seconds = once(model, inputs, way, max_new_tokens)
+                way.seconds[-1].append(seconds)
+                if not repeat:
+                    way.outputs.append(output)
+        for way in contenders:
+            if not way.decoder.compiled and way.decoder.kind != "early-exit":  # whose drafts go through the same head
+                count_forwards(model, inputs, way, max_new_tokens)
+    jacobi_hf.clear_graphs(model)
+    torch.compiler.reset()
+    return [measured(way, contenders, name, domain, max_new_tokens, repeats) for way in contenders]
+
+
+def measured(way: Way, contenders: list[Way], model: str, domain: str, max_new_tokens: int, repeats: int) -> Measurement:
+    """What a way came to, and over each of transformers' own ways that runs as it does."""
+    reference = contenders[0].outputs
+    different = [i for i, (a, b) in enumerate(zip(reference, way.outputs, strict=True)) if a != b]
+    peers = [p for p in contenders if not p.ours and p is not way and p.decoder.compiled == way.decoder.compiled]
+    tokens = sum(map(len, way.outputs))
+    return Measurement(
+        decoder=way.decoder,
+        model=model,
+        prompts=Prompts(domain=domain, source="examples/tiny_qwen3/prompts.json", count=len(reference), max_new_tokens=max_new_tokens),
+        new_tokens=tokens,
+        forwards=way.forwards or None,
+        tokens_per_forward=round(tokens / way.forwards, 4) if way.forwards else None,
+        seconds=round(way.total, 4),
+        repeats=repeats,
+        tokens_per_second=round(tokens / way.total, 2),
+        speedups=[Speedup(baseline=p.decoder.name, factor=round(p.total / way.total, 4)) for p in peers],
+        agreement=Agreement(
+            baseline="generate", identical=len(reference) - len(different), total=len(reference), different=different
+        ),
+        extra={"setting": way.note} if way.ours else {},
+    )  # fmt: skip
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "peers.json",
+    draft: Annotated[Path, typer.Option(help="The draft model of assisted decoding.")] = TINY / "draft",
+    count: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Both checkpoints, all domains."""
+    assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
+    measurements = []
+    for name, folder in MODELS.items():
+        model, tokenizer, _ = common.load(str(folder))
+        for domain in common.prompts(1):
+            measurements += compare(model, tokenizer, assistant, name, domain, count, max_new_tokens, repeats)
+            for m in measurements[-9:]:
+                ahead = " ".join(f"{s.baseline} {s.factor:.2f}" for s in m.speedups)
+                equal, setting = m.agreement.identical if m.agreement else 0, m.extra.get("setting", "")
+                speed = f"{m.tokens_per_second:7.1f} tok/s TPF {m.tokens_per_forward} identical {equal}"
+                print(f"{m.model:6s} {m.prompts.domain:10s} {m.decoder.name:20s} {speed} {setting} | {ahead}")
+    model, _, _ = common.load(None)
+    Results.start("Ours against transformers' own ways", model, "tiny").with_measurements(measurements).write(output)
+    print(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
