@@ -146,6 +146,7 @@ def overhead(results: Results) -> str:
     rows = [
         [
             m.decoder.block_size,
+            "compiled" if m.decoder.name.endswith("-compiled") else "eager",
             f"{m.mean_slots:.1f}",
             f"{m.extra['ms_per_step']:.2f}",
             f"{m.extra['ms_bare_forward']:.2f}",
@@ -155,8 +156,8 @@ def overhead(results: Results) -> str:
     ]
     return (
         f"## What a step costs beside its forward\n\n{setting(results)}\nDrafts replayed from the true continuation, so that every guess is confirmed; "
-        "the bare forward is the same module with the same arguments, alternating with the steps.\n\n"
-        + table(["n", "mean slots", "ms per step", "ms bare forward", "overhead"], rows)
+        "the bare forward is the same module with the same arguments, compiled too beside the compiled step, alternating with the steps.\n\n"
+        + table(["n", "step", "mean slots", "ms per step", "ms bare forward", "overhead"], rows)
     )
 
 
@@ -266,6 +267,72 @@ def ablations(documents: dict[str, Results]) -> str:
     return text + table(head, rows)
 
 
+def peers(results: Results) -> str:
+    """Ours as autotuned against transformers' own ways."""
+    rows = []
+    for model, domain in dict.fromkeys((m.model, m.prompts.domain) for m in results.measurements):
+        for compiled in (False, True):
+            found = [m for m in results.measurements if (m.model, m.prompts.domain, m.decoder.compiled) == (model, domain, compiled)]
+            ours = next(m for m in found if m.decoder.name.startswith("autotuned"))
+            best = max((m for m in found if m is not ours), key=lambda m: m.tokens_per_second or 0)
+            equal = ours.agreement
+            rows.append(
+                [model, domain, "compiled" if compiled else "eager", ours.extra["setting"], f"{ours.tokens_per_second:.0f}",
+                 factor(ours, "generate-compiled" if compiled else "generate"), best.decoder.name, f"{best.tokens_per_second:.0f}",
+                 factor(ours, best.decoder.name), "-" if equal is None else f"{equal.identical} of {equal.total}"]
+            )  # fmt: skip
+    first = results.measurements[0]
+    others = ", ".join(dict.fromkeys(m.decoder.name for m in results.measurements if not m.decoder.name.startswith("autotuned")))
+    head = [
+        "model",
+        "domain",
+        "",
+        "autotuned",
+        "tok/s",
+        "x generate",
+        "best of theirs",
+        "tok/s",
+        "x best of theirs",
+        "identical to generate",
+    ]
+    return (
+        f"## Against transformers' own ways\n\n{setting(results)}\nThe setting that `jacobi_hf.autotune` found on 12 other prompts of the domain, against "
+        f"all of {others}, on {first.prompts.count} prompts, {first.prompts.max_new_tokens} new tokens, batch 1; eager against eager, compiled against "
+        "compiled, where transformers compiles ordinary decoding alone. `generate` is ordinary decoding, whatever the checkpoint is saved with. "
+        "Every ratio is in the JSON.\n\n" + table(head, rows)
+    )
+
+
+def step_cost(results: Results) -> str:
+    """Milliseconds by width, and the replay."""
+    found = [m for m in results.measurements if m.ms_per_forward]
+    widths = sorted({width for m in found for width in m.ms_per_forward or {}})
+    rows = [
+        [m.prompts.batch_size, m.extra["context"], m.decoder.name, *(f"{(m.ms_per_forward or {}).get(w, 0):.1f}" if w in (m.ms_per_forward or {}) else ""
+         for w in widths), m.extra["mbu_of_width_1"]]
+        for m in found
+    ]  # fmt: skip
+    copied = results.measurements[0].extra["copy_gigabytes_per_second"]
+    text = (
+        f"## Cost of a step by its width\n\n{setting(results)}\nMilliseconds per step over random cached tokens. MBU is of one slot, against a copy measured "
+        f"at {copied} GB/s.\n\n" + table(["batch", "context", "", *map(str, widths), "MBU"], rows)
+    )
+    replayed = [m for m in results.measurements if m.prompts.domain == "replay"]
+    if not replayed:
+        return text
+    rows = [
+        [m.decoder.name, f"{m.tokens_per_forward:.2f}", f"{m.mean_slots:.1f}", f"{m.tokens_per_second:.1f}",
+         f"{m.speedups[0].factor:.2f}" if m.speedups else "", m.extra.get("conversion", "")]
+        for m in replayed
+    ]  # fmt: skip
+    return (
+        text
+        + "\n**Replay**: a recorded text is the draft, spoilt so that each forward yields just so many tokens. What the engine makes of them, no model's "
+        "speed. Conversion is speed-up over tokens per forward, against ordinary decoding run the same way (eager, compiled).\n\n"
+        + table(["", "TPF", "slots", "tok/s", "speed-up", "conversion"], rows)
+    )
+
+
 def costs(results: Results) -> str:
     """What collecting and training take."""
     rows = [
@@ -285,7 +352,7 @@ def page() -> str:
     parts = [HEAD]
     for name, sections in {
         "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,),
-        "training": (costs,),
+        "peers": (peers,), **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))}, "training": (costs,),
     }.items():  # fmt: skip
         path = HERE / "results" / f"{name}.json"
         if path.is_file():
