@@ -7,11 +7,12 @@ prices: the noise of single runs cancels out, and a handful of prompts tells set
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 WINDOWS = ((4, 1), (8, 1), (16, 1), (32, 1), (8, 2), (16, 2), (32, 2))  # n, K
 LOOKUPS = (4, 8, 12, 16, 24)
 POOLS = (0, 2)
+ASSISTED: Final = "assisted decoding"
+# Ours, transformers' with the caller's draft model, or ordinary decoding.
+Way = JacobiConfig | Literal["assisted decoding"] | None
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,15 @@ class Setting:
     """A way to decode and what it came to, on the prompts that it was tried on.
 
     Attributes:
-        config: None for ordinary decoding.
-        prompts: how many were tried.
-        tokens_per_forward: new tokens over forwards, prefill counted.
-        mean_slots: positions per decoding forward.
+        way: a config, `ASSISTED`, or None for ordinary decoding.
+        prompts: how many were tried, in batches.
+        tokens_per_forward: new tokens over forwards, prefill counted; nan for assisted decoding.
+        mean_slots: positions per decoding forward; nan for assisted decoding.
         seconds: for these prompts.
         speedup: over ordinary decoding of the same prompts.
     """
 
-    config: JacobiConfig | None
+    way: Way
     prompts: int
     tokens_per_forward: float
     mean_slots: float
@@ -55,43 +59,52 @@ class Tuning:
     """What `autotune` found.
 
     Attributes:
-        config: the fastest setting; None where ordinary decoding is.
+        way: the fastest: a config, `ASSISTED` with the draft model that was given, or None for ordinary decoding.
         table: all settings that were tried, the fastest first.
         milliseconds: median time of a step by its slots, for each set of sources that drafts ("window", "lookup", "pool").
     """
 
-    config: JacobiConfig | None
+    way: Way
     table: list[Setting]
     milliseconds: dict[tuple[str, ...], dict[int, float]]
+    assistant_model: PreTrainedModel | None = None
+
+    @property
+    def config(self) -> JacobiConfig | None:
+        """The fastest setting of Jacobi decoding; None where another way is faster."""
+        return self.way if isinstance(self.way, JacobiConfig) else None
 
     @property
     def knobs(self) -> dict[str, Any]:
         """For `generate(**inputs, **knobs)`; what is saved with the model is overridden, for ordinary decoding too."""
-        return {"decoding": None} if self.config is None else self.config.to_knobs()
+        if self.config is not None:
+            return self.config.to_knobs()
+        return {"decoding": None} | ({"assistant_model": self.assistant_model} if self.way == ASSISTED else {})
 
     def __str__(self) -> str:
         lines = [f"{'setting':34s} {'prompts':>7s} {'TPF':>6s} {'slots':>6s} {'speed-up':>8s}"]
         lines += [
-            f"{describe(s.config):34s} {s.prompts:7d} {s.tokens_per_forward:6.2f} {s.mean_slots:6.1f} {s.speedup:8.2f}" for s in self.table
+            f"{describe(s.way):34s} {s.prompts:7d} {s.tokens_per_forward:6.2f} {s.mean_slots:6.1f} {s.speedup:8.2f}" for s in self.table
         ]
         return "\n".join(lines)
 
 
-def describe(config: JacobiConfig | None) -> str:
-    """A setting in a few words."""
-    if config is None:
-        return "ordinary decoding"
+def describe(way: Way) -> str:
+    """A way to decode in a few words."""
+    if not isinstance(way, JacobiConfig):
+        return way or "ordinary decoding"
+    config = way
     parts = [f"n={config.jacobi_block_size} K={config.jacobi_max_blocks}"] if config.jacobi_max_blocks else []
     parts += [f"lookup {config.jacobi_lookup_tokens}"] if config.jacobi_lookup_tokens else []
     parts += [f"pool {config.jacobi_pool_size}x{config.jacobi_branch_length}"] if config.jacobi_pool_size else []
     return ", ".join(parts)
 
 
-def sources_of(config: JacobiConfig | None) -> tuple[str, ...]:
-    """What a setting drafts from."""
-    if config is None:
+def sources_of(way: Way) -> tuple[str, ...]:
+    """What a way of ours drafts from."""
+    if not isinstance(way, JacobiConfig):
         return ()
-    used = {"window": config.jacobi_max_blocks, "lookup": config.jacobi_lookup_tokens, "pool": config.jacobi_pool_size}
+    used = {"window": way.jacobi_max_blocks, "lookup": way.jacobi_lookup_tokens, "pool": way.jacobi_pool_size}
     return tuple(name for name, size in used.items() if size)
 
 
@@ -104,6 +117,7 @@ def autotune(
     batch_size: int = 1,
     seconds: float = 60.0,
     progress: bool = True,
+    assistant_model: PreTrainedModel | None = None,
     **generate_kwargs: Any,
 ) -> Tuning:
     """The fastest way for `model` to continue prompts like these, here: a setting of Jacobi decoding, or ordinary decoding.
@@ -119,32 +133,38 @@ def autotune(
         batch_size: prompts that will be decoded together.
         seconds: about how long to try; each setting is tried once in any case.
         progress: whether to show a bar.
+        assistant_model: a draft model, if there is one, so that transformers' assisted decoding is tried too (one row a batch).
         generate_kwargs: what else `generate` will be given (sampling, processors, `compile_config`).
 
     Raises:
-        ValueError: no prompts, strings without a tokenizer, knobs among `generate_kwargs`, or a call that Jacobi decoding does not serve.
+        ValueError: no prompts, strings without a tokenizer, knobs among `generate_kwargs`, a draft model with batches, or a call that
+            Jacobi decoding does not serve.
     """
     batches = _batches(model, prompts, tokenizer, batch_size)
     if given := sorted(set(KNOBS) & set(generate_kwargs)):
         raise ValueError(f"{', '.join(given)} given to autotune, which is to find the knobs out; drop them.")
     if seconds <= 0 or max_new_tokens < 2:
         raise ValueError(f"seconds={seconds} and max_new_tokens={max_new_tokens} leave nothing to measure.")
+    if assistant_model is not None and batch_size > 1:
+        raise ValueError("assisted decoding takes one row at a time: batch_size=1, or no assistant_model.")
     with tqdm(total=round(seconds), unit="s", desc="autotune", disable=not progress) as bar:
         trial = _Trial(model, batches, {**generate_kwargs, "max_new_tokens": max_new_tokens}, time.perf_counter() + seconds, bar)
+        trial.assistant_model = assistant_model
         trial.warm_up()
         first = min(2, len(batches))
         windows = [JacobiConfig(jacobi_block_size=n, jacobi_max_blocks=k, jacobi_pool_size=0, jacobi_lookup_tokens=0) for n, k in WINDOWS]
         lookups = [JacobiConfig(jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length) for length in LOOKUPS]
         saved = JacobiConfig.from_generation_config(model.generation_config)
-        own = [saved] if saved is not None and saved.decoding == MULTIBLOCK else []
+        own: list[Way] = [saved] if saved is not None and saved.decoding == MULTIBLOCK else []
+        own += [] if assistant_model is None else [ASSISTED]
         trial.run([None, *own, *windows, *lookups], first)
-        lookup = trial.ranked(lookups)[0]
+        longest = trial.ranked(lookups)[0].jacobi_lookup_tokens
         both = [
             replace(window, jacobi_lookup_tokens=length, jacobi_pool_size=pool)
             for window in trial.ranked(windows)[:2]
-            for length in (0, lookup.jacobi_lookup_tokens if lookup else 0)
+            for length in (0, longest)
             for pool in POOLS
-            if window is not None and (length or pool)
+            if length or pool
         ]
         trial.run(both, first)
         left, tried = trial.ranked([None, *own, *windows, *lookups, *both]), first
@@ -154,9 +174,9 @@ def autotune(
             left = trial.ranked(left)
         table = [trial.setting(config) for config in trial.ranked(list(trial.runs))]
     # Of those that were tried on most prompts, the fastest; ordinary decoding has been tried on all of them.
-    most = max(setting.prompts for setting in table if setting.config is not None)
+    most = max(setting.prompts for setting in table if setting.way is not None)
     best = next(setting for setting in table if setting.prompts >= most)
-    return Tuning(best.config, table, trial.prices())
+    return Tuning(best.way, table, trial.prices(), assistant_model)
 
 
 def _batches(
@@ -220,7 +240,8 @@ class _Trial:
         self._model, self._batches, self._arguments, self._deadline, self._bar = model, batches, arguments, deadline, bar
         self._begun = time.perf_counter()
         self._times: defaultdict[tuple[str, ...], defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self.runs: dict[JacobiConfig | None, list[_Run]] = {}
+        self.assistant_model: Any = None
+        self.runs: dict[Way, list[_Run]] = {}
 
     @property
     def is_over(self) -> bool:
@@ -233,7 +254,7 @@ class _Trial:
         for knobs in ({"decoding": None}, {"decoding": "jacobi_multiblock"}):
             self._model.generate(**self._batches[0], **arguments, **knobs)
 
-    def run(self, configs: list[JacobiConfig | None], batches: int) -> None:
+    def run(self, configs: Sequence[Way], batches: int) -> None:
         """Try settings on the first `batches` batches, a batch at a time, where they have not been; while there is time."""
         for config in configs:
             self.runs.setdefault(config, [])
@@ -244,9 +265,12 @@ class _Trial:
                     self._bar.n = min(self._bar.total, round(time.perf_counter() - self._begun))
                     self._bar.refresh()
 
-    def _run(self, config: JacobiConfig | None, batch: dict[str, torch.Tensor]) -> _Run:
+    def _run(self, config: Way, batch: dict[str, torch.Tensor]) -> _Run:
         times, started = self._times[sources_of(config)], time.perf_counter()
         rows, columns = batch["input_ids"].shape
+        if isinstance(config, str):  # ASSISTED
+            output = self._model.generate(**batch, **self._arguments, assistant_model=self.assistant_model, decoding=None)
+            return _Run(Counter(), time.perf_counter() - started, output.shape[1] - columns)
         if config is None:
             ticks = _Ticks()
             # A streamer takes one row; more are timed as a whole.
@@ -273,18 +297,19 @@ class _Trial:
             for sources, by_width in self._times.items()
         }
 
-    def seconds(self, config: JacobiConfig | None, runs: int | None = None) -> float:
+    def seconds(self, config: Way, runs: int | None = None) -> float:
         """A setting's time for its first `runs` batches (all it was tried on) at everybody's prices."""
         price = {width: statistics.median(times) for width, times in self._times[sources_of(config)].items()}
         mine = self.runs[config][:runs]
         return sum(sum(count * price[width] for width, count in run.steps.items()) + run.fixed for run in mine)
 
-    def setting(self, config: JacobiConfig | None) -> Setting:
+    def setting(self, config: Way) -> Setting:
         """What a setting came to."""
         runs = self.runs[config]
         slots, steps = sum(w * c for run in runs for w, c in run.steps.items()), sum(run.steps.total() for run in runs)
         tokens, forwards, seconds = sum(run.tokens for run in runs), sum(run.forwards for run in runs), self.seconds(config)
-        return Setting(config, len(runs), tokens / forwards, slots / max(1, steps), seconds, self.seconds(None, len(runs)) / seconds)
+        per_forward, mean_slots = (tokens / forwards, slots / max(1, steps)) if forwards else (math.nan, math.nan)
+        return Setting(config, len(runs), per_forward, mean_slots, seconds, self.seconds(None, len(runs)) / seconds)
 
     def ranked(self, configs: list[Any]) -> list[Any]:
         """Settings, the fastest first."""

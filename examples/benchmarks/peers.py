@@ -72,9 +72,10 @@ def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
         Way(Decoder(name="early-exit", kind="early-exit"), {"assistant_early_exit": layers // 2}),
         Way(static.model_copy(update={"name": "generate-compiled"}), ordinary),
     ]
-    note = describe(tuning.config)
+    note = describe(tuning.way)
     if tuning.config is None:
-        found.append(Way(Decoder(name="autotuned", kind="generate"), {}, ours=True, note=note))
+        kind = "generate" if tuning.way is None else "assisted"
+        found.append(Way(Decoder(name="autotuned", kind=kind), tuning.knobs, ours=True, note=note))
         found.append(
             Way(Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True), ordinary, ours=True, note=note)
         )
@@ -111,7 +112,9 @@ def compare(
 ) -> list[Measurement]:
     """All ways on the prompts of a domain."""
     texts = common.prompts(count + 12)[domain]
-    tuning = autotune(model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False)
+    tuning = autotune(
+        model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False, assistant_model=draft
+    )
     contenders = ways(tuning, draft, model.config.num_hidden_layers)
     encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False)) for text in texts[:count]]
     for way in contenders:  # everything compiles and warms up outside the clock
