@@ -27,6 +27,12 @@ def attention_of(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def groups_of(config: Any) -> int:
+    """Query heads for each key/value head; 1 where a config declares no such groups."""
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    return heads // shared if heads and shared and heads % shared == 0 else 1
+
+
 def layer_types(config: Any) -> list[str]:
     """The kind of attention of each layer."""
     declared = getattr(config, "layer_types", None)
@@ -87,8 +93,7 @@ class MaskBuilder:
         text_config = config.get_text_config(decoder=True)
         self._dtype = dtype
         self._is_eager = attention_of(text_config) == "eager"
-        is_grouped = attention_of(text_config) == GROUPED
-        self._groups = text_config.num_attention_heads // text_config.num_key_value_heads if is_grouped else 1
+        self._groups = groups_of(text_config) if attention_of(text_config) == GROUPED else 1
         self.windows = {
             kind: text_config.sliding_window if kind == "sliding_attention" else None for kind in sorted(set(layer_types(text_config)))
         }

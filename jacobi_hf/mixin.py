@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
-from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
+from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, groups_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
@@ -303,7 +303,7 @@ def _grouped_attention(model: Any) -> Iterator[None]:
     config = model.config.get_text_config(decoder=True)
     with _switching:
         count = _switched.get(model, 0)
-        if count or attention_of(config) == "sdpa":
+        if count or (attention_of(config) == "sdpa" and groups_of(config) > 1):
             _switched[model], config._attn_implementation = count + 1, GROUPED
             count += 1
     try:

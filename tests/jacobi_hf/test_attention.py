@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from jacobi_hf import register, unregister
 from jacobi_hf.attention import GROUPED, GROUPED_SLOTS, MaskBuilder, grouped_sdpa
 from jacobi_hf.layout import attention_mask, build_layout
 from tests.models import VOCAB, fresh_model, tiny_model
@@ -102,3 +103,19 @@ def test_calls_that_overlap_leave_the_model_as_it_was():
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(alone, outputs, strict=True))
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_groups_keeps_its_sdpa():
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, bos_token_id=None, eos_token_id=None
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids, seen = GPTNeoXForCausalLM(config).eval(), torch.tensor([[3, 4, 5]]), []
+    model.gpt_neox.layers[0].register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    register(GPTNeoXForCausalLM)
+    try:
+        assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **arguments, decoding="jacobi_multiblock"))
+    finally:
+        unregister(GPTNeoXForCausalLM)
+    assert set(seen) == {"sdpa"}
