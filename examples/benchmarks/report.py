@@ -315,7 +315,9 @@ def step_cost(results: Results) -> str:
     copied = results.measurements[0].extra["copy_gigabytes_per_second"]
     text = (
         f"## Cost of a step by its width\n\n{setting(results)}\nMilliseconds per step over random cached tokens. MBU is of one slot, against a copy measured "
-        f"at {copied} GB/s.\n\n" + table(["batch", "context", "", *map(str, widths), "MBU"], rows)
+        f"at {copied} GB/s.\n\n"
+        + table(["batch", "context", "", *map(str, widths), "MBU"], rows)
+        + f"\n![Cost by width](images/cost-{results.model}.png)\n"
     )
     replayed = [m for m in results.measurements if m.prompts.domain == "replay"]
     if not replayed:
@@ -330,6 +332,7 @@ def step_cost(results: Results) -> str:
         + "\n**Replay**: a recorded text is the draft, spoilt so that each forward yields just so many tokens. What the engine makes of them, no model's "
         "speed. Conversion is speed-up over tokens per forward, against ordinary decoding run the same way (eager, compiled).\n\n"
         + table(["", "TPF", "slots", "tok/s", "speed-up", "conversion"], rows)
+        + f"\n![Speed-up against tokens per forward](images/replay-{results.model}.png)\n"
     )
 
 
