@@ -33,6 +33,8 @@ def cannot_compile(model: Any) -> str | None:
     """What about a model forbids compiling it as one graph."""
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model is spread over several devices"
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return "the model is split over several processes"
     if any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()):
         return "a module of the model has forward hooks"
     quantizer = getattr(model, "hf_quantizer", None)

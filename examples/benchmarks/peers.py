@@ -76,9 +76,7 @@ def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
     if tuning.config is None:
         kind = "generate" if tuning.way is None else "assisted"
         found.append(Way(Decoder(name="autotuned", kind=kind), tuning.knobs, ours=True, note=note))
-        found.append(
-            Way(Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True), ordinary, ours=True, note=note)
-        )
+        found.append(Way(static, ordinary, ours=True, note=describe(None)))  # the one way of theirs that is compiled
     else:
         plain, compiled = (Decoder.of(name, tuning.config) for name in ("autotuned", "autotuned-compiled"))
         knobs = tuning.knobs

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from jacobi_hf.results import Results
 from jacobi_hf.trainer.evaluation import is_looping
+from tests.models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -61,3 +63,25 @@ def test_the_page_of_results_is_what_the_documents_say():
 )
 def test_loops_are_told(tail, looping):
     assert is_looping(tail) == looping
+
+
+@pytest.mark.parametrize("per_forward", [1.74, 2.0, 4.1])
+def test_a_replay_yields_just_so_many_tokens_per_forward(per_forward):
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import step_cost
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    model, ids, tokens = tiny_model("qwen3"), torch.tensor([[3, 4, 5]]), 123
+    arguments = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    reference = model.generate(ids, **arguments).sequences
+    truth = torch.cat([reference[:, 3:], reference[:, -1:].expand(-1, 160)], 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_cost.Window, "redraft", step_cost.replaying(truth, per_forward))
+        output = model.generate(
+            ids, **arguments, decoding="jacobi_multiblock", jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0,
+            jacobi_lookup_tokens=0,
+        )  # fmt: skip
+    assert torch.equal(output.sequences, reference)
+    # The prefill yields one token, and the last forward may be cut short.
+    assert output.jacobi_stats.forwards - 1 == pytest.approx((tokens - 1) / per_forward, abs=1.5)

@@ -107,7 +107,8 @@ def test_calls_that_overlap_leave_the_model_as_it_was():
 
 def test_a_model_without_groups_keeps_its_sdpa():
     config = GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, bos_token_id=None, eos_token_id=None
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, bos_token_id=None,
+        eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     model, ids, seen = GPTNeoXForCausalLM(config).eval(), torch.tensor([[3, 4, 5]]), []

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
@@ -195,3 +200,15 @@ def test_synced_gpus_runs_idle_forwards_until_the_peers_are_done(prompt, monkeyp
     hook.remove()
     assert torch.equal(output.sequences, reference)
     assert len(calls) == output.jacobi_stats.forwards + 3
+
+
+def test_a_model_split_over_two_processes(tmp_path):
+    """Tensor parallelism (gloo): the same tokens, and steps are not compiled."""
+    script, out = Path(__file__).parent / "tensor_parallel.py", tmp_path / "report.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, script, str(CHECKPOINT), str(out)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert (report["processes"], report["equal"]) == (2, True)
+    assert report["forwards"] < 30
+    assert "split over several processes" in report["warned"][0]
