@@ -56,7 +56,9 @@ class TrainData:
     eval_prompts: str | None = field(default=None, metadata={"help": "JSON with prompts by domain, decoded at each evaluation."})
     ref_model: str | None = field(default=None, metadata={"help": "The frozen model of kl_loss_weight; model, if not given."})
     off_policy: bool = field(default=False, metadata={"help": "Train on trajectories of another model than `model`."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA on all linear layers; 0 trains the model itself."})
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of a LoRA on all linear layers; 0 trains the model itself, or a drafter of rank 64."}
+    )
     save_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the finished model."})
 
 
@@ -65,6 +67,7 @@ class Evaluation:
     """What is measured of a model."""
 
     model: str = field(default="", metadata={"help": "Model name or path."})
+    drafter: str | None = field(default=None, metadata={"help": "Folder or Hub repository of a drafter to decode with."})
     name: str | None = field(default=None, metadata={"help": "What the results call the model."})
     dtype: str = field(default="float32", metadata={"help": "dtype of the model; texts are compared token for token in float32."})
     output: str = field(default="", metadata={"help": "JSON file of the results."})
@@ -237,12 +240,14 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
     if data.eval_prompts:
         by_domain = json.loads(Path(data.eval_prompts).read_text(encoding="utf-8"))["prompts"]
         prompts = {domain: [prompt_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
-    ref_model = load(data.ref_model, data.dtype, **options)[0] if data.ref_model and args.kl_loss_weight else None
+    holds = args.kl_loss_weight and args.method == "full"
+    ref_model = load(data.ref_model, data.dtype, **options)[0] if data.ref_model and holds else None
     peft_config = None
     if data.lora_r:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=data.lora_r, lora_alpha=2 * data.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        alpha = data.lora_r if args.method == "gated" else 2 * data.lora_r
+        peft_config = LoraConfig(r=data.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = JacobiForcingTrainer(
         model=model, args=args, train_dataset=load_packed(data.train_dataset, streaming=data.streaming, **checks),
         eval_dataset=load_packed(data.eval_dataset, **checks) if data.eval_dataset else None, eval_prompts=prompts,
@@ -266,13 +271,21 @@ def run_train(section: dict[str, Any], arguments: list[str]) -> None:
 
 
 def save_final(trainer: JacobiForcingTrainer, final: Path, dtype: torch.dtype, report: dict[str, Any]) -> None:
-    """The finished model, whole or not at all; an adapter is merged into its base."""
+    """The finished model, whole or not at all; an adapter is merged into its base. Of gated training, the drafter."""
     part = final.with_name("final.part")
+    if trainer.args.method == "gated":
+        trainer.save_model(str(part))
+        return finish(trainer, part, final, report)
     if isinstance(trainer.model, PeftModel):
         trainer.model = trainer.model.merge_and_unload()
     trainer.model.to(dtype)  # on every process: a sharded model is gathered from all of them
     trainer.model.config.dtype = dtype
     trainer.save_model(str(part))
+    return finish(trainer, part, final, report)
+
+
+def finish(trainer: JacobiForcingTrainer, part: Path, final: Path, report: dict[str, Any]) -> None:
+    """Give the finished folder its name."""
     if trainer.is_world_process_zero():
         (part / "forcing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
@@ -292,6 +305,8 @@ def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
     decoders = {name: jacobi_hf.JacobiConfig(**knobs) for name, knobs in config.decoders.items()}
     model, tokenizer = load(config.model, config.dtype)
     model = on_device(model)
+    if config.drafter:
+        jacobi_hf.load_drafter(model, config.drafter)
     ordinary, measured = Decoder(name="generate", kind="generate"), []
     if config.held_out:
         texts = read_jsonl(config.held_out)
@@ -306,9 +321,9 @@ def run_evaluate(section: dict[str, Any], arguments: list[str]) -> None:
             domain=config.problem_domain, source="held-out problems", count=len(problems), max_new_tokens=config.max_new_tokens
         )
         measured.append(Measurement(decoder=ordinary, prompts=described, quality=quality))
-    measured += measurements(model, tokenizer, prompts, decoders, config.max_new_tokens)
+    measured += measurements(model, tokenizer, prompts, decoders, config.max_new_tokens, config.drafter)
     results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
-    trained = Path(config.model) / "forcing.json"
+    trained = Path(config.drafter or config.model) / "forcing.json"
     report = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else None
     training = None if report is None else {key: value for key, value in report.items() if key != "log"}
     results.model_copy(update={"measurements": measured, "training": training}).write(Path(config.output))

@@ -7,12 +7,15 @@ from pathlib import Path as _Path
 
 from jacobi_hf._version import __version__
 from jacobi_hf.config import JacobiConfig
+from jacobi_hf.drafter import Drafter, DrafterError, load_drafter, set_drafter, unload_drafter
 from jacobi_hf.execution import clear_graphs
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 from jacobi_hf.tuning import Tuning, autotune
 
 __all__ = [
+    "Drafter",
+    "DrafterError",
     "JacobiConfig",
     "JacobiDecoderOnlyOutput",
     "JacobiGenerationMixin",
@@ -21,7 +24,10 @@ __all__ = [
     "__version__",
     "autotune",
     "clear_graphs",
+    "load_drafter",
     "register",
+    "set_drafter",
+    "unload_drafter",
     "unregister",
 ]
 

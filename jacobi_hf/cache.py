@@ -8,6 +8,9 @@ import torch
 from transformers import Cache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
+# Keys and values of a drafter's slots are held to this; those of sound models are far below it.
+BOUND = 1e4
+
 
 class JacobiStaticLayer(StaticLayer):
     """Keys and values of one layer, `(B, heads, capacity, head_dim)`, full length even where attention slides.
@@ -30,6 +33,10 @@ class JacobiStaticLayer(StaticLayer):
         """Write `(B, heads, Q, head_dim)` states; returns `(B, heads, extent, head_dim)` keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._step.noisy:
+            for states in (key_states, value_states):
+                # A masked column still takes part as 0 times its value: NaN or Inf of a broken drafter must not get to other slots.
+                states[:, :, -self._step.noisy :].nan_to_num_(0.0, BOUND, -BOUND).clamp_(-BOUND, BOUND)
         self.write(self._step.slot_BQ, key_states, value_states)
         extent = len(self._step.column_S)
         return self.keys[:, :, :extent], self.values[:, :, :extent]
@@ -59,6 +66,7 @@ class _Step:
 
     slot_BQ: torch.Tensor
     column_S: torch.Tensor
+    noisy: int = 0
 
 
 class JacobiStaticCache(StaticCache):
@@ -100,8 +108,9 @@ class JacobiStaticCache(StaticCache):
     def _extent(self, columns: int) -> int:
         return -(-columns // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE
 
-    def open_step(self, slots: int, column_S: torch.Tensor) -> None:
-        """Prepare for a forward of `slots` slots that reads the columns `column_S`."""
+    def open_step(self, slots: int, column_S: torch.Tensor, noisy: int = 0) -> None:
+        """Prepare for a forward of `slots` slots, the last `noisy` of them a drafter's, that reads the columns `column_S`."""
+        self._step.noisy = noisy
         self._step.slot_BQ = self.lengths_B[:, None] + self.column_C[:slots]
         self._step.column_S = column_S
 

@@ -38,11 +38,14 @@ class JacobiConfig:
         jacobi_pool_size: branches per forward from recycled n-grams; 0 switches the pool off.
         jacobi_lookup_tokens: length of the branch from n-gram lookup in prompt and output; 0 switches it off.
         jacobi_branch_length: tokens of a pool branch.
+        jacobi_verify_width: with a drafter (`load_drafter`), guesses of the window that the model verifies in one forward; 0
+            begins with half the window and then follows what is accepted. Without a drafter all are verified.
 
     The tokens do not depend on any of these, only the number of forwards does. With `"jacobi"` only the block size applies.
 
     Raises:
-        ValueError: a value out of range, or of the wrong type, named with what is allowed; neither window nor lookup.
+        ValueError: a value out of range, or of the wrong type, named with what is allowed; neither window nor lookup; more guesses to
+            verify than the window has.
     """
 
     decoding: str = MULTIBLOCK
@@ -52,6 +55,7 @@ class JacobiConfig:
     jacobi_pool_size: int = _knob(2, 0, 64, "branches from recycled n-grams, 0 = off")
     jacobi_lookup_tokens: int = _knob(16, 0, 1024, "length of the n-gram lookup branch, 0 = off")
     jacobi_branch_length: int = _knob(8, 1, 256, "tokens of a branch from the pool")
+    jacobi_verify_width: int = _knob(0, 0, 65_536, "guesses that are verified at a time beside a drafter, 0 = as acceptance suggests")
 
     def __post_init__(self) -> None:
         if self.decoding not in DECODINGS:
@@ -71,6 +75,16 @@ class JacobiConfig:
             object.__setattr__(self, knob.name, int(plain) if integral else float(plain))  # numpy's numbers do not serialise
         if self.decoding == MULTIBLOCK and not self.jacobi_max_blocks and not self.jacobi_lookup_tokens:
             raise ValueError("jacobi_max_blocks=0 with jacobi_lookup_tokens=0 leaves nothing to draft from; that is decoding=None.")
+        if self.jacobi_verify_width > self.window_width:
+            raise ValueError(
+                f"jacobi_verify_width={self.jacobi_verify_width} is more than the window's {self.window_width} guesses "
+                "(jacobi_block_size times jacobi_max_blocks)."
+            )
+
+    @property
+    def window_width(self) -> int:
+        """Most guesses in flight, `n * K`."""
+        return self.jacobi_block_size * (1 if self.decoding == JACOBI else self.jacobi_max_blocks)
 
     @classmethod
     def paper(cls) -> Self:
@@ -82,7 +96,8 @@ class JacobiConfig:
         """The config that flat `knobs` describe (missing ones and None take the defaults); None when `decoding` is None."""
         if knobs.get("decoding") is None:
             return None
-        return cls(**{name: value for name, value in knobs.items() if name in KNOBS and value is not None})
+        listens = ("decoding", "jacobi_block_size") if knobs["decoding"] == JACOBI else KNOBS
+        return cls(**{name: value for name, value in knobs.items() if name in listens and value is not None})
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> Self | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from jacobi_hf.step import Slots, Step, Verdict, Widths
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jacobi_hf.config import JacobiConfig
     from jacobi_hf.execution import Execution
     from jacobi_hf.frontier import Frontier, Scores
     from jacobi_hf.layout import Layout
@@ -37,6 +39,23 @@ class Plan:
     branches: list[list[int]]  # valid tokens of each branch of the next step
 
 
+class Reach:
+    """How many guesses of a drafter are verified at a time: as the config says, or what was accepted lately twice over, and two more."""
+
+    def __init__(self, config: JacobiConfig) -> None:
+        self._fixed, self._window = config.jacobi_verify_width, config.window_width
+        self._accepted = max(0.0, self._window / 4 - 1)  # so that it begins with half the window
+
+    @property
+    def width(self) -> int:
+        """For the next step."""
+        return self._fixed or min(self._window, math.ceil(2 * self._accepted) + 2)
+
+    def note(self, accepted: int) -> None:
+        """What a row accepted of its window in a step."""
+        self._accepted += 0.2 * (accepted - self._accepted)
+
+
 class Decoder:
     """One call of `generate`.
 
@@ -48,6 +67,7 @@ class Decoder:
         scores, logits: filled when the caller asked for them.
         fills: whether finished rows are decoded on (as pads), because cache or scores are handed out.
         execution: how steps run; as they stand by default. Those of which more than the tokens is wanted always do.
+        drafts_apart: whether a drafter makes the window's guesses, in a stream of their own.
     """
 
     def __init__(
@@ -60,12 +80,16 @@ class Decoder:
         logits: Scores | None = None,
         fills: bool = False,
         execution: Execution | None = None,
+        *,
+        drafts_apart: bool = False,
     ) -> None:
         batch = len(step.generated_B)
         self._forward, self._step, self._cache, self._selector, self._frontier = forward, step, step.cache, selector, frontier
         self._scores, self._logits, self._fills = scores, logits, fills
         self._wants_tokens_alone = selector.is_vectorised and scores is None and logits is None
         self._execution = execution if execution is not None and self._wants_tokens_alone else Eager()
+        self._drafts_apart, self._reach = drafts_apart, Reach(step.config)
+        self._sent = Widths(0, ())
         self._text_start = int(step.start_B.max())
         self._longest_cached = int(self._cache.lengths_B.max())
         self._plan = Plan([0] * batch, [0] * batch, [False] * batch, [0] * batch, [0] * batch, [0] * batch, [[0] * len(step.names)] * batch)
@@ -117,7 +141,8 @@ class Decoder:
 
     def _decode(self) -> None:
         started, running, widths = time.perf_counter(), self._running(), self._execution.widths(self._widths())
-        layout = build_layout(widths.segments, self._cache.lengths_B.device)
+        self._sent = widths
+        layout = widths.layout(self._cache.lengths_B.device)
         column_S = self._cache.columns(layout.slots, self._longest_cached)
         if self._wants_tokens_alone:
             some_halted, text_columns, noise_BQV = any(self._plan.at_eos), self._text_columns(layout), self._noise(layout)
@@ -134,7 +159,8 @@ class Decoder:
         """As much of the window and of each branch as some active row uses."""
         plan, active = self._plan, self._active_rows()
         used = tuple(max(plan.branches[row][c] for row in active) for c in range(len(self._step.names)))
-        return Widths(max(plan.widths[row] for row in active), used)
+        window = max(plan.widths[row] for row in active)
+        return Widths(min(window, self._reach.width), used, window) if self._drafts_apart else Widths(window, used)
 
     def _running(self) -> list[bool]:
         return [end is None for end in self._frontier.ended]
@@ -183,10 +209,11 @@ class Decoder:
             choice_BQ = best(logits_BQV)
         else:
             choice_BQ, _ = pick(logits_BQV, self._noise(layout))
-        alive_BS = torch.ones_like(slots.length_BS, dtype=torch.bool)
-        for depth in range(layout.path_SD.shape[1]):
+        path_SD, length_BS = layout.path_SD[: layout.contenders], slots.length_BS[:, : layout.contenders]
+        alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
+        for depth in range(path_SD.shape[1]):
             best_B = alive_BS.long().argmax(1)
-            index, slot_B = frontier.generated, layout.path_SD[best_B, depth]
+            index, slot_B = frontier.generated, path_SD[best_B, depth]
             logits_BV = logits_BQV[row_B, slot_B].to(torch.float32, copy=True)
             scores_BV = selector.processors(frontier.sequences, logits_BV)
             if selector.noise is not None:
@@ -194,7 +221,7 @@ class Decoder:
             token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
             selector.check()
             token_B = torch.where(halted_B, frontier.pad, token_B)
-            slot_BS = layout.path_SD[:, depth].expand_as(alive_BS)
+            slot_BS = path_SD[:, depth].expand_as(alive_BS)
             choice_BQ = choice_BQ.scatter(1, slot_BS, torch.where(alive_BS, token_B[:, None], choice_BQ.gather(1, slot_BS)))
             for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
                 if wanted is not None:
@@ -203,9 +230,9 @@ class Decoder:
             frontier.advance([index + 1] * len(row_B), [False] * len(row_B))
             if frontier.pads:
                 halted_B = torch.tensor([end is not None for end in frontier.ended], device=row_B.device)
-            if frontier.done or depth + 1 == layout.path_SD.shape[1]:
+            if frontier.done or depth + 1 == path_SD.shape[1]:
                 break
-            alive_BS = alive_BS & (slots.length_BS > depth) & (slots.token_BQ[:, layout.path_SD[:, depth + 1]] == token_B[:, None])
+            alive_BS = alive_BS & (length_BS > depth) & (slots.token_BQ[:, path_SD[:, depth + 1]] == token_B[:, None])
             if not alive_BS.any(1).all():
                 break
         path_BD = layout.path_SD[best_B]
@@ -256,7 +283,9 @@ class Decoder:
             name = names[self._plan.best[row]]
             self._runs.append((row, former.generated[row], self._plan.generated[row], name, self._plan.counts[row] - 1))
             stats.drafted += former.widths[row]
+            stats.verified += min(former.widths[row], self._sent.window)
             stats.drafted_confirmed += self._plan.confirmed_in_window[row]
+            self._reach.note(self._plan.confirmed_in_window[row])
 
     def _halt(self, rows: list[int]) -> None:
         """A criterion ended these rows: put them back to where they ended, and go on with pads."""

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from jacobi_hf.step import Widths, candidate_sources, step_slots
-from jacobi_hf.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +34,9 @@ def cannot_compile(model: Any) -> str | None:
         return "the model is spread over several devices"
     if (getattr(model, "tp_size", None) or 1) > 1:
         return "the model is split over several processes"
-    if any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()):
+    hooks = (hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+    # Those of a drafter are there while another call drafts, and are traced with the rest.
+    if any(not getattr(hook, "is_drafters", False) for hook in hooks) or any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "a module of the model has forward hooks"
     quantizer = getattr(model, "hf_quantizer", None)
     return "its quantisation cannot be compiled" if quantizer is not None and not quantizer.is_compileable else None
@@ -46,7 +47,7 @@ class Execution(Protocol):
 
     compiled: int
 
-    def slots(self, config: JacobiConfig, limit: int) -> int:
+    def slots(self, config: JacobiConfig, limit: int, *, drafts_apart: bool) -> int:
         """Most slots of a step of a call for at most `limit` tokens."""
 
     def widths(self, widths: Widths) -> Widths:
@@ -64,9 +65,9 @@ class Eager:
 
     compiled = 0
 
-    def slots(self, config: JacobiConfig, limit: int) -> int:
+    def slots(self, config: JacobiConfig, limit: int, *, drafts_apart: bool) -> int:
         """Most slots of a step of a call for at most `limit` tokens."""
-        return step_slots(config, limit)
+        return step_slots(config, limit, drafts_apart=drafts_apart)
 
     def widths(self, widths: Widths) -> Widths:
         """The shape in which a step that needs `widths` runs."""
@@ -98,23 +99,23 @@ class Compiled:
     def __init__(self, model: Any, config: JacobiConfig, options: CompileConfig) -> None:
         self._backend, self._mode = options.backend, options.mode
         self._known, self._is_marked = _kept.setdefault(model, {}), False
-        self._window = Window.width_of(config)
+        self._window = config.window_width
         self._sources = [(s.branches, s.length) for s in candidate_sources(config, 1, torch.device("cpu"))]
         self.compiled = 0
 
-    def slots(self, config: JacobiConfig, limit: int) -> int:
+    def slots(self, config: JacobiConfig, limit: int, *, drafts_apart: bool) -> int:
         """Most slots of a step, whatever the limit."""
-        return step_slots(config)
+        return step_slots(config, drafts_apart=drafts_apart)
 
     def widths(self, widths: Widths) -> Widths:
         """The window in quarters of its full width; of each source all branches at full length, or none."""
         part = max(1, -(-self._window // self.PARTS))
-        window = min(self._window, -(-widths.window // part) * part)
+        window, noisy = (min(self._window, -(-width // part) * part) for width in (widths.window, widths.noisy))
         used, branches = list(widths.branches), []
         for number, length in self._sources:
             branches += [length if any(used[:number]) else 0] * number
             del used[:number]
-        return Widths(window, tuple(branches))
+        return Widths(window, tuple(branches), noisy)
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,

@@ -3,6 +3,9 @@
 A *segment* is a run of guesses for the tokens that follow the pending one. Segment 0 is the window; every other segment is a
 branch. All segments hang on the pending token (slot 0), so a slot is told by its segment and its *depth*, the number of tokens
 between it and the pending one.
+
+Under a drafter there are two *streams*: the clean one, of all these, runs with the model's weights and verifies; the noisy one, a last
+segment that repeats the window, runs with the drafter's and drafts. To the mask it is one more branch, which no other segment sees.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ class Layout:
         sees_QQ: `[q, k]` is True where slot q attends to slot k: the pending token, and its own segment up to itself.
         path_SD: slot of segment s at depth d, `D = 1 + max(lengths)`; beyond a segment's end its last slot is repeated.
         offset_D, rank_S: 0, 1, 2, ..
+        noisy: slots of the noisy stream, the last ones; 0 without a drafter.
     """
 
     lengths: tuple[int, ...]
@@ -31,6 +35,17 @@ class Layout:
     path_SD: torch.Tensor
     offset_D: torch.Tensor
     rank_S: torch.Tensor
+    noisy: int = 0
+
+    @property
+    def contenders(self) -> int:
+        """Segments that the model verifies: all but the noisy stream."""
+        return len(self.lengths) - (self.noisy > 0)
+
+    @property
+    def drafting(self) -> int:
+        """The segment whose choices are the next guesses of the window."""
+        return len(self.lengths) - 1 if self.noisy else 0
 
     @property
     def slots(self) -> int:
@@ -44,8 +59,9 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def build_layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
-    """The layout of a window of `lengths[0]` guesses and branches of `lengths[1:]`."""
+def build_layout(lengths: tuple[int, ...], device: torch.device, noisy: int = 0) -> Layout:
+    """The layout of a window of `lengths[0]` guesses and branches of `lengths[1:]`, and under a drafter `noisy` guesses of its stream."""
+    lengths = (*lengths, noisy) if noisy else lengths
     depths, segments, paths = [0], [-1], []
     for number, length in enumerate(lengths):
         first = len(depths)
@@ -58,7 +74,7 @@ def build_layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
     sees_QQ = (segment_Q[:, None] == segment_Q) & (depth_Q[:, None] >= depth_Q)
     sees_QQ[:, 0] = True
     offset_D, rank_S = torch.arange(deepest, device=device), torch.arange(len(lengths), device=device)
-    return Layout(lengths, depth_Q, sees_QQ, path_SD, offset_D, rank_S)
+    return Layout(lengths, depth_Q, sees_QQ, path_SD, offset_D, rank_S, noisy)
 
 
 def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> torch.Tensor:

@@ -22,6 +22,7 @@ from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, a
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
+from jacobi_hf.drafter import drafter_of
 from jacobi_hf.execution import Compiled, Eager, cannot_compile
 from jacobi_hf.frontier import Frontier, Scores, token_limit
 from jacobi_hf.layout import Layout, attention_mask
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
+    from jacobi_hf.drafter import Drafter
     from jacobi_hf.execution import Execution
 
 _REQUEST = "_jacobi_request"
@@ -73,6 +75,8 @@ class JacobiGenerationMixin:
         if persisted is None and "decoding" not in given:
             given = {name: getattr(generation_config, name, None) for name in KNOBS} | given
         _reject_pointless(given, config)
+        if given.get("jacobi_verify_width") and drafter_of(self) is None:
+            raise ValueError("jacobi_verify_width is for drafters, and none is in use: call jacobi_hf.load_drafter, or drop it.")
         if config is not None:
             setattr(prepared, _REQUEST, _Request(config, in_call, kwargs.get("position_ids") is not None))
         return prepared, model_kwargs
@@ -194,7 +198,7 @@ class _Call:
         criteria: StoppingCriteriaList,
     ) -> None:
         self._model, self._config, self._generation_config, self._input_BP = model, config, generation_config, input_ids.long()
-        self._criteria = criteria
+        self._criteria, self._drafter = criteria, drafter_of(model)
         self._target: Cache | None = model_kwargs.get("past_key_values")
         past = _past_length(self._target, len(input_ids), model.config.get_text_config(decoder=True).num_hidden_layers)
         embeddings = model.get_input_embeddings()
@@ -249,10 +253,12 @@ class _Call:
         fills = bool(hands_out_cache or scores or logits or not selector.is_vectorised)
         step = Step(self._config, cache, prompt.text_BL.shape[1] + self._limit)
         step.open(prompt, self._limit, frontier.pad, frontier.eos_E, fills=fills)
+        drafter = self._drafter
         try:
-            with _grouped_attention(self._model):
-                forward = _Forward(self._model, cache, prompt.total + self._limit - 1)
-                decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution)
+            with _grouped_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
+                forward = _Forward(self._model, cache, prompt.total + self._limit - 1, drafter)
+                apart = drafter is not None
+                decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution, drafts_apart=apart)
                 decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
         finally:
             if noise is not None:
@@ -283,7 +289,8 @@ class _Call:
         return Compiled(self._model, self._config, wanted)
 
     def _open_cache(self, execution: Execution) -> JacobiStaticCache:
-        capacity = self._prompt.total + self._limit + execution.slots(self._config, self._limit)
+        slots = execution.slots(self._config, self._limit, drafts_apart=self._drafter is not None)
+        capacity = self._prompt.total + self._limit + slots
         cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
         if self._prompt.past and self._target is not None:
             cache.load(self._target, self._prompt.pad_B)
@@ -339,8 +346,9 @@ class _Forward:
     Slots behind `last_position` are those of rows that need fewer slots than others; what comes of them is never used.
     """
 
-    def __init__(self, model: Any, cache: JacobiStaticCache, last_position: int) -> None:
+    def __init__(self, model: Any, cache: JacobiStaticCache, last_position: int, drafter: Drafter | None = None) -> None:
         self._model, self._cache, self._last_position = model, cache, torch.tensor(last_position, device=cache.lengths_B.device)
+        self._drafter = drafter
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
         self._masks = MaskBuilder(model.config, model.dtype)
@@ -354,8 +362,13 @@ class _Forward:
         keep_BN: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `column_S` as `cache.columns` gives them."""
-        self._cache.open_step(layout.slots, column_S)
-        outputs = self._model(**self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN))
+        self._cache.open_step(layout.slots, column_S, layout.noisy)
+        arguments = self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN)
+        if self._drafter is not None and layout.noisy:
+            with self._drafter.drafting(layout.slots - layout.noisy, layout.slots):
+                outputs = self._model(**arguments)
+        else:
+            outputs = self._model(**arguments)
         logits: torch.Tensor = outputs.logits.to(self._cache.lengths_B.device)
         return logits
 

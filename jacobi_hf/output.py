@@ -18,7 +18,8 @@ class JacobiStats:
         row_forwards: per row, the forwards until that row ended.
         accepted_lengths: how often a row committed that many tokens in one decoding forward.
         accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup".
-        drafted: guesses of the window that were sent to the model (and those that were confirmed there, `drafted_confirmed`).
+        drafted: guesses of the window that were sent to the model; `verified` of them were verified (all, without a drafter), and
+            `drafted_confirmed` confirmed.
         slots: positions computed in decoding forwards, per row of the batch.
         seconds_by_width: wall time of each decoding step, from one forward to the next, by the slots of its forward.
         compiled_steps: shapes of steps that this call compiled; 0 when they were kept from an earlier call.
@@ -31,6 +32,7 @@ class JacobiStats:
     accepted_lengths: Counter[int] = field(default_factory=Counter)
     accepted_from: Counter[str] = field(default_factory=Counter)
     drafted: int = 0
+    verified: int = 0
     drafted_confirmed: int = 0
     seconds_by_width: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     compiled_steps: int = 0
@@ -64,8 +66,8 @@ class JacobiStats:
 
     @property
     def window_acceptance(self) -> float:
-        """Share of the window's guesses that the forward confirmed."""
-        return self.drafted_confirmed / max(1, self.drafted)
+        """Share of the window's verified guesses that the forward confirmed."""
+        return self.drafted_confirmed / max(1, self.verified)
 
 
 @dataclass

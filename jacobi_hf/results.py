@@ -57,12 +57,15 @@ class Decoder(_Strict):
     pool_size: int | None = None
     branch_length: int | None = None
     lookup_tokens: int | None = Field(default=None, description="length of the lookup branch, or draft tokens of prompt lookup")
+    drafter: str | None = Field(default=None, description="the drafter that makes the window's guesses")
+    verify_width: int | None = Field(default=None, description="guesses verified at a time beside it, 0 = as acceptance suggests")
 
     @classmethod
-    def of(cls, name: str, config: JacobiConfig) -> Self:
+    def of(cls, name: str, config: JacobiConfig, drafter: str | None = None) -> Self:
         """The setting of a `JacobiConfig` under a name."""
+        verify_width = config.jacobi_verify_width if drafter else None
         if config.decoding == JACOBI:
-            return cls(name=name, kind="jacobi", block_size=config.jacobi_block_size)
+            return cls(name=name, kind="jacobi", block_size=config.jacobi_block_size, drafter=drafter, verify_width=verify_width)
         return cls(
             name=name,
             kind="jacobi_multiblock",
@@ -72,6 +75,8 @@ class Decoder(_Strict):
             pool_size=config.jacobi_pool_size,
             branch_length=config.jacobi_branch_length,
             lookup_tokens=config.jacobi_lookup_tokens,
+            drafter=drafter,
+            verify_width=verify_width,
         )
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
+from jacobi_hf.layout import Layout, build_layout
 from jacobi_hf.pool import CandidateSource, NgramLookup, NgramPool, Rejection, Text
 from jacobi_hf.selection import confirmed, pick
 from jacobi_hf.window import Window
 
 if TYPE_CHECKING:
     from jacobi_hf.cache import JacobiStaticCache
-    from jacobi_hf.layout import Layout
     from jacobi_hf.prompt import Prompt
     from jacobi_hf.selection import Selector
 
@@ -35,15 +35,16 @@ class Widths:
     Attributes:
         window: guesses of the window that are sent.
         branches: tokens of every branch that are sent; a branch of 0 is left out.
+        noisy: guesses of the window that are sent through the drafter; 0 without one.
     """
 
     window: int
     branches: tuple[int, ...]
+    noisy: int = 0
 
-    @property
-    def segments(self) -> tuple[int, ...]:
-        """Tokens of each segment that is there, as a layout wants them."""
-        return (self.window, *filter(None, self.branches))
+    def layout(self, device: torch.device) -> Layout:
+        """Where everything sits."""
+        return build_layout((self.window, *filter(None, self.branches)), device, self.noisy)
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ def candidate_sources(config: JacobiConfig, batch_size: int, device: torch.devic
     return sources
 
 
-def step_slots(config: JacobiConfig, limit: int | None = None) -> int:
-    """Most slots of one forward (that is to yield at most `limit` tokens): pending token, window and branches."""
+def step_slots(config: JacobiConfig, limit: int | None = None, *, drafts_apart: bool = False) -> int:
+    """Most slots of one forward (that is to yield at most `limit` tokens): pending token, window, branches, and a drafter's stream."""
     sources = candidate_sources(config, 1, torch.device("cpu"))
-    lengths = [Window.width_of(config), *(s.length for s in sources for _ in range(s.branches))]
+    window = config.window_width
+    lengths = [window, *([window] if drafts_apart else []), *(s.length for s in sources for _ in range(s.branches))]
     return 1 + sum(length if limit is None else min(length, limit) for length in lengths)
 
 
@@ -125,7 +127,7 @@ class Step:
 
     def __init__(self, config: JacobiConfig, cache: JacobiStaticCache, columns: int) -> None:
         device, batch = cache.lengths_B.device, len(cache.lengths_B)
-        self.cache = cache
+        self.config, self.cache = config, cache
         self.window = Window(config, batch, columns, device)
         self.sources = candidate_sources(config, batch, device)
         self.names = [source.name for source in self.sources for _ in range(source.branches)]
@@ -173,7 +175,7 @@ class Step:
         """A whole step of a call that wants its tokens alone.
 
         Args:
-            forward, layout, column_S: as in `Decoder`, for `widths.segments`.
+            forward, layout, column_S: as in `Decoder`, for `widths.layout`.
             selector: vectorised.
             noise_BQV: of the new-token index of each slot, to sample.
             text_columns, some_halted, may_look: as in `advance`.
@@ -187,13 +189,18 @@ class Step:
         selector.commit(verdict.run_BD, verdict.count_B)
 
     def slots(self, widths: Widths, layout: Layout) -> Slots:
-        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.segments`."""
-        tokens, lengths = [self.pending_B1, self.window.draft_BW[:, : widths.window]], [self.width_B]
+        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.layout`."""
+        draft_BW = self.window.draft_BW
+        tokens = [self.pending_B1, draft_BW[:, : widths.window]]
+        lengths = [self.width_B.clamp(max=widths.window) if widths.noisy else self.width_B]
         branches = [(token_BCL[:, c], length_BC[:, c]) for token_BCL, length_BC in self._branches for c in range(token_BCL.shape[1])]
         for (token_BL, length_B), used in zip(branches, widths.branches, strict=True):
             if used:
                 tokens.append(token_BL[:, :used])
                 lengths.append(length_B)
+        if widths.noisy:
+            tokens.append(draft_BW[:, : widths.noisy])
+            lengths.append(self.width_B)
         return Slots(layout, torch.cat(tokens, 1), torch.stack(lengths, 1) if len(lengths) > 1 else self.width_B[:, None])
 
     def accept(self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_halted: bool = True) -> Verdict:
@@ -203,12 +210,13 @@ class Step:
         if some_halted:
             choice_BQ = torch.where(self.halted_B[:, None], self._pad, choice_BQ)
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
-        if layout.is_chain:
-            best_B, path_BD, run_BD, accepted_B = self._none_B, layout.path_SD, choice_BQ, accepted_BS[:, 0]
+        if layout.contenders == 1:
+            best_B, path_BD, accepted_B = self._none_B, layout.path_SD[:1], accepted_BS[:, 0]
+            run_BD = choice_BQ if layout.is_chain else choice_BQ[:, layout.path_SD[0]]
         else:
             # Of equals the window wins: nothing has to be moved.
-            rank_S = layout.rank_S
-            best_B = (accepted_BS * len(rank_S) - rank_S).max(1).indices
+            rank_S = layout.rank_S[: layout.contenders]
+            best_B = (accepted_BS[:, : layout.contenders] * len(rank_S) - rank_S).max(1).indices
             path_BD = layout.path_SD[best_B]
             run_BD = choice_BQ.gather(1, path_BD)
             accepted_B = accepted_BS.gather(1, best_B[:, None])[:, 0]
@@ -249,7 +257,7 @@ class Step:
             may_look: whether the host may be asked for a value in between, where that saves work.
         """
         run_BD, count_B = verdict.run_BD, verdict.count_B
-        moves = not slots.layout.is_chain and not (may_look and not bool(((verdict.best_B > 0) & (count_B > 1)).any()))
+        moves = slots.layout.contenders > 1 and not (may_look and not bool(((verdict.best_B > 0) & (count_B > 1)).any()))
         self.cache.commit(count_B, verdict.path_BD if moves else None)
         # What is behind `count_B` is written over before it counts.
         self.text_BL.scatter_(1, self.length_B[:, None] + slots.layout.offset_D, run_BD)
@@ -263,15 +271,23 @@ class Step:
 
     def _redraft(self, slots: Slots, verdict: Verdict, generated_B: torch.Tensor, text_columns: int | None) -> None:
         """The next window and the next branches."""
-        window, width = self.window, slots.layout.lengths[0]
-        window.append_blocks(self.generated_B, generated_B, verdict.agrees_BSD[:, 0])
-        window_choice_BD, window_length_B = verdict.choice_BQ[:, : width + 1], slots.length_BS[:, 0]
-        choices = [(window_choice_BD, window_length_B)]
-        if not slots.layout.is_chain:
-            choices.insert(0, (verdict.run_BD, slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0]))
+        window, layout = self.window, slots.layout
+        drafting, width = layout.drafting, layout.lengths[layout.drafting]
+        window.append_blocks(self.generated_B, generated_B, verdict.agrees_BSD[:, drafting])
+        if layout.noisy:
+            path_W1 = layout.path_SD[drafting, : width + 1]
+            draft_BW1, choice_BW1 = slots.token_BQ[:, path_W1], verdict.choice_BQ[:, path_W1]
+        else:
+            draft_BW1, choice_BW1 = slots.token_BQ[:, : width + 1], verdict.choice_BQ[:, : width + 1]
+        drafted_B = slots.length_BS[:, drafting]
+        choices = [(choice_BW1, drafted_B)]
+        if layout.contenders > 1:
+            # Without a drafter, the branch that was followed knows better than the window what comes behind it.
+            run = (verdict.run_BD, slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0])
+            choices = [*choices, run] if layout.noisy else [run, *choices]
         text = Text(self.text_BL if text_columns is None else self.text_BL[:, :text_columns], self.length_B)
         window.redraft(generated_B, verdict.count_B, choices, text.ids_BL, text.length_B)
-        rejection = Rejection(slots.token_BQ[:, : width + 1], window_choice_BD, verdict.accepted_BS[:, 0], window_length_B)
+        rejection = Rejection(draft_BW1, choice_BW1, verdict.accepted_BS[:, 0], drafted_B)
         for source, (token_BCL, length_BC) in zip(self.sources, self._branches, strict=True):
             if width:
                 source.learn(rejection)

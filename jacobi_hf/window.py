@@ -25,7 +25,7 @@ class Window:
     """
 
     def __init__(self, config: JacobiConfig, batch_size: int, columns: int, device: torch.device) -> None:
-        width = self.width_of(config)
+        width = config.window_width
         self._restarts = config.decoding == JACOBI
         self._block = config.jacobi_block_size
         self._blocks = width // self._block
@@ -34,11 +34,6 @@ class Window:
         self.scattered_T = scattered(torch.arange(columns + width, device=device))
         self.draft_BW = torch.zeros(batch_size, len(self._offset_W), dtype=torch.long, device=device)
         self.end_B = torch.zeros(batch_size, dtype=torch.long, device=device)
-
-    @staticmethod
-    def width_of(config: JacobiConfig) -> int:
-        """Most guesses that a window of this config holds."""
-        return config.jacobi_block_size * (1 if config.decoding == JACOBI else config.jacobi_max_blocks)
 
     def append_blocks(self, before_B: torch.Tensor, generated_B: torch.Tensor, agrees_BD: torch.Tensor) -> None:
         """Move `end_B` on after a step that brought a row from `before_B` to `generated_B` tokens.

@@ -10,9 +10,12 @@ from transformers import TrainingArguments
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 from jacobi_hf.trainer.collator import LAYOUTS
 from jacobi_hf.trainer.dataset import ON_BAD_ROW, TOO_LONG
+from jacobi_hf.trainer.drafting import TARGETS
 from jacobi_hf.trainer.losses import REDUCTIONS
 from jacobi_hf.trainer.mask import window_of
 from jacobi_hf.trainer.options import option
+
+METHODS = ("full", "gated")
 
 
 @dataclass
@@ -22,6 +25,17 @@ class JacobiForcingConfig(TrainingArguments):
     Losses, context and replay default to one consistent set, that of the tiny model's recipe, which its ablations led to
     (docs/results.md); optimizer and schedule to what suits models of a billion parameters and more. The paper's, the reference
     code's and the published Qwen3-1.7B run's sets are in examples/recipes.
+
+    Parameters that choose what is trained:
+        method: `"full"`, the model (or an adapter that acts everywhere); `"gated"`, a drafter (`jacobi_hf.load_drafter`) that acts on
+            draft positions alone, while the model stays as it is. Of the options below, gated training knows max_length (its texts
+            are cut there), loss_chunk_numbers, those of decoding and its own.
+        gated_width: W, drafts of a training window.
+        gated_windows: windows at random places of each text.
+        gated_visits: decoding steps that each window makes in a training step, every one learnt from.
+        gated_targets: `"hard"`, the model's choice; `"soft"`, its distribution.
+        gated_constant_draft: an id that stands in for all drafts on the way in. A control: what is learnt then is plain multi-token
+            prediction, and a drafter that was trained so decodes as badly as that.
 
     Parameters that describe the data:
         block_size: n of the trajectories.
@@ -67,6 +81,12 @@ class JacobiForcingConfig(TrainingArguments):
     adam_beta2: float = option(0.95, "Second beta of AdamW.")
     muon_learning_rate: float | None = option(None, "Peak learning rate of Muon for the matrices inside the layers; AdamW trains all else.")
     remove_unused_columns: bool = option(False, "The collator needs the raw columns.")
+    method: str = option("full", "full trains the model, gated a drafter.")
+    gated_width: int = option(16, "Drafts of a training window (W).")
+    gated_windows: int = option(4, "Training windows of each text.")
+    gated_visits: int = option(3, "Decoding steps of each window in a training step.")
+    gated_targets: str = option("hard", "hard or soft.")
+    gated_constant_draft: int | None = option(None, "An id that stands in for all drafts, as a control.")
     block_size: int = option(16, "Tokens of a block (n).")
     max_length: int = option(2048, "Slots of a packed row.")
     too_long: str = option("drop", "Samples longer than max_length: drop or truncate.")
@@ -99,6 +119,7 @@ class JacobiForcingConfig(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
         for name, allowed in (
             ("layout", LAYOUTS), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW), ("consistency_reduction", REDUCTIONS),
+            ("method", METHODS), ("gated_targets", TARGETS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}.")
@@ -114,7 +135,9 @@ class JacobiForcingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.muon_learning_rate is not None and self.muon_learning_rate < 0:
             raise ValueError(f"muon_learning_rate={self.muon_learning_rate} must not be negative.")
-        for name in ("loss_chunk_numbers", "eval_max_new_tokens", "eval_prompt_count"):
+        for name in (
+            "loss_chunk_numbers", "eval_max_new_tokens", "eval_prompt_count", "gated_width", "gated_windows", "gated_visits",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.fp16:

@@ -108,8 +108,13 @@ def measurements(
     prompts: Mapping[str, Sequence[Any]],
     decoders: Mapping[str, JacobiConfig],
     max_new_tokens: int,
+    drafter: str | None = None,
 ) -> list[Measurement]:
-    """Tokens per forward, slots and identity of each decoder on the prompts (strings, or messages) of each domain."""
+    """Tokens per forward, slots and identity of each decoder on the prompts (strings, or messages) of each domain.
+
+    Args:
+        drafter: what the results call the drafter that the model has.
+    """
     measured = []
     for domain, texts in prompts.items():
         ids = [prompt_ids(tokenizer, text) for text in texts]
@@ -120,7 +125,8 @@ def measurements(
             different = [i for i, (a, b) in enumerate(zip(report.outputs, references, strict=True)) if a != b]
             measured.append(
                 Measurement(
-                    decoder=Decoder.of(name, config), prompts=described, new_tokens=sum(report.new_tokens), forwards=sum(report.forwards),
+                    decoder=Decoder.of(name, config, drafter), prompts=described,
+                    new_tokens=sum(report.new_tokens), forwards=sum(report.forwards),
                     tokens_per_forward=report.tokens_per_forward, tokens_per_forward_loop_free=report.loop_free,
                     per_prompt_tokens_per_forward=report.per_prompt, looping=report.looping, mean_slots=report.mean_slots,
                     agreement=Agreement(

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from jacobi_hf.attention import MaskBuilder, attention_of
 from jacobi_hf.trainer.arguments import JacobiForcingConfig
+from jacobi_hf.trainer.at_head import AtHead
 from jacobi_hf.trainer.collator import COUNTS, JacobiForcingCollator, clean_part, counts_of
 from jacobi_hf.trainer.dataset import StreamedRecords, TrainingRecords, checked, tokenized_replay
 from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
@@ -26,7 +27,7 @@ from jacobi_hf.trainer.optimizer import muon_and_adamw
 from jacobi_hf.trainer.trajectories import base_of, special_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,51 +37,6 @@ logger = logging.getLogger(__name__)
 # Which of the collator's counts a reduction divides by.
 _AVERAGED_OVER = {"mean": COUNTS.index("pairs"), "block_sum": COUNTS.index("blocks"), "reference": COUNTS.index("samples")}
 _LAYOUT_TENSORS = ("input_ids", "position_ids", "attention_mask")
-
-
-class AtHead:
-    """Hands a model's hidden states to a function inside the model's forward, where the LM head is called, and spares the logits.
-
-    A pre-hook on the head takes the hidden states, and lets the outer call go on with no rows at all. What the function does with the
-    head so runs within the top-level forward, as sharding (FSDP, ZeRO-3), adapters and quantisation need it.
-
-    Args:
-        head: the model's output embeddings.
-    """
-
-    def __init__(self, head: torch.nn.Module) -> None:
-        self.head = head
-        self._use: Callable[[torch.Tensor], Any] | None = None
-        self._result: Any = None
-        head.register_forward_pre_hook(self._intercept)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _intercept(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._use is None:
-            return None
-        use, self._use = self._use, None
-        self._result = use(args[0].flatten(0, 1))
-        return (args[0][:, :0], *args[1:])
-
-    def __call__(self, forward: Callable[[], Any], use: Callable[[torch.Tensor], Any]) -> tuple[Any, torch.Tensor]:
-        """Run `forward`, a call of the model.
-
-        Args:
-            use: gets the hidden states `(R, H)`, R the slots of the batch.
-
-        Returns:
-            what `use` returned, and a zero that ties it to the forward's output, which sharded modules watch.
-        """
-        self._use = use
-        try:
-            outputs = forward()
-            called = self._use is None
-        finally:
-            self._use = None
-        if not called:
-            raise RuntimeError("the model's forward never called its output embeddings, so there are no losses")
-        result, self._result = self._result, None
-        return result, outputs.logits.float().sum()
 
 
 class JacobiForcingTrainer(Trainer):
@@ -94,7 +50,7 @@ class JacobiForcingTrainer(Trainer):
         eval_prompts: prompts (ids) decoded at each evaluation of `eval_dataset`, by name of their set: tokens per forward and identity.
         replay_dataset: ordinary text (`text`, `messages` or `input_ids`) mixed in against drift.
         processing_class: the tokenizer.
-        peft_config: trains an adapter instead of the model.
+        peft_config: trains an adapter instead of the model; with `args.method="gated"`, rank and layers of the drafter.
         ref_model: the frozen model of `kl_loss_weight`; when not given, a copy of `model`, or with an adapter the model without it.
             Each process holds it whole.
 
@@ -106,6 +62,14 @@ class JacobiForcingTrainer(Trainer):
 
     # compute_loss divides by the counts of the whole accumulated batch itself.
     loss_is_scaled_for_ga = True
+
+    def __new__(cls, model: Any = None, args: Any = None, *_: Any, **__: Any) -> Any:  # noqa: ARG004  (__init__ has its say)
+        """With `method="gated"`, the subclass that trains a drafter."""
+        if cls is JacobiForcingTrainer and getattr(args, "method", None) == "gated":
+            from jacobi_hf.trainer.gated import GatedForcingTrainer
+
+            return super().__new__(GatedForcingTrainer)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -156,7 +120,7 @@ class JacobiForcingTrainer(Trainer):
         )
         self.add_callback(_GradientGuard(self))
         self._samples_of_step: list[torch.Tensor] = []
-        self._decoded: tuple[int, dict[str, float]] | None = None
+        self._decoded: tuple[tuple[int, int], dict[str, float]] | None = None
         self.label_names = ["labels"]
         self._at_head = AtHead(_head_of(base))
         self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(requires_grad=False).to(args.device)
@@ -359,13 +323,16 @@ class JacobiForcingTrainer(Trainer):
 
     def _decoding_metrics(self) -> dict[str, float]:
         """On every process, since sharded weights need them all; once, where several sets are evaluated with the same weights."""
-        config = self.args.decoding_config()
-        if config is None or not self._eval_prompts:
+        if self.args.decoding_config() is None or not self._eval_prompts:
             return {}
-        weights = sum(parameter._version for parameter in self.model.parameters())
+        return self._measured(self.accelerator.unwrap_model(self.model))
+
+    def _measured(self, model: Any) -> dict[str, float]:
+        config = self.args.decoding_config()
+        # Fused optimizers do not count up the versions.
+        weights = (self.state.global_step, sum(parameter._version for parameter in self.model.parameters()))
         if self._decoded is not None and self._decoded[0] == weights:
             return self._decoded[1]
-        model: Any = self.accelerator.unwrap_model(self.model)
         was_training, limit = model.training, self.args.eval_max_new_tokens
         model.eval()
         metrics = {}
