@@ -143,7 +143,7 @@ def test_learning_on_a_text_makes_its_drafts_come_true(targets):
         optimizer.step()
     assert totals[1] / totals[0] > 0.8
     _, fewer = trained.tokens_per_forward(ids, prompt_B, length_B, 8)
-    assert fewer < 0.5 * forwards
+    assert fewer < 0.7 * forwards
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # What the training says it takes is what the decoder needs.
     drafter = trained.drafter.copied()
