@@ -145,9 +145,8 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         trained: DraftedModel = self.accelerator.unwrap_model(self.model)
         return trained
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s."""
-        return Trainer.create_optimizer(self, model)
+    def _outside_of_muon(self) -> list[torch.nn.Module]:
+        return []
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
         """What the losses are averaged over is known only when the drafts are."""
@@ -251,8 +250,6 @@ def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
         raise ValueError(f"attn_implementation={attention_of(config)!r} takes no mask of our own: load the model with 'sdpa'.")
     if unknown := set(layer_types(config)) - LAYER_TYPES:
         raise ValueError(f"layers of type {', '.join(sorted(unknown))} are not known; only full and sliding attention are.")
-    if args.muon_learning_rate is not None:
-        raise ValueError("muon_learning_rate is for the model's matrices, which method='gated' does not train: leave it out.")
     if args.activation_checkpointing or args.gradient_checkpointing:
         raise ValueError("checkpointing of activations drops the keys and values that windows stand on: leave it off with method='gated'.")
 
