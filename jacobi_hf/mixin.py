@@ -18,13 +18,12 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
-from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, groups_of, layer_types
+from jacobi_hf.attention import LAYER_TYPES, OURS, StepMasks, attention_of, cannot_attend, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.execution import Compiled, Eager, cannot_compile
 from jacobi_hf.frontier import Frontier, Scores, token_limit
-from jacobi_hf.layout import Layout, attention_mask
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from transformers.generation import BaseStreamer
 
     from jacobi_hf.execution import Execution
+    from jacobi_hf.layout import Layout
 
 _REQUEST = "_jacobi_request"
 _HANDLED = {
@@ -141,11 +141,8 @@ def _contradiction(model: Any, mode: GenerationMode, generation_config: Generati
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
-    if attention_of(config) not in TAKES_MASK:
-        return (
-            f"attn_implementation={attention_of(config)!r}, which takes no mask of our own: load the model with "
-            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
-        )
+    if reason := cannot_attend(config):
+        return reason
     unknown = set(layer_types(config)) - LAYER_TYPES
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
 
@@ -250,7 +247,7 @@ class _Call:
         step = Step(self._config, cache, prompt.text_BL.shape[1] + self._limit)
         step.open(prompt, self._limit, frontier.pad, frontier.eos_E, fills=fills)
         try:
-            with _grouped_attention(self._model):
+            with _our_attention(self._model):
                 forward = _Forward(self._model, cache, prompt.total + self._limit - 1)
                 decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution)
                 decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
@@ -290,30 +287,29 @@ class _Call:
         return cache
 
 
-_switched: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_switched: WeakKeyDictionary[Any, tuple[str, int]] = WeakKeyDictionary()
 _switching = threading.Lock()
 
 
 @contextlib.contextmanager
-def _grouped_attention(model: Any) -> Iterator[None]:
-    """Run a model that uses sdpa with `grouped_sdpa`, which to everybody else's forwards is sdpa.
+def _our_attention(model: Any) -> Iterator[None]:
+    """Run a model with our implementation of its attention, which to everybody else's forwards is its own.
 
     The config is switched, since attention modules look there; and back by the last of the calls that overlap.
     """
     config = model.config.get_text_config(decoder=True)
     with _switching:
-        count = _switched.get(model, 0)
-        if count or (attention_of(config) == "sdpa" and groups_of(config) > 1):
-            _switched[model], config._attn_implementation = count + 1, GROUPED
-            count += 1
+        own, calls = _switched.get(model, (attention_of(config), 0))
+        _switched[model], config._attn_implementation = (own, calls + 1), OURS.get(own, own)
     try:
         yield
     finally:
-        if count:
-            with _switching:
-                _switched[model] -= 1
-                if not _switched[model]:
-                    config._attn_implementation = "sdpa"
+        with _switching:
+            own, calls = _switched.pop(model)
+            if calls > 1:
+                _switched[model] = own, calls - 1
+            else:
+                config._attn_implementation = own
 
 
 def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:
@@ -343,7 +339,7 @@ class _Forward:
         self._model, self._cache, self._last_position = model, cache, torch.tensor(last_position, device=cache.lengths_B.device)
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
-        self._masks = MaskBuilder(model.config, model.dtype)
+        self._masks = StepMasks(model, self._device)
 
     def __call__(
         self,
@@ -372,7 +368,7 @@ class _Forward:
         return {
             "input_ids": None if token_BQ is None else token_BQ.to(self._device),
             "inputs_embeds": embeds_BQH,
-            "attention_mask": self._masks(lambda window: attention_mask(layout, lengths_B, column_S, window), self._device),
+            "attention_mask": self._masks.of_step(layout, lengths_B, column_S),
             "position_ids": (lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
             "past_key_values": self._cache,
             "use_cache": True,
