@@ -118,7 +118,7 @@ def block_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, 
     Which blocks these are follows from the lengths, so nothing of size `(Q, S)` is made. Arguments as in `attention_mask`.
     """
     device, slots, columns = column_S.device, layout.slots, column_S.shape[0]
-    blocks = -(-columns // FLEX_BLOCK)
+    last_block = -(-columns // FLEX_BLOCK) - 1
     first_T = torch.arange(0, slots, FLEX_BLOCK, device=device)  # slot with which each block of queries begins
     # Slots of a tree see slots of any number, those of a chain none behind their own.
     end_T = (first_T + FLEX_BLOCK).clamp(max=slots) if layout.is_chain else torch.full_like(first_T, slots)
@@ -128,9 +128,10 @@ def block_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, 
         start_BT = (lengths_B[:, None] + earliest_T) // FLEX_BLOCK  # every query of the block sees all before it
     else:
         start_BT = (lengths_B[:, None] + earliest_T + 1 - sliding_window).clamp(min=0) // FLEX_BLOCK
-    number_K = torch.arange(blocks, device=device)
-    partial_BTK = (start_BT[..., None] + number_K).clamp(max=blocks - 1)
-    whole_BTK = number_K.expand_as(partial_BTK)
+    # One more than there are: a compiled step would take a single block for another kind of tensor.
+    number_K = torch.arange(last_block + 2, device=device)
+    partial_BTK = (start_BT[..., None] + number_K).clamp(max=last_block)
+    whole_BTK = number_K.clamp(max=last_block).expand_as(partial_BTK)
     sees = visibility(layout, lengths_B, sliding_window)
 
     def mask_mod(row: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:  # noqa: ARG001

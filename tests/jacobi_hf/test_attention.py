@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jacobi_hf import attention, register, unregister
+from jacobi_hf import kernels as jacobi_kernels
 from jacobi_hf.attention import FLASH, FLEX, GROUPED_SLOTS, OURS, SDPA, StepMasks, step_attention, usable_kernels
 from jacobi_hf.layout import attention_mask, build_layout, chain_layout
 from tests.models import VOCAB, fresh_model, tiny_model
@@ -154,6 +156,29 @@ def prompts():
     ids[0, :4] = ids[2, :9] = 0
     for rows in (ids[1:2], ids):
         yield {"input_ids": rows, "attention_mask": (rows != 0).long(), "pad_token_id": 0, "do_sample": False}
+
+
+def test_compiled_steps_of_an_sdpa_model_run_flex(kernels, monkeypatch):
+    """Each shape once, whatever the lengths: one block of columns or more, full ones or none."""
+    model, compiler = fresh_model("qwen3"), CompileConfig(backend="eager", mode=None)
+    monkeypatch.setattr(attention, "usable_kernels", lambda *_: {FLEX})
+    monkeypatch.setattr(attention, "flex", jacobi_kernels.flex)  # not counted, as counting is no tensor operation
+    monkeypatch.setattr(attention, "grouped_sdpa", lambda *_: pytest.fail("sdpa ran"))
+    knobs = {"jacobi_block_size": 2, "jacobi_max_blocks": 0, "jacobi_lookup_tokens": 3, "jacobi_pool_size": 0}
+    shapes = 0
+    for columns, new_tokens in ((5, 12), (125, 30)):
+        prompt = {"input_ids": torch.arange(columns)[None] % 5 + 1, "do_sample": False, "pad_token_id": 0, "max_new_tokens": new_tokens}
+        reference = model.generate(**prompt)
+        output = model.generate(
+            **prompt, decoding="jacobi_multiblock", **knobs, compile_config=compiler, return_dict_in_generate=True
+        )  # fmt: skip
+        assert torch.equal(output.sequences, reference)
+        shapes += output.jacobi_stats.compiled_steps
+        if columns == 5:
+            counters.clear()
+            first = shapes
+    assert first > 0
+    assert counters["stats"]["unique_graphs"] == shapes - first
 
 
 def test_a_flex_model_is_served_where_flex_has_no_kernel():
