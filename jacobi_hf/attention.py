@@ -182,7 +182,7 @@ class StepMasks(MaskBuilder):
     | flash-attn | int32 `(B, 1, 1, 1)`, the columns that are filled |
 
     Args:
-        model: which is to run one of our implementations, or eager attention.
+        model: it gets masks for our kernels where it runs one of our implementations, else plain ones.
         device: where it takes its masks.
     """
 
@@ -191,7 +191,8 @@ class StepMasks(MaskBuilder):
         config = model.config.get_text_config(decoder=True)
         self._device, self._groups, self._usable = device, groups_of(config), set[str]()
         is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        if not is_spread and not getattr(config, "attention_dropout", 0):
+        self._is_ours = attention_of(config) in OURS.values()
+        if self._is_ours and not is_spread and not getattr(config, "attention_dropout", 0):
             heads = getattr(config, "num_attention_heads", None)
             head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
             self._usable = usable_kernels(self._own, device, model.dtype, head_dim)
@@ -215,11 +216,11 @@ class StepMasks(MaskBuilder):
     def _of_layer(self, kernel: str, layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, window: int | None) -> Any:
         if kernel == FLASH:
             return (lengths_B + layout.slots).int()[:, None, None, None]
-        if self._own in OURS and layout.without_past and (window is None or window >= layout.slots):
+        if self._is_ours and layout.without_past and (window is None or window >= layout.slots):
             return torch.empty(1, 1, 0, 0, device=self._device)
         if kernel == FLEX:
             return block_mask(layout, lengths_B, column_S, window)
         allowed = attention_mask(layout, lengths_B, column_S, window)
-        if self._own in OURS and layout.slots <= GROUPED_SLOTS:
+        if self._is_ours and layout.slots <= GROUPED_SLOTS:
             return grouped_mask(allowed, self._groups, self._dtype).to(self._device)
         return self._additive(allowed).to(self._device)
