@@ -125,7 +125,7 @@ class Decoder:
 
     def _prefill(self, prompt: Prompt) -> None:
         device, last_B1 = prompt.length_B.device, prompt.length_B[:, None] - 1
-        layout = chain_layout(prompt.inputs.shape[1], device)
+        layout = chain_layout(prompt.inputs.shape[1], device, without_past=not self._longest_cached)
         column_S = self._cache.columns(layout.slots, self._longest_cached)
         logits_B1V = self._forward(prompt.ids_BP, prompt.embeds_BPH, layout, column_S, last_B1)
         self._cache.commit(last_B1[:, 0])  # the last prompt token plays the pending one

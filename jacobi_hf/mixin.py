@@ -12,20 +12,18 @@ import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
-from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, groups_of, layer_types
+from jacobi_hf.attention import LAYER_TYPES, OURS, StepMasks, attention_of, cannot_attend, layer_types
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.drafter import drafter_of
 from jacobi_hf.execution import Compiled, Eager, cannot_compile
 from jacobi_hf.frontier import Frontier, Scores, token_limit
-from jacobi_hf.layout import Layout, attention_mask
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
 
     from jacobi_hf.drafter import Drafter
     from jacobi_hf.execution import Execution
+    from jacobi_hf.layout import Layout
 
 _REQUEST = "_jacobi_request"
 _HANDLED = {
@@ -145,11 +144,8 @@ def _contradiction(model: Any, mode: GenerationMode, generation_config: Generati
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
-    if attention_of(config) not in TAKES_MASK:
-        return (
-            f"attn_implementation={attention_of(config)!r}, which takes no mask of our own: load the model with "
-            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
-        )
+    if reason := cannot_attend(config):
+        return reason
     unknown = set(layer_types(config)) - LAYER_TYPES
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
 
@@ -255,7 +251,7 @@ class _Call:
         step.open(prompt, self._limit, frontier.pad, frontier.eos_E, fills=fills)
         drafter = self._drafter
         try:
-            with _grouped_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
+            with _our_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
                 forward = _Forward(self._model, cache, prompt.total + self._limit - 1, drafter)
                 apart = drafter is not None
                 decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution, drafts_apart=apart)
@@ -297,30 +293,29 @@ class _Call:
         return cache
 
 
-_switched: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_switched: dict[int, tuple[str, int]] = {}  # by the config's id: two models may share one
 _switching = threading.Lock()
 
 
 @contextlib.contextmanager
-def _grouped_attention(model: Any) -> Iterator[None]:
-    """Run a model that uses sdpa with `grouped_sdpa`, which to everybody else's forwards is sdpa.
+def _our_attention(model: Any) -> Iterator[None]:
+    """Run a model with our implementation of its attention, which to everybody else's forwards is its own.
 
     The config is switched, since attention modules look there; and back by the last of the calls that overlap.
     """
     config = model.config.get_text_config(decoder=True)
     with _switching:
-        count = _switched.get(model, 0)
-        if count or (attention_of(config) == "sdpa" and groups_of(config) > 1):
-            _switched[model], config._attn_implementation = count + 1, GROUPED
-            count += 1
+        own, calls = _switched.get(id(config), (attention_of(config), 0))
+        _switched[id(config)], config._attn_implementation = (own, calls + 1), OURS.get(own, own)
     try:
         yield
     finally:
-        if count:
-            with _switching:
-                _switched[model] -= 1
-                if not _switched[model]:
-                    config._attn_implementation = "sdpa"
+        with _switching:
+            own, calls = _switched.pop(id(config))
+            if calls > 1:
+                _switched[id(config)] = own, calls - 1
+            else:
+                config._attn_implementation = own
 
 
 def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:
@@ -351,7 +346,7 @@ class _Forward:
         self._drafter = drafter
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
-        self._masks = MaskBuilder(model.config, model.dtype)
+        self._masks = StepMasks(model, self._device)
 
     def __call__(
         self,
@@ -385,7 +380,7 @@ class _Forward:
         return {
             "input_ids": None if token_BQ is None else token_BQ.to(self._device),
             "inputs_embeds": embeds_BQH,
-            "attention_mask": self._masks(lambda window: attention_mask(layout, lengths_B, column_S, window), self._device),
+            "attention_mask": self._masks.of_step(layout, lengths_B, column_S),
             "position_ids": (lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
             "past_key_values": self._cache,
             "use_cache": True,

@@ -122,7 +122,7 @@ def timed_steps(
         synchronize(device)
         return time.perf_counter() - started, returned - started
 
-    with torch.no_grad(), mixin._grouped_attention(model):
+    with torch.no_grad(), mixin._our_attention(model):
         forward = mixin._Forward(model, cache, context + room)
         for name, execution in executions.items():  # allocate, compile, warm up
             for width in track(widths, description=name, console=Console(stderr=True)):
