@@ -284,7 +284,7 @@ def test_models_that_share_a_config():
     one.__enter__()
     other.__enter__()
     one.__exit__(None, None, None)
-    assert first.config._attn_implementation == SDPA
+    assert first.config._attn_implementation == OURS[SDPA]
     other.__exit__(None, None, None)
     assert first.config._attn_implementation == "sdpa"
 
