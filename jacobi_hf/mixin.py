@@ -358,6 +358,8 @@ class _Forward:
     ) -> torch.Tensor:
         """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `column_S` as `cache.columns` gives them."""
         self._cache.open_step(layout.slots, column_S, layout.noisy)
+        if self._drafter is not None and layout.noisy and token_BQ is not None:
+            token_BQ = self._drafter.shown(token_BQ, layout.noisy)
         arguments = self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN)
         if self._drafter is not None and layout.noisy:
             with self._drafter.drafting(layout.slots - layout.noisy, layout.slots):

@@ -120,12 +120,12 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         }
         self._records: Any = None if train_dataset is None else _answers(model, args, train_dataset, "train_dataset", ends)
         self._eval_prompts = dict(eval_prompts or {})
-        drafter = _new_drafter(model, peft_config)
+        drafter = _new_drafter(model, peft_config, args.gated_constant_draft)
         if not hasattr(model, "hf_device_map"):
             model.to(args.device)  # type: ignore[arg-type]  # the trainer moves what it trains, which is the drafter
         Trainer.__init__(
             self,
-            model=DraftedModel(model, drafter, args.gated_targets, args.loss_chunk_numbers, args.gated_constant_draft),
+            model=DraftedModel(model, drafter, args.gated_targets, args.loss_chunk_numbers),
             args=args,
             data_collator=collate,
             train_dataset=self._records,
@@ -254,9 +254,9 @@ def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
         raise ValueError("checkpointing of activations drops the keys and values that windows stand on: leave it off with method='gated'.")
 
 
-def _new_drafter(model: Any, peft_config: Any) -> Drafter:
+def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> Drafter:
     if peft_config is None:
-        return Drafter.new(model).place(model, torch.float32)
+        return Drafter.new(model, constant_draft=constant_draft).place(model, torch.float32)
     from peft import LoraConfig
 
     if type(peft_config) is not LoraConfig:
@@ -268,4 +268,4 @@ def _new_drafter(model: Any, peft_config: Any) -> Drafter:
     if differing:
         raise ValueError(f"peft_config sets {', '.join(sorted(differing))}, which a drafter does not have.")
     modules = "all-linear" if peft_config.target_modules is None else peft_config.target_modules
-    return Drafter.new(model, peft_config.r, peft_config.lora_alpha, modules).place(model, torch.float32)
+    return Drafter.new(model, peft_config.r, peft_config.lora_alpha, modules, constant_draft).place(model, torch.float32)
