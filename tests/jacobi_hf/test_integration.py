@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
 
-from tests.models import fresh_model, tiny_model
+from jacobi_hf.decoding import Decoder
+from tests.jacobi_hf.cases import Case, differences
+from tests.models import TINY, VOCAB, fresh_model, tiny_model
 from tests.tiny import CHECKPOINT
 
 KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
@@ -49,6 +51,21 @@ def test_num_return_sequences(any_model, prompt):
     assert same(any_model, {**prompt, "do_sample": True}, num_return_sequences=3, max_new_tokens=12).shape[0] == 6
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", TINY)
+def test_a_long_prompt_goes_in_by_parts(kind, attention, monkeypatch):
+    """Rows that end in different parts, and at the end of one: tokens, scores, cache are those of a prefill in one go."""
+    monkeypatch.setattr(Decoder, "PREFILL_SLOTS", 4)
+    widths = []
+    hook = tiny_model(kind).register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    case = Case(kind, attention, (2, 4, 9, 14), 0, VOCAB, KNOBS, {"max_new_tokens": 12, "do_sample": False}, returns_dict=True)
+    assert differences(case) == []
+    hook.remove()
+    parts = widths.index(4)  # behind the one-go prefill of the reference and its single tokens
+    assert widths[parts : parts + 4] == [4, 4, 4, 2]
+    tiny_model(kind).set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_inputs_embeds(any_model, prompt, with_ids):
     embeds = any_model.get_input_embeddings()(prompt["input_ids"])
@@ -56,6 +73,9 @@ def test_inputs_embeds(any_model, prompt, with_ids):
     if not with_ids:
         inputs.pop("input_ids")
     same(any_model, inputs, max_new_tokens=15)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "PREFILL_SLOTS", 4)
+        same(any_model, inputs, max_new_tokens=15)
 
 
 def test_inputs_without_a_mask(any_model):
