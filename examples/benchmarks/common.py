@@ -89,7 +89,8 @@ class Run:
 def load(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
     """Model, tokenizer, and the name that they are reported under."""
     source = name or str(CHECKPOINT)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
     return model, AutoTokenizer.from_pretrained(source), name or "examples/tiny_qwen3/checkpoint"
 
 
@@ -126,13 +127,14 @@ def jacobi(name: str, **changes: Any) -> Contender:
 
 def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_tokens: int) -> Run:
     """Greedy continuation of one prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     watch = Stopwatch.on(model)
     watch.starts.clear()
     started = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **contender.arguments)
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     ended = time.perf_counter()
-    return Run(output[0, inputs["input_ids"].shape[1] :].tolist(), len(watch.starts), ended - started, watch.milliseconds(ended))
+    return Run(tokens, len(watch.starts), ended - started, watch.milliseconds(ended))
 
 
 def stats_of(model: Any, inputs: dict[str, torch.Tensor], arguments: dict[str, Any], max_new_tokens: int) -> JacobiStats:

@@ -96,7 +96,7 @@ def measure(
 
 def stats(model: Any, tokenizer: Any, contender: common.Contender, texts: list[str], max_new_tokens: int) -> list[JacobiStats]:
     """What our decoder counted on each prompt."""
-    encoded = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in texts]
+    encoded = [tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device) for text in texts]
     return [common.stats_of(model, inputs, contender.arguments, max_new_tokens) for inputs in encoded]
 
 

@@ -53,7 +53,7 @@ PARTS = {
     "window": [(Window, "append_blocks"), (Window, "redraft")],
     "commit": [(JacobiStaticCache, "commit")],
 }
-PROMPT, TOKENS, MOST = 512, 160, 32_768
+MOST = 32_768
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,12 @@ class Point:
 
 
 def points(most: int) -> list[Point]:
-    """Contexts up to `most`; batches up to 16; up to `most` / 4 new tokens, which are looked at on the way."""
-    contexts = [c for c in (512, 2048, 8192, 32_768) if c <= most]
-    new = [c for c in (512, 1024, 2048, 4096, 6144) if c <= most // 4]
+    """Contexts up to `most`; batches up to 16; up to a quarter of `most` new tokens, which are looked at on the way."""
+    short, tokens = most // 64, max(40, most // 200)
     return [
-        *(Point("context", 1, context, TOKENS) for context in contexts),
-        *(Point("batch", rows, PROMPT, TOKENS) for rows in (1, 4, 16)),
-        *(Point("new tokens", 1, 64, most // 4, cached) for cached in new),
+        *(Point("context", 1, context, tokens) for context in (short, 4 * short, 16 * short, most)),
+        *(Point("batch", rows, short, tokens) for rows in (1, 4, 16)),
+        *(Point("new tokens", 1, short // 8, most // 4, times * short) for times in (1, 2, 4, 8, 12)),
     ]
 
 
@@ -183,7 +182,7 @@ def memory_of(model: Any, calls: list[tuple[int, int, int]]) -> dict[str, list[i
     """Highest bytes of each call beyond those before it, per decoder."""
     found: dict[str, list[int]] = {}
     for contender in contenders():
-        decode(model, (1, PROMPT, TOKENS), contender.arguments)
+        decode(model, calls[0], contender.arguments)
         for call in calls:
             before = forget_peak(model.device)
             decode(model, call, contender.arguments)
@@ -211,7 +210,7 @@ def milliseconds(steps: list[tuple[int, int, dict[str, float]]]) -> dict[str, fl
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "growth.json",
-    most: Annotated[int, typer.Option(min=2048, max=MOST, help="Longest context; new tokens go up to a quarter of it.")] = MOST,
+    most: Annotated[int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to a quarter of it.")] = MOST,
     repeats: Annotated[int, typer.Option(min=1)] = 2,
     memory: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
@@ -225,7 +224,7 @@ def main(
         return
     steps = {contender.decoder.name: {call: Steps(model) for call in calls} for contender in contenders()}
     for contender in contenders():
-        decode(model, (1, PROMPT, TOKENS), contender.arguments)
+        decode(model, calls[0], contender.arguments)
     for call in track([call for _ in range(repeats) for call in calls], console=Console(stderr=True)):
         for contender in contenders():
             mine = steps[contender.decoder.name][call]

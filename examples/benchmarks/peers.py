@@ -91,7 +91,8 @@ def once(model: Any, inputs: dict[str, torch.Tensor], way: Way, max_new_tokens: 
     # The forced checkpoint is saved with a decoding of its own.
     arguments = {"decoding": None, **way.arguments}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **arguments)
-    return output[0, inputs["input_ids"].shape[1] :].tolist(), time.perf_counter() - started
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens, time.perf_counter() - started
 
 
 def count_forwards(model: Any, inputs: dict[str, torch.Tensor], way: Way, max_new_tokens: int) -> None:
@@ -117,7 +118,7 @@ def compare(
         model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False, assistant_model=draft
     )
     contenders = ways(tuning, draft, model.config.num_hidden_layers)
-    encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False)) for text in texts[:count]]
+    encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)) for text in texts[:count]]
     for way in contenders:  # everything compiles and warms up outside the clock
         for inputs in encoded if way.decoder.compiled else encoded[:1]:
             once(model, inputs, way, max_new_tokens)
@@ -174,6 +175,7 @@ def main(
     measurements = []
     for name, folder in common.MODELS.items():
         model, tokenizer, _ = common.load(str(folder))
+        assistant.to(model.device)
         for domain in common.prompts(1):
             measurements += compare(model, tokenizer, assistant, name, domain, count, max_new_tokens, repeats)
             for m in measurements[-9:]:
