@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
+from accelerate import dispatch_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, StaticCache, pipeline
 
 from jacobi_hf.decoding import Decoder
 from tests.jacobi_hf.cases import Case, differences
@@ -176,6 +177,36 @@ def test_accelerate_hooks(tmp_path, prompt):
         tmp_path / "model", device_map=spread, offload_folder=str(tmp_path / "off"), dtype=torch.float32
     )
     assert torch.equal(offloaded.generate(**prompt, max_new_tokens=12, **KNOBS), reference)
+
+
+def test_a_model_in_stages(tmp_path, prompt):
+    """Some layers in memory and some on disk, with accelerate's hooks between: the same tokens, and steps stay uncompiled."""
+    model = fresh_model("qwen3")
+    model.save_pretrained(tmp_path / "model")
+    stages = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+              "model.layers.2": "disk", "model.norm": "disk", "lm_head": "disk"}  # fmt: skip
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=stages, offload_folder=str(tmp_path / "off"), dtype=torch.float32
+    )
+    for arguments in ({}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}):
+        inputs = {**prompt, **arguments}
+        torch.manual_seed(0)
+        reference = model.generate(**inputs, max_new_tokens=12)
+        torch.manual_seed(0)
+        assert torch.equal(spread.generate(**inputs, max_new_tokens=12, **KNOBS), reference)
+    with pytest.warns(UserWarning, match="compile_config is without effect: the model is spread over several devices"):
+        output = spread.generate(**prompt, max_new_tokens=12, return_dict_in_generate=True, compile_config=CompileConfig(), **KNOBS)
+    assert output.jacobi_stats.compiled_steps == 0
+    assert torch.equal(output.sequences, model.generate(**prompt, max_new_tokens=12))
+
+
+def test_a_device_map_on_one_device_says_why_it_is_not_compiled(tmp_path, prompt):
+    fresh_model("qwen3").save_pretrained(tmp_path)
+    hooked = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=torch.float32)
+    dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+        output = hooked.generate(**prompt, max_new_tokens=12, compile_config=CompileConfig(), **KNOBS)
+    assert torch.equal(output, hooked.generate(**prompt, max_new_tokens=12))
 
 
 def test_compiled_wrapper_delegates(prompt):
