@@ -326,7 +326,7 @@ def acceptance(results: Results) -> str:
 
 def growth(results: Results) -> str:
     """Parts of a step, and memory, along three axes."""
-    parts = list(dict.fromkeys(part for m in results.measurements for part in m.extra["ms"]))
+    parts = list(max((m.extra["ms"] for m in results.measurements), key=len))  # ours; ordinary decoding has fewer
     rows = [
         [m.prompts.domain, f"{m.extra['at']}, {m.decoder.name}", *(f"{m.extra['ms'][p]:.2f}" if p in m.extra["ms"] else "" for p in parts),
          "" if m.extra["mib"] is None else m.extra["mib"]]
@@ -345,17 +345,18 @@ def growth(results: Results) -> str:
 def step_cost(results: Results) -> str:
     """Milliseconds by width, and the replay."""
     found = [m for m in results.measurements if m.ms_per_forward]
-    widths = sorted({width for m in found for width in m.ms_per_forward or {}})
+    widths, on_gpu = sorted({width for m in found for width in m.ms_per_forward or {}}), results.hardware.gpu is not None
     rows = [
         [m.prompts.batch_size, m.extra["context"], m.decoder.name, *(f"{(m.ms_per_forward or {}).get(w, 0):.1f}" if w in (m.ms_per_forward or {}) else ""
-         for w in widths), m.extra["mbu_of_width_1"]]
+         for w in widths), m.extra["mbu_of_width_1"], *([m.extra.get("host_ms", {}).get("1", "")] if on_gpu else [])]
         for m in found
     ]  # fmt: skip
     copied = results.measurements[0].extra["copy_gigabytes_per_second"]
     text = (
         f"## Cost of a step by its width\n\n{setting(results)}\nMilliseconds per step over random cached tokens. MBU is of one slot, against a copy measured "
         f"at {copied} GB/s.\n\n"
-        + table(["batch", "context", "", *map(str, widths), "MBU"], rows)
+        + ("Host is the time until a step of one slot has been handed to the device.\n\n" if on_gpu else "")
+        + table(["batch", "context", "", *map(str, widths), "MBU", *(["host"] if on_gpu else [])], rows)
         + f"\n![Cost by width](images/cost-{results.model}.png)\n"
     )
     replayed = [m for m in results.measurements if m.prompts.domain == "replay"]
@@ -363,14 +364,15 @@ def step_cost(results: Results) -> str:
         return text
     rows = [
         [m.decoder.name, f"{m.tokens_per_forward:.2f}", f"{m.mean_slots:.1f}", f"{m.tokens_per_second:.1f}",
-         f"{m.speedups[0].factor:.2f}" if m.speedups else "", m.extra.get("conversion", "")]
+         f"{m.speedups[0].factor:.2f}" if m.speedups else "", m.extra.get("conversion", ""),
+         *([m.extra.get("idle", "")] if on_gpu else [])]
         for m in replayed
     ]  # fmt: skip
     return (
         text
         + "\n**Replay**: a recorded text is the draft, spoilt so that each forward yields just so many tokens. What the engine makes of them, no model's "
         "speed. Conversion is speed-up over tokens per forward, against ordinary decoding run the same way (eager, compiled).\n\n"
-        + table(["", "TPF", "slots", "tok/s", "speed-up", "conversion"], rows)
+        + table(["", "TPF", "slots", "tok/s", "speed-up", "conversion", *(["device idle"] if on_gpu else [])], rows)
         + f"\n![Speed-up against tokens per forward](images/replay-{results.model}.png)\n"
     )
 
