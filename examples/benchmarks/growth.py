@@ -77,12 +77,12 @@ class Point:
 
 
 def points(most: int) -> list[Point]:
-    """Contexts up to `most`; batches up to 16; up to a quarter of `most` new tokens, which are looked at on the way."""
+    """Contexts up to `most`; batches up to 16; up to an eighth of `most` new tokens, which are looked at on the way."""
     short, tokens = most // 64, max(40, most // 200)
     return [
         *(Point("context", 1, context, tokens) for context in (short, 4 * short, 16 * short, most)),
         *(Point("batch", rows, short, tokens) for rows in (1, 4, 16)),
-        *(Point("new tokens", 1, short // 8, most // 4, times * short) for times in (1, 2, 4, 8, 12)),
+        *(Point("new tokens", 1, short // 8, most // 8, times * short) for times in (1, 2, 4, 6)),
     ]
 
 
@@ -210,7 +210,7 @@ def milliseconds(steps: list[tuple[int, int, dict[str, float]]]) -> dict[str, fl
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "growth.json",
-    most: Annotated[int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to a quarter of it.")] = MOST,
+    most: Annotated[int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to an eighth of it.")] = MOST,
     repeats: Annotated[int, typer.Option(min=1)] = 2,
     memory: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:

@@ -61,7 +61,7 @@ def acceptance(results: Results, path: Path) -> None:
         shift = 0.2 if axes.containers else -0.2
         heights = [count / sum(found.values()) for count in found.values()]
         axes.bar([length + shift for length in found], heights, 0.4, label=f"{m.model}: {m.tokens_per_forward:.2f} a forward")
-        axes.set(yscale="log", title=f"{m.decoder.name}, {m.prompts.domain}")
+        axes.set(yscale="log", ylim=(5e-4, 20), title=f"{m.decoder.name}, {m.prompts.domain}")
         axes.legend(fontsize="small")
     figure.supxlabel("tokens that a forward commits")
     figure.supylabel("share of the forwards")
@@ -78,7 +78,7 @@ def growth(results: Results, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), "-" if part in ("step", "forward", "mask") else "--", marker=".", label=part)
         axes.set(xscale="log", yscale="log", xlabel=f"{domain}, tokens")
     grid[0].set(ylabel="ms")
-    grid[1].legend(fontsize="small", ncols=2)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     save(figure, path)
 
 

@@ -336,7 +336,7 @@ def growth(results: Results) -> str:
         f"## Growth\n\n{setting(results)}\nMedian milliseconds of a step and of its parts, and the highest memory of the call beyond the model, while one of "
         f"context, batch and new tokens grows. Every Jacobi step has its full width of {max(m.mean_slots or 0 for m in results.measurements):.0f} slots. "
         "*Forward* and *mask* are attention, and grow with what is cached; *lookup* is one scan over the ids of the text; *choice* is the argmax over the "
-        "vocabulary and what it confirms. With more cached tokens, given or new, nothing else grows.\n\n"
+        "vocabulary and what it confirms; *commit* moves keys and values where a branch has won. With more cached tokens, given or new, nothing else grows.\n\n"
         + table(["axis", "at", *parts, "MiB"], rows)
         + "\n![Parts of a step](images/growth.png)\n"
     )

@@ -53,7 +53,7 @@ def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
 
 def test_the_gpu_script_keeps_what_finished_when_a_part_fails(tmp_path):
     environment = {**os.environ, "DRY": "1", "PARTS": "tests steps", "PYTHON": str(tmp_path / "python")}
-    (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in *pytest*) exit 3;; *) exec {sys.executable} --version;; esac\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3;; *) exec {sys.executable} --version;; esac\n')
     (tmp_path / "python").chmod(0o755)
     done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", tmp_path], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
