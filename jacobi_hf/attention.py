@@ -202,6 +202,13 @@ class StepMasks(MaskBuilder):
         kernel = self._kernel(layout) if lengths_B.device == self._device else SDPA
         return self._by_kind(lambda window: self._of_layer(kernel, layout, lengths_B, column_S, window))
 
+    def is_causal(self, slots: int) -> bool:
+        """Whether a chain of `slots` slots with nothing before it needs no mask in any layer, since plain causality is all there is."""
+        return all(self._sees_all(slots, window) for window in self.windows.values())
+
+    def _sees_all(self, slots: int, window: int | None) -> bool:
+        return self._is_ours and (window is None or window >= slots)
+
     def _kernel(self, layout: Layout) -> str:
         """flash-attn knows no tree and cannot be compiled; FlexAttention is fast only where it is.
 
@@ -216,7 +223,7 @@ class StepMasks(MaskBuilder):
     def _of_layer(self, kernel: str, layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, window: int | None) -> Any:
         if kernel == FLASH:
             return (lengths_B + layout.slots).int()[:, None, None, None]
-        if self._is_ours and layout.without_past and (window is None or window >= layout.slots):
+        if layout.without_past and self._sees_all(layout.slots, window):
             return torch.empty(1, 1, 0, 0, device=self._device)
         if kernel == FLEX:
             return block_mask(layout, lengths_B, column_S, window)

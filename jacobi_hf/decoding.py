@@ -70,6 +70,8 @@ class Decoder:
         drafts_apart: whether a drafter makes the window's guesses, in a stream of their own.
     """
 
+    PREFILL_SLOTS = 512
+
     def __init__(
         self,
         forward: Forward,
@@ -124,16 +126,30 @@ class Decoder:
         return frontier.done and not (self._fills and frontier.pads and min(self._plan.generated) < frontier.generated)
 
     def _prefill(self, prompt: Prompt) -> None:
-        device, last_B1 = prompt.length_B.device, prompt.length_B[:, None] - 1
-        layout = chain_layout(prompt.inputs.shape[1], device, without_past=not self._longest_cached)
-        column_S = self._cache.columns(layout.slots, self._longest_cached)
-        logits_B1V = self._forward(prompt.ids_BP, prompt.embeds_BPH, layout, column_S, last_B1)
-        self._cache.commit(last_B1[:, 0])  # the last prompt token plays the pending one
+        device = prompt.length_B.device
+        logits_B1V = self._prompt_logits(prompt)
+        self._cache.lengths_B -= 1  # the last prompt token plays the pending one
         self._base = self._cache.lengths_B.tolist()
-        nothing_B1 = torch.zeros_like(last_B1)
+        nothing_B1 = torch.zeros_like(prompt.length_B)[:, None]
         running, self._vocab_size = self._running(), logits_B1V.shape[-1]
         self._settle(Slots(build_layout((0,), device), nothing_B1, nothing_B1), logits_B1V)
         self._tell([], running)
+
+    def _prompt_logits(self, prompt: Prompt) -> torch.Tensor:
+        """Logits of each row's last prompt token; where a mask is needed, a long prompt goes in by parts, since it is as wide as high."""
+        last_B1, kept, columns, without_past = prompt.length_B[:, None] - 1, None, prompt.inputs.shape[1], not self._longest_cached
+        size = self.PREFILL_SLOTS if self._forward.needs_mask(columns, without_past=without_past) else columns
+        for first in range(0, columns, size):
+            part = slice(first, first + size)
+            ids_BP, embeds_BPH = (None if inputs is None else inputs[:, part] for inputs in (prompt.ids_BP, prompt.embeds_BPH))
+            layout = chain_layout(prompt.inputs[:, part].shape[1], last_B1.device, without_past=without_past and not first)
+            column_S = self._cache.columns(layout.slots, self._longest_cached + first)
+            place_B1 = last_B1 - first
+            logits_B1V = self._forward(ids_BP, embeds_BPH, layout, column_S, place_B1.clamp(0, layout.slots - 1))
+            kept = logits_B1V if kept is None else torch.where(place_B1[..., None] < 0, kept, logits_B1V)
+            self._cache.commit((place_B1[:, 0] + 1).clamp(0, layout.slots))
+        assert kept is not None
+        return kept
 
     def _idle_forward(self) -> None:
         layout = build_layout((0,), self._cache.lengths_B.device)

@@ -369,6 +369,10 @@ class _Forward:
         logits: torch.Tensor = outputs.logits.to(self._cache.lengths_B.device)
         return logits
 
+    def needs_mask(self, slots: int, *, without_past: bool) -> bool:
+        """Whether a chain of `slots` slots has a mask as large as their square; see `StepMasks.is_causal`."""
+        return not (without_past and self._masks.is_causal(slots))
+
     def arguments(
         self,
         token_BQ: torch.Tensor | None,

@@ -13,7 +13,7 @@ class JacobiStats:
     """Counts of one call to `generate`.
 
     Attributes:
-        forwards: model calls, prefill included.
+        forwards: model calls, prefill included (as one, also where a long prompt went in by parts).
         new_tokens: per row, up to and with its end-of-sequence token.
         row_forwards: per row, the forwards until that row ended.
         accepted_lengths: how often a row committed that many tokens in one decoding forward.

@@ -125,6 +125,7 @@ class Measurement(_Strict):
         tokens_per_forward: new tokens over forwards, prefill counted, all prompts together.
         mean_slots: positions per decoding forward.
         seconds: median of the repeats, all prompts; `repeats` says how many there were.
+        accepted_lengths: in how many decoding forwards so many tokens were committed, as `JacobiStats` counts them.
         ms_per_forward: milliseconds per decoding forward by its number of slots (wall time of the whole step).
         per_prompt_tokens_per_forward: the figure of each prompt, in order.
         looping: prompts whose output ends in a loop, by index; `tokens_per_forward_loop_free` leaves them out.
@@ -149,6 +150,7 @@ class Measurement(_Strict):
     agreement: Agreement | None = None
     quality: Quality | None = None
     held_out_loss: float | None = None
+    accepted_lengths: dict[int, int] | None = None
     ms_per_forward: dict[int, float] | None = None
     extra: dict[str, Any] = {}
 

@@ -8,9 +8,8 @@ Shapes: B rows, P prompt columns, Q slots of a step, W window guesses, S segment
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -25,7 +24,22 @@ if TYPE_CHECKING:
     from jacobi_hf.prompt import Prompt
     from jacobi_hf.selection import Selector
 
-Forward = Callable[..., torch.Tensor]
+
+class Forward(Protocol):
+    """A forward of the model over a layout's slots, behind what the step's cache holds."""
+
+    def __call__(
+        self,
+        token_BQ: torch.Tensor | None,
+        embeds_BQH: torch.Tensor | None,
+        layout: Layout,
+        column_S: torch.Tensor,
+        keep_BN: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`."""
+
+    def needs_mask(self, slots: int, *, without_past: bool) -> bool:
+        """Whether a chain of `slots` slots has a mask as large as their square."""
 
 
 @dataclass(frozen=True)
