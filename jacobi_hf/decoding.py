@@ -120,10 +120,9 @@ class Decoder:
         layout = build_layout(widths.segments, self._cache.lengths_B.device)
         column_S = self._cache.columns(layout.slots, self._longest_cached)
         if self._wants_tokens_alone:
-            some_halted, text_columns, noise_BQV = any(self._plan.at_eos), self._text_columns(layout), self._noise(layout)
-            self._execution.run(
-                self._step, self._forward, self._selector, widths, layout, column_S, noise_BQV, text_columns, some_halted=some_halted
-            )
+            some_halted, text_columns = any(self._plan.at_eos), self._text_columns(layout)
+            self._draw(layout)
+            self._execution.run(self._step, self._forward, self._selector, widths, layout, column_S, text_columns, some_halted=some_halted)
         else:
             slots = self._step.slots(widths, layout)
             self._settle(slots, self._forward(slots.token_BQ, None, layout, column_S, None))
@@ -162,14 +161,19 @@ class Decoder:
         """So much of the text may be in use behind a step."""
         return self._text_start + max(self._plan.generated) + layout.offset_D.shape[0]
 
+    def _draw(self, layout: Layout) -> None:
+        """Make the noise of every slot's new-token index available."""
+        noise = self._selector.noise
+        if noise is not None:
+            running_at = [self._plan.generated[row] for row in self._active_rows()]
+            shape = len(self._plan.generated), self._vocab_size
+            noise.draw(min(running_at), max(running_at) + layout.offset_D.shape[0] - 1, shape)
+
     def _noise(self, layout: Layout) -> torch.Tensor | None:
         """The noise of every slot's new-token index, `(B, Q, V)`."""
-        noise, generated_B = self._selector.noise, self._step.generated_B
-        if noise is None:
-            return None
-        running_at = [self._plan.generated[row] for row in self._active_rows()]
-        noise.draw(min(running_at), max(running_at) + layout.offset_D.shape[0] - 1, (len(generated_B), self._vocab_size))
-        return noise.at(generated_B[:, None] + layout.depth_Q)
+        self._draw(layout)
+        noise = self._selector.noise
+        return None if noise is None else noise.at(self._step.generated_B[:, None] + layout.depth_Q)
 
     def _accept_one_by_one(self, logits_BQV: torch.Tensor, slots: Slots) -> Verdict:
         """For processors that must see each token's true prefix, in order, with the full batch: all rows move in step.

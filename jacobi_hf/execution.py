@@ -54,7 +54,7 @@ class Execution(Protocol):
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_halted: bool,
     ) -> None:  # fmt: skip
         """One step; see `Step.run`."""
 
@@ -74,11 +74,11 @@ class Eager:
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_halted: bool,
     ) -> None:  # fmt: skip
         """One step; see `Step.run`."""
         may_look = column_S.device.type == "cpu"  # at the host's own memory
-        step.run(forward, selector, widths, layout, column_S, noise_BQV, text_columns, some_halted=some_halted, may_look=may_look)
+        step.run(forward, selector, widths, layout, column_S, text_columns, some_halted=some_halted, may_look=may_look)
 
 
 class Compiled:
@@ -118,11 +118,11 @@ class Compiled:
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_halted: bool,
     ) -> None:  # fmt: skip
         """One step; `text_columns` and `some_halted` are not looked at, so that they change nothing in what is compiled."""
         processors = tuple((type(p), repr(sorted(vars(p).items(), key=str))) for p in selector.processors)
-        key = (widths, step.kind, noise_BQV is None, processors, self._backend, self._mode)
+        key = (widths, step.kind, selector.noise is None, processors, self._backend, self._mode)
         if key not in self._known:
             function = of_its_own(_whole_step)
             self._known[key] = torch.compile(function, backend=self._backend, mode=self._mode, fullgraph=True, dynamic=False)
@@ -132,14 +132,11 @@ class Compiled:
             self._is_marked = True
         column_S = column_S.view(-1)
         torch._dynamo.mark_dynamic(column_S, 0)
-        self._known[key](step, forward, selector, widths, layout, column_S, noise_BQV)
+        self._known[key](step, forward, selector, widths, layout, column_S)
 
 
-def _whole_step(
-    step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-    noise_BQV: torch.Tensor | None,
-) -> None:  # fmt: skip
-    step.run(forward, selector, widths, layout, column_S, noise_BQV)
+def _whole_step(step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:
+    step.run(forward, selector, widths, layout, column_S)
 
 
 def _mark_lengths(step: Step) -> None:

@@ -50,31 +50,42 @@ class FixedNoise:
         device: whose default generator is drawn from.
         ahead: whether indices may be drawn before the tokens in front of them are chosen. Not so where somebody else draws
             from the same generator in between.
+        ring_IBV: of an earlier call, to be drawn into.
+
+    Attributes:
+        ring_IBV: index i lies at `i % I`; replaced by a longer one when more indices are in flight than it has room for.
     """
 
-    def __init__(self, device: torch.device, *, ahead: bool = True) -> None:
+    def __init__(self, device: torch.device, *, ahead: bool = True, ring_IBV: torch.Tensor | None = None) -> None:
         self._device, self.ahead = device, ahead
-        self._noise: dict[int, torch.Tensor] = {}
+        self.ring_IBV = torch.empty(0, 0, 0, device=device) if ring_IBV is None else ring_IBV
         self._states = {0: generator_state(device)}
         self._drawn = self._first = 0
 
     def draw(self, first: int, last: int, shape: tuple[int, int]) -> None:
         """Make the indices `first..last` available, each of shape `(B, V)`, and forget those before."""
-        self._first = first
+        self._make_room(first, last, shape)
         while self._drawn <= last:
-            self._noise[self._drawn] = torch.empty(shape, device=self._device).exponential_()
+            self.ring_IBV[self._drawn % len(self.ring_IBV)].exponential_()
             self._drawn += 1
             self._states[self._drawn] = generator_state(self._device)
-        for index in [i for i in self._noise if i < first]:
-            del self._noise[index]
+        for index in range(self._first, first):
             self._states.pop(index, None)
+        self._first = first
+
+    def _make_room(self, first: int, last: int, shape: tuple[int, int]) -> None:
+        ring_IBV, needed = self.ring_IBV, last - first + 1
+        if tuple(ring_IBV.shape[1:]) == shape and len(ring_IBV) >= needed:
+            return
+        length = 1 << (needed - 1).bit_length()
+        self.ring_IBV = torch.empty(length, *shape, device=self._device)
+        for index in range(first, self._drawn):
+            self.ring_IBV[index % length] = ring_IBV[index % len(ring_IBV)]
 
     def at(self, index_BQ: torch.Tensor) -> torch.Tensor:
-        """The noise of each row at its indices, `(B, Q, V)`."""
-        first = min(self._noise)
-        ring_IBV = torch.stack([self._noise[i] for i in range(first, self._drawn)])
-        rows_B1 = torch.arange(len(index_BQ), device=self._device)[:, None]
-        return ring_IBV[(index_BQ - first).clamp(0, len(ring_IBV) - 1), rows_B1]
+        """The noise of each row at its indices, `(B, Q, V)`; anything at indices that are not available."""
+        rows_B1 = torch.arange(len(index_BQ), device=index_BQ.device)[:, None]
+        return self.ring_IBV[index_BQ % len(self.ring_IBV), rows_B1]
 
     def rewind(self, tokens: int) -> None:
         """Leave the generator as if exactly `tokens` tokens per row had been sampled (or all that were kept, if those are more)."""

@@ -167,21 +167,21 @@ class Step:
         return len(self.generated_B), len(self._eos_E), self._fills
 
     def run(
-        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor, noise_BQV: torch.Tensor | None,
+        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
         text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False,
     ) -> None:  # fmt: skip
         """A whole step of a call that wants its tokens alone.
 
         Args:
             forward, layout, column_S: as in `Decoder`, for `widths.segments`.
-            selector: vectorised.
-            noise_BQV: of the new-token index of each slot, to sample.
+            selector: vectorised; with the noise of every slot's new-token index, to sample.
             text_columns, some_halted, may_look: as in `advance`.
         """
         slots = self.slots(widths, layout)
         scores_BQV = forward(slots.token_BQ, None, layout, column_S, None)
         if selector.processors:
             scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
+        noise_BQV = None if selector.noise is None else selector.noise.at(self.generated_B[:, None] + layout.depth_Q)
         verdict = self.accept(slots, scores_BQV, noise_BQV, some_halted=some_halted)
         self.advance(slots, verdict, text_columns, some_halted=some_halted, may_look=may_look)
         selector.commit(verdict.run_BD, verdict.count_B)

@@ -31,6 +31,38 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
 
 
 @given(
+    steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8), seed=st.integers(0, 10**6),
+    rewound=st.integers(0, 3),
+)  # fmt: skip
+def test_an_index_keeps_its_noise_however_far_rows_are_apart(steps, seed, rewound):
+    """The ring against a table of everything: windows of indices that move on and grow or shrink, and the generator behind them."""
+    torch.manual_seed(seed)
+    states, table = [torch.get_rng_state()], []
+    for _ in range(sum(moved for moved, _ in steps) + 12):
+        table.append(torch.empty(2, 5).exponential_())
+        states.append(torch.get_rng_state())
+    torch.manual_seed(seed)
+    noise, first = FixedNoise(CPU), 0
+    for moved, beyond in steps:
+        first += moved
+        noise.draw(first, first + beyond, (2, 5))
+        index_BQ = torch.arange(first, first + beyond + 1).expand(2, -1)
+        assert torch.equal(noise.at(index_BQ), torch.stack(table[first : first + beyond + 1], 1))
+    noise.rewind(first + min(rewound, beyond))
+    assert torch.equal(torch.get_rng_state(), states[first + min(rewound, beyond)])
+
+
+def test_the_ring_is_not_rebuilt_while_it_has_room():
+    noise = FixedNoise(CPU)
+    noise.draw(0, 7, (1, 3))
+    address = noise.ring_IBV.data_ptr()
+    for first in range(1, 40):
+        noise.draw(first, first + 7, (1, 3))
+    assert noise.ring_IBV.data_ptr() == address
+    assert len(noise.ring_IBV) == 8
+
+
+@given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), vocab=st.sampled_from([1, 2, 33, 1000]),
     kinds=st.integers(1, 4), seed=st.integers(0, 10**6), odd=st.sampled_from([0.0, float("nan"), float("inf"), float("-inf")]),
 )  # fmt: skip
