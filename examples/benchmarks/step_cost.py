@@ -104,8 +104,8 @@ def timed_steps(
     text_BL = torch.randint(2, model.config.vocab_size, (batch, context), device=device)
     length_B = torch.full((batch,), context, device=device)
     prompt = Prompt(text_BL, None, length_B, torch.zeros_like(length_B), 0, context, text_BL, length_B)
-    forward = mixin._Forward(model, cache, context + room)
-    executions = {"step": Eager(), "step-compiled": Compiled(model, config, compile_config)}
+    forward = mixin._Forward(model, cache, torch.tensor(context + room, device=device))
+    executions = {"step": Eager(), "step-compiled": Compiled(model, config, compile_config.backend, compile_config.mode)}
     times: dict[str, dict[int, Any]] = {name: {width: [] for width in widths} for name in executions}
 
     def once(execution: Any, width: int) -> tuple[float, float]:
@@ -123,7 +123,7 @@ def timed_steps(
         return time.perf_counter() - started, returned - started
 
     with torch.no_grad(), mixin._grouped_attention(model):
-        forward = mixin._Forward(model, cache, context + room)
+        forward = mixin._Forward(model, cache, torch.tensor(context + room, device=device))
         for name, execution in executions.items():  # allocate, compile, warm up
             for width in track(widths, description=name, console=Console(stderr=True)):
                 once(execution, width)
