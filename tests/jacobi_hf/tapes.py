@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 # What a graph cannot hold: a look at a value, shapes that depend on one, a generator; and lists of the host's as new tensors.
@@ -50,6 +50,8 @@ class Tape(TorchDispatchMode):
                     storage = tensor.untyped_storage()
                     self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         outputs = func(*args, **kwargs)
+        # A parameter may be given another address later; the tape goes on with this one.
+        args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value, (args, kwargs))
         self._calls.append((func, args, kwargs, [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]))
         return outputs
 

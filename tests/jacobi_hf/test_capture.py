@@ -70,22 +70,22 @@ def test_captured_steps_give_the_same_tokens_statistics_and_cache(kind, setting,
 def test_other_lengths_and_values_record_nothing():
     model, total, kinds = tiny_model("qwen3"), 0, set()
     before = TapeGraphs.replayed
-    for number in range(30):
-        ids, arguments = prompt(1, 1 + 7 * number % 40, seed=number), {**SETTINGS["window"], "max_new_tokens": 1 + 11 * number % 90}
-        arguments |= {
-            "do_sample": True,
-            "top_k": 5,
+    for number in range(12):
+        ids = prompt(1, 1 + 7 * number % 40, seed=number)
+        values = {
             "temperature": 0.51 + number / 20,
             "top_p": 0.95 - number / 100,
             "min_p": 0.01 + number / 500,
+            "typical_p": 0.9 - number / 90,
         }
+        arguments = {**SETTINGS["window"], "do_sample": True, "top_k": 5, **values, "max_new_tokens": 1 + 11 * number % 90}
         captured = generate(model, ids, **arguments, compile_config=CAPTURED)
         assert torch.equal(captured.sequences, generate(model, ids, **arguments).sequences)
         kinds |= set(captured.jacobi_stats.slots_by_width)
         total += captured.jacobi_stats.captured_steps
         assert len(arena.kept_for(model).arenas) == 1
     assert total <= len(kinds)
-    assert TapeGraphs.replayed - before > 10 * total
+    assert TapeGraphs.replayed - before > 5 * total
 
 
 def test_a_recording_is_never_replayed_for_another_model():
