@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from jacobi_hf.step import Forward, Step, Widths
 
 
+_one_at_a_time = threading.Lock()  # a process has one capture under way
+
+
 class DeviceGraphs(Protocol):
     """What records work of a device; one for each arena, whose graphs never run at the same time."""
 
@@ -33,7 +37,7 @@ class DeviceGraphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs that share one pool of memory for what a step needs in between."""
+    """CUDA graphs that share a pool of memory for what a step needs in between."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -48,9 +52,15 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record on a stream of our own; what other threads do on the device meanwhile is none of its business."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        graph, caches = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        with _one_at_a_time:
+            # Weights that autocast has cast are gone with its context; the graph casts its own.
+            torch.set_autocast_cache_enabled(False)
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    work()
+            finally:
+                torch.set_autocast_cache_enabled(caches)
         return graph.replay
 
 
@@ -127,16 +137,26 @@ class Captured:
 def baked_in(model: Any) -> tuple[Any, ...]:
     """What a recorded step has taken from a model for good: where its weights lie, and what its modules decide by."""
     weights = [*model.parameters(), *model.buffers()]
-    switches = [(type(module), *filter(_is_plain, vars(module).values())) for module in model.modules()]
-    return repr(switches), tuple(map(_address, weights)), str(model.config.get_text_config(decoder=True)._attn_implementation)
+    return (
+        [_switches(module) for module in model.modules()],
+        list(map(_address, weights)),
+        str(model.config.get_text_config(decoder=True)._attn_implementation),
+    )
+
+
+def _switches(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Numbers and strings that a module has, and collections of such (the names of active adapters, their scales)."""
+    own = [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    return type(module), module.training, repr([value for value in own if _is_plain(value)])
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a number, a string, or a collection of such (the names of active adapters, their scales)."""
-    if isinstance(value, dict):
-        return all(isinstance(part, bool | int | float | str) for part in value.values())
-    parts = value if isinstance(value, list | tuple | set) else [value]
-    return all(part is None or isinstance(part, bool | int | float | str) for part in parts)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else (value,)
+    return all(part is None or isinstance(part, _PLAIN) for part in parts)
+
+
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+_PLAIN = (bool, int, float, str)
 
 
 def _address(weight: torch.Tensor) -> int:

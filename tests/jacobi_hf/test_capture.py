@@ -7,11 +7,14 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 import jacobi_hf
-from jacobi_hf import arena, capture
+from jacobi_hf import JacobiConfig, arena, capture
+from jacobi_hf.capture import Captured
 from jacobi_hf.decoding import Decoder
+from jacobi_hf.execution import Compiled, WholeSteps, whole_steps
 from tests.jacobi_hf.tapes import TapeGraphs
 from tests.jacobi_hf.test_execution import BOTH, CALLS, SETTINGS, counts, generate, prompt
 from tests.models import VOCAB, fresh_model, tiny_model
@@ -204,6 +207,50 @@ def test_recordings_go_with_the_model():
     gc.collect()
     assert gone() is None
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "steps", "inner_mode", "captures"),
+    [
+        ("inductor", "reduce-overhead", Compiled, None, True), ("inductor", "max-autotune", Compiled, "max-autotune-no-cudagraphs", True),
+        ("cudagraphs", "reduce-overhead", WholeSteps, None, True), ("inductor", "default", Compiled, "default", False),
+    ],
+)  # fmt: skip
+def test_what_a_compile_config_asks_for(backend, mode, steps, inner_mode, captures, monkeypatch):
+    model, config, wanted = tiny_model("qwen3"), JacobiConfig(), CompileConfig(backend=backend, mode=mode)
+    buffers = arena.Arena(model, config, 1, 64, 64, torch.device("cpu"))
+    execution = whole_steps(model, config, wanted, buffers)
+    inner = execution._steps if captures else execution
+    assert isinstance(execution, Captured) == captures
+    assert type(inner) is steps
+    if steps is Compiled:
+        assert (inner._backend, inner._mode) == (backend, inner_mode)
+    monkeypatch.delitem(capture.GRAPHS, "cpu")  # a device that records nothing
+    execution = whole_steps(model, config, wanted, buffers)
+    assert type(execution) is Compiled
+    assert (execution._backend, execution._mode) == (backend, mode)
+
+
+def test_steps_are_compiled_and_then_captured(monkeypatch):
+    """A graph of a compiled step is emulated by calling it with what it was called with."""
+
+    class Called(TapeGraphs):
+        def record(self, work):
+            return work
+
+    monkeypatch.setitem(capture.GRAPHS, "cpu", Called)
+    model, totals = tiny_model("qwen3"), []
+    for number in range(3):
+        values = {"temperature": 0.6 + number / 10, "repetition_penalty": 1.1 + number / 5}
+        ids, arguments = prompt(1, 7, seed=number), {**SETTINGS["lookup alone"], **CALLS["sampled"], **values}
+        options = CompileConfig(backend="aot_eager", mode="reduce-overhead")
+        output = generate(model, ids, **arguments, compile_config=options)
+        assert_same(generate(model, ids, **arguments), output)
+        totals.append((output.jacobi_stats.compiled_steps, output.jacobi_stats.captured_steps))
+        if number == 0:
+            counters.clear()
+    assert totals == [(2, 2), (0, 0), (0, 0)]  # with and without a match
+    assert counters["stats"]["unique_graphs"] == 0  # other values compile nothing, whether or not we count it
 
 
 def test_hooks_switch_capturing_off():
