@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from jacobi_hf.execution import clear_graphs
+from jacobi_hf.arena import clear_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -47,6 +47,9 @@ class CandidateSource(Protocol):
     branches: int
     length: int
 
+    def forget(self) -> None:
+        """Begin with other texts."""
+
     def propose(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """`(token_BCL, length_BC)`: candidate continuations of the pending token; a length of 0 is no candidate."""
 
@@ -77,6 +80,11 @@ class NgramPool:
         self._age_BP = torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device)
         self._learnt_B = torch.zeros(batch_size, dtype=torch.long, device=device)
 
+    def forget(self) -> None:
+        """Drop all n-grams."""
+        self._key_BP.fill_(-1)
+        self._learnt_B.zero_()
+
     def learn(self, rejection: Rejection) -> None:
         """Add the n-grams that begin at the rejected guesses."""
         slot_W1 = torch.arange(rejection.token_BW1.shape[1], device=self._key_BP.device)
@@ -89,7 +97,7 @@ class NgramPool:
         self._length_BP.scatter_(1, place_BW1, (width_B1 - slot_W1 + 1).clamp(0, self.length))
         self._age_BP.scatter_(1, place_BW1, self._learnt_B[:, None] + slot_W1 + 1)
         self._key_BP.scatter_(1, place_BW1, rejection.token_BW1)
-        self._key_BP[:, -1] = -1
+        self._key_BP[:, -1].fill_(-1)
         self._learnt_B += rejected_BW1.sum(1)
 
     def propose(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,6 +126,9 @@ class NgramLookup:
 
     def __init__(self, length: int, max_ngram: int = 3) -> None:
         self.length, self.max_ngram = length, max_ngram
+
+    def forget(self) -> None:
+        """Nothing: there is no memory."""
 
     def learn(self, rejection: Rejection) -> None:
         """Nothing: lookup knows the text alone."""

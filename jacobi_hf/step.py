@@ -135,6 +135,7 @@ class Step:
         report_BN: what the host is told after a step: new tokens, guesses of the next window, whether the row's last token ends it,
             tokens committed, segment followed, guesses confirmed in the window, whether sampling broke, valid tokens of each branch.
         names: the source of each branch.
+        depths: D of the greatest step.
     """
 
     REPORTED = 7  # columns of a report before those of the branches
@@ -145,14 +146,14 @@ class Step:
         self.window = Window(config, batch, columns, device)
         self.sources = candidate_sources(config, batch, device)
         self.names = [source.name for source in self.sources for _ in range(source.branches)]
-        slack = 1 + max([self.window.draft_BW.shape[1], *(source.length for source in self.sources)])
+        self.depths = 1 + max([self.window.draft_BW.shape[1], *(source.length for source in self.sources)])
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
         self.generated_B, self.length_B, self.start_B, self.width_B, self._none_B = (zeros(batch) for _ in range(5))
         self.halted_B = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.text_BL = zeros(batch, columns + slack)
+        self.text_BL = zeros(batch, columns + self.depths)
         self._branches = [(zeros(batch, s.branches, s.length), zeros(batch, s.branches)) for s in self.sources]
         self._limit, self._pad, self._eos_E, self._fills = zeros(), zeros(), zeros(0), False
         self.report_BN = zeros(batch, self.REPORTED + len(self.names))
@@ -165,6 +166,10 @@ class Step:
             pad: what follows a finished row; eos_E: ids that end one.
             fills: whether finished rows are decoded on, as pads.
         """
+        for buffer in (self.generated_B, self.halted_B, self.window.end_B):
+            buffer.zero_()
+        for source in self.sources:
+            source.forget()
         self.text_BL[:, : prompt.text_BL.shape[1]] = prompt.text_BL
         self.start_B.copy_(prompt.text_length_B)
         self.length_B.copy_(prompt.text_length_B)
@@ -183,21 +188,21 @@ class Step:
         return len(self.generated_B), len(self._eos_E), self._fills
 
     def run(
-        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor, noise_BQV: torch.Tensor | None,
+        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
         text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False,
     ) -> None:  # fmt: skip
         """A whole step of a call that wants its tokens alone.
 
         Args:
             forward, layout, column_S: as in `Decoder`, for `widths.layout`.
-            selector: vectorised.
-            noise_BQV: of the new-token index of each slot, to sample.
+            selector: vectorised; with the noise of every slot's new-token index, to sample.
             text_columns, some_halted, may_look: as in `advance`.
         """
         slots = self.slots(widths, layout)
         scores_BQV = forward(slots.token_BQ, None, layout, column_S, None)
         if selector.processors:
             scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
+        noise_BQV = None if selector.noise is None else selector.noise.at(self.generated_B[:, None] + layout.depth_Q)
         verdict = self.accept(slots, scores_BQV, noise_BQV, some_halted=some_halted)
         self.advance(slots, verdict, text_columns, some_halted=some_halted, may_look=may_look)
         selector.commit(verdict.run_BD, verdict.count_B)
@@ -324,4 +329,4 @@ class Step:
     def _report(self, verdict: Verdict) -> None:
         broken_B = self._none_B if verdict.broken_B is None else verdict.broken_B
         columns = [self.generated_B, self.width_B, self.halted_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0], broken_B]
-        self.report_BN = torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1)
+        self.report_BN.copy_(torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1))

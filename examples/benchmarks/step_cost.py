@@ -30,13 +30,13 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Qwen
 from transformers.generation import BaseStreamer
 
 from jacobi_hf import JacobiConfig, clear_graphs, mixin
-from jacobi_hf.cache import JacobiStaticCache
-from jacobi_hf.execution import Compiled, Eager
+from jacobi_hf.arena import Arena
+from jacobi_hf.execution import Eager, whole_steps
 from jacobi_hf.layout import build_layout
 from jacobi_hf.prompt import Prompt
 from jacobi_hf.results import Decoder, Measurement, Prompts, Results, Speedup
 from jacobi_hf.selection import Selector
-from jacobi_hf.step import Step, Widths
+from jacobi_hf.step import Widths
 from jacobi_hf.window import Window
 
 # hidden size, intermediate size, layers, query heads, key/value heads, head dimension, vocabulary, tied embeddings
@@ -131,13 +131,14 @@ def timed_steps(
     """Seconds of a step, and of the host alone, for each way to run it and each width; over `context` cached tokens."""
     device, room = model.device, max(widths) + 2
     config = JacobiConfig(jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
-    cache = JacobiStaticCache(model.config, batch, context + 2 * room, device)
-    step, selector = Step(config, cache, context + room), Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
+    arena = Arena(model, config, batch, context + room, context + 2 * room, device)
+    cache, step, selector = arena.cache, arena.step, Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
     text_BL = torch.randint(2, model.config.vocab_size, (batch, context), device=device)
     length_B = torch.full((batch,), context, device=device)
     prompt = Prompt(text_BL, None, length_B, torch.zeros_like(length_B), 0, context, text_BL, length_B)
-    forward = mixin._Forward(model, cache, context + room)
-    executions = {f"step{way}": Eager() if wanted is None else Compiled(model, config, wanted) for way, wanted in ways.items()}
+    last = torch.tensor(context + room, device=device)
+    forward = mixin._Forward(model, cache, last)
+    executions = {f"step{way}": Eager() if wanted is None else whole_steps(model, config, wanted, arena) for way, wanted in ways.items()}
     times: dict[str, dict[int, Any]] = {name: {width: [] for width in widths} for name in executions}
 
     def once(execution: Any, width: int) -> tuple[float, float]:
@@ -149,13 +150,13 @@ def timed_steps(
         column_S = cache.columns(width, context)
         synchronize(device)
         started = time.perf_counter()
-        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, None, context + 1, some_halted=False)
+        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, context + 1, some_halted=False)
         returned = time.perf_counter()
         synchronize(device)
         return time.perf_counter() - started, returned - started
 
     with torch.no_grad(), mixin._our_attention(model):
-        forward = mixin._Forward(model, cache, context + room)
+        forward = mixin._Forward(model, cache, last)
         for name, execution in executions.items():  # allocate, compile, warm up
             for width in track(widths, description=name, console=Console(stderr=True)):
                 once(execution, width)

@@ -25,7 +25,7 @@ VARIATIONS = {
     "rank-32": "--lora_r 32",
     "one-visit": "--gated_visits 1 --gated_windows 15",
     "six-visits": "--gated_visits 6 --gated_windows 3",
-    "muon": "--muon_learning_rate 3e-3",
+    "adamw": "--muon_learning_rate null",
 }
 
 

@@ -97,6 +97,24 @@ def test_other_lengths_and_prompts_compile_nothing():
     assert counters["stats"]["unique_graphs"] <= len(shapes)
 
 
+def test_other_knobs_and_other_switches_of_the_model_are_other_steps():
+    """More of them than torch.compile would tell apart by itself; each is counted."""
+    model, ids = fresh_model("qwen3"), prompt(1, 4)
+    plain = CompileConfig(backend="eager", mode=None)
+    arguments = {"do_sample": False, "compile_config": plain, "max_new_tokens": 6}
+    for length in range(2, 11):
+        output = generate(model, ids, **arguments, jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length)
+        assert output.jacobi_stats.compiled_steps > 0
+    setting = {"jacobi_max_blocks": 0, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 2}
+    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
+    model.train()
+    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
+    model.eval()
+    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
+    with torch.inference_mode():
+        assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
+
+
 def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
     first, second, ids = fresh_model("qwen3"), fresh_model("qwen3"), prompt(1, 5)
     with torch.no_grad():

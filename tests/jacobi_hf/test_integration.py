@@ -12,6 +12,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, StaticCache, pipeline
 
+from jacobi_hf import mixin
 from jacobi_hf.decoding import Decoder
 from tests.jacobi_hf.cases import Case, differences
 from tests.models import TINY, VOCAB, fresh_model, tiny_model
@@ -57,6 +58,7 @@ def test_num_return_sequences(any_model, prompt):
 def test_a_long_prompt_goes_in_by_parts(kind, attention, monkeypatch):
     """Rows that end in different parts, and at the end of one: tokens, scores, cache are those of a prefill in one go."""
     monkeypatch.setattr(Decoder, "PREFILL_SLOTS", 4)
+    monkeypatch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
     widths = []
     hook = tiny_model(kind).register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     case = Case(kind, attention, (2, 4, 9, 14), 0, VOCAB, KNOBS, {"max_new_tokens": 12, "do_sample": False}, returns_dict=True)
@@ -76,6 +78,7 @@ def test_inputs_embeds(any_model, prompt, with_ids):
     same(any_model, inputs, max_new_tokens=15)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "PREFILL_SLOTS", 4)
+        patch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
         same(any_model, inputs, max_new_tokens=15)
 
 
