@@ -118,21 +118,23 @@ class Compiled(WholeSteps):
     Args:
         model: whose steps these are.
         config: how drafts are made, for the shapes.
-        backend, mode: of `torch.compile`; a step is always one graph.
+        backend, mode, options: of `torch.compile`; a step is always one graph.
 
     Attributes:
         compiled: steps that this call compiled.
     """
 
-    def __init__(self, model: Any, config: JacobiConfig, backend: Any = "inductor", mode: str | None = None) -> None:
+    def __init__(
+        self, model: Any, config: JacobiConfig, backend: Any = "inductor", mode: str | None = None, options: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(config)
-        self._backend, self._mode, self._known, self._is_marked = backend, mode, kept_for(model).compiled, False
+        self._how, self._known, self._is_marked = {"backend": backend, "mode": mode, "options": options}, kept_for(model).compiled, False
         # What is not told apart here, torch.compile would tell apart itself, and give up after some.
         self._under = config, hash(switches_of(model)), torch.is_inference_mode_enabled()
 
     def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
         """What makes a step another one than the next, beside the lengths."""
-        return *super().kind(step, selector, widths), self._backend, self._mode, self._under
+        return *super().kind(step, selector, widths), repr(self._how), self._under
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
@@ -144,7 +146,7 @@ class Compiled(WholeSteps):
             for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
                 del self._known[oldest]
             function = of_its_own(_whole_step)
-            self._known[kind] = torch.compile(function, backend=self._backend, mode=self._mode, fullgraph=True, dynamic=False)
+            self._known[kind] = torch.compile(function, **self._how, fullgraph=True, dynamic=False)
             self.compiled += 1
         if not self._is_marked:
             _mark_lengths(step)
@@ -169,8 +171,8 @@ def whole_steps(model: Any, config: JacobiConfig, wanted: CompileConfig, arena: 
         if wanted.backend == "cudagraphs":
             return Captured(model, WholeSteps(config), arena)
         if wanted.mode in CAPTURING_MODES:
-            return Captured(model, Compiled(model, config, wanted.backend, CAPTURING_MODES[wanted.mode]), arena)
-    return Compiled(model, config, wanted.backend, wanted.mode)
+            return Captured(model, Compiled(model, config, wanted.backend, CAPTURING_MODES[wanted.mode], wanted.options), arena)
+    return Compiled(model, config, wanted.backend, wanted.mode, wanted.options)
 
 
 def _whole_step(step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:
