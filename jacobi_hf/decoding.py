@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from jacobi_hf.execution import Eager
 from jacobi_hf.layout import build_layout, chain_layout
@@ -203,12 +204,18 @@ class Decoder:
     def _widths(self) -> Widths:
         """As much of the window and of each branch as some active row uses."""
         plan, active = self._plan, self._active_rows()
-        used = tuple(max(plan.branches[row][c] for row in active) for c in range(len(self._step.names)))
+        starts = self._step.starts
+        used = tuple(max(0, max(plan.branches[row][c] for row in active) - start) for c, start in enumerate(starts))
         return self._sent(max(plan.widths[row] for row in active), used)
 
     def _sent(self, window: int, branches: tuple[int, ...]) -> Widths:
         """The shape of a step for so many guesses of the window: with a drafter in both streams, in the clean one as far as it reaches."""
-        return Widths(min(window, self._reach.width), branches, window) if self._drafts_apart else Widths(window, branches)
+        starts = self._step.starts
+        branches = tuple(used if start <= window else 0 for start, used in zip(starts, branches, strict=True))
+        if not self._drafts_apart:
+            return Widths(window, branches, starts=starts)
+        hung_on = max((start for start, used in zip(starts, branches, strict=True) if used), default=0)
+        return Widths(min(window, max(self._reach.width, hung_on)), branches, window, starts)
 
     def _greatest_widths(self) -> Widths:
         """As much as a row can use."""
@@ -273,7 +280,7 @@ class Decoder:
         if selector.noise is None or not selector.noise.ahead:
             choice_BQ = best(logits_BQV)
         else:
-            choice_BQ, _ = pick(logits_BQV, self._noise(layout))
+            choice_BQ, _, _ = pick(logits_BQV, self._noise(layout))
         path_SD, length_BS = layout.path_SD[: layout.contenders], slots.length_BS[:, : layout.contenders]
         alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
         for depth in range(path_SD.shape[1]):
@@ -286,8 +293,9 @@ class Decoder:
             token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
             selector.check()
             token_B = torch.where(halted_B, frontier.pad, token_B)
-            slot_BS = path_SD[:, depth].expand_as(alive_BS)
-            choice_BQ = choice_BQ.scatter(1, slot_BS, torch.where(alive_BS, token_B[:, None], choice_BQ.gather(1, slot_BS)))
+            # Segments may share slots: those that are not alive write to one place more than there are.
+            slot_BS = torch.where(alive_BS, path_SD[:, depth], choice_BQ.shape[1])
+            choice_BQ = functional.pad(choice_BQ, (0, 1)).scatter(1, slot_BS, token_B[:, None].expand_as(slot_BS))[:, :-1]
             for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
                 if wanted is not None:
                     wanted.record(value_BV[:, None], [index] * len(row_B), [1] * len(row_B))
@@ -303,7 +311,7 @@ class Decoder:
         path_BD = layout.path_SD[best_B]
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         count_B = torch.full_like(row_B, depth + 1)
-        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, choice_BQ.gather(1, path_BD), count_B, halted_B)
+        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, choice_BQ.gather(1, path_BD), count_B, halted_B, logits_BQV)
 
     def _record(self, scores: Scores | None, value_BQV: torch.Tensor, verdict: Verdict) -> None:
         if scores is None:

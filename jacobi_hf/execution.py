@@ -98,7 +98,8 @@ class WholeSteps:
         for number, length in self._sources:
             branches += [length if any(used[:number]) else 0] * number
             del used[:number]
-        return Widths(window, tuple(branches), noisy)
+        window = max([window, *(start for start, length in zip(widths.starts, branches, strict=True) if length)])
+        return Widths(window, tuple(branches), noisy, widths.starts)
 
     def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
         """What makes a step another one than the next, beside the lengths."""

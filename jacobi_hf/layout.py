@@ -1,8 +1,8 @@
 """The slots of one forward: the pending token, the window behind it, and candidate branches, as a tree.
 
 A *segment* is a run of guesses for the tokens that follow the pending one. Segment 0 is the window; every other segment is a
-branch. All segments hang on the pending token (slot 0), so a slot is told by its segment and its *depth*, the number of tokens
-between it and the pending one.
+branch. Segments hang on the pending token (slot 0), or on one of the window's first guesses, so a slot is told by its segment and its
+*depth*, the number of tokens between it and the pending one.
 
 Under a drafter there are two *streams*: the clean one, of all these, runs with the model's weights and verifies; the noisy one, a last
 segment that repeats the window, runs with the drafter's and drafts. To the mask it is one more branch, which no other segment sees.
@@ -28,7 +28,8 @@ class Layout:
     Attributes:
         lengths: tokens per segment, window first.
         depth_Q: distance of each slot from the pending token.
-        sees_QQ: `[q, k]` is True where slot q attends to slot k: the pending token, and its own segment up to itself.
+        sees_QQ: `[q, k]` is True where slot q attends to slot k: the pending token, the guesses of the window that its segment hangs on,
+            and its own segment up to itself.
         path_SD: slot of segment s at depth d, `D = 1 + max(lengths)`; beyond a segment's end its last slot is repeated.
         offset_D, rank_S: 0, 1, 2, ..
         noisy: slots of the noisy stream, the last ones; 0 without a drafter.
@@ -66,19 +67,27 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def build_layout(lengths: tuple[int, ...], device: torch.device, noisy: int = 0) -> Layout:
-    """The layout of a window of `lengths[0]` guesses and branches of `lengths[1:]`, and under a drafter `noisy` guesses of its stream."""
+def build_layout(lengths: tuple[int, ...], device: torch.device, noisy: int = 0, starts: tuple[int, ...] = ()) -> Layout:
+    """The layout of a window of `lengths[0]` guesses and branches of `lengths[1:]`.
+
+    Args:
+        noisy: under a drafter, guesses of its stream.
+        starts: for each branch, the guesses of the window that it follows, at most `lengths[0]`; none by default.
+    """
     lengths = (*lengths, noisy) if noisy else lengths
     depths, segments, paths = [0], [-1], []
     for number, length in enumerate(lengths):
+        start = starts[number - 1] if 0 < number <= len(starts) else 0
         first = len(depths)
-        depths += range(1, length + 1)
+        depths += range(start + 1, start + length + 1)
         segments += [number] * length
-        paths.append([0, *range(first, first + length)])
+        paths.append([*range(start + 1), *range(first, first + length)])
     deepest = max(map(len, paths))
     path_SD = torch.tensor([path + [path[-1]] * (deepest - len(path)) for path in paths], device=device)
     depth_Q, segment_Q = torch.tensor(depths, device=device), torch.tensor(segments, device=device)
     sees_QQ = (segment_Q[:, None] == segment_Q) & (depth_Q[:, None] >= depth_Q)
+    for number, start in enumerate(starts, 1):
+        sees_QQ[segment_Q == number, 1 : start + 1] = True
     sees_QQ[:, 0] = True
     offset_D, rank_S = torch.arange(deepest, device=device), torch.arange(len(lengths), device=device)
     return Layout(lengths, depth_Q, sees_QQ, path_SD, offset_D, rank_S, noisy)

@@ -17,7 +17,7 @@ class JacobiStats:
         new_tokens: per row, up to and with its end-of-sequence token.
         row_forwards: per row, the forwards until that row ended.
         accepted_lengths: how often a row committed that many tokens in one decoding forward.
-        accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup".
+        accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup", "topk".
         drafted: guesses of the window that were sent to the model; `verified` of them were verified (all, without a drafter), and
             `drafted_confirmed` confirmed.
         slots: positions computed in decoding forwards, per row of the batch.

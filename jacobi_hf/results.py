@@ -57,6 +57,7 @@ class Decoder(_Strict):
     pool_size: int | None = None
     branch_length: int | None = None
     lookup_tokens: int | None = Field(default=None, description="length of the lookup branch, or draft tokens of prompt lookup")
+    topk_branches: int | None = Field(default=None, description="branches from the model's second and third choices")
     drafter: str | None = Field(default=None, description="the drafter that makes the window's guesses")
     verify_width: int | None = Field(default=None, description="guesses verified at a time beside it, 0 = as acceptance suggests")
 
@@ -75,6 +76,7 @@ class Decoder(_Strict):
             pool_size=config.jacobi_pool_size,
             branch_length=config.jacobi_branch_length,
             lookup_tokens=config.jacobi_lookup_tokens,
+            topk_branches=config.jacobi_topk_branches or None,
             drafter=drafter,
             verify_width=verify_width,
         )

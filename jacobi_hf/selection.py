@@ -103,12 +103,15 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     return scores.max(-1).indices
 
 
-def pick(scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The token of every slot, greedy without noise; and with noise, which slots had no distribution to sample from."""
+def pick(scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The token of every slot, greedy without noise; with noise, which slots had no distribution to sample from; and what it was the
+    greatest of.
+    """
     if noise_BQV is None:
-        return best(scores_BQV), None
+        return best(scores_BQV), None, scores_BQV
     probability_BQV = scores_BQV.float().softmax(-1)
-    return best(probability_BQV / noise_BQV), probability_BQV.sum(-1).isnan()
+    merit_BQV = probability_BQV / noise_BQV
+    return best(merit_BQV), probability_BQV.sum(-1).isnan(), merit_BQV
 
 
 def check_samples(broken: bool) -> None:
@@ -183,7 +186,7 @@ class Selector:
 
     def choose(self, scores_BQV: torch.Tensor, index_BQ: torch.Tensor) -> torch.Tensor:
         """The token of every slot; `index_BQ` is the new-token index that each slot predicts."""
-        choice_BQ, self._broken_BQ = pick(scores_BQV, None if self.noise is None else self.noise.at(index_BQ))
+        choice_BQ, self._broken_BQ, _ = pick(scores_BQV, None if self.noise is None else self.noise.at(index_BQ))
         return choice_BQ
 
     def check(self) -> None:

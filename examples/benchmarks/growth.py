@@ -194,7 +194,7 @@ def full_widths(_: Eager, __: Widths) -> Widths:
     """An `Eager.widths` that makes window and branches as long as the default knobs let them be, whatever the step needs."""
     config = JacobiConfig()
     sources = candidate_sources(config, 1, torch.device("cpu"))
-    return Widths(Window.width_of(config), tuple(source.length for source in sources for _ in range(source.branches)))
+    return Widths(config.window_width, tuple(source.length for source in sources for _ in range(source.branches)))
 
 
 def contenders() -> list[common.Contender]:
