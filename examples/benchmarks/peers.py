@@ -1,4 +1,4 @@
-"""Ours, as autotuned, against transformers' own ways to decode, on the base and the forced tiny checkpoint.
+"""Ours, as autotuned, against transformers' own ways to decode, on the base, the forced tiny checkpoint, and the base with its drafter.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/peers.py
 
@@ -28,6 +28,7 @@ from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results,
 from jacobi_hf.tuning import Tuning, autotune, describe
 
 ROOM = 512
+WITH_DRAFTER = "base + drafter"
 
 
 @dataclass
@@ -58,7 +59,7 @@ def compiling() -> CompileConfig:
     return config
 
 
-def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
+def ways(tuning: Tuning, draft: Any, layers: int, drafter: str | None) -> list[Way]:
     """Transformers' own, and ours."""
     ordinary = {"cache_implementation": "static", "max_cache_len": ROOM, "compile_config": compiling()}
     static = Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True)
@@ -78,7 +79,7 @@ def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
         found.append(Way(Decoder(name="autotuned", kind=kind), tuning.knobs, ours=True, note=note))
         found.append(Way(static, ordinary, ours=True, note=describe(None)))  # the one way of theirs that is compiled
     else:
-        plain, compiled = (Decoder.of(name, tuning.config) for name in ("autotuned", "autotuned-compiled"))
+        plain, compiled = (Decoder.of(name, tuning.config, drafter) for name in ("autotuned", "autotuned-compiled"))
         knobs = tuning.knobs
         found.append(Way(plain, knobs, ours=True, note=note))
         found.append(Way(compiled.model_copy(update={"compiled": True}), {**knobs, "compile_config": compiling()}, ours=True, note=note))
@@ -117,7 +118,8 @@ def compare(
     tuning = autotune(
         model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False, assistant_model=draft
     )
-    contenders = ways(tuning, draft, model.config.num_hidden_layers)
+    drafter = "examples/tiny_qwen3/drafter" if name == WITH_DRAFTER else None
+    contenders = ways(tuning, draft, model.config.num_hidden_layers, drafter)
     encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)) for text in texts[:count]]
     for way in contenders:  # everything compiles and warms up outside the clock
         for inputs in encoded if way.decoder.compiled else encoded[:1]:
@@ -173,8 +175,10 @@ def main(
     """Both checkpoints, all domains."""
     assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     measurements = []
-    for name, folder in common.MODELS.items():
+    for name, folder in {**common.MODELS, WITH_DRAFTER: common.CHECKPOINT}.items():
         model, tokenizer, _ = common.load(str(folder))
+        if name == WITH_DRAFTER:
+            jacobi_hf.load_drafter(model, common.TINY / "drafter")
         assistant.to(model.device)
         for domain in common.prompts(1):
             measurements += compare(model, tokenizer, assistant, name, domain, count, max_new_tokens, repeats)

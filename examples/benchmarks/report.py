@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+import report_lossless
+
 from jacobi_hf.results import Measurement, Results
 
 HERE = Path(__file__).resolve().parent
@@ -385,9 +387,39 @@ def costs(results: Results) -> str:
     return f"## What collecting and training cost\n\n{setting(results)}\n" + table(["what", "measured", "against", "repeats"], rows)
 
 
-def group(prefix: str) -> dict[str, Results]:
-    """The documents of the forcing folder whose names begin so."""
-    files = sorted((HERE / "results" / "forcing").glob(f"{prefix}*.json"))
+def lossless(documents: dict[str, Results]) -> str:
+    """The base with its drafters."""
+    text = (
+        "## Lossless forcing of the tiny model\n\nThe base checkpoint, untouched, verifies what a drafter proposes ([how](lossless.md)). "
+        "Slots count both streams.\n\n"
+    )
+    for name, results in documents.items():
+        text += f"- **{name}**: {setting(results)}  Trained by {report_lossless.training(results)}.\n"
+    head = ["domain", "decoder", "drafter", "TPF", "loop-free", "slots", "identical to generate"]
+    text += "\n" + table(head, report_lossless.drafter_rows(documents))
+    varied, peers_file = group("control-", "gated"), HERE / "results" / "peers.json"
+    if varied:
+        text += (
+            "\n### Controls\n\nEach row changes what its name says of `short`, 250 steps of the recipe (examples/tiny_qwen3/gated_controls.py). "
+            "Window of 14 to 16, all of it or 8 verified, no candidates, 32 prompts, one seed. Minutes on one of two cores that were not idle.\n\n"
+        )
+        head = ["variation", "minutes", "arithmetic", "8 verified", "code", "8 verified", "code, loop-free"]
+        text += table(head, report_lossless.control_rows(varied))
+    with_drafter = peers_file.is_file() and any(m.model == "base + drafter" for m in Results.read(peers_file).measurements)
+    if with_drafter:
+        forced, base = (next(iter(group(name).values())) for name in ("forced-seed42", "base"))
+        text += (
+            "\n### Ways to be faster\n\nFrom *Against transformers' own ways* above, eager; the loss is that of held-out text in nats per token, "
+            "over the base's.\n\n"
+        )
+        head = ["domain", "way", "setting", "TPF", "tok/s", "x generate", "loss", "MB to publish"]
+        text += table(head, report_lossless.way_rows(Results.read(peers_file), forced, base))
+    return text
+
+
+def group(prefix: str, folder: str = "forcing") -> dict[str, Results]:
+    """The documents of a folder whose names begin so."""
+    files = sorted((HERE / "results" / folder).glob(f"{prefix}*.json"))
     return {file.stem.removeprefix("ablation-"): Results.read(file) for file in files}
 
 
@@ -406,6 +438,8 @@ def page() -> str:
         parts.append(forcing(models))
     if varied := group("ablation-"):
         parts.append(ablations(varied))
+    if drafters := group("drafter-", "gated"):
+        parts.append(lossless(drafters))
     return "\n".join(parts)
 
 
