@@ -17,15 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Relative to the root, from where the stages run: documents record the command.
 SCRIPT, RECIPE = "examples/train_jacobi_forcing.py", "examples/recipes/tiny_qwen3_gated_short.yaml"
+MUON = "--muon_learning_rate 8e-3"
 VARIATIONS = {
-    "short": "",
-    "constant-draft": "--gated_constant_draft 1",  # plain multi-token prediction
-    "soft-targets": "--gated_targets soft",
-    "rank-16": "--lora_r 16",
-    "rank-32": "--lora_r 32",
-    "one-visit": "--gated_visits 1 --gated_windows 15",
-    "six-visits": "--gated_visits 6 --gated_windows 3",
-    "adamw": "--muon_learning_rate null",
+    "short": MUON,
+    "constant-draft": f"{MUON} --gated_constant_draft 1",  # plain multi-token prediction
+    "soft-targets": f"{MUON} --gated_targets soft",
+    "rank-16": f"{MUON} --lora_r 16",
+    "rank-32": f"{MUON} --lora_r 32",
+    "one-visit": f"{MUON} --gated_visits 1 --gated_windows 15",
+    "six-visits": f"{MUON} --gated_visits 6 --gated_windows 3",
+    "adamw": "",
 }
 
 
