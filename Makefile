@@ -15,9 +15,9 @@ demo: $(INSTALLED)
 test: lint types
 	$(BIN)/python -m pytest -m "not deep" $(ARGS)
 
-# 10 000 cases of the equality property, see tests/jacobi_hf/test_equality.py.
+# 10 000 cases of the equality property, and as many with drafters of random weights.
 test-deep: $(INSTALLED)
-	JACOBI_HF_CASES=10000 $(BIN)/python -m pytest -s -m deep tests/jacobi_hf/test_equality.py $(ARGS)
+	JACOBI_HF_CASES=10000 $(BIN)/python -m pytest -s -m deep tests/jacobi_hf/test_equality.py tests/jacobi_hf/test_drafter.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

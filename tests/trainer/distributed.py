@@ -1,9 +1,9 @@
 """Run by test_trainer.py, alone and on two gloo processes: five steps of training, then the weights of the first process.
 
-    python tests/trainer/distributed.py OUT.pt BATCH_SIZE {plain,fsdp}
+    python tests/trainer/distributed.py OUT.pt BATCH_SIZE {plain,fsdp,gated}
 
 `plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard` (accelerate shards on accelerators only) and goes through
-`compute_loss` and SGD step by step.
+`compute_loss` and SGD step by step. `gated` trains a drafter.
 """
 
 import sys
@@ -53,6 +53,8 @@ if __name__ == "__main__":
         options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
         args = config(Path(folder), per_device_train_batch_size=int(sys.argv[2]), **options)
         data = records(20, 4, seed=1)
+        if sys.argv[3] == "gated":
+            args = config(Path(folder), per_device_train_batch_size=int(sys.argv[2]), method="gated", gated_width=4, gated_windows=2)
         if sys.argv[3] == "fsdp":
             model = step_by_step(args, data)
         else:
@@ -61,8 +63,12 @@ if __name__ == "__main__":
             model = trainer.model
         sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+        flat = torch.cat([p.detach().flatten() for p in weights])
+        if args.world_size > 1 and not sharded:
+            others = [torch.empty_like(flat) for _ in range(args.world_size)]
+            dist.all_gather(others, flat)
+            assert all(torch.equal(flat, other) for other in others)
         if args.process_index == 0:
-            flat = torch.cat([p.detach().flatten() for p in weights])
             torch.save({"weights": flat, "processes": args.world_size, "sharded": sharded}, sys.argv[1])
         if dist.is_initialized():
             dist.barrier()  # a process that leaves while another still sends makes that one abort

@@ -451,6 +451,14 @@ def test_two_processes_equal_one(tmp_path, sharding):
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_drafter_is_trained_by_two_processes(tmp_path):
+    """Each with windows of its own; the weights stay the same on both (the script looks), and are moved as far as by one process."""
+    one, two = trained_on(tmp_path, 1, 4, "gated"), trained_on(tmp_path, 2, 2, "gated")
+    assert two["processes"] == 2
+    assert one["weights"].shape == two["weights"].shape
+    torch.testing.assert_close(two["weights"].norm(), one["weights"].norm(), rtol=0.05, atol=0)
+
+
 def test_a_streamed_dataset_trains(tmp_path):
     from datasets import Dataset
 
