@@ -33,6 +33,7 @@ class JacobiForcingConfig(TrainingArguments):
         gated_width: W, drafts of a training window.
         gated_windows: windows at random places of each text.
         gated_visits: decoding steps that each window makes in a training step, every one learnt from.
+        gated_decay: weight of a slot over that of the one before it, from the first wrong draft on.
         gated_targets: `"hard"`, the model's choice; `"soft"`, its distribution.
         gated_constant_draft: an id that the drafter is given in place of every draft, here and when it decodes. A control: what is
             learnt then is plain multi-token prediction.
@@ -85,6 +86,7 @@ class JacobiForcingConfig(TrainingArguments):
     gated_width: int = option(16, "Drafts of a training window (W).")
     gated_windows: int = option(4, "Training windows of each text.")
     gated_visits: int = option(3, "Decoding steps of each window in a training step.")
+    gated_decay: float = option(1.0, "Weight of a slot over that of the one before it.")
     gated_targets: str = option("hard", "hard or soft.")
     gated_constant_draft: int | None = option(None, "An id that stands in for all drafts, as a control.")
     block_size: int = option(16, "Tokens of a block (n).")
@@ -125,6 +127,8 @@ class JacobiForcingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}.")
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} must be at least 2.")
+        if not 0 < self.gated_decay <= 1:
+            raise ValueError(f"gated_decay={self.gated_decay} must be above 0 and at most 1.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1.")
         window_of(self.context, self.window)

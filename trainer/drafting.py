@@ -91,13 +91,14 @@ class Visit:
     """What a forward over windows came to.
 
     Attributes:
-        loss: sum over the kept slots, with gradient.
+        loss: weighted sum over the kept slots, with gradient; `weight` is the sum of their weights.
         kept, agreeing: slots that were learnt from, and those of them whose choice is the model's.
         accepted_BM: leading drafts that were right.
         next_BMW: the drafted model's choice at each slot (0 at those not kept).
     """
 
     loss: torch.Tensor
+    weight: torch.Tensor
     kept: torch.Tensor
     agreeing: torch.Tensor
     accepted_BM: torch.Tensor
@@ -160,33 +161,38 @@ def window_mask(windows: Windows, columns: int, sliding_window: int | None = Non
     return torch.cat([text_BQL, own_BQQ], 2)[:, None]
 
 
-def plain_loss(logits_NV: torch.Tensor, label_N: torch.Tensor, teacher_NV: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of the cross entropies, against the labels or a distribution; what `drafting_loss` is checked against."""
+def plain_loss(
+    logits_NV: torch.Tensor, label_N: torch.Tensor, weight_N: torch.Tensor, teacher_NV: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weighted sum of the cross entropies, against the labels or a distribution; what `drafting_loss` is checked against."""
     target = label_N if teacher_NV is None else teacher_NV.softmax(-1)
-    return F.cross_entropy(logits_NV.float(), target, reduction="sum")
+    return F.cross_entropy(logits_NV.float(), target, reduction="none") @ weight_N
 
 
 def drafting_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden_NH: torch.Tensor,
     label_N: torch.Tensor,
+    weight_N: torch.Tensor,
     teacher_NH: torch.Tensor | None,
     rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same loss from hidden states, `rows` at a time, and the choice of each row."""
     loss, choices = hidden_NH.new_zeros((), dtype=torch.float32), []
 
-    def part(hidden_CH: torch.Tensor, label_C: torch.Tensor, teacher_CH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(
+        hidden_CH: torch.Tensor, label_C: torch.Tensor, weight_C: torch.Tensor, teacher_CH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits_CV = head(hidden_CH).float()
         teacher_CV = None
         if teacher_CH is not None:
             with torch.no_grad():
                 teacher_CV = head(teacher_CH).float()
-        return plain_loss(logits_CV, label_C, teacher_CV), best(logits_CV.detach())
+        return plain_loss(logits_CV, label_C, weight_C, teacher_CV), best(logits_CV.detach())
 
     for first in range(0, len(hidden_NH), rows):
         chunk = slice(first, first + rows)
-        arguments = (hidden_NH[chunk], label_N[chunk], None if teacher_NH is None else teacher_NH[chunk])
+        arguments = (hidden_NH[chunk], label_N[chunk], weight_N[chunk], None if teacher_NH is None else teacher_NH[chunk])
         if len(hidden_NH) > rows and torch.is_grad_enabled():
             of_chunk, choice_C = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -203,14 +209,15 @@ class DraftedModel(torch.nn.Module):
         base: the model; it stays in eval mode and out of this module's state.
         drafter: what is trained.
         targets: `"hard"`, the model's choice, or `"soft"`, its distribution.
+        decay: weight of a slot over that of the one before it, from the first wrong draft on.
         chunk_numbers: numbers in a vocabulary-sized tensor of the loss.
     """
 
-    def __init__(self, base: Any, drafter: Drafter, targets: str = "hard", chunk_numbers: int = 2**24) -> None:
+    def __init__(self, base: Any, drafter: Drafter, targets: str = "hard", decay: float = 1.0, chunk_numbers: int = 2**24) -> None:
         super().__init__()
         self.drafter = drafter
         self._unlisted = [base.eval().requires_grad_(requires_grad=False)]
-        self._targets = targets
+        self._targets, self._decay = targets, decay
         self._rows = max(1, chunk_numbers // base.config.get_text_config(decoder=True).vocab_size)
         self._at_head = AtHead(base.get_output_embeddings())
         self._masks = MaskBuilder(base.config, base.dtype)
@@ -249,17 +256,19 @@ class DraftedModel(torch.nn.Module):
         offset_W = torch.arange(width, device=position_BMW.device)
         kept_BMW = (offset_W >= accepted_BM[..., None]) & (position_BMW + 1 < text.length_B[:, None, None])
         kept_R, label_N = kept_BMW.flatten(), _at(text.choice_BL, position_BMW)[kept_BMW]
+        # What comes sooner is verified sooner, and decides what of the rest is.
+        weight_N = (self._decay ** (offset_W - accepted_BM[..., None]).float())[kept_BMW]
         teacher_NH = None
         if self._targets == "soft":
             row_BMW = torch.arange(batch, device=position_BMW.device)[:, None, None] * columns + position_BMW.clamp(max=columns - 1)
             teacher_NH = text.hidden_BLH.flatten(0, 1)[row_BMW[kept_BMW]]
 
         def learn(hidden_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return drafting_loss(self._at_head.head, hidden_RH[kept_R], label_N, teacher_NH, self._rows)
+            return drafting_loss(self._at_head.head, hidden_RH[kept_R], label_N, weight_N, teacher_NH, self._rows)
 
         (loss, choice_N), nothing = self._at_head(lambda: self._forward(text, windows), learn)
         next_BMW = torch.zeros_like(windows.draft_BMW).masked_scatter(kept_BMW, choice_N)
-        return Visit(loss + nothing, kept_R.sum(), (choice_N == label_N).sum(), accepted_BM, next_BMW)
+        return Visit(loss + nothing, weight_N.sum(), kept_R.sum(), (choice_N == label_N).sum(), accepted_BM, next_BMW)
 
     def _forward(self, text: CleanText, windows: Windows) -> Any:
         batch, count, width = windows.draft_BMW.shape
@@ -283,15 +292,15 @@ class DraftedModel(torch.nn.Module):
         """Mean loss over `visits` visits to `windows` random windows of every text, and `[kept, agreeing, accepted, steps]`."""
         text = self.read(input_ids, prompt_length, length)
         state = random_windows(text, windows, width)
-        loss, totals = torch.zeros((), device=input_ids.device), torch.zeros(4, device=input_ids.device)
+        loss, weight, totals = (torch.zeros(size, device=input_ids.device) for size in ((), (), 4))
         for number in range(visits):
             running_BM = state.pending_BM < length[:, None] - 1
             visit = self.visit(text, state)
-            loss = loss + visit.loss
+            loss, weight = loss + visit.loss, weight + visit.weight
             totals += torch.stack([visit.kept, visit.agreeing, visit.accepted_BM[running_BM].sum(), running_BM.sum()])
             if number + 1 < visits:
                 state = advanced(text, state, visit)
-        return loss / totals[0].clamp(min=1), totals
+        return loss / weight.clamp(min=1e-6), totals
 
     @torch.no_grad()
     def tokens_per_forward(self, input_ids: torch.Tensor, prompt_length: torch.Tensor, length: torch.Tensor, width: int) -> tuple[int, int]:

@@ -125,7 +125,7 @@ class GatedForcingTrainer(JacobiForcingTrainer):
             model.to(args.device)  # type: ignore[arg-type]  # the trainer moves what it trains, which is the drafter
         Trainer.__init__(
             self,
-            model=DraftedModel(model, drafter, args.gated_targets, args.loss_chunk_numbers),
+            model=DraftedModel(model, drafter, args.gated_targets, args.gated_decay, args.loss_chunk_numbers),
             args=args,
             data_collator=collate,
             train_dataset=self._records,

@@ -114,11 +114,11 @@ def test_the_mask_of_windows(pending, width, sliding):
 def test_the_loss_by_chunks_is_the_plain_one(rows, chunk, soft, seed):
     torch.manual_seed(seed)
     head, hidden = torch.nn.Linear(6, 11), torch.randn(rows, 6, requires_grad=True)
-    label, teacher = torch.randint(0, 11, (rows,)), torch.randn(rows, 6) if soft else None
-    loss, choice = drafting_loss(head, hidden, label, teacher, chunk)
+    label, weight, teacher = torch.randint(0, 11, (rows,)), torch.rand(rows), torch.randn(rows, 6) if soft else None
+    loss, choice = drafting_loss(head, hidden, label, weight, teacher, chunk)
     (gradient,) = torch.autograd.grad(loss, hidden)
     logits = head(hidden)
-    expected = plain_loss(logits, label, None if teacher is None else head(teacher).detach())
+    expected = plain_loss(logits, label, weight, None if teacher is None else head(teacher).detach())
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0])
     assert torch.equal(choice, logits.argmax(-1))
