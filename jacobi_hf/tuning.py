@@ -124,9 +124,9 @@ def autotune(
     the prompts, until one is left, the prompts are used up, or the time is. Settings are compared on the prompts that they share.
     Whatever is chosen, the text is the same. Torch's random generator is left as it was.
 
-    With a `compile_config`, ordinary decoding runs compiled too, as transformers does it, calls that compile something do not count,
-    and half a dozen settings are tried, since each compiles up to four shapes of a step, twice as many with a lookup beside a window:
-    seconds apiece for a small model on a CPU, up to a minute for a large one. That time is part of `seconds`; allow for it.
+    With a `compile_config`, ordinary decoding runs compiled too, as transformers does it, and calls that compile something do not count.
+    Half a dozen settings are tried then, since each compiles up to four shapes of a step, twice as many with a lookup beside a window:
+    seconds apiece for a small model, up to a minute for a large one. That is part of `seconds`; allow for it (ten minutes on a CPU).
 
     Args:
         prompts: strings, or ids without pads (lists, tensors, or a tensor with a prompt in each row); a dozen of the kind that will
