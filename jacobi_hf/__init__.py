@@ -6,9 +6,9 @@ Importing this package gives Qwen2 and Qwen3 models `generate(..., decoding="jac
 from pathlib import Path as _Path
 
 from jacobi_hf._version import __version__
+from jacobi_hf.arena import clear_graphs
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.drafter import Drafter, DrafterError, load_drafter, set_drafter, unload_drafter
-from jacobi_hf.execution import clear_graphs
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 from jacobi_hf.tuning import Tuning, autotune

@@ -128,6 +128,11 @@ class JacobiStaticCache(StaticCache):
                 layer.write(target_BN, *layer.read(first_B1 + slot_BN))
         self.lengths_B += counts_B
 
+    def reset(self) -> None:
+        """Hold nothing, at the same addresses."""
+        super().reset()  # zeros, since a NaN of an earlier call would not stay behind a mask
+        self.lengths_B.zero_()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row's committed tokens."""
         return int(self.lengths_B.max())
@@ -146,18 +151,25 @@ class JacobiStaticCache(StaticCache):
             if row_B is not None:
                 keys, values = keys[row_B.to(keys.device)], values[row_B.to(values.device)]
             stored = min(past, keys.shape[2])  # a sliding layer has kept the last tokens only
-            mine.lazy_initialization(keys, values)
+            if not mine.is_initialized:
+                mine.lazy_initialization(keys, values)
             compact_BN = torch.arange(past - stored, past, device=keys.device) - pad_B.to(keys.device)[:, None]
             # What has no place is sent to the last one, which is written over before it is ever visible.
             index_BN = torch.where((compact_BN >= 0) & (compact_BN < self.capacity), compact_BN, self.capacity - 1)
             for buffer, states in ((mine.keys, keys), (mine.values, values)):
-                buffer.scatter_(2, index_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states[:, :, :stored])
+                index = index_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                buffer.scatter_(2, index, states[:, :, :stored].to(buffer.dtype))
         self.lengths_B.copy_((past - pad_B).clamp(0, self.capacity))
 
-    def append_to(self, target: Cache, first: int, last: int, pad_B: torch.Tensor) -> None:
-        """Append the tokens `first..last-1` (counted with left pads) to `target`, and free this cache layer by layer."""
+    def append_to(self, target: Cache, first: int, last: int, pad_B: torch.Tensor, *, frees: bool = True) -> None:
+        """Append copies of the tokens `first..last-1` (counted with left pads) to `target`.
+
+        Args:
+            frees: whether this cache is freed, layer by layer; it is then of no more use.
+        """
         index_BN = (torch.arange(first, last, device=pad_B.device) - pad_B[:, None]).clamp(min=0)
         for number, layer in enumerate(self.layers):
             keys, values = layer.read(index_BN)
-            layer.keys = layer.values = None
+            if frees:
+                layer.keys = layer.values = None
             target.update(keys, values, number)

@@ -38,6 +38,8 @@ class JacobiConfig:
         jacobi_pool_size: branches per forward from recycled n-grams; 0 switches the pool off.
         jacobi_lookup_tokens: length of the branch from n-gram lookup in prompt and output; 0 switches it off.
         jacobi_branch_length: tokens of a pool branch.
+        jacobi_topk_branches: branches of two tokens, each with the model's second or third choice in place of one of the window's first
+            guesses: at most two for each guess of the window; 0 switches them off.
         jacobi_verify_width: with a drafter (`load_drafter`), guesses of the window that the model verifies in one forward; 0
             begins with half the window and then follows what is accepted. Without a drafter all are verified.
 
@@ -55,6 +57,7 @@ class JacobiConfig:
     jacobi_pool_size: int = _knob(2, 0, 64, "branches from recycled n-grams, 0 = off")
     jacobi_lookup_tokens: int = _knob(16, 0, 1024, "length of the n-gram lookup branch, 0 = off")
     jacobi_branch_length: int = _knob(8, 1, 256, "tokens of a branch from the pool")
+    jacobi_topk_branches: int = _knob(0, 0, 32, "branches from the model's second and third choices, 0 = off")
     jacobi_verify_width: int = _knob(0, 0, 65_536, "guesses that are verified at a time beside a drafter, 0 = as acceptance suggests")
 
     def __post_init__(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from jacobi_hf.execution import Eager
 from jacobi_hf.layout import build_layout, chain_layout
@@ -56,6 +58,25 @@ class Reach:
         self._accepted += 0.2 * (accepted - self._accepted)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that was handed to the device, and of which the host has not been told.
+
+    Attributes:
+        names: of its segments, none for the prefill.
+        slots: of its forward.
+        tokens: most that it adds to a row.
+        verified: guesses of the window that it verifies at most.
+        report: waits for the step and reads `Step.report_BN` as it was behind it.
+    """
+
+    names: list[str]
+    slots: int
+    tokens: int
+    verified: int
+    report: Callable[[], torch.Tensor]
+
+
 class Decoder:
     """One call of `generate`.
 
@@ -68,7 +89,14 @@ class Decoder:
         fills: whether finished rows are decoded on (as pads), because cache or scores are handed out.
         execution: how steps run; as they stand by default. Those of which more than the tokens is wanted always do.
         drafts_apart: whether a drafter makes the window's guesses, in a stream of their own.
+
+    Where the device works on while the host goes its way, the next step is launched before the host is told of the last one, unless
+    criteria or streamer have to see its tokens first. All that is drafted is sent then, since the host does not know what will be, and
+    one step runs behind the end, which adds nothing.
     """
+
+    LAGS_ON: tuple[str, ...] = ("cuda",)
+    PREFILL_SLOTS = 512
 
     def __init__(
         self,
@@ -89,9 +117,12 @@ class Decoder:
         self._wants_tokens_alone = selector.is_vectorised and scores is None and logits is None
         self._execution = execution if execution is not None and self._wants_tokens_alone else Eager()
         self._drafts_apart, self._reach = drafts_apart, Reach(step.config)
-        self._sent = Widths(0, ())
         self._text_start = int(step.start_B.max())
-        self._longest_cached = int(self._cache.lengths_B.max())
+        self._lag = int(
+            self._wants_tokens_alone and not frontier.is_one_by_one and self._cache.lengths_B.device.type in self.LAGS_ON
+        )  # fmt: skip
+        self._launched: deque[Launched] = deque()
+        self._running = [True] * batch
         self._plan = Plan([0] * batch, [0] * batch, [False] * batch, [0] * batch, [0] * batch, [0] * batch, [[0] * len(step.names)] * batch)
         self.stats = JacobiStats(new_tokens=[0] * batch, row_forwards=[0] * batch)
         # Per row and step: row, tokens before and behind it, name of the segment, guesses confirmed. Counted at the end, since a
@@ -100,7 +131,7 @@ class Decoder:
 
     def run(self, prompt: Prompt, keep_going: Callable[[bool], bool]) -> None:
         """Decode until every row has finished; `keep_going(done)` may ask for idle forwards (distributed peers)."""
-        started = time.perf_counter()
+        self._told = started = time.perf_counter()
         self._prefill(prompt)
         prefilled = time.perf_counter()
         while keep_going(self._finished()):
@@ -108,9 +139,10 @@ class Decoder:
                 self._idle_forward()
             else:
                 self._decode()
+        self._tell(waiting=0)
         if not self._frontier.is_one_by_one:
             self._frontier.take(self._step.text_BL, self._step.start_B, self._plan.generated)
-        self.stats.compiled_steps = self._execution.compiled
+        self.stats.compiled_steps, self.stats.captured_steps = self._execution.compiled, self._execution.captured
         self.stats.prefill_seconds, self.stats.decode_seconds = prefilled - started, time.perf_counter() - prefilled
         self.stats.new_tokens = [end or 0 for end in self._frontier.ended]
         for row, first, last, name, confirmed_guesses in self._runs:
@@ -124,50 +156,85 @@ class Decoder:
         return frontier.done and not (self._fills and frontier.pads and min(self._plan.generated) < frontier.generated)
 
     def _prefill(self, prompt: Prompt) -> None:
-        device, last_B1 = prompt.length_B.device, prompt.length_B[:, None] - 1
-        layout = chain_layout(prompt.inputs.shape[1], device)
-        column_S = self._cache.columns(layout.slots, self._longest_cached)
-        logits_B1V = self._forward(prompt.ids_BP, prompt.embeds_BPH, layout, column_S, last_B1)
-        self._cache.commit(last_B1[:, 0])  # the last prompt token plays the pending one
+        device = prompt.length_B.device
+        logits_B1V = self._prompt_logits(prompt)
+        self._cache.lengths_B -= 1  # the last prompt token plays the pending one
         self._base = self._cache.lengths_B.tolist()
-        nothing_B1 = torch.zeros_like(last_B1)
-        running, self._vocab_size = self._running(), logits_B1V.shape[-1]
+        nothing_B1 = torch.zeros_like(prompt.length_B)[:, None]
+        self._vocab_size = logits_B1V.shape[-1]
         self._settle(Slots(build_layout((0,), device), nothing_B1, nothing_B1), logits_B1V)
-        self._tell([], running)
+        self._launch([], 0, 1, 0)
+        self._tell(waiting=0)
+
+    def _prompt_logits(self, prompt: Prompt) -> torch.Tensor:
+        """Logits of each row's last prompt token; where a mask is needed, a long prompt goes in by parts, since it is as wide as high."""
+        last_B1, kept, columns, cached = prompt.length_B[:, None] - 1, None, prompt.inputs.shape[1], int(self._cache.lengths_B.max())
+        size = self.PREFILL_SLOTS if self._forward.needs_mask(columns, without_past=not cached) else columns
+        for first in range(0, columns, size):
+            part = slice(first, first + size)
+            ids_BP, embeds_BPH = (None if inputs is None else inputs[:, part] for inputs in (prompt.ids_BP, prompt.embeds_BPH))
+            layout = chain_layout(prompt.inputs[:, part].shape[1], last_B1.device, without_past=not cached and not first)
+            column_S = self._cache.columns(layout.slots, cached + first)
+            place_B1 = last_B1 - first
+            logits_B1V = self._forward(ids_BP, embeds_BPH, layout, column_S, place_B1.clamp(0, layout.slots - 1))
+            kept = logits_B1V if kept is None else torch.where(place_B1[..., None] < 0, kept, logits_B1V)
+            self._cache.commit((place_B1[:, 0] + 1).clamp(0, layout.slots))
+        assert kept is not None
+        return kept
 
     def _idle_forward(self) -> None:
         layout = build_layout((0,), self._cache.lengths_B.device)
-        self._forward(self._step.pending_B1, None, layout, self._cache.columns(1, self._longest_cached), None)
+        self._forward(self._step.pending_B1, None, layout, self._cache.columns(1, self._longest_cached()), None)
 
     def _decode(self) -> None:
-        started, running, widths = time.perf_counter(), self._running(), self._execution.widths(self._widths())
-        self._sent = widths
+        widths = self._execution.widths(self._greatest_widths() if self._lag else self._widths())
         layout = widths.layout(self._cache.lengths_B.device)
-        column_S = self._cache.columns(layout.slots, self._longest_cached)
+        column_S = self._cache.columns(layout.slots, self._longest_cached())
         if self._wants_tokens_alone:
-            some_halted, text_columns, noise_BQV = any(self._plan.at_eos), self._text_columns(layout), self._noise(layout)
-            self._execution.run(
-                self._step, self._forward, self._selector, widths, layout, column_S, noise_BQV, text_columns, some_halted=some_halted
-            )
+            some_halted, text_columns = bool(self._lag) or any(self._plan.at_eos), self._text_columns(layout)
+            self._draw(layout)
+            self._execution.run(self._step, self._forward, self._selector, widths, layout, column_S, text_columns, some_halted=some_halted)
         else:
             slots = self._step.slots(widths, layout)
             self._settle(slots, self._forward(slots.token_BQ, None, layout, column_S, None))
-        self._tell(["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)], running)
-        self.stats.seconds_by_width[layout.slots].append(time.perf_counter() - started)
+        names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
+        self._launch(names, layout.slots, layout.offset_D.shape[0], widths.window)
+        self._tell(waiting=self._lag)
 
     def _widths(self) -> Widths:
         """As much of the window and of each branch as some active row uses."""
         plan, active = self._plan, self._active_rows()
-        used = tuple(max(plan.branches[row][c] for row in active) for c in range(len(self._step.names)))
-        window = max(plan.widths[row] for row in active)
-        return Widths(min(window, self._reach.width), used, window) if self._drafts_apart else Widths(window, used)
+        starts = self._step.starts
+        used = tuple(max(0, max(plan.branches[row][c] for row in active) - start) for c, start in enumerate(starts))
+        return self._sent(max(plan.widths[row] for row in active), used)
 
-    def _running(self) -> list[bool]:
-        return [end is None for end in self._frontier.ended]
+    def _sent(self, window: int, branches: tuple[int, ...]) -> Widths:
+        """The shape of a step for so many guesses of the window: with a drafter in both streams, in the clean one as far as it reaches."""
+        starts = self._step.starts
+        branches = tuple(used if start <= window else 0 for start, used in zip(starts, branches, strict=True))
+        if not self._drafts_apart:
+            return Widths(window, branches, starts=starts)
+        hung_on = max((start for start, used in zip(starts, branches, strict=True) if used), default=0)
+        return Widths(min(window, max(self._reach.width, hung_on)), branches, window, starts)
+
+    def _greatest_widths(self) -> Widths:
+        """As much as a row can use."""
+        step, limit = self._step, self._frontier.limit
+        branches = [min(limit, source.length) for source in step.sources for _ in range(source.branches)]
+        return self._sent(min(limit, step.window.draft_BW.shape[1]), tuple(branches))
 
     def _active_rows(self) -> list[int]:
         """Rows that the next step moves on: the unfinished, and with `fills` all."""
         return [row for row, halted in enumerate(self._plan.at_eos) if self._fills or not halted]
+
+    def _untold(self) -> int:
+        """Tokens that a row may have more than the host knows of."""
+        return sum(step.tokens for step in self._launched)
+
+    def _longest_cached(self) -> int:
+        """No row has more in the cache."""
+        untold, limit = self._untold(), self._frontier.limit
+        return max(base + min(limit, tokens + untold) for base, tokens in zip(self._base, self._plan.generated, strict=True))
 
     def _settle(self, slots: Slots, logits_BQV: torch.Tensor) -> None:
         """Everything behind the forward: select, accept, commit, redraft."""
@@ -186,16 +253,21 @@ class Decoder:
 
     def _text_columns(self, layout: Layout) -> int:
         """So much of the text may be in use behind a step."""
-        return self._text_start + max(self._plan.generated) + layout.offset_D.shape[0]
+        return self._text_start + max(self._plan.generated) + self._untold() + layout.offset_D.shape[0]
+
+    def _draw(self, layout: Layout) -> None:
+        """Make the noise of every slot's new-token index available."""
+        noise = self._selector.noise
+        if noise is not None:
+            running_at = [self._plan.generated[row] for row in self._active_rows()]
+            shape = len(self._plan.generated), self._vocab_size
+            noise.draw(min(running_at), max(running_at) + self._untold() + layout.offset_D.shape[0] - 1, shape)
 
     def _noise(self, layout: Layout) -> torch.Tensor | None:
         """The noise of every slot's new-token index, `(B, Q, V)`."""
-        noise, generated_B = self._selector.noise, self._step.generated_B
-        if noise is None:
-            return None
-        running_at = [self._plan.generated[row] for row in self._active_rows()]
-        noise.draw(min(running_at), max(running_at) + layout.offset_D.shape[0] - 1, (len(generated_B), self._vocab_size))
-        return noise.at(generated_B[:, None] + layout.depth_Q)
+        self._draw(layout)
+        noise = self._selector.noise
+        return None if noise is None else noise.at(self._step.generated_B[:, None] + layout.depth_Q)
 
     def _accept_one_by_one(self, logits_BQV: torch.Tensor, slots: Slots) -> Verdict:
         """For processors that must see each token's true prefix, in order, with the full batch: all rows move in step.
@@ -208,7 +280,7 @@ class Decoder:
         if selector.noise is None or not selector.noise.ahead:
             choice_BQ = best(logits_BQV)
         else:
-            choice_BQ, _ = pick(logits_BQV, self._noise(layout))
+            choice_BQ, _, _ = pick(logits_BQV, self._noise(layout))
         path_SD, length_BS = layout.path_SD[: layout.contenders], slots.length_BS[:, : layout.contenders]
         alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
         for depth in range(path_SD.shape[1]):
@@ -221,8 +293,9 @@ class Decoder:
             token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
             selector.check()
             token_B = torch.where(halted_B, frontier.pad, token_B)
-            slot_BS = path_SD[:, depth].expand_as(alive_BS)
-            choice_BQ = choice_BQ.scatter(1, slot_BS, torch.where(alive_BS, token_B[:, None], choice_BQ.gather(1, slot_BS)))
+            # Segments may share slots: those that are not alive write to one place more than there are.
+            slot_BS = torch.where(alive_BS, path_SD[:, depth], choice_BQ.shape[1])
+            choice_BQ = functional.pad(choice_BQ, (0, 1)).scatter(1, slot_BS, token_B[:, None].expand_as(slot_BS))[:, :-1]
             for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
                 if wanted is not None:
                     wanted.record(value_BV[:, None], [index] * len(row_B), [1] * len(row_B))
@@ -238,7 +311,7 @@ class Decoder:
         path_BD = layout.path_SD[best_B]
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         count_B = torch.full_like(row_B, depth + 1)
-        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, choice_BQ.gather(1, path_BD), count_B, halted_B)
+        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, choice_BQ.gather(1, path_BD), count_B, halted_B, logits_BQV)
 
     def _record(self, scores: Scores | None, value_BQV: torch.Tensor, verdict: Verdict) -> None:
         if scores is None:
@@ -246,15 +319,24 @@ class Decoder:
         counts, row_B1 = verdict.count_B.tolist(), torch.arange(len(value_BQV), device=value_BQV.device)[:, None]
         scores.record(value_BQV[row_B1, verdict.path_BD[:, : max(counts)]], self._plan.generated, counts)
 
-    def _tell(self, names: list[str], running: list[bool]) -> None:
-        """One copy to the host: statistics, criteria and streamer, what the next step needs.
+    def _launch(self, names: list[str], slots: int, tokens: int, verified: int) -> None:
+        """Send for the report of the step that was just handed to the device."""
+        self._launched.append(Launched(names, slots, tokens, verified, report_of(self._step.report_BN)))
 
-        Args:
-            names: of the step's segments, none for the prefill.
-            running: rows that had not ended before it.
-        """
+    def _tell(self, *, waiting: int) -> None:
+        """Take note of what was launched, but for the last `waiting` steps."""
+        while len(self._launched) > waiting:
+            launched = self._launched.popleft()
+            self._take(launched)
+            now = time.perf_counter()
+            if launched.names:
+                self.stats.seconds_by_width[launched.slots].append(now - self._told)
+            self._told = now
+
+    def _take(self, launched: Launched) -> None:
+        """One step's report: statistics, criteria and streamer, what the next step needs."""
         step, former = self._step, self._plan
-        rows = step.report_BN.tolist()
+        rows = launched.report().tolist()
         generated, widths, at_eos, counts, best, in_window, broken = (
             list(column) for column in zip(*(row[: step.REPORTED] for row in rows), strict=True)
         )
@@ -266,15 +348,15 @@ class Decoder:
         if frontier.is_one_by_one and self._selector.is_vectorised:
             frontier.take(step.text_BL, step.start_B, plan.generated)
         stopped = frontier.advance(plan.generated, plan.at_eos)
-        self._count(former, names, running)
+        self._count(former, launched)
+        self._running = [end is None for end in frontier.ended]
         if stopped:
             self._halt(stopped)
-        self._longest_cached = max(base + tokens for base, tokens in zip(self._base, self._plan.generated, strict=True))
 
-    def _count(self, former: Plan, names: list[str], running: list[bool]) -> None:
-        stats = self.stats
+    def _count(self, former: Plan, launched: Launched) -> None:
+        stats, names = self.stats, launched.names
         stats.forwards += 1
-        for row, runs in enumerate(running):
+        for row, runs in enumerate(self._running):
             if not runs or former.at_eos[row] or former.generated[row] >= self._frontier.limit:
                 continue
             stats.row_forwards[row] += 1
@@ -283,7 +365,7 @@ class Decoder:
             name = names[self._plan.best[row]]
             self._runs.append((row, former.generated[row], self._plan.generated[row], name, self._plan.counts[row] - 1))
             stats.drafted += former.widths[row]
-            stats.verified += min(former.widths[row], self._sent.window)
+            stats.verified += min(former.widths[row], launched.verified)
             stats.drafted_confirmed += self._plan.confirmed_in_window[row]
             self._reach.note(self._plan.confirmed_in_window[row])
 
@@ -301,3 +383,18 @@ class Decoder:
         step.measure()
         branches = [[0] * len(row) if on else row for row, on in zip(plan.branches, at_eos, strict=True)]
         self._plan = replace(plan, generated=generated, widths=step.width_B.tolist(), at_eos=at_eos, branches=branches)
+
+
+def report_of(report_BN: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a report to the host; what is returned waits for it."""
+    if report_BN.device.type != "cuda":
+        copied = report_BN.to("cpu", copy=True)
+        return lambda: copied
+    pinned, arrived = report_BN.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(report_BN.device))
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return pinned
+
+    return wait

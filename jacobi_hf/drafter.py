@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from jacobi_hf.execution import clear_graphs
+from jacobi_hf.arena import clear_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -45,6 +45,7 @@ class DrafterConfig:
         model_type, hidden_size, num_hidden_layers, vocab_size: the model's shape, which must be that of the model it is loaded into.
         r, lora_alpha: rank and scale (`lora_alpha / r`), as in PEFT.
         target_modules: last parts of the names of the linear layers that it acts on.
+        constant_draft: an id that it is given in place of every draft, if it was trained so (plain multi-token prediction).
         format_version: of these files.
     """
 
@@ -57,15 +58,16 @@ class DrafterConfig:
     r: int
     lora_alpha: float
     target_modules: list[str]
+    constant_draft: int | None = None
     format_version: int = 1
 
     @classmethod
-    def of(cls, model: Any, r: int, lora_alpha: float, target_modules: list[str]) -> Self:
+    def of(cls, model: Any, r: int, lora_alpha: float, target_modules: list[str], constant_draft: int | None) -> Self:
         """For a new drafter of a model."""
         config = model.config
         return cls(
             base_model=str(getattr(config, "_name_or_path", "") or ""), base_revision=getattr(config, "_commit_hash", None),
-            **_shape_of(model), r=r, lora_alpha=lora_alpha, target_modules=sorted(target_modules),
+            **_shape_of(model), r=r, lora_alpha=lora_alpha, target_modules=sorted(target_modules), constant_draft=constant_draft,
         )  # fmt: skip
 
     @classmethod
@@ -135,12 +137,20 @@ class Drafter(torch.nn.Module):
         self._lock = threading.Lock()
 
     @classmethod
-    def new(cls, model: Any, r: int = 64, lora_alpha: float | None = None, target_modules: str | Iterable[str] = "all-linear") -> Self:
+    def new(
+        cls,
+        model: Any,
+        r: int = 64,
+        lora_alpha: float | None = None,
+        target_modules: str | Iterable[str] = "all-linear",
+        constant_draft: int | None = None,
+    ) -> Self:
         """An untrained drafter for a model: its delta is zero.
 
         Args:
             r, lora_alpha: rank, and scale times rank (the rank when not given).
             target_modules: last parts of layer names, or "all-linear": all linear layers but the LM head.
+            constant_draft: see `DrafterConfig`.
 
         Raises:
             DrafterError: a name that is no linear layer of the model.
@@ -153,7 +163,7 @@ class Drafter(torch.nn.Module):
         shapes = {
             name: (layer.in_features, layer.out_features) for name, layer in layers.items() if name.rpartition(".")[2] in wanted
         }  # fmt: skip
-        config = DrafterConfig.of(model, r, r if lora_alpha is None else lora_alpha, sorted(wanted))
+        config = DrafterConfig.of(model, r, r if lora_alpha is None else lora_alpha, sorted(wanted), constant_draft)
         return cls(config, shapes)
 
     @classmethod
@@ -252,6 +262,11 @@ class Drafter(torch.nn.Module):
     def in_use(self) -> bool:
         """Whether a call that runs has it attached."""
         return self._uses > 0
+
+    def shown(self, token_BQ: torch.Tensor, noisy: int) -> torch.Tensor:
+        """The ids of a forward with what the drafter is given in place of the last `noisy` ones."""
+        constant = self.config.constant_draft
+        return token_BQ if constant is None else torch.cat([token_BQ[:, :-noisy], torch.full_like(token_BQ[:, -noisy:], constant)], 1)
 
     @contextlib.contextmanager
     def drafting(self, first: int, slots: int) -> Iterator[None]:

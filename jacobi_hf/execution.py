@@ -1,31 +1,24 @@
-"""How a step runs: as it stands, or compiled (`compile_config`), with the compiled steps kept for the model's next call."""
+"""How a step runs: as it stands, or whole, as one graph that is compiled, captured, or both (`compile_config`)."""
 
 from __future__ import annotations
 
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 
-from jacobi_hf.step import Widths, candidate_sources, step_slots
+from jacobi_hf.arena import kept_for
+from jacobi_hf.capture import GRAPHS, Captured, switches_of
+from jacobi_hf.step import Widths, candidate_sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import CompileConfig
 
+    from jacobi_hf.arena import Arena
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.layout import Layout
     from jacobi_hf.selection import Selector
     from jacobi_hf.step import Forward, Step
-
-_kept: WeakKeyDictionary[Any, dict[Any, Callable[..., None]]] = WeakKeyDictionary()
-
-
-def clear_graphs(model: Any) -> None:
-    """Forget the compiled steps of a model; the next call that wants them compiles anew."""
-    _kept.pop(model, None)
 
 
 def cannot_compile(model: Any) -> str | None:
@@ -43,19 +36,24 @@ def cannot_compile(model: Any) -> str | None:
 
 
 class Execution(Protocol):
-    """What the decoder asks of a way to run steps; `compiled` counts the steps that a call compiled."""
+    """What the decoder asks of a way to run steps.
 
-    compiled: int
+    Attributes:
+        captured: steps that this call recorded.
+    """
 
-    def slots(self, config: JacobiConfig, limit: int, *, drafts_apart: bool) -> int:
-        """Most slots of a step of a call for at most `limit` tokens."""
+    captured: int
+
+    @property
+    def compiled(self) -> int:
+        """Steps that this call compiled."""
 
     def widths(self, widths: Widths) -> Widths:
         """The shape in which a step that needs `widths` runs."""
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_halted: bool,
     ) -> None:  # fmt: skip
         """One step; see `Step.run`."""
 
@@ -63,11 +61,7 @@ class Execution(Protocol):
 class Eager:
     """Every operation of a step as it comes, with shapes as small as the step needs."""
 
-    compiled = 0
-
-    def slots(self, config: JacobiConfig, limit: int, *, drafts_apart: bool) -> int:
-        """Most slots of a step of a call for at most `limit` tokens."""
-        return step_slots(config, limit, drafts_apart=drafts_apart)
+    compiled = captured = 0
 
     def widths(self, widths: Widths) -> Widths:
         """The shape in which a step that needs `widths` runs."""
@@ -75,37 +69,26 @@ class Eager:
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_halted: bool,
     ) -> None:  # fmt: skip
         """One step; see `Step.run`."""
         may_look = column_S.device.type == "cpu"  # at the host's own memory
-        step.run(forward, selector, widths, layout, column_S, noise_BQV, text_columns, some_halted=some_halted, may_look=may_look)
+        step.run(forward, selector, widths, layout, column_S, text_columns, some_halted=some_halted, may_look=may_look)
 
 
-class Compiled:
-    """Whole steps through `torch.compile`, one for each of few shapes, whatever the lengths of texts and cache.
+class WholeSteps:
+    """Steps in few shapes, whatever the lengths of texts and cache, and whatever the host knows of them.
 
     Args:
-        model: whose steps these are.
         config: how drafts are made, for the shapes.
-        options: backend and mode; a step is always one graph.
-
-    Attributes:
-        compiled: steps that this call compiled.
     """
 
     PARTS = 4  # widths of the window, as parts of its greatest
+    compiled = captured = 0
 
-    def __init__(self, model: Any, config: JacobiConfig, options: CompileConfig) -> None:
-        self._backend, self._mode = options.backend, options.mode
-        self._known, self._is_marked = _kept.setdefault(model, {}), False
+    def __init__(self, config: JacobiConfig) -> None:
         self._window = config.window_width
         self._sources = [(s.branches, s.length) for s in candidate_sources(config, 1, torch.device("cpu"))]
-        self.compiled = 0
-
-    def slots(self, config: JacobiConfig, limit: int, *, drafts_apart: bool) -> int:
-        """Most slots of a step, whatever the limit."""
-        return step_slots(config, drafts_apart=drafts_apart)
 
     def widths(self, widths: Widths) -> Widths:
         """The window in quarters of its full width; of each source all branches at full length, or none."""
@@ -115,32 +98,86 @@ class Compiled:
         for number, length in self._sources:
             branches += [length if any(used[:number]) else 0] * number
             del used[:number]
-        return Widths(window, tuple(branches), noisy)
+        window = max([window, *(start for start, length in zip(widths.starts, branches, strict=True) if length)])
+        return Widths(window, tuple(branches), noisy, widths.starts)
+
+    def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
+        """What makes a step another one than the next, beside the lengths."""
+        return widths, step.kind, selector.kind
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        noise_BQV: torch.Tensor | None, text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_halted: bool,
     ) -> None:  # fmt: skip
-        """One step; `text_columns` and `some_halted` are not looked at, so that they change nothing in what is compiled."""
-        processors = tuple((type(p), repr(sorted(vars(p).items(), key=str))) for p in selector.processors)
-        key = (widths, step.kind, noise_BQV is None, processors, self._backend, self._mode)
-        if key not in self._known:
+        """One step; `text_columns` and `some_halted` are not looked at, so that they change nothing in what is compiled or recorded."""
+        step.run(forward, selector, widths, layout, column_S)
+
+
+class Compiled(WholeSteps):
+    """Whole steps through `torch.compile`, once for each kind.
+
+    Args:
+        model: whose steps these are.
+        config: how drafts are made, for the shapes.
+        backend, mode, options: of `torch.compile`; a step is always one graph.
+
+    Attributes:
+        compiled: steps that this call compiled.
+    """
+
+    def __init__(
+        self, model: Any, config: JacobiConfig, backend: Any = "inductor", mode: str | None = None, options: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(config)
+        self._how, self._known, self._is_marked = {"backend": backend, "mode": mode, "options": options}, kept_for(model).compiled, False
+        # What is not told apart here, torch.compile would tell apart itself, and give up after some.
+        self._under = config, hash(switches_of(model)), torch.is_inference_mode_enabled()
+
+    def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
+        """What makes a step another one than the next, beside the lengths."""
+        return *super().kind(step, selector, widths), repr(self._how), self._under
+
+    def run(
+        self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
+        text_columns: int, *, some_halted: bool,
+    ) -> None:  # fmt: skip
+        """One step."""
+        kind = self.kind(step, selector, widths)
+        if kind not in self._known:
+            for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
+                del self._known[oldest]
             function = of_its_own(_whole_step)
-            self._known[key] = torch.compile(function, backend=self._backend, mode=self._mode, fullgraph=True, dynamic=False)
+            self._known[kind] = torch.compile(function, **self._how, fullgraph=True, dynamic=False)
             self.compiled += 1
         if not self._is_marked:
             _mark_lengths(step)
             self._is_marked = True
         column_S = column_S.view(-1)
         torch._dynamo.mark_dynamic(column_S, 0)
-        self._known[key](step, forward, selector, widths, layout, column_S, noise_BQV)
+        self._known[kind](step, forward, selector, widths, layout, column_S)
 
 
-def _whole_step(
-    step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-    noise_BQV: torch.Tensor | None,
-) -> None:  # fmt: skip
-    step.run(forward, selector, widths, layout, column_S, noise_BQV)
+MOST_COMPILED = 128  # steps that are kept for a model
+# Modes of inductor in which it captures CUDA graphs, and what they are without: we capture the whole step ourselves.
+CAPTURING_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def whole_steps(model: Any, config: JacobiConfig, wanted: CompileConfig, arena: Arena) -> WholeSteps | Captured:
+    """The execution that a `CompileConfig` asks for.
+
+    Where the device can record graphs (CUDA), the modes in which inductor would are taken for that, and backend "cudagraphs" for
+    graphs of steps that are not compiled. Anything else goes to `torch.compile` as it is.
+    """
+    if arena.cache.lengths_B.device.type in GRAPHS:
+        if wanted.backend == "cudagraphs":
+            return Captured(model, WholeSteps(config), arena)
+        if wanted.mode in CAPTURING_MODES:
+            return Captured(model, Compiled(model, config, wanted.backend, CAPTURING_MODES[wanted.mode], wanted.options), arena)
+    return Compiled(model, config, wanted.backend, wanted.mode, wanted.options)
+
+
+def _whole_step(step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:
+    step.run(forward, selector, widths, layout, column_S)
 
 
 def _mark_lengths(step: Step) -> None:

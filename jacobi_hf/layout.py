@@ -1,8 +1,8 @@
 """The slots of one forward: the pending token, the window behind it, and candidate branches, as a tree.
 
 A *segment* is a run of guesses for the tokens that follow the pending one. Segment 0 is the window; every other segment is a
-branch. All segments hang on the pending token (slot 0), so a slot is told by its segment and its *depth*, the number of tokens
-between it and the pending one.
+branch. Segments hang on the pending token (slot 0), or on one of the window's first guesses, so a slot is told by its segment and its
+*depth*, the number of tokens between it and the pending one.
 
 Under a drafter there are two *streams*: the clean one, of all these, runs with the model's weights and verifies; the noisy one, a last
 segment that repeats the window, runs with the drafter's and drafts. To the mask it is one more branch, which no other segment sees.
@@ -10,10 +10,15 @@ segment that repeats the window, runs with the drafter's and drafts. To the mask
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+FLEX_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,12 @@ class Layout:
     Attributes:
         lengths: tokens per segment, window first.
         depth_Q: distance of each slot from the pending token.
-        sees_QQ: `[q, k]` is True where slot q attends to slot k: the pending token, and its own segment up to itself.
+        sees_QQ: `[q, k]` is True where slot q attends to slot k: the pending token, the guesses of the window that its segment hangs on,
+            and its own segment up to itself.
         path_SD: slot of segment s at depth d, `D = 1 + max(lengths)`; beyond a segment's end its last slot is repeated.
         offset_D, rank_S: 0, 1, 2, ..
         noisy: slots of the noisy stream, the last ones; 0 without a drafter.
+        without_past: whether the host knows that no row has a token in the cache, so that column c is slot c.
     """
 
     lengths: tuple[int, ...]
@@ -36,6 +43,7 @@ class Layout:
     offset_D: torch.Tensor
     rank_S: torch.Tensor
     noisy: int = 0
+    without_past: bool = False
 
     @property
     def contenders(self) -> int:
@@ -59,54 +67,124 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def build_layout(lengths: tuple[int, ...], device: torch.device, noisy: int = 0) -> Layout:
-    """The layout of a window of `lengths[0]` guesses and branches of `lengths[1:]`, and under a drafter `noisy` guesses of its stream."""
+def build_layout(lengths: tuple[int, ...], device: torch.device, noisy: int = 0, starts: tuple[int, ...] = ()) -> Layout:
+    """The layout of a window of `lengths[0]` guesses and branches of `lengths[1:]`.
+
+    Args:
+        noisy: under a drafter, guesses of its stream.
+        starts: for each branch, the guesses of the window that it follows, at most `lengths[0]`; none by default.
+    """
     lengths = (*lengths, noisy) if noisy else lengths
     depths, segments, paths = [0], [-1], []
     for number, length in enumerate(lengths):
+        start = starts[number - 1] if 0 < number <= len(starts) else 0
         first = len(depths)
-        depths += range(1, length + 1)
+        depths += range(start + 1, start + length + 1)
         segments += [number] * length
-        paths.append([0, *range(first, first + length)])
+        paths.append([*range(start + 1), *range(first, first + length)])
     deepest = max(map(len, paths))
     path_SD = torch.tensor([path + [path[-1]] * (deepest - len(path)) for path in paths], device=device)
     depth_Q, segment_Q = torch.tensor(depths, device=device), torch.tensor(segments, device=device)
     sees_QQ = (segment_Q[:, None] == segment_Q) & (depth_Q[:, None] >= depth_Q)
+    for number, start in enumerate(starts, 1):
+        sees_QQ[segment_Q == number, 1 : start + 1] = True
     sees_QQ[:, 0] = True
     offset_D, rank_S = torch.arange(deepest, device=device), torch.arange(len(lengths), device=device)
     return Layout(lengths, depth_Q, sees_QQ, path_SD, offset_D, rank_S, noisy)
 
 
-def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> torch.Tensor:
-    """Who sees whom when a step's slots are written behind `lengths_B` cached tokens.
+def visibility(layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None = None) -> Sees:
+    """Who sees whom when a step's slots are written behind `lengths_B` cached tokens, as a rule `(row, slot, column) -> bool`.
 
-    Column c of row b is cached token c for `c < lengths_B[b]`, and slot `c - lengths_B[b]` of this step from there on.
+    Column c of row b is cached token c for `c < lengths_B[b]`, and slot `c - lengths_B[b]` of this step from there on. The rule takes
+    index tensors that broadcast, on the device of `lengths_B`.
 
     Args:
         lengths_B: cached tokens per row.
-        column_S: 0, 1, 2, .., the part of the cache that is read.
         sliding_window: positions that a query may look back, itself included; None for full attention.
+    """
+    sees_N = layout.sees_QQ.flatten()  # one index is looked up faster than two
+
+    def of_chain(row: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        position = lengths_B[row] + slot
+        allowed = column <= position
+        return allowed if sliding_window is None else allowed & (column > position - sliding_window)
+
+    def of_tree(row: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        seen = column - lengths_B[row]
+        inside = seen.clamp(0, layout.slots - 1)
+        allowed = (seen < 0) | ((seen < layout.slots) & sees_N[slot * layout.slots + inside])
+        if sliding_window is None:
+            return allowed
+        seen_depth = torch.where(seen < 0, seen, layout.depth_Q[inside])
+        return allowed & (seen_depth > layout.depth_Q[slot] - sliding_window)
+
+    return of_chain if layout.is_chain else of_tree
+
+
+def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> torch.Tensor:
+    """`visibility` as a dense mask.
+
+    Args:
+        lengths_B, sliding_window: as there.
+        column_S: 0, 1, 2, .., the part of the cache that is read.
 
     Returns:
         bool `(B, 1, Q, S)`, True where attention is allowed.
     """
-    position_BQ1 = (lengths_B[:, None] + layout.depth_Q)[..., None]
+    batch, slots = len(lengths_B), layout.slots
+    slot_Q = torch.arange(slots, device=column_S.device)
     if layout.is_chain:
-        allowed_BQS = column_S <= position_BQ1
-        column_position_BS = column_S[None]
-    else:
-        slot_BS = column_S - lengths_B[:, None]
-        safe_BS = slot_BS.clamp(0, layout.slots - 1)
-        in_step_BS = (slot_BS >= 0) & (slot_BS < layout.slots)
-        allowed_BQS = layout.sees_QQ[:, safe_BS].transpose(0, 1) & in_step_BS[:, None]
-        allowed_BQS |= (slot_BS < 0)[:, None]
-        column_position_BS = torch.where(slot_BS < 0, column_S, lengths_B[:, None] + layout.depth_Q[safe_BS])
+        row_B = torch.arange(batch, device=column_S.device)
+        return visibility(layout, lengths_B, sliding_window)(row_B[:, None, None], slot_Q[:, None], column_S)[:, None]
+    # The rule of a tree looks each pair of slot and column up; the few columns of the step are scattered instead, a hundred times faster.
+    cached_BQS = (column_S < lengths_B[:, None])[:, None].expand(-1, slots, -1)
+    sees_QQ = layout.sees_QQ
     if sliding_window is not None:
-        allowed_BQS &= column_position_BS[:, None] > position_BQ1 - sliding_window
-    return allowed_BQS[:, None]
+        depth_Q1 = layout.depth_Q[:, None]
+        cached_BQS = cached_BQS & (column_S > lengths_B[:, None, None] + depth_Q1 - sliding_window)
+        sees_QQ = sees_QQ & (layout.depth_Q > depth_Q1 - sliding_window)
+    index_BQQ = (lengths_B[:, None] + slot_Q)[:, None].expand(-1, slots, -1)
+    return cached_BQS.scatter(2, index_BQQ, sees_QQ.expand(batch, -1, -1))[:, None]
 
 
-def chain_layout(length: int, device: torch.device) -> Layout:
+def block_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> BlockMask:
+    """`visibility` as FlexAttention takes it: every row reads the blocks of columns that it uses, whatever the longest row has.
+
+    Which blocks these are follows from the lengths, so nothing of size `(Q, S)` is made. Arguments as in `attention_mask`.
+    """
+    device, slots, columns = column_S.device, layout.slots, column_S.shape[0]
+    last_block = -(-columns // FLEX_BLOCK) - 1
+    first_T = torch.arange(0, slots, FLEX_BLOCK, device=device)  # slot with which each block of queries begins
+    # Slots of a tree see slots of any number, those of a chain none behind their own.
+    end_T = (first_T + FLEX_BLOCK).clamp(max=slots) if layout.is_chain else torch.full_like(first_T, slots)
+    earliest_T = first_T if layout.is_chain else torch.zeros_like(first_T)
+    end_BT = -(-(lengths_B[:, None] + end_T) // FLEX_BLOCK)
+    if sliding_window is None:
+        start_BT = (lengths_B[:, None] + earliest_T) // FLEX_BLOCK  # every query of the block sees all before it
+    else:
+        start_BT = (lengths_B[:, None] + earliest_T + 1 - sliding_window).clamp(min=0) // FLEX_BLOCK
+    # One more than there are: a compiled step would take a single block for another kind of tensor.
+    number_K = torch.arange(last_block + 2, device=device)
+    partial_BTK = (start_BT[..., None] + number_K).clamp(max=last_block)
+    whole_BTK = number_K.clamp(max=last_block).expand_as(partial_BTK)
+    sees = visibility(layout, lengths_B, sliding_window)
+
+    def mask_mod(row: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+        return sees(row, slot, column)
+
+    return BlockMask.from_kv_blocks(
+        (end_BT - start_BT)[:, None].int(),
+        partial_BTK[:, None].int(),
+        start_BT[:, None].int() if sliding_window is None else None,
+        whole_BTK[:, None].int().contiguous() if sliding_window is None else None,
+        FLEX_BLOCK,
+        mask_mod,
+        (slots, columns),
+    )
+
+
+def chain_layout(length: int, device: torch.device, *, without_past: bool = False) -> Layout:
     """A plain causal chain of `length` slots, as a prefill is; its `sees_QQ` is never needed and stays empty."""
-    depth_Q = torch.arange(length, device=device)
-    return Layout((length - 1,), depth_Q, torch.empty(0, 0, dtype=torch.bool, device=device), depth_Q[None], depth_Q, depth_Q[:1])
+    depth_Q, sees_QQ = torch.arange(length, device=device), torch.empty(0, 0, dtype=torch.bool, device=device)
+    return Layout((length - 1,), depth_Q, sees_QQ, depth_Q[None], depth_Q, depth_Q[:1], without_past=without_past)

@@ -12,33 +12,33 @@ import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation import GenerationMode
 
-from jacobi_hf.attention import GROUPED, LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, groups_of, layer_types
-from jacobi_hf.cache import JacobiStaticCache
+from jacobi_hf.arena import Arena, borrowed
+from jacobi_hf.attention import LAYER_TYPES, OURS, StepMasks, attention_of, cannot_attend, layer_types
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.drafter import drafter_of
-from jacobi_hf.execution import Compiled, Eager, cannot_compile
+from jacobi_hf.execution import Eager, cannot_compile, whole_steps
 from jacobi_hf.frontier import Frontier, Scores, token_limit
-from jacobi_hf.layout import Layout, attention_mask
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
-from jacobi_hf.step import Step
+from jacobi_hf.step import step_slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers import Cache, CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
+    from jacobi_hf.cache import JacobiStaticCache
     from jacobi_hf.drafter import Drafter
     from jacobi_hf.execution import Execution
+    from jacobi_hf.layout import Layout
 
 _REQUEST = "_jacobi_request"
 _HANDLED = {
@@ -145,11 +145,8 @@ def _contradiction(model: Any, mode: GenerationMode, generation_config: Generati
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
-    if attention_of(config) not in TAKES_MASK:
-        return (
-            f"attn_implementation={attention_of(config)!r}, which takes no mask of our own: load the model with "
-            "attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
-        )
+    if reason := cannot_attend(config):
+        return reason
     unknown = set(layer_types(config)) - LAYER_TYPES
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
 
@@ -229,42 +226,56 @@ class _Call:
         self, processors: LogitsProcessorList, streamer: BaseStreamer | None, synced_gpus: bool
     ) -> JacobiDecoderOnlyOutput | torch.Tensor:
         """Run the decoder and hand everything back as `_sample` does."""
-        options, input_BP, prompt = self._generation_config, self._input_BP, self._prompt
+        wanted, model, config, prompt, device = self._compile_config(), self._model, self._config, self._prompt, self._input_BP.device
+        rows, text_columns = len(self._input_BP), prompt.text_BL.shape[1] + self._limit
+        slots = step_slots(config, self._limit if wanted is None else None, drafts_apart=self._drafter is not None)
+        capacity = prompt.total + self._limit + slots
+        if wanted is None:
+            return self._decode(Arena(model, config, rows, text_columns, capacity, device), None, processors, streamer, synced_gpus)
+        with borrowed(model, config, rows, max(capacity, text_columns), device) as arena:
+            return self._decode(arena, wanted, processors, streamer, synced_gpus)
+
+    def _decode(
+        self,
+        arena: Arena,
+        wanted: CompileConfig | None,
+        processors: LogitsProcessorList,
+        streamer: BaseStreamer | None,
+        synced_gpus: bool,
+    ) -> JacobiDecoderOnlyOutput | torch.Tensor:
+        options, input_BP, prompt, is_kept = self._generation_config, self._input_BP, self._prompt, wanted is not None
         wants_dict = bool(options.return_dict_in_generate)
         scores = Scores() if wants_dict and options.output_scores else None
         logits = Scores() if wants_dict and options.output_logits else None
         # Somebody else's processor may draw from torch's generator between two tokens.
         foreign = any(not type(p).__module__.startswith("transformers.") for p in processors)
-        noise = FixedNoise(input_BP.device, ahead=not foreign) if options.do_sample else None
-        selector = Selector(processors, noise, input_BP)
-        pad = options._pad_token_tensor
-        frontier = Frontier(
-            input_BP,
-            self._criteria,
-            streamer,
-            self._limit,
-            None if pad is None else int(pad),
-            scores,
-            one_by_one=not selector.is_vectorised,
-        )
-        execution = self._execution()
-        cache = self._open_cache(execution)
+        noise = None
+        if options.do_sample:
+            noise = FixedNoise(input_BP.device, ahead=not foreign, room=arena.step.depths, ring_IBV=arena.ring_IBV)
+        selector = Selector(processors, noise, input_BP, arena.hold if is_kept else None)
+        pad = None if options._pad_token_tensor is None else int(options._pad_token_tensor)
+        one_by_one = not selector.is_vectorised
+        frontier = Frontier(input_BP, self._criteria, streamer, self._limit, pad, scores, one_by_one=one_by_one)
+        if prompt.past and self._target is not None:
+            arena.cache.load(self._target, prompt.pad_B)
         hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
-        fills = bool(hands_out_cache or scores or logits or not selector.is_vectorised)
-        step = Step(self._config, cache, prompt.text_BL.shape[1] + self._limit)
-        step.open(prompt, self._limit, frontier.pad, frontier.eos_E, fills=fills)
+        fills = bool(hands_out_cache or scores or logits or one_by_one)
+        arena.step.open(prompt, self._limit, frontier.pad, arena.hold("end tokens", frontier.eos_E), fills=fills)
+        last_position = arena.hold("last position", torch.tensor(prompt.total + self._limit - 1, device=input_BP.device))
         drafter = self._drafter
         try:
-            with _grouped_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
-                forward = _Forward(self._model, cache, prompt.total + self._limit - 1, drafter)
-                apart = drafter is not None
-                decoder = Decoder(forward, step, selector, frontier, scores, logits, fills, execution, drafts_apart=apart)
+            with _our_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
+                forward, execution = _Forward(self._model, arena.cache, last_position, drafter), self._execution(wanted, arena)
+                decoder = Decoder(
+                    forward, arena.step, selector, frontier, scores, logits, fills, execution, drafts_apart=drafter is not None
+                )  # fmt: skip
                 decoder.run(prompt, lambda done: self._model._has_unfinished_sequences(done, synced_gpus, device=input_BP.device))
         finally:
             if noise is not None:
                 noise.rewind(frontier.generated)
+                arena.ring_IBV = noise.ring_IBV
         if hands_out_cache and self._target is not None:
-            cache.append_to(self._target, prompt.past, prompt.total + frontier.generated - 1, prompt.pad_B)
+            arena.cache.append_to(self._target, prompt.past, prompt.total + frontier.generated - 1, prompt.pad_B, frees=not is_kept)
         if streamer is not None:
             streamer.end()
         if not wants_dict:
@@ -277,50 +288,44 @@ class _Call:
             jacobi_stats=decoder.stats,
         )
 
-    def _execution(self) -> Execution:
-        """Compiled where the caller gave a `compile_config` (and no `disable_compile`) and the model allows it."""
-        wanted = self._generation_config.compile_config
+    def _compile_config(self) -> CompileConfig | None:
+        """The caller's, unless there is a `disable_compile` or the model does not allow it."""
+        wanted: CompileConfig | None = self._generation_config.compile_config
         if wanted is None or self._generation_config.disable_compile:
-            return Eager()
+            return None
         reason = cannot_compile(self._model)
         if reason:
             warnings.warn(f"compile_config is without effect: {reason}. The steps run uncompiled.", UserWarning, stacklevel=2)
-            return Eager()
-        return Compiled(self._model, self._config, wanted)
+            return None
+        return wanted
 
-    def _open_cache(self, execution: Execution) -> JacobiStaticCache:
-        slots = execution.slots(self._config, self._limit, drafts_apart=self._drafter is not None)
-        capacity = self._prompt.total + self._limit + slots
-        cache = JacobiStaticCache(self._model.config, len(self._input_BP), capacity, self._input_BP.device)
-        if self._prompt.past and self._target is not None:
-            cache.load(self._target, self._prompt.pad_B)
-        return cache
+    def _execution(self, wanted: CompileConfig | None, arena: Arena) -> Execution:
+        return Eager() if wanted is None else whole_steps(self._model, self._config, wanted, arena)
 
 
-_switched: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_switched: dict[int, tuple[str, int]] = {}  # by the config's id: two models may share one
 _switching = threading.Lock()
 
 
 @contextlib.contextmanager
-def _grouped_attention(model: Any) -> Iterator[None]:
-    """Run a model that uses sdpa with `grouped_sdpa`, which to everybody else's forwards is sdpa.
+def _our_attention(model: Any) -> Iterator[None]:
+    """Run a model with our implementation of its attention, which to everybody else's forwards is its own.
 
     The config is switched, since attention modules look there; and back by the last of the calls that overlap.
     """
     config = model.config.get_text_config(decoder=True)
     with _switching:
-        count = _switched.get(model, 0)
-        if count or (attention_of(config) == "sdpa" and groups_of(config) > 1):
-            _switched[model], config._attn_implementation = count + 1, GROUPED
-            count += 1
+        own, calls = _switched.get(id(config), (attention_of(config), 0))
+        _switched[id(config)], config._attn_implementation = (own, calls + 1), OURS.get(own, own)
     try:
         yield
     finally:
-        if count:
-            with _switching:
-                _switched[model] -= 1
-                if not _switched[model]:
-                    config._attn_implementation = "sdpa"
+        with _switching:
+            own, calls = _switched.pop(id(config))
+            if calls > 1:
+                _switched[id(config)] = own, calls - 1
+            else:
+                config._attn_implementation = own
 
 
 def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:
@@ -343,15 +348,15 @@ def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:
 class _Forward:
     """A forward of the model over a layout's slots, with our cache, positions and masks.
 
-    Slots behind `last_position` are those of rows that need fewer slots than others; what comes of them is never used.
+    Slots behind the position `last` are those of rows that need fewer slots than others; what comes of them is never used.
     """
 
-    def __init__(self, model: Any, cache: JacobiStaticCache, last_position: int, drafter: Drafter | None = None) -> None:
-        self._model, self._cache, self._last_position = model, cache, torch.tensor(last_position, device=cache.lengths_B.device)
+    def __init__(self, model: Any, cache: JacobiStaticCache, last: torch.Tensor, drafter: Drafter | None = None) -> None:
+        self._model, self._cache, self._last = model, cache, last
         self._drafter = drafter
         # With weights offloaded the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
-        self._masks = MaskBuilder(model.config, model.dtype)
+        self._masks = StepMasks(model, self._device)
 
     def __call__(
         self,
@@ -363,6 +368,8 @@ class _Forward:
     ) -> torch.Tensor:
         """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `column_S` as `cache.columns` gives them."""
         self._cache.open_step(layout.slots, column_S, layout.noisy)
+        if self._drafter is not None and layout.noisy and token_BQ is not None:
+            token_BQ = self._drafter.shown(token_BQ, layout.noisy)
         arguments = self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN)
         if self._drafter is not None and layout.noisy:
             with self._drafter.drafting(layout.slots - layout.noisy, layout.slots):
@@ -371,6 +378,10 @@ class _Forward:
             outputs = self._model(**arguments)
         logits: torch.Tensor = outputs.logits.to(self._cache.lengths_B.device)
         return logits
+
+    def needs_mask(self, slots: int, *, without_past: bool) -> bool:
+        """Whether a chain of `slots` slots has a mask as large as their square; see `StepMasks.is_causal`."""
+        return not (without_past and self._masks.is_causal(slots))
 
     def arguments(
         self,
@@ -385,8 +396,8 @@ class _Forward:
         return {
             "input_ids": None if token_BQ is None else token_BQ.to(self._device),
             "inputs_embeds": embeds_BQH,
-            "attention_mask": self._masks(lambda window: attention_mask(layout, lengths_B, column_S, window), self._device),
-            "position_ids": (lengths_B[:, None] + layout.depth_Q).clamp(max=self._last_position).to(self._device),
+            "attention_mask": self._masks.of_step(layout, lengths_B, column_S),
+            "position_ids": (lengths_B[:, None] + layout.depth_Q).clamp(max=self._last).to(self._device),
             "past_key_values": self._cache,
             "use_cache": True,
             "logits_to_keep": 0 if keep_BN is None else keep_BN.to(self._device),

@@ -13,16 +13,17 @@ class JacobiStats:
     """Counts of one call to `generate`.
 
     Attributes:
-        forwards: model calls, prefill included.
+        forwards: model calls, prefill included (as one, also where a long prompt went in by parts).
         new_tokens: per row, up to and with its end-of-sequence token.
         row_forwards: per row, the forwards until that row ended.
         accepted_lengths: how often a row committed that many tokens in one decoding forward.
-        accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup".
+        accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup", "topk".
         drafted: guesses of the window that were sent to the model; `verified` of them were verified (all, without a drafter), and
             `drafted_confirmed` confirmed.
         slots: positions computed in decoding forwards, per row of the batch.
         seconds_by_width: wall time of each decoding step, from one forward to the next, by the slots of its forward.
         compiled_steps: shapes of steps that this call compiled; 0 when they were kept from an earlier call.
+        captured_steps: kinds of steps that this call recorded as graphs of the device; 0 when they were kept.
         prefill_seconds, decode_seconds: wall time of the call, split behind the prefill.
     """
 
@@ -36,6 +37,7 @@ class JacobiStats:
     drafted_confirmed: int = 0
     seconds_by_width: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     compiled_steps: int = 0
+    captured_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 

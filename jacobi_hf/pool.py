@@ -40,15 +40,45 @@ class Rejection:
     width_B: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Drafts:
+    """The next step's window, for sources that branch off it.
+
+    Attributes:
+        draft_BW: its guesses.
+        other_BSK: for its first S guesses, the K ids that the model held likeliest after its choice.
+        known_B: guesses that the model itself has made; what is behind them are fillers.
+    """
+
+    draft_BW: torch.Tensor
+    other_BSK: torch.Tensor
+    known_B: torch.Tensor
+
+
 class CandidateSource(Protocol):
-    """What the decoder asks of a source: at most `branches` branches of at most `length` tokens per step."""
+    """What the decoder asks of a source: at most `branches` branches of at most `length` tokens per step.
+
+    Attributes:
+        starts: for each branch, the guesses of the window that it follows.
+    """
 
     name: str
     branches: int
     length: int
 
-    def propose(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(token_BCL, length_BC)`: candidate continuations of the pending token; a length of 0 is no candidate."""
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """For each branch, the guesses of the window that it follows."""
+
+    def forget(self) -> None:
+        """Begin with other texts."""
+
+    def propose(self, text: Text, drafts: Drafts | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(token_BCL, depth_BC)`: candidates, and how far they reach behind the pending token; 0 is no candidate.
+
+        Args:
+            drafts: there where some source branches off the window.
+        """
 
     def learn(self, rejection: Rejection) -> None:
         """Take note of a step's rejected guesses."""
@@ -77,6 +107,11 @@ class NgramPool:
         self._age_BP = torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device)
         self._learnt_B = torch.zeros(batch_size, dtype=torch.long, device=device)
 
+    def forget(self) -> None:
+        """Drop all n-grams."""
+        self._key_BP.fill_(-1)
+        self._learnt_B.zero_()
+
     def learn(self, rejection: Rejection) -> None:
         """Add the n-grams that begin at the rejected guesses."""
         slot_W1 = torch.arange(rejection.token_BW1.shape[1], device=self._key_BP.device)
@@ -89,10 +124,15 @@ class NgramPool:
         self._length_BP.scatter_(1, place_BW1, (width_B1 - slot_W1 + 1).clamp(0, self.length))
         self._age_BP.scatter_(1, place_BW1, self._learnt_B[:, None] + slot_W1 + 1)
         self._key_BP.scatter_(1, place_BW1, rejection.token_BW1)
-        self._key_BP[:, -1] = -1
+        self._key_BP[:, -1].fill_(-1)
         self._learnt_B += rejected_BW1.sum(1)
 
-    def propose(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """All hang on the pending token."""
+        return (0,) * self.branches
+
+    def propose(self, text: Text, drafts: Drafts | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The newest n-grams whose key is the pending token, each with another first token."""
         pending_B1 = text.ids_BL.gather(1, text.length_B[:, None] - 1)
         age_BP = torch.where(self._key_BP == pending_B1, self._age_BP + 1, 0)
@@ -119,10 +159,18 @@ class NgramLookup:
     def __init__(self, length: int, max_ngram: int = 3) -> None:
         self.length, self.max_ngram = length, max_ngram
 
+    def forget(self) -> None:
+        """Nothing: there is no memory."""
+
     def learn(self, rejection: Rejection) -> None:
         """Nothing: lookup knows the text alone."""
 
-    def propose(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """It hangs on the pending token."""
+        return (0,)
+
+    def propose(self, text: Text, drafts: Drafts | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """One branch per row, none where the last token is new."""
         ids_BL, last_B1 = text.ids_BL, text.length_B[:, None] - 1
         place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
@@ -138,3 +186,43 @@ class NgramLookup:
         index_BN = found_B1 + 1 + torch.arange(self.length, device=ids_BL.device) % period_B1
         length_B = torch.where(matched_BL.gather(1, found_B1)[:, 0] > 0, self.length, 0)
         return ids_BL.gather(1, index_BN.clamp(max=ids_BL.shape[1] - 1))[:, None], length_B[:, None]
+
+
+class OtherChoices:
+    """Short branches off the window: at each of its first guesses, what the model held likely beside its choice, and then the window's
+    next guess.
+
+    Branch c stands in for guess `c // 2 + 1`, with the model's second choice where c is even and its third where c is odd.
+
+    Args:
+        branches: at most so many, two for each guess.
+        width: of the window.
+    """
+
+    name, length = "topk", 2
+    PER_GUESS = 2
+
+    def __init__(self, branches: int, width: int) -> None:
+        self.branches = min(branches, self.PER_GUESS * width)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The guesses before the one that a branch stands in for."""
+        return tuple(c // self.PER_GUESS for c in range(self.branches))
+
+    def forget(self) -> None:
+        """Nothing: there is no memory."""
+
+    def learn(self, rejection: Rejection) -> None:
+        """Nothing: what the model held likely comes with the drafts."""
+
+    def propose(self, text: Text, drafts: Drafts | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Branches where the window's guess is the model's own."""
+        assert drafts is not None
+        start_C = torch.arange(self.branches, device=drafts.draft_BW.device) // self.PER_GUESS
+        number_C = torch.arange(self.branches, device=start_C.device) % self.PER_GUESS
+        last = drafts.draft_BW.shape[1] - 1
+        next_BC = drafts.draft_BW[:, (start_C + 1).clamp(max=last)]
+        token_BCL = torch.stack([drafts.other_BSK[:, start_C, number_C], next_BC], 2)
+        depth_C = torch.where(start_C < last, start_C + 2, start_C + 1)
+        return token_BCL, torch.where(start_C < drafts.known_B[:, None], depth_C, 0)

@@ -57,6 +57,7 @@ class Decoder(_Strict):
     pool_size: int | None = None
     branch_length: int | None = None
     lookup_tokens: int | None = Field(default=None, description="length of the lookup branch, or draft tokens of prompt lookup")
+    topk_branches: int | None = Field(default=None, description="branches from the model's second and third choices")
     drafter: str | None = Field(default=None, description="the drafter that makes the window's guesses")
     verify_width: int | None = Field(default=None, description="guesses verified at a time beside it, 0 = as acceptance suggests")
 
@@ -75,6 +76,7 @@ class Decoder(_Strict):
             pool_size=config.jacobi_pool_size,
             branch_length=config.jacobi_branch_length,
             lookup_tokens=config.jacobi_lookup_tokens,
+            topk_branches=config.jacobi_topk_branches or None,
             drafter=drafter,
             verify_width=verify_width,
         )
@@ -125,6 +127,7 @@ class Measurement(_Strict):
         tokens_per_forward: new tokens over forwards, prefill counted, all prompts together.
         mean_slots: positions per decoding forward.
         seconds: median of the repeats, all prompts; `repeats` says how many there were.
+        accepted_lengths: in how many decoding forwards so many tokens were committed, as `JacobiStats` counts them.
         ms_per_forward: milliseconds per decoding forward by its number of slots (wall time of the whole step).
         per_prompt_tokens_per_forward: the figure of each prompt, in order.
         looping: prompts whose output ends in a loop, by index; `tokens_per_forward_loop_free` leaves them out.
@@ -149,6 +152,7 @@ class Measurement(_Strict):
     agreement: Agreement | None = None
     quality: Quality | None = None
     held_out_loss: float | None = None
+    accepted_lengths: dict[int, int] | None = None
     ms_per_forward: dict[int, float] | None = None
     extra: dict[str, Any] = {}
 

@@ -6,14 +6,15 @@ Sampled decoding is greedy decoding under fixed noise: `torch.multinomial(p, 1)`
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import logits_process as processors_of_transformers
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessorList
+    from collections.abc import Callable
 
     from jacobi_hf.layout import Layout
 
@@ -25,6 +26,9 @@ SCORE_ONLY = tuple(
         "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     )
 )  # fmt: skip
+# Attributes of theirs that only enter arithmetic, and those that matter for prompts alone.
+VALUES = ("temperature", "penalty", "top_p", "min_p", "mass", "epsilon")
+OF_PROMPTS = ("prompt_ignore_length", "logits_indices", "cu_seq_lens_q")
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
@@ -50,31 +54,43 @@ class FixedNoise:
         device: whose default generator is drawn from.
         ahead: whether indices may be drawn before the tokens in front of them are chosen. Not so where somebody else draws
             from the same generator in between.
+        room: indices in flight to be expected.
+        ring_IBV: of an earlier call, to be drawn into.
+
+    Attributes:
+        ring_IBV: index i lies at `i % I`; replaced by a longer one when more indices are in flight than it has room for.
     """
 
-    def __init__(self, device: torch.device, *, ahead: bool = True) -> None:
-        self._device, self.ahead = device, ahead
-        self._noise: dict[int, torch.Tensor] = {}
+    def __init__(self, device: torch.device, *, ahead: bool = True, room: int = 1, ring_IBV: torch.Tensor | None = None) -> None:
+        self._device, self.ahead, self._room = device, ahead, room
+        self.ring_IBV = torch.empty(0, 0, 0, device=device) if ring_IBV is None else ring_IBV
         self._states = {0: generator_state(device)}
         self._drawn = self._first = 0
 
     def draw(self, first: int, last: int, shape: tuple[int, int]) -> None:
         """Make the indices `first..last` available, each of shape `(B, V)`, and forget those before."""
-        self._first = first
+        self._make_room(first, last, shape)
         while self._drawn <= last:
-            self._noise[self._drawn] = torch.empty(shape, device=self._device).exponential_()
+            self.ring_IBV[self._drawn % len(self.ring_IBV)].exponential_()
             self._drawn += 1
             self._states[self._drawn] = generator_state(self._device)
-        for index in [i for i in self._noise if i < first]:
-            del self._noise[index]
+        for index in range(self._first, first):
             self._states.pop(index, None)
+        self._first = first
+
+    def _make_room(self, first: int, last: int, shape: tuple[int, int]) -> None:
+        ring_IBV, needed = self.ring_IBV, last - first + 1
+        if tuple(ring_IBV.shape[1:]) == shape and len(ring_IBV) >= needed:
+            return
+        length = 1 << (max(needed, self._room) - 1).bit_length()
+        self.ring_IBV = torch.empty(length, *shape, device=self._device)
+        for index in range(first, self._drawn):
+            self.ring_IBV[index % length] = ring_IBV[index % len(ring_IBV)]
 
     def at(self, index_BQ: torch.Tensor) -> torch.Tensor:
-        """The noise of each row at its indices, `(B, Q, V)`."""
-        first = min(self._noise)
-        ring_IBV = torch.stack([self._noise[i] for i in range(first, self._drawn)])
-        rows_B1 = torch.arange(len(index_BQ), device=self._device)[:, None]
-        return ring_IBV[(index_BQ - first).clamp(0, len(ring_IBV) - 1), rows_B1]
+        """The noise of each row at its indices, `(B, Q, V)`; anything at indices that are not available."""
+        rows_B1 = torch.arange(len(index_BQ), device=index_BQ.device)[:, None]
+        return self.ring_IBV[index_BQ % len(self.ring_IBV), rows_B1]
 
     def rewind(self, tokens: int) -> None:
         """Leave the generator as if exactly `tokens` tokens per row had been sampled (or all that were kept, if those are more)."""
@@ -87,12 +103,15 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     return scores.max(-1).indices
 
 
-def pick(scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The token of every slot, greedy without noise; and with noise, which slots had no distribution to sample from."""
+def pick(scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The token of every slot, greedy without noise; with noise, which slots had no distribution to sample from; and what it was the
+    greatest of.
+    """
     if noise_BQV is None:
-        return best(scores_BQV), None
+        return best(scores_BQV), None, scores_BQV
     probability_BQV = scores_BQV.float().softmax(-1)
-    return best(probability_BQV / noise_BQV), probability_BQV.sum(-1).isnan()
+    merit_BQV = probability_BQV / noise_BQV
+    return best(merit_BQV), probability_BQV.sum(-1).isnan(), merit_BQV
 
 
 def check_samples(broken: bool) -> None:
@@ -112,16 +131,36 @@ class Selector:
         processors: as `generate` prepared them.
         noise: for sampling, or None for greedy decoding.
         prompt_BP: prompt ids as the processors see them, pads included.
+        hold: gives the tensor of static address that is to hold a value of a given name, for steps that are kept between calls. The
+            processors' values are tensors then, so that others of the same kind are no other step.
 
     Attributes:
         is_vectorised: whether all slots can be scored at once.
     """
 
-    def __init__(self, processors: LogitsProcessorList, noise: FixedNoise | None, prompt_BP: torch.Tensor) -> None:
-        self.processors, self.noise, self._prompt_BP = processors, noise, prompt_BP
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        noise: FixedNoise | None,
+        prompt_BP: torch.Tensor,
+        hold: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.processors, self.noise, self._prompt_BP, self._hold = processors, noise, prompt_BP, hold
         self.is_vectorised = all(type(p) in SCORE_ONLY or _counts_all_new_tokens(p, prompt_BP.shape[1]) for p in processors)
         self._seen: list[torch.Tensor] = []  # per repetition penalty, (B, V): ids that it counts
         self._broken_BQ: torch.Tensor | None = None
+        if hold is not None and self.is_vectorised:
+            held = [_with_held_values(p, f"processor {number}", prompt_BP.device, hold) for number, p in enumerate(processors)]
+            self.processors = LogitsProcessorList(held)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What one call's selection has different from another's, but for values that are held."""
+        processors = tuple(
+            (type(p), *((name, repr(value)) for name, value in vars(p).items() if name not in (*VALUES, *OF_PROMPTS)))
+            for p in self.processors
+        )
+        return (None if self.noise is None else len(self.noise.ring_IBV)), processors
 
     @property
     def is_argmax(self) -> bool:
@@ -135,6 +174,8 @@ class Selector:
         if not self._seen:
             penalties_of_call = [p for p in self.processors if type(p) is RepetitionPenaltyLogitsProcessor]
             self._seen = [_counted_ids(p, self._prompt_BP, vocab) for p in penalties_of_call]
+            if self._hold is not None:
+                self._seen = [self._hold(f"seen by {number}", seen_BV) for number, seen_BV in enumerate(self._seen)]
         penalties = iter(self._seen)
         for processor in self.processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
@@ -145,7 +186,7 @@ class Selector:
 
     def choose(self, scores_BQV: torch.Tensor, index_BQ: torch.Tensor) -> torch.Tensor:
         """The token of every slot; `index_BQ` is the new-token index that each slot predicts."""
-        choice_BQ, self._broken_BQ = pick(scores_BQV, None if self.noise is None else self.noise.at(index_BQ))
+        choice_BQ, self._broken_BQ, _ = pick(scores_BQV, None if self.noise is None else self.noise.at(index_BQ))
         return choice_BQ
 
     def check(self) -> None:
@@ -171,6 +212,18 @@ class Selector:
             ids_BT = self._prompt_BP.new_zeros(len(seen_BV), len(ids_T))
             ids_BT[row] = ids_T
             seen_BV[row] = _counted_ids(penalty, ids_BT, seen_BV.shape[1])[row]
+
+
+def _with_held_values(processor: Any, name: str, device: torch.device, hold: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """The processor with tensors in place of its numbers."""
+    held = copy.copy(processor)
+    for attribute in [a for a in VALUES if a in vars(processor)]:
+        value = getattr(processor, attribute)
+        if not isinstance(value, torch.Tensor):
+            # In float64 and without dimensions: float32 scores take it as they take a Python number.
+            value = torch.tensor(value, dtype=torch.float64, device=device)
+        setattr(held, attribute, hold(f"{name} {attribute}", value))
+    return held
 
 
 def _counts_all_new_tokens(processor: Any, prompt_columns: int) -> bool:

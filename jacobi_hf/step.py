@@ -8,15 +8,14 @@ Shapes: B rows, P prompt columns, Q slots of a step, W window guesses, S segment
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 from jacobi_hf.layout import Layout, build_layout
-from jacobi_hf.pool import CandidateSource, NgramLookup, NgramPool, Rejection, Text
+from jacobi_hf.pool import CandidateSource, Drafts, NgramLookup, NgramPool, OtherChoices, Rejection, Text
 from jacobi_hf.selection import confirmed, pick
 from jacobi_hf.window import Window
 
@@ -25,7 +24,22 @@ if TYPE_CHECKING:
     from jacobi_hf.prompt import Prompt
     from jacobi_hf.selection import Selector
 
-Forward = Callable[..., torch.Tensor]
+
+class Forward(Protocol):
+    """A forward of the model over a layout's slots, behind what the step's cache holds."""
+
+    def __call__(
+        self,
+        token_BQ: torch.Tensor | None,
+        embeds_BQH: torch.Tensor | None,
+        layout: Layout,
+        column_S: torch.Tensor,
+        keep_BN: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`."""
+
+    def needs_mask(self, slots: int, *, without_past: bool) -> bool:
+        """Whether a chain of `slots` slots has a mask as large as their square."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +50,18 @@ class Widths:
         window: guesses of the window that are sent.
         branches: tokens of every branch that are sent; a branch of 0 is left out.
         noisy: guesses of the window that are sent through the drafter; 0 without one.
+        starts: guesses of the window that each branch follows; none by default.
     """
 
     window: int
     branches: tuple[int, ...]
     noisy: int = 0
+    starts: tuple[int, ...] = ()
 
     def layout(self, device: torch.device) -> Layout:
         """Where everything sits."""
-        return build_layout((self.window, *filter(None, self.branches)), device, self.noisy)
+        starts = tuple(start for start, used in zip(self.starts, self.branches, strict=False) if used)
+        return build_layout((self.window, *filter(None, self.branches)), device, self.noisy, starts if any(starts) else ())
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class Verdict:
         path_BD: its slots by depth.
         run_BD: the choices along it, of which the first `count_B` are committed.
         at_eos_B: whether the row's last committed token ends it.
+        merit_BQV: what the choices are the greatest of.
         broken_B: whether a committed token was sampled from what is no distribution; None for greedy decoding.
     """
 
@@ -84,6 +102,7 @@ class Verdict:
     run_BD: torch.Tensor
     count_B: torch.Tensor
     at_eos_B: torch.Tensor
+    merit_BQV: torch.Tensor
     broken_B: torch.Tensor | None = None
 
 
@@ -94,6 +113,8 @@ def candidate_sources(config: JacobiConfig, batch_size: int, device: torch.devic
         sources.append(NgramLookup(config.jacobi_lookup_tokens))
     if config.decoding == MULTIBLOCK and config.jacobi_pool_size and config.jacobi_max_blocks:
         sources.append(NgramPool(config.jacobi_pool_size, config.jacobi_branch_length, batch_size, device))
+    if config.decoding == MULTIBLOCK and config.jacobi_topk_branches and config.jacobi_max_blocks:
+        sources.append(OtherChoices(config.jacobi_topk_branches, config.window_width))
     return sources
 
 
@@ -120,7 +141,8 @@ class Step:
         width_B, token_BCL, length_BC: valid guesses of the window; tokens and valid lengths of the branches, per source.
         report_BN: what the host is told after a step: new tokens, guesses of the next window, whether the row's last token ends it,
             tokens committed, segment followed, guesses confirmed in the window, whether sampling broke, valid tokens of each branch.
-        names: the source of each branch.
+        names, starts: of each branch, its source and the guesses of the window that it follows.
+        depths: D of the greatest step.
     """
 
     REPORTED = 7  # columns of a report before those of the branches
@@ -131,14 +153,15 @@ class Step:
         self.window = Window(config, batch, columns, device)
         self.sources = candidate_sources(config, batch, device)
         self.names = [source.name for source in self.sources for _ in range(source.branches)]
-        slack = 1 + max([self.window.draft_BW.shape[1], *(source.length for source in self.sources)])
+        self.starts = tuple(start for source in self.sources for start in source.starts)
+        self.depths = 1 + max([self.window.draft_BW.shape[1], *(max(source.starts) + source.length for source in self.sources)])
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
         self.generated_B, self.length_B, self.start_B, self.width_B, self._none_B = (zeros(batch) for _ in range(5))
         self.halted_B = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.text_BL = zeros(batch, columns + slack)
+        self.text_BL = zeros(batch, columns + self.depths)
         self._branches = [(zeros(batch, s.branches, s.length), zeros(batch, s.branches)) for s in self.sources]
         self._limit, self._pad, self._eos_E, self._fills = zeros(), zeros(), zeros(0), False
         self.report_BN = zeros(batch, self.REPORTED + len(self.names))
@@ -151,6 +174,10 @@ class Step:
             pad: what follows a finished row; eos_E: ids that end one.
             fills: whether finished rows are decoded on, as pads.
         """
+        for buffer in (self.generated_B, self.halted_B, self.window.end_B):
+            buffer.zero_()
+        for source in self.sources:
+            source.forget()
         self.text_BL[:, : prompt.text_BL.shape[1]] = prompt.text_BL
         self.start_B.copy_(prompt.text_length_B)
         self.length_B.copy_(prompt.text_length_B)
@@ -169,21 +196,21 @@ class Step:
         return len(self.generated_B), len(self._eos_E), self._fills
 
     def run(
-        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor, noise_BQV: torch.Tensor | None,
+        self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
         text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False,
     ) -> None:  # fmt: skip
         """A whole step of a call that wants its tokens alone.
 
         Args:
             forward, layout, column_S: as in `Decoder`, for `widths.layout`.
-            selector: vectorised.
-            noise_BQV: of the new-token index of each slot, to sample.
+            selector: vectorised; with the noise of every slot's new-token index, to sample.
             text_columns, some_halted, may_look: as in `advance`.
         """
         slots = self.slots(widths, layout)
         scores_BQV = forward(slots.token_BQ, None, layout, column_S, None)
         if selector.processors:
             scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
+        noise_BQV = None if selector.noise is None else selector.noise.at(self.generated_B[:, None] + layout.depth_Q)
         verdict = self.accept(slots, scores_BQV, noise_BQV, some_halted=some_halted)
         self.advance(slots, verdict, text_columns, some_halted=some_halted, may_look=may_look)
         selector.commit(verdict.run_BD, verdict.count_B)
@@ -206,7 +233,7 @@ class Step:
     def accept(self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_halted: bool = True) -> Verdict:
         """All slots at once; the segment with the longest confirmed prefix wins."""
         layout = slots.layout
-        choice_BQ, broken_BQ = pick(scores_BQV, noise_BQV)
+        choice_BQ, broken_BQ, merit_BQV = pick(scores_BQV, noise_BQV)
         if some_halted:
             choice_BQ = torch.where(self.halted_B[:, None], self._pad, choice_BQ)
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
@@ -225,7 +252,7 @@ class Step:
         if broken_BQ is not None:
             broken_BD = broken_BQ.gather(1, path_BD.expand_as(run_BD)) & (layout.offset_D < count_B[:, None])
             broken_B = broken_BD.long().amax(1)
-        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, run_BD, count_B, at_eos_B, broken_B)
+        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, run_BD, count_B, at_eos_B, merit_BQV, broken_B)
 
     def _cut(
         self, run_BD: torch.Tensor, count_B: torch.Tensor, offset_D: torch.Tensor, *, some_halted: bool
@@ -288,12 +315,24 @@ class Step:
         text = Text(self.text_BL if text_columns is None else self.text_BL[:, :text_columns], self.length_B)
         window.redraft(generated_B, verdict.count_B, choices, text.ids_BL, text.length_B)
         rejection = Rejection(draft_BW1, choice_BW1, verdict.accepted_BS[:, 0], drafted_B)
+        drafts = self._drafts(slots, verdict) if any(isinstance(source, OtherChoices) for source in self.sources) else None
         for source, (token_BCL, length_BC) in zip(self.sources, self._branches, strict=True):
             if width:
                 source.learn(rejection)
-            tokens, lengths = source.propose(text)
+            tokens, lengths = source.propose(text, drafts)
             token_BCL.copy_(tokens)
             length_BC.copy_(lengths)
+
+    def _drafts(self, slots: Slots, verdict: Verdict) -> Drafts:
+        """The next window, and what else the model held likely at the slots that its first guesses come from."""
+        layout, draft_BW = slots.layout, self.window.draft_BW
+        path_D, offset_S = layout.path_SD[layout.drafting], torch.arange(1 + max(self.starts), device=draft_BW.device)
+        depth_BS = verdict.count_B[:, None] + offset_S
+        slot_BS = path_D[depth_BS.clamp(max=path_D.shape[0] - 1)]
+        row_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
+        likeliest_BSK = verdict.merit_BQV[row_B1, slot_BS].topk(1 + OtherChoices.PER_GUESS).indices
+        known_B = (slots.length_BS[:, layout.drafting] + 1 - verdict.count_B).clamp(min=0)
+        return Drafts(draft_BW, likeliest_BSK[..., 1:], known_B)
 
     def measure(self, *, some_halted: bool = True) -> None:
         """Clip window and branches to what the limit leaves room for; guesses of rows that have halted are pads."""
@@ -304,10 +343,13 @@ class Step:
             window.draft_BW.copy_(torch.where(halted_B1, self._pad, window.draft_BW))
             width_B = torch.where(self.halted_B, room_B.clamp(max=window.draft_BW.shape[1]), width_B)
         self.width_B.copy_(width_B)
-        for _, length_BC in self._branches:
+        for source, (_, length_BC) in zip(self.sources, self._branches, strict=True):
             length_BC.copy_(torch.minimum(length_BC, room_B[:, None]).masked_fill(halted_B1, 0))
+            if isinstance(source, OtherChoices):  # there must be something to hang on
+                start_C = torch.arange(source.branches, device=room_B.device) // source.PER_GUESS
+                length_BC.masked_fill_(torch.minimum(self.width_B, room_B)[:, None] < start_C, 0)
 
     def _report(self, verdict: Verdict) -> None:
         broken_B = self._none_B if verdict.broken_B is None else verdict.broken_B
         columns = [self.generated_B, self.width_B, self.halted_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0], broken_B]
-        self.report_BN = torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1)
+        self.report_BN.copy_(torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1))

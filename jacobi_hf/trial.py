@@ -64,6 +64,7 @@ def describe(way: Way, *, drafted: bool = False) -> str:
         parts.append("drafter")
     parts += [f"lookup {way.jacobi_lookup_tokens}"] if way.jacobi_lookup_tokens else []
     parts += [f"pool {way.jacobi_pool_size}x{way.jacobi_branch_length}"] if way.jacobi_pool_size else []
+    parts += [f"topk {way.jacobi_topk_branches}"] if way.jacobi_topk_branches else []
     return ", ".join(parts)
 
 
@@ -72,7 +73,9 @@ def sources_of(way: Way, *, drafted: bool = False) -> tuple[str, ...]:
     if not isinstance(way, JacobiConfig):
         return ()
     window = "drafted window" if drafted else "window"
-    used = {window: way.jacobi_max_blocks, "lookup": way.jacobi_lookup_tokens, "pool": way.jacobi_pool_size}
+    used = {
+        window: way.jacobi_max_blocks, "lookup": way.jacobi_lookup_tokens, "pool": way.jacobi_pool_size, "topk": way.jacobi_topk_branches,
+    }  # fmt: skip
     return tuple(name for name, size in used.items() if size)
 
 
@@ -168,7 +171,7 @@ class Stopwatch:
 
     def _ours(self, way: Way, batch: dict[str, torch.Tensor]) -> Run:
         stats, seconds = self._generate_with_stats(way, batch)
-        compiled = bool(stats.compiled_steps or getattr(stats, "captured_steps", 0))
+        compiled = bool(stats.compiled_steps or stats.captured_steps)
         fixed = seconds - stats.decode_seconds
         return Run(dict(stats.seconds_by_width), fixed, sum(stats.new_tokens), sum(stats.row_forwards), compiled)
 
@@ -210,7 +213,7 @@ def _new_columns(output: Any, batch: dict[str, torch.Tensor]) -> int:
 
 
 def _graphs_compiled() -> int:
-    """In this process so far. A step that is compiled anew for another config is not in `jacobi_stats`, nor is ordinary decoding."""
+    """In this process so far; ordinary decoding tells of none."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]

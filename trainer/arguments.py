@@ -34,8 +34,8 @@ class JacobiForcingConfig(TrainingArguments):
         gated_windows: windows at random places of each text.
         gated_visits: decoding steps that each window makes in a training step, every one learnt from.
         gated_targets: `"hard"`, the model's choice; `"soft"`, its distribution.
-        gated_constant_draft: an id that stands in for all drafts on the way in. A control: what is learnt then is plain multi-token
-            prediction, and a drafter that was trained so decodes as badly as that.
+        gated_constant_draft: an id that the drafter is given in place of every draft, here and when it decodes. A control: what is
+            learnt then is plain multi-token prediction.
 
     Parameters that describe the data:
         block_size: n of the trajectories.

@@ -204,16 +204,13 @@ class DraftedModel(torch.nn.Module):
         drafter: what is trained.
         targets: `"hard"`, the model's choice, or `"soft"`, its distribution.
         chunk_numbers: numbers in a vocabulary-sized tensor of the loss.
-        constant_draft: an id that stands in for every draft on the way in (a control: multi-token prediction without drafts).
     """
 
-    def __init__(
-        self, base: Any, drafter: Drafter, targets: str = "hard", chunk_numbers: int = 2**24, constant_draft: int | None = None
-    ) -> None:
+    def __init__(self, base: Any, drafter: Drafter, targets: str = "hard", chunk_numbers: int = 2**24) -> None:
         super().__init__()
         self.drafter = drafter
         self._unlisted = [base.eval().requires_grad_(requires_grad=False)]
-        self._targets, self._constant = targets, constant_draft
+        self._targets = targets
         self._rows = max(1, chunk_numbers // base.config.get_text_config(decoder=True).vocab_size)
         self._at_head = AtHead(base.get_output_embeddings())
         self._masks = MaskBuilder(base.config, base.dtype)
@@ -267,9 +264,7 @@ class DraftedModel(torch.nn.Module):
     def _forward(self, text: CleanText, windows: Windows) -> Any:
         batch, count, width = windows.draft_BMW.shape
         slots, device = count * width, windows.draft_BMW.device
-        draft_BQ = windows.draft_BMW.view(batch, slots)
-        if self._constant is not None:
-            draft_BQ = torch.full_like(draft_BQ, self._constant)
+        draft_BQ = self.drafter.shown(windows.draft_BMW.view(batch, slots), slots)
         columns = text.ids_BL.shape[1]
         last = self.base.config.get_text_config(decoder=True).max_position_embeddings - 1
         with self.drafter.attached(self.base), self.drafter.drafting(0, slots):

@@ -120,12 +120,12 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         }
         self._records: Any = None if train_dataset is None else _answers(model, args, train_dataset, "train_dataset", ends)
         self._eval_prompts = dict(eval_prompts or {})
-        drafter = _new_drafter(model, peft_config)
+        drafter = _new_drafter(model, peft_config, args.gated_constant_draft)
         if not hasattr(model, "hf_device_map"):
             model.to(args.device)  # type: ignore[arg-type]  # the trainer moves what it trains, which is the drafter
         Trainer.__init__(
             self,
-            model=DraftedModel(model, drafter, args.gated_targets, args.loss_chunk_numbers, args.gated_constant_draft),
+            model=DraftedModel(model, drafter, args.gated_targets, args.loss_chunk_numbers),
             args=args,
             data_collator=collate,
             train_dataset=self._records,
@@ -145,9 +145,8 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         trained: DraftedModel = self.accelerator.unwrap_model(self.model)
         return trained
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s."""
-        return Trainer.create_optimizer(self, model)
+    def _outside_of_muon(self) -> list[torch.nn.Module]:
+        return []
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
         """What the losses are averaged over is known only when the drafts are."""
@@ -251,15 +250,13 @@ def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
         raise ValueError(f"attn_implementation={attention_of(config)!r} takes no mask of our own: load the model with 'sdpa'.")
     if unknown := set(layer_types(config)) - LAYER_TYPES:
         raise ValueError(f"layers of type {', '.join(sorted(unknown))} are not known; only full and sliding attention are.")
-    if args.muon_learning_rate is not None:
-        raise ValueError("muon_learning_rate is for the model's matrices, which method='gated' does not train: leave it out.")
     if args.activation_checkpointing or args.gradient_checkpointing:
         raise ValueError("checkpointing of activations drops the keys and values that windows stand on: leave it off with method='gated'.")
 
 
-def _new_drafter(model: Any, peft_config: Any) -> Drafter:
+def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> Drafter:
     if peft_config is None:
-        return Drafter.new(model).place(model, torch.float32)
+        return Drafter.new(model, constant_draft=constant_draft).place(model, torch.float32)
     from peft import LoraConfig
 
     if type(peft_config) is not LoraConfig:
@@ -271,4 +268,4 @@ def _new_drafter(model: Any, peft_config: Any) -> Drafter:
     if differing:
         raise ValueError(f"peft_config sets {', '.join(sorted(differing))}, which a drafter does not have.")
     modules = "all-linear" if peft_config.target_modules is None else peft_config.target_modules
-    return Drafter.new(model, peft_config.r, peft_config.lora_alpha, modules).place(model, torch.float32)
+    return Drafter.new(model, peft_config.r, peft_config.lora_alpha, modules, constant_draft).place(model, torch.float32)

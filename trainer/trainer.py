@@ -153,10 +153,14 @@ class JacobiForcingTrainer(Trainer):
         if rate is not None and self.optimizer is None:  # type: ignore[has-type]
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("muon_learning_rate needs whole matrices, which FSDP and DeepSpeed do not keep: leave it out with them.")
-            trained, base = model or self.model, base_of(self.model)
-            outside = [base.get_input_embeddings(), _head_of(base)]
-            self.optimizer = muon_and_adamw(trained, self.args, rate, self.get_decay_parameter_names(trained), outside)
+            trained = model or self.model
+            decayed = self.get_decay_parameter_names(trained)
+            self.optimizer = muon_and_adamw(trained, self.args, rate, decayed, self._outside_of_muon())
         return super().create_optimizer(model)
+
+    def _outside_of_muon(self) -> list[torch.nn.Module]:
+        base = base_of(self.model)
+        return [base.get_input_embeddings(), _head_of(base)]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
         """What each loss of the accumulated batch is averaged over (`collator.COUNTS`), summed over the processes."""

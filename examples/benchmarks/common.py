@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 import jacobi_hf
+from jacobi_hf.output import JacobiStats
 from jacobi_hf.results import Decoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-CHECKPOINT = EXAMPLES / "tiny_qwen3" / "checkpoint"
-PROMPTS = EXAMPLES / "tiny_qwen3" / "prompts.json"
+TINY = EXAMPLES / "tiny_qwen3"
+CHECKPOINT, PROMPTS = TINY / "checkpoint", TINY / "prompts.json"
+MODELS = {"base": CHECKPOINT, "forced": TINY / "forced"}
 RESULTS = Path(__file__).resolve().parent / "results"
 NGRAM = 3  # longest n-gram that our lookup matches, given to prompt lookup too
 
@@ -87,7 +89,8 @@ class Run:
 def load(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
     """Model, tokenizer, and the name that they are reported under."""
     source = name or str(CHECKPOINT)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
     return model, AutoTokenizer.from_pretrained(source), name or "examples/tiny_qwen3/checkpoint"
 
 
@@ -124,13 +127,26 @@ def jacobi(name: str, **changes: Any) -> Contender:
 
 def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_tokens: int) -> Run:
     """Greedy continuation of one prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     watch = Stopwatch.on(model)
     watch.starts.clear()
     started = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **contender.arguments)
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     ended = time.perf_counter()
-    return Run(output[0, inputs["input_ids"].shape[1] :].tolist(), len(watch.starts), ended - started, watch.milliseconds(ended))
+    return Run(tokens, len(watch.starts), ended - started, watch.milliseconds(ended))
+
+
+def stats_of(model: Any, inputs: dict[str, torch.Tensor], arguments: dict[str, Any], max_new_tokens: int) -> JacobiStats:
+    """The statistics of a greedy continuation by a decoder of ours. Apart from the clock: who asks for them is handed a cache too."""
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **arguments)
+    stats: JacobiStats = output.jacobi_stats
+    return stats
+
+
+def accepted_lengths(stats: list[JacobiStats]) -> dict[int, int]:
+    """In how many decoding forwards so many tokens were committed, all together."""
+    return dict(sorted(sum((one.accepted_lengths for one in stats), Counter[int]()).items()))
 
 
 def medians_by_width(runs: list[Run]) -> dict[int, float]:

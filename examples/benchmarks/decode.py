@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/decode.py compare
     OMP_NUM_THREADS=1 python examples/benchmarks/decode.py grid
+    OMP_NUM_THREADS=1 python examples/benchmarks/decode.py acceptance
 
 `compare` runs the settings that the documentation quotes on 64 prompts of each domain; `grid` sweeps n, K, r, pool and lookup on a
-few. All decoders run in one process, prompt by prompt in turn; seconds are medians of the repeats. The last line on stdout is the
-path of the JSON document that was written (schema: jacobi_hf/results.py).
+few; `acceptance` counts how many tokens each forward yields, on the base and on the forced checkpoint, without a clock. All decoders run
+in one process, prompt by prompt in turn; seconds are medians of the repeats. The last line on stdout is the path of the JSON document
+that was written (schema: jacobi_hf/results.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jacobi_hf.output import JacobiStats
 from jacobi_hf.results import Agreement, Measurement, Prompts, Results, Speedup
 from jacobi_hf.trainer.evaluation import is_looping
 
@@ -82,10 +85,19 @@ def measure(
                     agreement=Agreement(
                         baseline=contenders[0].decoder.name, identical=len(texts) - len(different), total=len(texts), different=different
                     ),
+                    accepted_lengths=common.accepted_lengths(stats(model, tokenizer, c, texts, max_new_tokens))
+                    if with_times and c.decoder.kind.startswith("jacobi")
+                    else None,
                     ms_per_forward=common.medians_by_width([one for repeat in mine for one in repeat]) if with_times else None,
                 )
             )
     return measurements
+
+
+def stats(model: Any, tokenizer: Any, contender: common.Contender, texts: list[str], max_new_tokens: int) -> list[JacobiStats]:
+    """What our decoder counted on each prompt."""
+    encoded = [tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device) for text in texts]
+    return [common.stats_of(model, inputs, contender.arguments, max_new_tokens) for inputs in encoded]
 
 
 def show(measurements: list[Measurement], most: int = 60) -> None:
@@ -175,6 +187,43 @@ def grid(
     results.with_measurements(measurements).write(output or common.RESULTS / "decode_grid.json")
     show([m for domain in ("arithmetic", "code", "prose") for m in [b for b in best if b.prompts.domain == domain][:12]])
     print(output or common.RESULTS / "decode_grid.json")
+
+
+@app.command()
+def acceptance(
+    output: Output = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+) -> None:
+    """Tokens that a forward yields, on the base and on the forced tiny checkpoint: with a window alone, and as decoding stands."""
+    contenders = [
+        common.jacobi("window-n8-K2", jacobi_block_size=8, jacobi_pool_size=0, jacobi_lookup_tokens=0),
+        common.jacobi("multiblock-both"),
+    ]
+    measurements = []
+    for name, folder in common.MODELS.items():
+        loaded, tokenizer, _ = common.load(str(folder))
+        for (domain, texts), c in itertools.product(common.prompts(prompts).items(), contenders):
+            found = stats(loaded, tokenizer, c, texts, max_new_tokens)
+            tokens, forwards = sum(one.new_tokens[0] for one in found), sum(one.row_forwards[0] for one in found)
+            measurements.append(
+                Measurement(
+                    decoder=c.decoder,
+                    model=name,
+                    prompts=Prompts(
+                        domain=domain, source="examples/tiny_qwen3/prompts.json", count=len(texts), max_new_tokens=max_new_tokens
+                    ),
+                    new_tokens=tokens,
+                    forwards=forwards,
+                    tokens_per_forward=round(tokens / forwards, 4),
+                    mean_slots=round(statistics.mean(one.mean_slots for one in found), 2),
+                    accepted_lengths=common.accepted_lengths(found),
+                )
+            )
+            print(name, domain, c.decoder.name, measurements[-1].tokens_per_forward, measurements[-1].accepted_lengths)
+    path = output or common.RESULTS / "acceptance.json"
+    Results.start("Tokens that a decoding forward yields", loaded, "tiny").with_measurements(measurements).write(path)
+    print(path)
 
 
 if __name__ == "__main__":

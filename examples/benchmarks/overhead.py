@@ -112,8 +112,8 @@ def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_token
     compiled_forwards: dict[int, Any] = {}
     seconds: list[float] = []
 
-    def clocked(call: Any) -> Clock:
-        clocks.append(Clock(model, execution(call), compiled_forwards if compiles else None, seconds))
+    def clocked(call: Any, *arguments: Any) -> Clock:
+        clocks.append(Clock(model, execution(call, *arguments), compiled_forwards if compiles else None, seconds))
         return clocks[-1]
 
     Window.redraft, mixin._Call._execution = replaying(truth, seconds), clocked  # type: ignore[method-assign, assignment]

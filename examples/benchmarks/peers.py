@@ -1,4 +1,4 @@
-"""Ours, as autotuned, against transformers' own ways to decode, on the base and the forced tiny checkpoint.
+"""Ours, as autotuned, against transformers' own ways to decode, on the base, the forced tiny checkpoint, and the base with its drafter.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/peers.py
 
@@ -23,17 +23,17 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import jacobi_hf
+from jacobi_hf.output import JacobiStats
 from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Speedup
 from jacobi_hf.tuning import Tuning, autotune, describe
 
-TINY = common.EXAMPLES / "tiny_qwen3"
-MODELS = {"base": TINY / "checkpoint", "forced": TINY / "forced"}
 ROOM = 512
+WITH_DRAFTER = "base + drafter"
 
 
 @dataclass
 class Way:
-    """A way to decode, whose it is, and what it did: seconds per prompt and repeat, outputs, forwards of the model."""
+    """A way to decode, whose it is, and what it did: seconds per prompt and repeat, outputs, forwards of the model, our statistics."""
 
     decoder: Decoder
     arguments: dict[str, Any]
@@ -44,6 +44,7 @@ class Way:
         self.seconds: list[list[float]] = []
         self.outputs: list[list[int]] = []
         self.forwards = 0
+        self.stats: list[JacobiStats] = []
 
     @property
     def total(self) -> float:
@@ -58,7 +59,7 @@ def compiling() -> CompileConfig:
     return config
 
 
-def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
+def ways(tuning: Tuning, draft: Any, layers: int, drafter: str | None) -> list[Way]:
     """Transformers' own, and ours."""
     ordinary = {"cache_implementation": "static", "max_cache_len": ROOM, "compile_config": compiling()}
     static = Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True)
@@ -72,13 +73,13 @@ def ways(tuning: Tuning, draft: Any, layers: int) -> list[Way]:
         Way(Decoder(name="early-exit", kind="early-exit"), {"assistant_early_exit": layers // 2}),
         Way(static.model_copy(update={"name": "generate-compiled"}), ordinary),
     ]
-    note = describe(tuning.way)
+    note = describe(tuning.way, drafted=tuning.drafted)
     if tuning.config is None:
         kind = "generate" if tuning.way is None else "assisted"
         found.append(Way(Decoder(name="autotuned", kind=kind), tuning.knobs, ours=True, note=note))
         found.append(Way(static, ordinary, ours=True, note=describe(None)))  # the one way of theirs that is compiled
     else:
-        plain, compiled = (Decoder.of(name, tuning.config) for name in ("autotuned", "autotuned-compiled"))
+        plain, compiled = (Decoder.of(name, tuning.config, drafter) for name in ("autotuned", "autotuned-compiled"))
         knobs = tuning.knobs
         found.append(Way(plain, knobs, ours=True, note=note))
         found.append(Way(compiled.model_copy(update={"compiled": True}), {**knobs, "compile_config": compiling()}, ours=True, note=note))
@@ -91,18 +92,22 @@ def once(model: Any, inputs: dict[str, torch.Tensor], way: Way, max_new_tokens: 
     # The forced checkpoint is saved with a decoding of its own.
     arguments = {"decoding": None, **way.arguments}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **arguments)
-    return output[0, inputs["input_ids"].shape[1] :].tolist(), time.perf_counter() - started
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens, time.perf_counter() - started
 
 
 def count_forwards(model: Any, inputs: dict[str, torch.Tensor], way: Way, max_new_tokens: int) -> None:
-    """How often the whole model ran, counted apart from the clock."""
+    """How often the whole model ran where that can be told, and what our decoder counted; apart from the clock."""
 
     def note(*_: Any) -> None:
         way.forwards += 1
 
-    hook = model.lm_head.register_forward_pre_hook(note)
-    once(model, inputs, way, max_new_tokens)
-    hook.remove()
+    if not way.decoder.compiled and way.decoder.kind != "early-exit":  # whose drafts go through the same head
+        hook = model.lm_head.register_forward_pre_hook(note)
+        once(model, inputs, way, max_new_tokens)
+        hook.remove()
+    if way.decoder.kind == "jacobi_multiblock":
+        way.stats.append(common.stats_of(model, inputs, way.arguments, max_new_tokens))
 
 
 def compare(
@@ -113,8 +118,9 @@ def compare(
     tuning = autotune(
         model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False, assistant_model=draft
     )
-    contenders = ways(tuning, draft, model.config.num_hidden_layers)
-    encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False)) for text in texts[:count]]
+    drafter = "examples/tiny_qwen3/drafter" if name == WITH_DRAFTER else None
+    contenders = ways(tuning, draft, model.config.num_hidden_layers, drafter)
+    encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)) for text in texts[:count]]
     for way in contenders:  # everything compiles and warms up outside the clock
         for inputs in encoded if way.decoder.compiled else encoded[:1]:
             once(model, inputs, way, max_new_tokens)
@@ -128,8 +134,7 @@ def compare(
                 if not repeat:
                     way.outputs.append(output)
         for way in contenders:
-            if not way.decoder.compiled and way.decoder.kind != "early-exit":  # whose drafts go through the same head
-                count_forwards(model, inputs, way, max_new_tokens)
+            count_forwards(model, inputs, way, max_new_tokens)
     jacobi_hf.clear_graphs(model)
     torch.compiler.reset()
     return [measured(way, contenders, name, domain, max_new_tokens, repeats) for way in contenders]
@@ -155,13 +160,14 @@ def measured(way: Way, contenders: list[Way], model: str, domain: str, max_new_t
         agreement=Agreement(
             baseline="generate", identical=len(reference) - len(different), total=len(reference), different=different
         ),
+        accepted_lengths=common.accepted_lengths(way.stats) or None,
         extra={"setting": way.note} if way.ours else {},
     )  # fmt: skip
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "peers.json",
-    draft: Annotated[Path, typer.Option(help="The draft model of assisted decoding.")] = TINY / "draft",
+    draft: Annotated[Path, typer.Option(help="The draft model of assisted decoding.")] = common.TINY / "draft",
     count: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 24,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
@@ -169,8 +175,11 @@ def main(
     """Both checkpoints, all domains."""
     assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     measurements = []
-    for name, folder in MODELS.items():
+    for name, folder in {**common.MODELS, WITH_DRAFTER: common.CHECKPOINT}.items():
         model, tokenizer, _ = common.load(str(folder))
+        if name == WITH_DRAFTER:
+            jacobi_hf.load_drafter(model, common.TINY / "drafter")
+        assistant.to(model.device)
         for domain in common.prompts(1):
             measurements += compare(model, tokenizer, assistant, name, domain, count, max_new_tokens, repeats)
             for m in measurements[-9:]:

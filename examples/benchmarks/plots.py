@@ -1,11 +1,13 @@
 """Pictures of the results: python examples/benchmarks/plots.py
 
-From the JSON documents of step_cost.py: what a step costs by its width, and the speed-up of the replay against its tokens per forward.
+From the JSON documents of step_cost.py: what a step costs by its width, and the speed-up of the replay against its tokens per forward;
+of `decode.py acceptance`: how many tokens a forward yields; of growth.py: the parts of a step by the cached tokens.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -29,8 +31,7 @@ def cost(shape: str, results: Results, path: Path) -> None:
             axes.plot(list(by_width), [by_width[w] / by_width[1] for w in by_width], style, marker=".", label=label)
     axes.set(xlabel="slots of a step", ylabel="cost, in steps of one slot", xscale="log", yscale="log", title=title(shape, results))
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def speedup(shape: str, results: Results, path: Path) -> None:
@@ -46,8 +47,46 @@ def speedup(shape: str, results: Results, path: Path) -> None:
     axes.set(xlabel="tokens per forward (replayed, up to 65 slots)", ylabel="speed-up over ordinary decoding", title=title(shape, results))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
+    save(figure, path)
+
+
+def acceptance(results: Results, path: Path) -> None:
+    """Share of the decoding forwards that commit so many tokens, per decoder and domain."""
+    decoders = list(dict.fromkeys(m.decoder.name for m in results.measurements))
+    domains = list(dict.fromkeys(m.prompts.domain for m in results.measurements))
+    figure, grid = plt.subplots(len(decoders), len(domains), figsize=(10, 5), layout="constrained", sharex=True, sharey=True)
+    for m in results.measurements:
+        axes = grid[decoders.index(m.decoder.name)][domains.index(m.prompts.domain)]
+        found = m.accepted_lengths or {}
+        shift = 0.2 if axes.containers else -0.2
+        heights = [count / sum(found.values()) for count in found.values()]
+        axes.bar([length + shift for length in found], heights, 0.4, label=f"{m.model}: {m.tokens_per_forward:.2f} a forward")
+        axes.set(yscale="log", ylim=(5e-4, 20), title=f"{m.decoder.name}, {m.prompts.domain}")
+        axes.legend(fontsize="small")
+    figure.supxlabel("tokens that a forward commits")
+    figure.supylabel("share of the forwards")
+    save(figure, path)
+
+
+def growth(results: Results, path: Path) -> None:
+    """The parts of our step by the tokens that are cached before it: those of the prompt, and those of a long generation."""
+    figure, grid = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, domain in zip(grid, ("context", "new tokens"), strict=True):
+        mine = [m for m in results.measurements if m.prompts.domain == domain and m.decoder.kind == "jacobi_multiblock"]
+        for part in mine[0].extra["ms"]:
+            points = [(m.extra["at"], m.extra["ms"][part]) for m in mine]
+            axes.plot(*zip(*points, strict=True), "-" if part in ("step", "forward", "mask") else "--", marker=".", label=part)
+        axes.set(xscale="log", yscale="log", xlabel=f"{domain}, tokens")
+    grid[0].set(ylabel="ms")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write and forget."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
+    print(IMAGES.name, path.name)
 
 
 def title(shape: str, results: Results) -> str:
@@ -60,4 +99,6 @@ if __name__ == "__main__":
         results, shape = Results.read(document), document.stem.removeprefix("step_cost-")
         cost(shape, results, IMAGES / f"cost-{shape}.png")
         speedup(shape, results, IMAGES / f"replay-{shape}.png")
-        print(IMAGES.name, f"cost-{shape}.png", f"replay-{shape}.png")
+    for name, picture in {"acceptance": acceptance, "growth": growth}.items():
+        if (path := HERE / "results" / f"{name}.json").is_file():
+            picture(Results.read(path), IMAGES / f"{name}.png")

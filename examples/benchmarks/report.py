@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+import report_lossless
+
 from jacobi_hf.results import Measurement, Results
 
 HERE = Path(__file__).resolve().parent
@@ -304,20 +306,59 @@ def peers(results: Results) -> str:
     )
 
 
+def acceptance(results: Results) -> str:
+    """How many tokens a forward yields."""
+    lengths = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 1024))
+    rows = []
+    for m in results.measurements:
+        found = m.accepted_lengths or {}
+        shares = [sum(n for length, n in found.items() if low <= length <= high) / sum(found.values()) for low, high in lengths]
+        rows.append(
+            [m.prompts.domain, m.decoder.name, m.model, f"{m.tokens_per_forward:.2f}", *(f"{100 * share:.0f} %" for share in shares)]
+        )
+    names = [str(low) if low == high else f"{low} to {high}" if high < 1024 else f"{low} and more" for low, high in lengths]
+    return (
+        f"## Tokens that a forward yields\n\n{setting(results)}\nShare of the decoding forwards that commit so many tokens, on "
+        f"{results.measurements[0].prompts.count} prompts a domain; `base` is the tiny checkpoint, `forced` the one after Jacobi Forcing. "
+        "Every length is in the document.\n\n"
+        + table(["domain", "decoder", "model", "TPF", *names], rows)
+        + "\n![Tokens that a forward commits](images/acceptance.png)\n"
+    )
+
+
+def growth(results: Results) -> str:
+    """Parts of a step, and memory, along three axes."""
+    parts = list(max((m.extra["ms"] for m in results.measurements), key=len))  # ours; ordinary decoding has fewer
+    rows = [
+        [m.prompts.domain, f"{m.extra['at']}, {m.decoder.name}", *(f"{m.extra['ms'][p]:.2f}" if p in m.extra["ms"] else "" for p in parts),
+         "" if m.extra["mib"] is None else m.extra["mib"]]
+        for m in results.measurements
+    ]  # fmt: skip
+    return (
+        f"## Growth\n\n{setting(results)}\nMedian milliseconds of a step and of its parts, and the highest memory of the call beyond the model, while one of "
+        f"context, batch and new tokens grows. Every Jacobi step has its full width of {max(m.mean_slots or 0 for m in results.measurements):.0f} slots. "
+        "*Forward* and *mask* are attention, and grow with what is cached; *lookup* is one scan over the ids of the text; *choice* is the argmax over the "
+        "vocabulary and what it confirms; *commit* moves keys and values where a branch has won. With more cached tokens, given or new, nothing else grows.\n\n"
+        + table(["axis", "at", *parts, "MiB"], rows)
+        + "\n![Parts of a step](images/growth.png)\n"
+    )
+
+
 def step_cost(results: Results) -> str:
     """Milliseconds by width, and the replay."""
     found = [m for m in results.measurements if m.ms_per_forward]
-    widths = sorted({width for m in found for width in m.ms_per_forward or {}})
+    widths, on_gpu = sorted({width for m in found for width in m.ms_per_forward or {}}), results.hardware.gpu is not None
     rows = [
         [m.prompts.batch_size, m.extra["context"], m.decoder.name, *(f"{(m.ms_per_forward or {}).get(w, 0):.1f}" if w in (m.ms_per_forward or {}) else ""
-         for w in widths), m.extra["mbu_of_width_1"]]
+         for w in widths), m.extra["mbu_of_width_1"], *([m.extra.get("host_ms", {}).get("1", "")] if on_gpu else [])]
         for m in found
     ]  # fmt: skip
     copied = results.measurements[0].extra["copy_gigabytes_per_second"]
     text = (
         f"## Cost of a step by its width\n\n{setting(results)}\nMilliseconds per step over random cached tokens. MBU is of one slot, against a copy measured "
         f"at {copied} GB/s.\n\n"
-        + table(["batch", "context", "", *map(str, widths), "MBU"], rows)
+        + ("Host is the time until a step of one slot has been handed to the device.\n\n" if on_gpu else "")
+        + table(["batch", "context", "", *map(str, widths), "MBU", *(["host"] if on_gpu else [])], rows)
         + f"\n![Cost by width](images/cost-{results.model}.png)\n"
     )
     replayed = [m for m in results.measurements if m.prompts.domain == "replay"]
@@ -325,14 +366,15 @@ def step_cost(results: Results) -> str:
         return text
     rows = [
         [m.decoder.name, f"{m.tokens_per_forward:.2f}", f"{m.mean_slots:.1f}", f"{m.tokens_per_second:.1f}",
-         f"{m.speedups[0].factor:.2f}" if m.speedups else "", m.extra.get("conversion", "")]
+         f"{m.speedups[0].factor:.2f}" if m.speedups else "", m.extra.get("conversion", ""),
+         *([m.extra.get("idle", "")] if on_gpu else [])]
         for m in replayed
     ]  # fmt: skip
     return (
         text
         + "\n**Replay**: a recorded text is the draft, spoilt so that each forward yields just so many tokens. What the engine makes of them, no model's "
         "speed. Conversion is speed-up over tokens per forward, against ordinary decoding run the same way (eager, compiled).\n\n"
-        + table(["", "TPF", "slots", "tok/s", "speed-up", "conversion"], rows)
+        + table(["", "TPF", "slots", "tok/s", "speed-up", "conversion", *(["device idle"] if on_gpu else [])], rows)
         + f"\n![Speed-up against tokens per forward](images/replay-{results.model}.png)\n"
     )
 
@@ -345,9 +387,39 @@ def costs(results: Results) -> str:
     return f"## What collecting and training cost\n\n{setting(results)}\n" + table(["what", "measured", "against", "repeats"], rows)
 
 
-def group(prefix: str) -> dict[str, Results]:
-    """The documents of the forcing folder whose names begin so."""
-    files = sorted((HERE / "results" / "forcing").glob(f"{prefix}*.json"))
+def lossless(documents: dict[str, Results]) -> str:
+    """The base with its drafters."""
+    text = (
+        "## Lossless forcing of the tiny model\n\nThe base checkpoint, untouched, verifies what a drafter proposes ([how](lossless.md)). "
+        "Slots count both streams.\n\n"
+    )
+    for name, results in documents.items():
+        text += f"- **{name}**: {setting(results)}  Trained by {report_lossless.training(results)}.\n"
+    head = ["domain", "decoder", "drafter", "TPF", "loop-free", "slots", "identical to generate"]
+    text += "\n" + table(head, report_lossless.drafter_rows(documents))
+    varied, peers_file = group("control-", "gated"), HERE / "results" / "peers.json"
+    if varied:
+        text += (
+            "\n### Controls\n\nEach row changes what its name says of `short`, 250 steps of the recipe (examples/tiny_qwen3/gated_controls.py). "
+            "Window of 14 to 16, all of it or 8 verified, no candidates, 32 prompts, one seed. Minutes on one of two cores that were not idle.\n\n"
+        )
+        head = ["variation", "minutes", "arithmetic", "8 verified", "code", "8 verified", "code, loop-free"]
+        text += table(head, report_lossless.control_rows(varied))
+    with_drafter = peers_file.is_file() and any(m.model == "base + drafter" for m in Results.read(peers_file).measurements)
+    if with_drafter:
+        forced, base = (next(iter(group(name).values())) for name in ("forced-seed42", "base"))
+        text += (
+            "\n### Ways to be faster\n\nFrom *Against transformers' own ways* above, eager; the loss is that of held-out text in nats per token, "
+            "over the base's.\n\n"
+        )
+        head = ["domain", "way", "setting", "TPF", "tok/s", "x generate", "loss", "MB to publish"]
+        text += table(head, report_lossless.way_rows(Results.read(peers_file), forced, base))
+    return text
+
+
+def group(prefix: str, folder: str = "forcing") -> dict[str, Results]:
+    """The documents of a folder whose names begin so."""
+    files = sorted((HERE / "results" / folder).glob(f"{prefix}*.json"))
     return {file.stem.removeprefix("ablation-"): Results.read(file) for file in files}
 
 
@@ -356,7 +428,7 @@ def page() -> str:
     parts = [HEAD]
     for name, sections in {
         "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,),
-        "peers": (peers,), **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))}, "training": (costs,),
+        "growth": (growth,), "acceptance": (acceptance,), "peers": (peers,), **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))}, "training": (costs,),
     }.items():  # fmt: skip
         path = HERE / "results" / f"{name}.json"
         if path.is_file():
@@ -366,6 +438,8 @@ def page() -> str:
         parts.append(forcing(models))
     if varied := group("ablation-"):
         parts.append(ablations(varied))
+    if drafters := group("drafter-", "gated"):
+        parts.append(lossless(drafters))
     return "\n".join(parts)
 
 

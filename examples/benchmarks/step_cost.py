@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/step_cost.py --shape 0.1b
     python examples/benchmarks/step_cost.py --shape qwen3-1.7b          (on a GPU; bf16)
 
-Cached tokens are random numbers: what a step costs does not depend on them. Steps of every width are timed uncompiled and compiled, in
-turn; beside them ordinary `generate`, one token a forward, over as many cached tokens, uncompiled and with a StaticCache compiled. MBU is
-the bytes of weights and cached tokens that a step must read, over its time, over the bandwidth of a copy measured in the same process.
+Cached tokens are random numbers: what a step costs does not depend on them. Steps of every width are timed as they stand, compiled, and on
+CUDA captured (`mode="reduce-overhead"`), in turn; beside them ordinary `generate`, one token a forward, over as many cached tokens, as it
+stands and with a StaticCache compiled the same ways. MBU is the bytes of weights and cached tokens that a step must read, over its time,
+over the bandwidth of a copy measured in the same process. *Host* is the time until a step has been handed to the device; *idle* the share
+of a replay's time in which the device does nothing. The document is written anew after each batch and context.
 
 `--replay` decodes a text twice: ordinarily, and with that text as the draft, spoilt at such places that every forward yields exactly so
 many tokens. That is no model's speed; it says what the engine makes of a given number of tokens per forward.
@@ -28,17 +30,19 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Qwen
 from transformers.generation import BaseStreamer
 
 from jacobi_hf import JacobiConfig, clear_graphs, mixin
-from jacobi_hf.cache import JacobiStaticCache
-from jacobi_hf.execution import Compiled, Eager
+from jacobi_hf.arena import Arena
+from jacobi_hf.execution import Eager, whole_steps
 from jacobi_hf.layout import build_layout
 from jacobi_hf.prompt import Prompt
 from jacobi_hf.results import Decoder, Measurement, Prompts, Results, Speedup
 from jacobi_hf.selection import Selector
-from jacobi_hf.step import Step, Widths
+from jacobi_hf.step import Widths
 from jacobi_hf.window import Window
 
 # hidden size, intermediate size, layers, query heads, key/value heads, head dimension, vocabulary, tied embeddings
+# "tiny" is there to try the program.
 SHAPES: dict[str, tuple[type, tuple[int, int, int, int, int, int, int, bool]]] = {
+    "tiny": (Qwen3Config, (64, 128, 2, 4, 2, 16, 512, True)),
     "0.1b": (Qwen3Config, (768, 2304, 12, 12, 4, 64, 32_768, True)),
     "qwen3-0.6b": (Qwen3Config, (1024, 3072, 28, 16, 8, 128, 151_936, True)),
     "qwen3-1.7b": (Qwen3Config, (2048, 6144, 28, 16, 8, 128, 151_936, True)),
@@ -46,6 +50,7 @@ SHAPES: dict[str, tuple[type, tuple[int, int, int, int, int, int, int, bool]]] =
     "qwen2.5-7b": (Qwen2Config, (3584, 18_944, 28, 28, 4, 128, 152_064, False)),
 }
 WIDTHS = (1, 8, 16, 32, 64, 128, 192, 256)
+SOME = (1, 16, 64)
 TPF = (1.74, 2.0, 3.0, 4.1)
 
 
@@ -93,19 +98,47 @@ def bytes_read(model: Any, batch: int, context: int) -> int:
     return (weights + cached) * model.dtype.itemsize
 
 
+def modes(device: torch.device, backend: str) -> dict[str, CompileConfig | None]:
+    """How steps and ordinary forwards run, by the suffix of their name."""
+    found: dict[str, CompileConfig | None] = {"": None, "-compiled": CompileConfig(backend=backend, mode=None, fullgraph=True)}
+    if device.type == "cuda":
+        found["-captured"] = CompileConfig(backend=backend, mode="reduce-overhead", fullgraph=True)
+    for config in filter(None, found.values()):
+        config._compile_all_devices = True
+    return found
+
+
+def spots(shape: str, on_cpu: bool) -> list[tuple[int, int, list[int]]]:
+    """Batch, context and widths of what is timed: every width at one place, a few at others."""
+    if shape == "tiny":
+        return [(1, 256, [1, 8, 16]), (4, 64, [1, 16])]
+    widths, longest = [width for width in WIDTHS if not on_cpu or width <= 64], [] if on_cpu else [(1, 16_384)]
+    others = [(1, 512), (4, 512), (16, 512), *longest]
+    return [(1, 4096, widths), *((batch, context, list(SOME)) for batch, context in others)]
+
+
+def device_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds for which a CUDA device computes or copies while it does some work."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        synchronize(device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
 def timed_steps(
-    model: Any, batch: int, context: int, widths: list[int], repeats: int, compile_config: CompileConfig
+    model: Any, batch: int, context: int, widths: list[int], repeats: int, ways: dict[str, CompileConfig | None]
 ) -> dict[str, dict[int, Any]]:
     """Seconds of a step, and of the host alone, for each way to run it and each width; over `context` cached tokens."""
     device, room = model.device, max(widths) + 2
     config = JacobiConfig(jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
-    cache = JacobiStaticCache(model.config, batch, context + 2 * room, device)
-    step, selector = Step(config, cache, context + room), Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
+    arena = Arena(model, config, batch, context + room, context + 2 * room, device)
+    cache, step, selector = arena.cache, arena.step, Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
     text_BL = torch.randint(2, model.config.vocab_size, (batch, context), device=device)
     length_B = torch.full((batch,), context, device=device)
     prompt = Prompt(text_BL, None, length_B, torch.zeros_like(length_B), 0, context, text_BL, length_B)
-    forward = mixin._Forward(model, cache, context + room)
-    executions = {"step": Eager(), "step-compiled": Compiled(model, config, compile_config)}
+    last = torch.tensor(context + room, device=device)
+    forward = mixin._Forward(model, cache, last)
+    executions = {f"step{way}": Eager() if wanted is None else whole_steps(model, config, wanted, arena) for way, wanted in ways.items()}
     times: dict[str, dict[int, Any]] = {name: {width: [] for width in widths} for name in executions}
 
     def once(execution: Any, width: int) -> tuple[float, float]:
@@ -117,13 +150,13 @@ def timed_steps(
         column_S = cache.columns(width, context)
         synchronize(device)
         started = time.perf_counter()
-        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, None, context + 1, some_halted=False)
+        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, context + 1, some_halted=False)
         returned = time.perf_counter()
         synchronize(device)
         return time.perf_counter() - started, returned - started
 
-    with torch.no_grad(), mixin._grouped_attention(model):
-        forward = mixin._Forward(model, cache, context + room)
+    with torch.no_grad(), mixin._our_attention(model):
+        forward = mixin._Forward(model, cache, last)
         for name, execution in executions.items():  # allocate, compile, warm up
             for width in track(widths, description=name, console=Console(stderr=True)):
                 once(execution, width)
@@ -182,57 +215,88 @@ def replaying(truth_BT: torch.Tensor, per_forward: float) -> Callable[..., None]
     return replay
 
 
-def replays(model: Any, tokens: int, compile_config: CompileConfig) -> list[Measurement]:
-    """Tokens per second of ordinary decoding, and with 64 slots at given tokens per forward; uncompiled and compiled."""
+def replays(model: Any, tokens: int, ways: dict[str, CompileConfig | None]) -> list[Measurement]:
+    """Tokens per second of ordinary decoding, and with 64 slots at given tokens per forward, run in each of these ways."""
     ids = torch.randint(2, model.config.vocab_size, (1, 64), device=model.device)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
-    knobs = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0, jacobi_lookup_tokens=0).to_knobs()
-    static = {"cache_implementation": "static", "compile_config": compile_config}
+    config = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0, jacobi_lookup_tokens=0)
     reference, original, found = model.generate(ids, **arguments), Window.redraft, []
+    truth_BT = torch.cat([reference[:, 64:], reference[:, -1:].expand(-1, 160)], 1)
+    prompts = Prompts(domain="replay", source="random weights, random prompt of 64 tokens", count=1, max_new_tokens=tokens)
 
-    def seconds(options: dict[str, Any]) -> tuple[float, Any]:
+    def measured(decoder: Decoder, options: dict[str, Any]) -> tuple[Measurement, Any]:
+        def once() -> Any:
+            return model.generate(ids, **arguments, return_dict_in_generate=decoder.kind == "jacobi_multiblock", **options)
+
         times = []
-        for _ in range(4):
+        for _ in range(5):
             synchronize(model.device)
             started = time.perf_counter()
-            output = model.generate(ids, **arguments, return_dict_in_generate=True, **options)
+            output = once()
             synchronize(model.device)
             times.append(time.perf_counter() - started)
-        return statistics.median(times[1:]), output  # the first one compiles
+        seconds = statistics.median(times[2:])  # the first one compiles, the second one captures
+        idle = {"idle": round(1 - device_seconds(once, model.device) / seconds, 4)} if model.device.type == "cuda" else {}
+        return Measurement(
+            decoder=decoder, prompts=prompts, tokens_per_forward=1.0, mean_slots=1.0, seconds=round(seconds, 4), repeats=3,
+            tokens_per_second=round(tokens / seconds, 2), extra=idle,
+        ), output  # fmt: skip
 
-    for compiles in (False, True):
-        name = "generate-compiled" if compiles else "generate"
-        taken, output = seconds(static if compiles else {})
-        prompts = Prompts(domain="replay", source="random weights, random prompt of 64 tokens", count=1, max_new_tokens=tokens)
-        kind = "generate-static-compiled" if compiles else "generate"
-        plain = Measurement(
-            decoder=Decoder(name=name, kind=kind, compiled=compiles), prompts=prompts, tokens_per_forward=1.0, mean_slots=1.0,
-            seconds=round(taken, 4), repeats=3, tokens_per_second=round(tokens / taken, 2),
-        )  # fmt: skip
+    for way, compile_config in ways.items():
+        compiles = compile_config is not None
+        options = {"compile_config": compile_config} if compiles else {}
+        kind: Any = "generate-static-compiled" if compiles else "generate"
+        ordinary = Decoder(name=f"generate{way}", kind=kind, compiled=compiles)
+        plain, _ = measured(ordinary, options | ({"cache_implementation": "static"} if compiles else {}))
         found.append(plain)
         for per_forward in TPF:
-            truth = torch.cat([reference[:, 64:], reference[:, -1:].expand(-1, 160)], 1)
-            Window.redraft = replaying(truth, per_forward)  # type: ignore[method-assign]
+            Window.redraft = replaying(truth_BT, per_forward)  # type: ignore[method-assign]
             clear_graphs(model)
+            decoder = Decoder.of(f"replay-{per_forward}{way}", config).model_copy(update={"compiled": compiles})
             try:
-                mine, output = seconds(knobs | ({"compile_config": compile_config} if compiles else {}))
+                mine, output = measured(decoder, config.to_knobs() | options)
             finally:
                 Window.redraft = original  # type: ignore[method-assign]
-            stats, factor = output.jacobi_stats, taken / mine
-            config = JacobiConfig.from_knobs(knobs)
-            assert config is not None
-            decoder = Decoder.of(f"replay-{per_forward}" + "-compiled" * compiles, config)
-            found.append(
-                Measurement(
-                    decoder=decoder.model_copy(update={"compiled": compiles}), prompts=prompts, new_tokens=tokens, forwards=stats.forwards,
-                    tokens_per_forward=round(stats.mean_tokens_per_forward, 3), mean_slots=round(stats.mean_slots, 2),
-                    seconds=round(mine, 4), repeats=3, tokens_per_second=round(tokens / mine, 2),
-                    speedups=[Speedup(baseline=name, factor=round(factor, 4))],
-                    extra={"conversion": round(factor / stats.mean_tokens_per_forward, 4),
-                           "same_text": bool(torch.equal(output.sequences, reference))},
-                )
-            )  # fmt: skip
+            stats, factor = output.jacobi_stats, (plain.seconds or 0) / (mine.seconds or 1)
+            measures = {
+                "new_tokens": tokens, "forwards": stats.forwards, "tokens_per_forward": round(stats.mean_tokens_per_forward, 3),
+                "mean_slots": round(stats.mean_slots, 2), "speedups": [Speedup(baseline=ordinary.name, factor=round(factor, 4))],
+            }  # fmt: skip
+            extra = mine.extra | {
+                "conversion": round(factor / stats.mean_tokens_per_forward, 4), "same_text": torch.equal(output.sequences, reference)
+            }  # fmt: skip
+            found.append(mine.model_copy(update={**measures, "extra": extra}))
     clear_graphs(model)
+    return found
+
+
+def at_one_spot(
+    model: Any, batch: int, context: int, widths: list[int], repeats: int, ways: dict[str, CompileConfig | None], copied: float
+) -> list[Measurement]:
+    """Steps, and ordinary decoding where the batch is one; `copied` is the bandwidth of a copy."""
+    prompts = Prompts(domain="random", source=f"{context} random cached tokens", count=batch, max_new_tokens=1, batch_size=batch)
+    found = []
+    for name, by_width in timed_steps(model, batch, context, widths, repeats, ways).items():
+        total = {width: statistics.median(t for t, _ in times) for width, times in by_width.items()}
+        host = {width: round(statistics.median(h for _, h in times) * 1e3, 4) for width, times in by_width.items()}
+        extra = {"context": context, "mbu_of_width_1": round(bytes_read(model, batch, context) / total[1] / copied, 3)}
+        found.append(
+            Measurement(
+                decoder=Decoder(name=name, kind="jacobi_multiblock", compiled=name != "step"), prompts=prompts, repeats=repeats,
+                ms_per_forward={width: round(seconds * 1e3, 4) for width, seconds in total.items()},
+                extra=extra if model.device.type == "cpu" else {**extra, "host_ms": host},
+            )
+        )  # fmt: skip
+    for way, config in ways.items() if batch == 1 else ():
+        seconds = ordinary(model, context, 24, config)
+        mbu = round(bytes_read(model, 1, context) / seconds / copied, 3)
+        kind: Any = "generate" if config is None else "generate-static-compiled"
+        found.append(
+            Measurement(
+                decoder=Decoder(name=f"generate{way}", kind=kind, compiled=config is not None), prompts=prompts, repeats=20,
+                ms_per_forward={1: round(seconds * 1e3, 4)}, extra={"context": context, "mbu_of_width_1": mbu},
+            )
+        )  # fmt: skip
     return found
 
 
@@ -242,6 +306,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     replay: Annotated[bool, typer.Option(help="Also end to end, at given tokens per forward.")] = True,
     tokens: Annotated[int, typer.Option(min=32, help="New tokens of the replay.")] = 128,
+    backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
 ) -> None:
     """One shape."""
     if shape not in SHAPES:
@@ -249,43 +314,23 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = device.type == "cpu"
     model = build(shape, device, torch.float32 if on_cpu else torch.bfloat16)
-    compile_config = CompileConfig(mode="default", fullgraph=True)
-    compile_config._compile_all_devices = True
-    copied, measurements = bandwidth(device), []
-    widths = [width for width in WIDTHS if not on_cpu or width <= 64]
-    spots = [(1, 4096, widths), (1, 512, [1, 16, 64]), (4, 512, [1, 16, 64])]
-    spots += [] if on_cpu else [(16, 512, [1, 16, 64]), (1, 16_384, [1, 16, 64])]
-    for batch, context, of_spot in spots:
-        prompts = Prompts(domain="random", source=f"{context} random cached tokens", count=batch, max_new_tokens=1, batch_size=batch)
-        for name, by_width in timed_steps(model, batch, context, of_spot, repeats, compile_config).items():
-            total = {width: statistics.median(t for t, _ in times) for width, times in by_width.items()}
-            host = {width: round(statistics.median(h for _, h in times) * 1e3, 4) for width, times in by_width.items()}
-            extra: dict[str, Any] = {"context": context, "mbu_of_width_1": round(bytes_read(model, batch, context) / total[1] / copied, 3)}
-            measurements.append(
-                Measurement(
-                    decoder=Decoder(name=name, kind="jacobi_multiblock", compiled=name != "step"), prompts=prompts, repeats=repeats,
-                    ms_per_forward={width: round(seconds * 1e3, 4) for width, seconds in total.items()},
-                    extra=extra if on_cpu else {**extra, "host_ms": host},
-                )
-            )  # fmt: skip
-        for name, config in (("generate", None), ("generate-compiled", compile_config)) if batch == 1 else ():
-            seconds = ordinary(model, context, 24, config)
-            kind = "generate" if config is None else "generate-static-compiled"
-            mbu = round(bytes_read(model, 1, context) / seconds / copied, 3)
-            measurements.append(
-                Measurement(
-                    decoder=Decoder(name=name, kind=kind, compiled=config is not None), prompts=prompts, repeats=20,
-                    ms_per_forward={1: round(seconds * 1e3, 4)}, extra={"context": context, "mbu_of_width_1": mbu},
-                )
-            )  # fmt: skip
-    if replay:
-        measurements += replays(model, tokens, compile_config)
-    path = output or common.RESULTS / f"step_cost-{shape}.json"
+    path, ways, copied = output or common.RESULTS / f"step_cost-{shape}.json", modes(device, backend), bandwidth(device)
     results = Results.start(f"Cost of a step by its width at the shape {shape}, random weights", model, shape)
-    measurements[0].extra["copy_gigabytes_per_second"] = round(copied / 1e9, 2)
-    results.with_measurements(measurements).write(path)
-    for m in measurements:
-        print(m.decoder.name, m.prompts.batch_size, m.ms_per_forward or "", m.tokens_per_second or "", m.tokens_per_forward or "", m.extra)
+    measurements: list[Measurement] = []
+
+    def add(found: list[Measurement]) -> None:
+        measurements.extend(found)
+        measurements[0].extra["copy_gigabytes_per_second"] = round(copied / 1e9, 2)
+        results.with_measurements(measurements).write(path)
+        for m in found:
+            print(
+                m.decoder.name, m.prompts.batch_size, m.ms_per_forward or "", m.tokens_per_second or "", m.tokens_per_forward or "", m.extra
+            )
+
+    for batch, context, widths in spots(shape, on_cpu):
+        add(at_one_spot(model, batch, context, widths, repeats, ways, copied))
+    if replay:
+        add(replays(model, tokens, ways))
     print(path)
 
 

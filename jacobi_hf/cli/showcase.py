@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -40,12 +41,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer, with the name that they are reported under."""
+    """A model and its tokenizer, with the name that they are reported under; and that of its drafter, if it has one."""
 
     name: str
     model: Any
     tokenizer: Any
     label: str = "model"
+    drafter: str | None = None
 
 
 def examples(prompt: str | None) -> list[Example]:
@@ -65,7 +67,8 @@ def examples(prompt: str | None) -> list[Example]:
 
 
 def load(name: str | None) -> list[Loaded]:
-    """The model named, or the tiny checkpoint before and after Jacobi Forcing; in fp32, where texts are equal token for token.
+    """The model named, or the tiny checkpoint before and after Jacobi Forcing, and with its drafter; in fp32, where texts are equal token
+    for token.
 
     Raises:
         ValueError: no model was named and the tiny checkpoint is not there.
@@ -74,15 +77,20 @@ def load(name: str | None) -> list[Loaded]:
         return [_load(name, name, "model")]
     if not (TINY / "checkpoint").is_dir():
         raise ValueError("the tiny checkpoint is part of the repository, not of an installed package: name a model with --model.")
-    folders = {"base": "checkpoint", "forced": "forced"}
+    folders = {"base": ("checkpoint", None), "forced": ("forced", None), "base + drafter": ("checkpoint", "drafter")}
     return [
-        _load(str(TINY / folder), f"examples/tiny_qwen3/{folder}", label) for label, folder in folders.items() if (TINY / folder).is_dir()
+        _load(str(TINY / folder), f"examples/tiny_qwen3/{folder}", label, drafter)
+        for label, (folder, drafter) in folders.items()
+        if (TINY / folder).is_dir() and (TINY / (drafter or folder)).is_dir()
     ]
 
 
-def _load(source: str, name: str, label: str) -> Loaded:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    return Loaded(name, model.eval(), AutoTokenizer.from_pretrained(source), label)
+def _load(source: str, name: str, label: str, drafter: str | None = None) -> Loaded:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if drafter is not None:
+        jacobi_hf.load_drafter(model, TINY / drafter)
+        drafter = f"examples/tiny_qwen3/{drafter}"
+    return Loaded(name, model, AutoTokenizer.from_pretrained(source), label, drafter)
 
 
 class _Painter(BaseStreamer):
@@ -153,11 +161,13 @@ def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quie
         if not quiet:
             _stream(contenders(loaded), example, max_new_tokens, console)
         measurements += _measure(contenders(loaded), example, max_new_tokens)
-    console.print(_table(measurements))
+    console.print(_table(measurements, [one.label for one in (loaded[0], *loaded)]))
     names = ", ".join(f"{one.label}: {one.name}" for one in loaded)
     threads = torch.get_num_threads()
     console.print(f"{names}; fp32, {threads} thread{'s' * (threads > 1)}; seconds are medians of {REPEATS} alternating runs;", style="dim")
     console.print("identical: to generate() of the same model.", style="dim")
+    if any(one.drafter for one in loaded):
+        console.print("base + drafter: the base verifies, so the text is its own whatever the drafter has learnt.", style="dim")
     what = "jacobi-hf demo: ordinary and Jacobi decoding of single prompts"
     return Results.start(what, loaded[0].model, loaded[0].name).with_measurements(measurements)
 
@@ -223,24 +233,23 @@ def _measurement(
     stats = output.jacobi_stats
     same = int(torch.equal(reference, output.sequences))
     return Measurement(
-        decoder=Decoder.of("jacobi_multiblock", jacobi_hf.JacobiConfig()),
+        decoder=Decoder.of("jacobi_multiblock", jacobi_hf.JacobiConfig(), contender.loaded.drafter),
         forwards=stats.forwards, tokens_per_forward=stats.mean_tokens_per_forward, mean_slots=stats.mean_slots,
         speedups=[Speedup(baseline="generate", factor=tokens / seconds * baseline_seconds_per_token)],
         agreement=Agreement(baseline="generate", identical=same, total=1), **common,
     )  # fmt: skip
 
 
-def _table(measurements: list[Measurement]) -> Table:
+def _table(measurements: list[Measurement], labels: list[str]) -> Table:
     table = Table(title="What it took", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("prompt", "model", "decoding", "tokens per forward", "seconds", "tok/s", "identical"):
         left = column in ("prompt", "model", "decoding")
         table.add_column(column, justify="left" if left else "right", no_wrap=" " not in column)
-    for m in measurements:
+    for m, label in zip(measurements, itertools.cycle(labels), strict=False):
         identical = "" if m.agreement is None else "yes" if m.agreement.identical == m.agreement.total else "NO"
-        model = {"checkpoint": "base", "forced": "forced"}.get(Path(m.model or "").name, "model")
         table.add_row(
             m.prompts.domain,
-            model,
+            label,
             m.decoder.name,
             f"{m.tokens_per_forward:.2f}",
             f"{m.seconds:.2f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,31 @@ def test_compare_writes_a_results_document(tmp_path):
     assert {m.prompts.domain for m in results.measurements} == {"code", "arithmetic", "prose"}
     assert all(m.agreement and m.agreement.identical == 1 for m in results.measurements)
     assert all((m.tokens_per_forward or 0) >= 1 for m in results.measurements)
+
+
+def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
+    """Tests, step_cost.py and growth.py at tiny shapes; a part that fails is told, and takes nothing from the others."""
+    environment = {**os.environ, "DRY": "1", "PARTS": "tests steps growth", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", BENCHMARKS / "gpu.sh", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    log = (tmp_path / "gpu.log").read_text(encoding="utf-8")
+    assert done.returncode == 0, log[-3000:]
+    statuses = [line.split("\t")[:2] for line in (tmp_path / "parts.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    assert statuses == [["tests", "0"], ["step_cost-tiny", "0"], ["growth", "0"]]
+    replayed = [m for m in Results.read(tmp_path / "step_cost-tiny.json").measurements if m.prompts.domain == "replay"]
+    assert all(m.extra.get("same_text", True) for m in replayed)
+    grown = Results.read(tmp_path / "growth.json").measurements
+    assert {m.prompts.domain for m in grown} == {"context", "batch", "new tokens"}
+    assert all(m.extra["ms"]["step"] >= m.extra["ms"]["forward"] > 0 for m in grown)
+
+
+def test_the_gpu_script_keeps_what_finished_when_a_part_fails(tmp_path):
+    environment = {**os.environ, "DRY": "1", "PARTS": "tests steps", "PYTHON": str(tmp_path / "python")}
+    (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3;; *) exec {sys.executable} --version;; esac\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", tmp_path], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert [line.split("\t")[:2] for line in done.stdout.splitlines()] == [["tests", "3"], ["step_cost-tiny", "0"]]
 
 
 @pytest.mark.parametrize("name", sorted(str(p.relative_to(BENCHMARKS / "results")) for p in (BENCHMARKS / "results").rglob("*.json")))

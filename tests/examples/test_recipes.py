@@ -49,8 +49,20 @@ def test_every_section_of_a_recipe_is_understood(script, path):
     assert data.train_dataset == packed.output_dir
     assert data.model == collected.model
     (evaluation,) = script.parse((script.Evaluation,), recipe["evaluate"], [], "evaluate")
-    assert evaluation.model == f"{args.output_dir}/final"
+    assert (evaluation.drafter if args.method == "gated" else evaluation.model) == f"{args.output_dir}/final"
+    assert args.method == "full" or evaluation.model == data.model
     assert {name: script.jacobi_hf.JacobiConfig(**knobs) for name, knobs in evaluation.decoders.items()}
+
+
+def test_every_control_of_the_drafter_is_understood(script):
+    spec = importlib.util.spec_from_file_location("gated_controls", ROOT / "examples/tiny_qwen3/gated_controls.py")
+    controls = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(controls)
+    recipe = yaml.safe_load((ROOT / controls.RECIPE).read_text(encoding="utf-8"))
+    for arguments in controls.VARIATIONS.values():
+        section = {**recipe["train"], "use_cpu": True, "bf16": False}
+        _, args = script.parse((script.TrainData, JacobiForcingConfig), section, arguments.split(), "train")
+        assert args.method == "gated"
 
 
 def test_every_ablation_is_understood(script):

@@ -58,6 +58,7 @@ def knobs() -> st.SearchStrategy[dict[str, Any]]:
             "jacobi_pool_size": st.sampled_from([0, 1, 2, 4]),
             "jacobi_lookup_tokens": st.sampled_from([0, 1, 5, 16]),
             "jacobi_branch_length": st.integers(1, 8),
+            "jacobi_topk_branches": st.sampled_from([0, 0, 1, 4, 8]),
         }
     ).filter(lambda knobs: knobs["jacobi_max_blocks"] or knobs["jacobi_lookup_tokens"])
     single = st.fixed_dictionaries({"decoding": st.just("jacobi"), "jacobi_block_size": st.sampled_from([2, 3, 4, 8, 16])})

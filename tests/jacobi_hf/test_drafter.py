@@ -106,7 +106,7 @@ def test_no_drafter_reaches_a_clean_row(kind, attention):
     for drafter in (Drafter.new(model, r=4).requires_grad_(requires_grad=False), random_drafter(model, 1), endless, broken):
         cache = JacobiStaticCache(model.config, 2, 40, torch.device("cpu"))
         forward = mixin._Forward(model, cache, 40, drafter)
-        with torch.no_grad(), mixin._grouped_attention(model), drafter.attached(model):
+        with torch.no_grad(), mixin._our_attention(model), drafter.attached(model):
             prompt = build_layout((7,), torch.device("cpu"))
             forward(torch.arange(16).view(2, 8) % VOCAB, None, prompt, cache.columns(8, 0), None)
             cache.commit(torch.tensor([8, 5]))

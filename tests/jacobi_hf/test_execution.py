@@ -4,6 +4,7 @@ import copy
 import gc
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import jacobi_hf
+from jacobi_hf.execution import cannot_compile
 from tests.models import VOCAB, fresh_model, tiny_model
 
 # Traces and functionalises as inductor does, without the minutes of a C++ compiler.
@@ -97,6 +99,24 @@ def test_other_lengths_and_prompts_compile_nothing():
     assert counters["stats"]["unique_graphs"] <= len(shapes)
 
 
+def test_other_knobs_and_other_switches_of_the_model_are_other_steps():
+    """More of them than torch.compile would tell apart by itself; each is counted."""
+    model, ids = fresh_model("qwen3"), prompt(1, 4)
+    plain = CompileConfig(backend="eager", mode=None)
+    arguments = {"do_sample": False, "compile_config": plain, "max_new_tokens": 6}
+    for length in range(2, 11):
+        output = generate(model, ids, **arguments, jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length)
+        assert output.jacobi_stats.compiled_steps > 0
+    setting = {"jacobi_max_blocks": 0, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 2}
+    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
+    model.train()
+    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
+    model.eval()
+    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
+    with torch.inference_mode():
+        assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
+
+
 def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
     first, second, ids = fresh_model("qwen3"), fresh_model("qwen3"), prompt(1, 5)
     with torch.no_grad():
@@ -112,7 +132,6 @@ def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
     assert generate(second, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps == 0
     copy.deepcopy(first)
     gone = weakref.ref(second)
-    jacobi_hf.clear_graphs(second)
     del second, model
     gc.collect()
     assert gone() is None
@@ -129,6 +148,21 @@ def test_hooks_and_disable_compile_leave_steps_as_they_are():
     handle.remove()
     assert output.jacobi_stats.compiled_steps == 0
     assert torch.equal(plain.sequences, output.sequences)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("hf_device_map", {"model.layers.0": "cpu", "model.layers.1": "disk"}, "the model is spread over several devices"),
+        ("hf_quantizer", SimpleNamespace(is_compileable=False), "its quantisation cannot be compiled"),
+        ("_tp_size", 2, "the model is split over several processes"),
+    ],
+)
+def test_why_a_model_cannot_be_compiled(attribute, value, reason):
+    model = fresh_model("qwen3")
+    assert cannot_compile(model) is None
+    setattr(model, attribute, value)
+    assert cannot_compile(model) == reason
 
 
 def test_who_wants_more_than_tokens_gets_it_uncompiled():

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
+from accelerate import dispatch_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, StaticCache, pipeline
 
-from tests.models import fresh_model, tiny_model
+from jacobi_hf import mixin
+from jacobi_hf.decoding import Decoder
+from tests.jacobi_hf.cases import Case, differences
+from tests.models import TINY, VOCAB, fresh_model, tiny_model
 from tests.tiny import CHECKPOINT
 
 KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
@@ -49,6 +53,22 @@ def test_num_return_sequences(any_model, prompt):
     assert same(any_model, {**prompt, "do_sample": True}, num_return_sequences=3, max_new_tokens=12).shape[0] == 6
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", TINY)
+def test_a_long_prompt_goes_in_by_parts(kind, attention, monkeypatch):
+    """Rows that end in different parts, and at the end of one: tokens, scores, cache are those of a prefill in one go."""
+    monkeypatch.setattr(Decoder, "PREFILL_SLOTS", 4)
+    monkeypatch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
+    widths = []
+    hook = tiny_model(kind).register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    case = Case(kind, attention, (2, 4, 9, 14), 0, VOCAB, KNOBS, {"max_new_tokens": 12, "do_sample": False}, returns_dict=True)
+    assert differences(case) == []
+    hook.remove()
+    parts = widths.index(4)  # behind the one-go prefill of the reference and its single tokens
+    assert widths[parts : parts + 4] == [4, 4, 4, 2]
+    tiny_model(kind).set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_inputs_embeds(any_model, prompt, with_ids):
     embeds = any_model.get_input_embeddings()(prompt["input_ids"])
@@ -56,6 +76,10 @@ def test_inputs_embeds(any_model, prompt, with_ids):
     if not with_ids:
         inputs.pop("input_ids")
     same(any_model, inputs, max_new_tokens=15)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "PREFILL_SLOTS", 4)
+        patch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
+        same(any_model, inputs, max_new_tokens=15)
 
 
 def test_inputs_without_a_mask(any_model):
@@ -156,6 +180,36 @@ def test_accelerate_hooks(tmp_path, prompt):
         tmp_path / "model", device_map=spread, offload_folder=str(tmp_path / "off"), dtype=torch.float32
     )
     assert torch.equal(offloaded.generate(**prompt, max_new_tokens=12, **KNOBS), reference)
+
+
+def test_a_model_in_stages(tmp_path, prompt):
+    """Some layers in memory and some on disk, with accelerate's hooks between: the same tokens, and steps stay uncompiled."""
+    model = fresh_model("qwen3")
+    model.save_pretrained(tmp_path / "model")
+    stages = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+              "model.layers.2": "disk", "model.norm": "disk", "lm_head": "disk"}  # fmt: skip
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=stages, offload_folder=str(tmp_path / "off"), dtype=torch.float32
+    )
+    for arguments in ({}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}):
+        inputs = {**prompt, **arguments}
+        torch.manual_seed(0)
+        reference = model.generate(**inputs, max_new_tokens=12)
+        torch.manual_seed(0)
+        assert torch.equal(spread.generate(**inputs, max_new_tokens=12, **KNOBS), reference)
+    with pytest.warns(UserWarning, match="compile_config is without effect: the model is spread over several devices"):
+        output = spread.generate(**prompt, max_new_tokens=12, return_dict_in_generate=True, compile_config=CompileConfig(), **KNOBS)
+    assert output.jacobi_stats.compiled_steps == 0
+    assert torch.equal(output.sequences, model.generate(**prompt, max_new_tokens=12))
+
+
+def test_a_device_map_on_one_device_says_why_it_is_not_compiled(tmp_path, prompt):
+    fresh_model("qwen3").save_pretrained(tmp_path)
+    hooked = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=torch.float32)
+    dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+        output = hooked.generate(**prompt, max_new_tokens=12, compile_config=CompileConfig(), **KNOBS)
+    assert torch.equal(output, hooked.generate(**prompt, max_new_tokens=12))
 
 
 def test_compiled_wrapper_delegates(prompt):

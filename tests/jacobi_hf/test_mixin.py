@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -293,11 +294,15 @@ def test_persisted_decoding_gives_way(arguments, prompt):
     assert torch.equal(output, reference)
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_attention_that_takes_no_mask_of_ours_is_refused_with_advice(attention, prompt):
+@pytest.mark.parametrize(
+    ("attention", "problem"),
+    [("flash_attention_2", "flash-attn is not installed"), ("flash_attention_3", "takes no mask of our own")],
+)
+def test_attention_that_takes_no_mask_of_ours_is_refused_with_advice(attention, problem, prompt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     model = fresh_model("qwen3")
     model.config._attn_implementation = attention
-    with pytest.raises(ValueError, match="set_attn_implementation\\('sdpa'\\)"):
+    with pytest.raises(ValueError, match=f"{attention}.*{problem}.*set_attn_implementation\\('sdpa'\\)"):
         model.generate(**prompt, max_new_tokens=3, decoding="jacobi")
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jacobi_hf.pool import NgramLookup, NgramPool, Rejection, Text
+from jacobi_hf.pool import Drafts, NgramLookup, NgramPool, OtherChoices, Rejection, Text
+from jacobi_hf.step import Step
 
 ids = st.integers(0, 4)
 
@@ -85,3 +87,43 @@ def test_rows_have_pools_of_their_own():
     tokens, lengths = pool.propose(text_of([2], [2]))
     assert lengths.tolist() == [[1], [0]]
     assert tokens[0, 0, 0] == 6
+
+
+def test_other_choices_stand_in_for_the_first_guesses():
+    source = OtherChoices(5, width=3)
+    drafts = Drafts(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[[11, 21], [12, 22], [13, 23]]] * 2), torch.tensor([3, 1]))
+    tokens, depths = source.propose(text_of([0]), drafts)
+    assert source.starts == (0, 0, 1, 1, 2)
+    assert tokens[0].tolist() == [[11, 2], [21, 2], [12, 3], [22, 3], [13, 3]]
+    assert depths.tolist() == [[2, 2, 3, 3, 3], [2, 2, 0, 0, 0]]
+    assert OtherChoices(32, width=2).branches == 4
+
+
+def test_other_choices_are_the_models_second_and_third(model):
+    """In a call: what a branch begins with is the runner-up at the slot that the window's guess comes from."""
+    accept, former, seen = Step.accept, [], []
+
+    def watch(self, slots, *rest, **options):
+        verdict = accept(self, slots, *rest, **options)
+        if former:
+            former_slots, former_verdict = former.pop()
+            depths = self._branches[0][1][0].tolist()
+            sent = [(c, start) for c, (start, depth) in enumerate(zip(self.starts, depths, strict=True)) if depth > start]
+            for segment, (branch, start) in enumerate(sent, 1):
+                slot = former_slots.layout.path_SD[0, int(former_verdict.count_B) + start]
+                likeliest = former_verdict.merit_BQV[0, slot].topk(3).indices.tolist()
+                first = int(slots.token_BQ[0, slots.layout.path_SD[segment, start + 1]])
+                assert first == likeliest[1 + branch % 2]
+                seen.append(first)
+        former.append((slots, verdict))
+        return verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "accept", watch)
+        ids = torch.tensor([[3, 4, 5]])
+        output = model.generate(
+            ids, max_new_tokens=20, do_sample=False, pad_token_id=0, decoding="jacobi_multiblock", jacobi_block_size=4,
+            jacobi_pool_size=0, jacobi_lookup_tokens=0, jacobi_topk_branches=8,
+        )  # fmt: skip
+    assert torch.equal(output, model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0))
+    assert len(seen) > 20

@@ -4,7 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from jacobi_hf.layout import build_layout
 from jacobi_hf.selection import FixedNoise, Selector, best, confirmed
@@ -28,6 +38,38 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
     assert torch.equal(chosen, torch.stack(sampled, 1))
     noise.rewind(tokens)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8), seed=st.integers(0, 10**6),
+    rewound=st.integers(0, 3),
+)  # fmt: skip
+def test_an_index_keeps_its_noise_however_far_rows_are_apart(steps, seed, rewound):
+    """The ring against a table of everything: windows of indices that move on and grow or shrink, and the generator behind them."""
+    torch.manual_seed(seed)
+    states, table = [torch.get_rng_state()], []
+    for _ in range(sum(moved for moved, _ in steps) + 12):
+        table.append(torch.empty(2, 5).exponential_())
+        states.append(torch.get_rng_state())
+    torch.manual_seed(seed)
+    noise, first = FixedNoise(CPU), 0
+    for moved, beyond in steps:
+        first += moved
+        noise.draw(first, first + beyond, (2, 5))
+        index_BQ = torch.arange(first, first + beyond + 1).expand(2, -1)
+        assert torch.equal(noise.at(index_BQ), torch.stack(table[first : first + beyond + 1], 1))
+    noise.rewind(first + min(rewound, beyond))
+    assert torch.equal(torch.get_rng_state(), states[first + min(rewound, beyond)])
+
+
+def test_the_ring_is_not_rebuilt_while_it_has_room():
+    noise = FixedNoise(CPU)
+    noise.draw(0, 7, (1, 3))
+    address = noise.ring_IBV.data_ptr()
+    for first in range(1, 40):
+        noise.draw(first, first + 7, (1, 3))
+    assert noise.ring_IBV.data_ptr() == address
+    assert len(noise.ring_IBV) == 8
 
 
 @given(
@@ -64,6 +106,43 @@ def test_scores_of_every_slot_are_those_of_its_true_prefix(data, penalty, ignore
             path = layout.path_SD[segment, : depth + 1]
             prefix = torch.cat([prompt, tokens[:, path]], 1)
             assert torch.equal(scores[:, path[-1]], processors(prefix, logits[:, path[-1]].clone()))
+
+
+@given(
+    temperature=st.floats(0.05, 5), top_p=st.floats(0.01, 0.999), min_p=st.floats(0.0, 1.0), penalty=st.floats(0.3, 3),
+    mass=st.floats(0.01, 0.99), epsilon=st.floats(1e-6, 0.5), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_held_values_do_to_scores_exactly_what_numbers_do(temperature, top_p, min_p, penalty, mass, epsilon, seed):
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p),
+            MinPLogitsWarper(min_p), TypicalLogitsWarper(mass), EpsilonLogitsWarper(epsilon), EtaLogitsWarper(epsilon),
+        ]
+    )  # fmt: skip
+    held, layout, generator = {}, build_layout((3,), CPU), torch.Generator().manual_seed(seed)
+
+    def hold(name, value):
+        return held.setdefault(name, value.clone())
+
+    for _ in range(2):  # one by one, since a later one sees little of the scores that an earlier one leaves
+        for some in ([processor] for processor in processors):
+            logits, tokens = torch.randn(2, 4, 50, generator=generator) * 4, torch.randint(0, 50, (2, 4), generator=generator)
+            held.clear()
+            numbers, tensors = (Selector(LogitsProcessorList(some), None, tokens, h) for h in (None, hold))
+            assert torch.equal(numbers.scores(logits, layout, tokens), tensors.scores(logits, layout, tokens))
+            assert tensors.kind == numbers.kind
+            assert held
+
+
+def test_values_are_no_other_kind_of_step_but_what_shapes_depend_on_is():
+    def kind(*processors):
+        return Selector(LogitsProcessorList(processors), None, torch.zeros(1, 1, dtype=torch.long)).kind
+
+    assert kind(TemperatureLogitsWarper(0.5)) == kind(TemperatureLogitsWarper(0.7))
+    assert kind(TopKLogitsWarper(5)) != kind(TopKLogitsWarper(6))
+    assert kind(TopPLogitsWarper(0.5)) != kind(TopPLogitsWarper(0.5, filter_value=-1e9))
+    assert kind(TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.5)) != kind(TopPLogitsWarper(0.5), TemperatureLogitsWarper(0.5))
+    assert kind(RepetitionPenaltyLogitsProcessor(1.1, torch.tensor([1]))) == kind(RepetitionPenaltyLogitsProcessor(1.3, torch.tensor([0])))
 
 
 def test_an_unknown_processor_is_not_vectorised():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -115,7 +116,7 @@ def test_the_best_windows_are_combined_with_the_best_lookup():
 @pytest.mark.parametrize("fastest", [0, 4, 8, 16])
 def test_with_a_drafter_the_best_window_is_tried_at_several_verify_widths(fastest):
     window = Grid().apart()[1]
-    widths = {width: JacobiConfig(**{**window.to_knobs(), "jacobi_verify_width": width}) for width in (0, 4, 8, 16)}
+    widths = {width: replace(window, jacobi_verify_width=width) for width in (0, 4, 8, 16)}
     world = World(0, 1, 10**9, drafted=True, steps={window: 2, widths[fastest]: 1})
     table, _ = world.search()
     assert {w.jacobi_verify_width for w in world.begun if w in widths.values()} == {0, 4, 8, 16}
@@ -183,8 +184,8 @@ def test_calls_that_compile_or_record_do_not_count():
     assert len(model.calls) == 3
 
 
-def test_calls_that_compile_unnoticed_by_the_statistics_do_not_count_either():
-    """Steps of the same widths under another config; ordinary decoding."""
+def test_no_way_is_timed_while_it_compiles():
+    """Ordinary decoding neither, nor steps of the same widths under another config."""
     model, compiled = fresh_model("qwen3"), []
     watch = Stopwatch(
         model, {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}, compile_config=CompileConfig(backend="eager", mode=None)
@@ -199,7 +200,7 @@ def test_calls_that_compile_unnoticed_by_the_statistics_do_not_count_either():
         return output
 
     model.generate = noted
-    alike = JacobiConfig(**{**WINDOW.to_knobs(), "jacobi_block_size": 2, "jacobi_max_blocks": 2})
+    alike = replace(WINDOW, jacobi_block_size=2, jacobi_max_blocks=2)
     for way in (None, WINDOW, alike):
         compiled.clear()
         watch.measure(way, BATCH)
@@ -256,9 +257,11 @@ def test_ordinary_decoding_is_told_in_steps(extra, rows):
 
 def test_names():
     both = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=2, jacobi_lookup_tokens=4, jacobi_pool_size=2)
+    topk = replace(both, jacobi_topk_branches=5)
+    assert (describe(topk), sources_of(topk)) == ("n=8 K=2, lookup 4, pool 2x8, topk 5", ("window", "lookup", "pool", "topk"))
     assert describe(both) == "n=8 K=2, lookup 4, pool 2x8"
     assert describe(both, drafted=True) == "n=8 K=2, drafter, lookup 4, pool 2x8"
-    assert describe(JacobiConfig(**{**WINDOW.to_knobs(), "jacobi_verify_width": 3}), drafted=True) == "n=4 K=1, drafter verifying 3"
+    assert describe(replace(WINDOW, jacobi_verify_width=3), drafted=True) == "n=4 K=1, drafter verifying 3"
     assert describe(Grid().apart()[0], drafted=True) == "lookup 8"
     assert (describe(None), describe(ASSISTED)) == ("ordinary decoding", "assisted decoding")
     assert sources_of(both) == ("window", "lookup", "pool")

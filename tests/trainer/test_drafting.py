@@ -181,11 +181,24 @@ def test_a_window_sees_nothing_of_the_others():
 def test_constant_drafts_hide_the_drafts():
     model = fresh_model("qwen3")
     ids, prompt_B, length_B = answered(model)
-    trained = drafted(model, random_drafter(model), constant_draft=1)
+    drafter = Drafter.new(model, r=4, constant_draft=1)
+    with torch.no_grad():
+        drafter.embedding.normal_()
+    trained = drafted(model, drafter)
     text = trained.read(ids, prompt_B, length_B)
     pending_BM = prompt_B[:, None]
     first = fresh_windows(text, pending_BM, 4)
     other = Windows(pending_BM, (first.draft_BMW + 1) % VOCAB)
     with torch.no_grad():
-        outputs = [trained._forward(text, windows).logits for windows in (first, other)]
-    assert torch.equal(*outputs)
+        assert torch.equal(trained._forward(text, first).logits, trained._forward(text, other).logits)
+    # And in decoding.
+    inputs, seen = torch.tensor([PROMPTS[0]]), []
+    handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with drafting(model, drafter.copied()):
+        output = model.generate(
+            inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, decoding="jacobi_multiblock", jacobi_block_size=4,
+            jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0,
+        )  # fmt: skip
+    handle.remove()
+    assert all((token_BQ[:, -2:] == 1).all() for token_BQ in seen[1:3])
+    assert torch.equal(output, model.generate(inputs, max_new_tokens=12, do_sample=False, pad_token_id=0))

@@ -112,8 +112,6 @@ class TestBadInput:
             trainer(model, tmp_path, given={"ref_model": fresh_model("qwen3")})
         with pytest.raises(ValueError, match="replay_dataset has no meaning"):
             trainer(model, tmp_path, given={"replay_dataset": [{"text": "a"}]})
-        with pytest.raises(ValueError, match="muon_learning_rate is for the model's matrices"):
-            trainer(model, tmp_path, muon_learning_rate=1e-3)
         with pytest.raises(ValueError, match="checkpointing of activations"):
             trainer(model, tmp_path, activation_checkpointing=True)
 

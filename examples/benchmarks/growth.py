@@ -1,0 +1,265 @@
+"""How time and memory of a step grow with the context, the batch and the new tokens, beside ordinary `generate`.
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/growth.py
+
+A small Qwen3 with random weights continues random ids: what a step costs does not depend on them. A step lasts from the start of one
+forward to the start of the next, and its parts are timed apart: the *forward*, in which attention grows with the cached tokens by
+nature; the *mask* that the forward is given; the *lookup*, a scan over the ids of the text; then *choice* (of the token at every slot, and
+what that confirms), *pool*, *window* and *commit*; and the *rest*, all that the host does in between. What is given is the median over the
+steps behind so many cached tokens. Every Jacobi step has the full width, 65 slots with the default knobs, so that steps can be compared.
+Ordinary and Jacobi decoding take turns, call by call.
+
+Memory is the highest of a call beyond what was held before it. It is measured by a second process, in which glibc hands every freed
+block of 64 KiB or more back at once, so that resident means allocated; on CUDA it is the allocator's own count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import common
+import torch
+import typer
+from memory import resident
+from rich.console import Console
+from rich.progress import track
+from step_cost import synchronize
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from jacobi_hf import JacobiConfig, mixin
+from jacobi_hf.cache import JacobiStaticCache
+from jacobi_hf.execution import Eager
+from jacobi_hf.pool import NgramLookup, NgramPool
+from jacobi_hf.results import Measurement, Prompts, Results
+from jacobi_hf.step import Step, Widths, candidate_sources
+from jacobi_hf.window import Window
+
+PARTS = {
+    "mask": [(mixin._Forward, "arguments")],
+    "choice": [(Step, "accept")],
+    "lookup": [(NgramLookup, "propose")],
+    "pool": [(NgramPool, "propose"), (NgramPool, "learn")],
+    "window": [(Window, "append_blocks"), (Window, "redraft")],
+    "commit": [(JacobiStaticCache, "commit")],
+}
+MOST = 32_768
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on one of the three axes: a call, and what of it is looked at.
+
+    Attributes:
+        cached: steps behind so many cached tokens are looked at, up to a quarter more; None for all of them.
+    """
+
+    axis: str
+    rows: int
+    prompt: int
+    tokens: int
+    cached: int | None = None
+
+    @property
+    def call(self) -> tuple[int, int, int]:
+        """What `generate` is asked for."""
+        return self.rows, self.prompt, self.tokens
+
+
+def points(most: int) -> list[Point]:
+    """Contexts up to `most`; batches up to 16; up to an eighth of `most` new tokens, which are looked at on the way."""
+    short, tokens = most // 64, max(40, most // 200)
+    return [
+        *(Point("context", 1, context, tokens) for context in (short, 4 * short, 16 * short, most)),
+        *(Point("batch", rows, short, tokens) for rows in (1, 4, 16)),
+        *(Point("new tokens", 1, short // 8, most // 8, times * short) for times in (1, 2, 4, 6)),
+    ]
+
+
+def random_model(device: torch.device) -> Qwen3ForCausalLM:
+    """Two layers of 4 heads on 2 key/value heads of 32."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=2 * MOST, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval().to(device)
+
+
+@dataclass
+class Steps:
+    """The steps of the calls made while it watches.
+
+    Attributes:
+        found: per step, the cached tokens behind which it ran, its width, and seconds of its parts and as a whole.
+    """
+
+    model: Any
+    found: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
+    _parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _last: tuple[int, int, float] | None = None
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        synchronize(self.model.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Time one call."""
+        originals = [(owner, name, getattr(owner, name), part) for part, places in PARTS.items() for owner, name in places]
+        hooks = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True), self.model.register_forward_hook(self._end)]
+        for owner, name, original, part in originals:
+            setattr(owner, name, self._timed(original, part))
+        self._last = None
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for owner, name, original, _ in originals:
+                setattr(owner, name, original)
+
+    def _timed(self, function: Any, part: str) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = self.now()
+            result = function(*args, **kwargs)
+            self._parts[part] += self.now() - started
+            return result
+
+        return timed
+
+    def _begin(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        now = self.now()
+        if self._last is not None:
+            cached, width, started = self._last
+            whole = now - started
+            self.found.append((cached, width, {**self._parts, "step": whole, "rest": whole - sum(self._parts.values())}))
+        self._parts.clear()
+        cached, width = int(kwargs["position_ids"][:, 0].min()), kwargs["input_ids"].shape[1]
+        self._last = (cached, width, self.now())
+
+    def _end(self, *_: Any) -> None:
+        assert self._last is not None
+        self._parts["forward"] += self.now() - self._last[2]
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes held since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+
+def forget_peak(device: torch.device) -> int:
+    """Let `peak` count from now on; returns what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident()
+
+
+def decode(model: Any, call: tuple[int, int, int], arguments: dict[str, Any]) -> None:
+    """Continue random ids."""
+    rows, prompt, tokens = call
+    ids = torch.randint(1, model.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(prompt)).to(model.device)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **arguments)
+
+
+def memory_of(model: Any, calls: list[tuple[int, int, int]]) -> dict[str, list[int]]:
+    """Highest bytes of each call beyond those before it, per decoder."""
+    found: dict[str, list[int]] = {}
+    for contender in contenders():
+        decode(model, calls[0], contender.arguments)
+        for call in calls:
+            before = forget_peak(model.device)
+            decode(model, call, contender.arguments)
+            found.setdefault(contender.decoder.name, []).append(peak(model.device) - before)
+    return found
+
+
+def full_widths(_: Eager, __: Widths) -> Widths:
+    """An `Eager.widths` that makes window and branches as long as the default knobs let them be, whatever the step needs."""
+    config = JacobiConfig()
+    sources = candidate_sources(config, 1, torch.device("cpu"))
+    return Widths(config.window_width, tuple(source.length for source in sources for _ in range(source.branches)))
+
+
+def contenders() -> list[common.Contender]:
+    """Ordinary decoding, and ours as it stands."""
+    return [common.ordinary(), common.jacobi("jacobi_multiblock")]
+
+
+def milliseconds(steps: list[tuple[int, int, dict[str, float]]]) -> dict[str, float]:
+    """The median of a step and of each of its parts."""
+    names = [name for name in ("step", "forward", *PARTS, "rest") if any(name in parts for _, _, parts in steps)]
+    return {name: round(statistics.median(parts.get(name, 0.0) for _, _, parts in steps) * 1e3, 4) for name in names}
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "growth.json",
+    most: Annotated[int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to an eighth of it.")] = MOST,
+    repeats: Annotated[int, typer.Option(min=1)] = 2,
+    memory: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """All points of all axes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, planned = random_model(device), points(most)
+    Eager.widths = full_widths  # type: ignore[method-assign, assignment]
+    calls = list(dict.fromkeys(point.call for point in planned))
+    if memory:
+        print(json.dumps(memory_of(model, calls)))
+        return
+    steps = {contender.decoder.name: {call: Steps(model) for call in calls} for contender in contenders()}
+    for contender in contenders():
+        decode(model, calls[0], contender.arguments)
+    for call in track([call for _ in range(repeats) for call in calls], console=Console(stderr=True)):
+        for contender in contenders():
+            mine = steps[contender.decoder.name][call]
+            with mine.watch():
+                decode(model, call, contender.arguments)
+    command = [sys.executable, __file__, "--most", str(most), "--memory"]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout  # noqa: S603
+    held = json.loads(printed.splitlines()[-1])
+    measurements = []
+    for point in planned:
+        for contender in contenders():
+            name, (low, high) = contender.decoder.name, (point.cached or point.prompt, (point.cached or MOST) * 5 // 4)
+            found = [step for step in steps[name][point.call].found if low < step[0] < high]
+            measurements.append(
+                Measurement(
+                    decoder=contender.decoder,
+                    prompts=Prompts(
+                        domain=point.axis, source=f"random ids, {point.prompt} a row", count=point.rows, max_new_tokens=point.tokens,
+                        batch_size=point.rows,
+                    ),
+                    mean_slots=found[0][1],
+                    repeats=len(found),
+                    extra={
+                        "at": {"context": point.prompt, "batch": point.rows, "new tokens": point.cached}[point.axis],
+                        "ms": milliseconds(found),
+                        "mib": None if point.cached else round(held[name][calls.index(point.call)] / 2**20, 2),
+                    },
+                )
+            )  # fmt: skip
+            print(point.axis, name, len(found), measurements[-1].extra)
+    what = "Time and memory of a step as context, batch and new tokens grow"
+    Results.start(what, model, "random Qwen3, 2 layers").with_measurements(measurements).write(output)
+    print(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)

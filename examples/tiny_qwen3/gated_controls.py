@@ -1,0 +1,58 @@
+"""Controls of the drafter's training: one factor at a time, by the short recipe.
+
+    python examples/tiny_qwen3/gated_controls.py --output-dir examples/benchmarks/results/gated [NAME ...]
+
+Needs what the stages collect and pack of examples/recipes/tiny_qwen3_gated.yaml wrote. Each variation's results document is finished before
+the next one starts; those already there are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Relative to the root, from where the stages run: documents record the command.
+SCRIPT, RECIPE = "examples/train_jacobi_forcing.py", "examples/recipes/tiny_qwen3_gated_short.yaml"
+MUON = "--muon_learning_rate 8e-3"
+VARIATIONS = {
+    "short": MUON,
+    "constant-draft": f"{MUON} --gated_constant_draft 1",  # plain multi-token prediction
+    "soft-targets": f"{MUON} --gated_targets soft",
+    "rank-16": f"{MUON} --lora_r 16",
+    "rank-32": f"{MUON} --lora_r 32",
+    "one-visit": f"{MUON} --gated_visits 1 --gated_windows 15",
+    "six-visits": f"{MUON} --gated_visits 6 --gated_windows 3",
+    "adamw": "",
+}
+
+
+def stage(name: str, *arguments: str) -> None:
+    """One stage of the example script."""
+    subprocess.run([sys.executable, SCRIPT, name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
+
+
+def run(name: str, seed: str, out: Path) -> None:
+    """One variation, from training to its results document."""
+    folder = f"build/forcing/gated/controls/{name}-seed{seed}"
+    stage("train", "--output_dir", folder, "--seed", seed, *VARIATIONS[name].split())
+    stage("evaluate", "--drafter", f"{folder}/final", "--name", f"control {name}", "--output", os.path.relpath(out, ROOT))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(VARIATIONS)}; all when none is given")
+    parser.add_argument("--output-dir", required=True, help="folder of the results documents")
+    parser.add_argument("--seed", default="42")
+    options = parser.parse_args()
+    for name in options.names or VARIATIONS:
+        out = Path(options.output_dir).resolve() / f"control-{name}-seed{options.seed}.json"
+        if not out.is_file():
+            run(name, options.seed, out)
+
+
+if __name__ == "__main__":
+    main()
