@@ -73,7 +73,7 @@ def ways(tuning: Tuning, draft: Any, layers: int, drafter: str | None) -> list[W
         Way(Decoder(name="early-exit", kind="early-exit"), {"assistant_early_exit": layers // 2}),
         Way(static.model_copy(update={"name": "generate-compiled"}), ordinary),
     ]
-    note = describe(tuning.way)
+    note = describe(tuning.way, drafted=tuning.drafted)
     if tuning.config is None:
         kind = "generate" if tuning.way is None else "assisted"
         found.append(Way(Decoder(name="autotuned", kind=kind), tuning.knobs, ours=True, note=note))
