@@ -186,6 +186,7 @@ def test_calls_that_compile_or_record_do_not_count():
 
 def test_no_way_is_timed_while_it_compiles():
     """Ordinary decoding neither, nor steps of the same widths under another config."""
+    torch.compiler.reset()  # what other tests have compiled
     model, compiled = fresh_model("qwen3"), []
     watch = Stopwatch(
         model, {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}, compile_config=CompileConfig(backend="eager", mode=None)
