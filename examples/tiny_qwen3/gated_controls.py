@@ -24,6 +24,7 @@ VARIATIONS = {
     "soft-targets": f"{MUON} --gated_targets soft",
     "rank-16": f"{MUON} --lora_r 16",
     "rank-32": f"{MUON} --lora_r 32",
+    "no-decay": f"{MUON} --gated_decay 1",
     "one-visit": f"{MUON} --gated_visits 1 --gated_windows 15",
     "six-visits": f"{MUON} --gated_visits 6 --gated_windows 3",
     "adamw": "",
