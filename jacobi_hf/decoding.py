@@ -321,7 +321,8 @@ class Decoder:
 
     def _launch(self, names: list[str], slots: int, tokens: int, verified: int) -> None:
         """Send for the report of the step that was just handed to the device."""
-        self._launched.append(Launched(names, slots, tokens, verified, report_of(self._step.report_BN)))
+        report_BN = self._step.report_BN
+        self._launched.append(Launched(names, slots, tokens, verified, report_of(report_BN) if self._lag else lambda: report_BN))
 
     def _tell(self, *, waiting: int) -> None:
         """Take note of what was launched, but for the last `waiting` steps."""

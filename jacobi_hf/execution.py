@@ -131,11 +131,12 @@ class Compiled(WholeSteps):
         super().__init__(config)
         self._how, self._known, self._is_marked = {"backend": backend, "mode": mode, "options": options}, kept_for(model).compiled, False
         # What is not told apart here, torch.compile would tell apart itself, and give up after some.
-        self._under = config, hash(switches_of(model)), torch.is_inference_mode_enabled()
+        under = config, switches_of(model), torch.is_inference_mode_enabled(), repr(self._how)
+        self._under = hash(under)  # once, not in every step
 
     def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
         """What makes a step another one than the next, beside the lengths."""
-        return *super().kind(step, selector, widths), repr(self._how), self._under
+        return *super().kind(step, selector, widths), self._under
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,

@@ -132,11 +132,13 @@ def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tens
     Returns:
         bool `(B, 1, Q, S)`, True where attention is allowed.
     """
-    batch, slots = len(lengths_B), layout.slots
-    slot_Q = torch.arange(slots, device=column_S.device)
     if layout.is_chain:
-        row_B = torch.arange(batch, device=column_S.device)
-        return visibility(layout, lengths_B, sliding_window)(row_B[:, None, None], slot_Q[:, None], column_S)[:, None]
+        position_BQ1 = (lengths_B[:, None] + layout.depth_Q)[..., None]
+        allowed_BQS = column_S <= position_BQ1
+        if sliding_window is not None:
+            allowed_BQS &= column_S > position_BQ1 - sliding_window
+        return allowed_BQS[:, None]
+    batch, slots = len(lengths_B), layout.slots
     # The rule of a tree looks each pair of slot and column up; the few columns of the step are scattered instead, a hundred times faster.
     cached_BQS = (column_S < lengths_B[:, None])[:, None].expand(-1, slots, -1)
     sees_QQ = layout.sees_QQ
@@ -144,7 +146,7 @@ def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tens
         depth_Q1 = layout.depth_Q[:, None]
         cached_BQS = cached_BQS & (column_S > lengths_B[:, None, None] + depth_Q1 - sliding_window)
         sees_QQ = sees_QQ & (layout.depth_Q > depth_Q1 - sliding_window)
-    index_BQQ = (lengths_B[:, None] + slot_Q)[:, None].expand(-1, slots, -1)
+    index_BQQ = (lengths_B[:, None] + torch.arange(slots, device=column_S.device))[:, None].expand(-1, slots, -1)
     return cached_BQS.scatter(2, index_BQQ, sees_QQ.expand(batch, -1, -1))[:, None]
 
 

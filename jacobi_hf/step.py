@@ -352,4 +352,6 @@ class Step:
     def _report(self, verdict: Verdict) -> None:
         broken_B = self._none_B if verdict.broken_B is None else verdict.broken_B
         columns = [self.generated_B, self.width_B, self.halted_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0], broken_B]
-        self.report_BN.copy_(torch.cat([torch.stack(columns, 1), *(length_BC for _, length_BC in self._branches)], 1))
+        report_BN = torch.stack(columns, 1)
+        branches = [length_BC for _, length_BC in self._branches]
+        self.report_BN.copy_(torch.cat([report_BN, *branches], 1) if branches else report_BN)

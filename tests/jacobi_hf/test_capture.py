@@ -224,11 +224,11 @@ def test_what_a_compile_config_asks_for(backend, mode, steps, inner_mode, captur
     assert isinstance(execution, Captured) == captures
     assert type(inner) is steps
     if steps is Compiled:
-        assert (inner._backend, inner._mode) == (backend, inner_mode)
+        assert (inner._how["backend"], inner._how["mode"]) == (backend, inner_mode)
     monkeypatch.delitem(capture.GRAPHS, "cpu")  # a device that records nothing
     execution = whole_steps(model, config, wanted, buffers)
     assert type(execution) is Compiled
-    assert (execution._backend, execution._mode) == (backend, mode)
+    assert (execution._how["backend"], execution._how["mode"]) == (backend, mode)
 
 
 def test_steps_are_compiled_and_then_captured(monkeypatch):
