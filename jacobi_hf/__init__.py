@@ -8,7 +8,8 @@ from pathlib import Path as _Path
 from jacobi_hf._version import __version__
 from jacobi_hf.arena import clear_graphs
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.drafter import Drafter, DrafterError, load_drafter, set_drafter, unload_drafter
+from jacobi_hf.drafter import Drafter, DrafterError
+from jacobi_hf.drafters import load_drafter, set_drafter, unload_drafter
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 from jacobi_hf.tuning import Tuning, autotune

@@ -14,18 +14,13 @@ import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from jacobi_hf.arena import clear_graphs
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter_config.json", "drafter_model.safetensors"
 EMBEDDING = "draft_embedding"
@@ -367,109 +362,3 @@ def _device_of(layer: torch.nn.Module, model: Any) -> torch.device:
 
 def _as_list(value: str | Iterable[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
-
-
-class _Loaded:
-    """The drafters of a model, and the one in use."""
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Drafter] = {}
-        self.active: str | None = None
-
-
-_loaded: WeakKeyDictionary[Any, _Loaded] = WeakKeyDictionary()
-
-
-def load_drafter(
-    model: PreTrainedModel, source: str | Path, name: str = "default", *, revision: str | None = None, token: str | bool | None = None
-) -> None:
-    """Give a model a drafter: its next calls with Jacobi decoding draft with it. Ordinary calls are not changed.
-
-    Args:
-        model: of a registered class.
-        source: folder, or repository of the Hub.
-        name: to tell several apart; the one loaded last is in use (`set_drafter`).
-        revision, token: for the Hub.
-
-    Raises:
-        DrafterError: the files are missing, damaged or those of another model, or the name is taken; the model is as it was.
-    """
-    model = _base_of(model)
-    drafters = _loaded.get(model) or _Loaded()
-    if name in drafters.by_name:
-        raise DrafterError(f"a drafter named {name!r} is loaded already: unload it first, or give this one another name.")
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise DrafterError("the model's layers are split over several processes (tp_plan), which a drafter does not follow.")
-    drafter = Drafter.from_pretrained(_folder_of(source, revision, token))
-    check_fits(drafter, model)
-    attach(model, drafter, name)
-
-
-def attach(model: PreTrainedModel, drafter: Drafter, name: str = "default") -> None:
-    """Make a drafter one of a model's, and the one in use."""
-    model = _base_of(model)
-    drafters = _loaded.setdefault(model, _Loaded())
-    drafters.by_name[name] = drafter.place(model, model.dtype)
-    drafters.active = name
-    clear_graphs(model)
-
-
-def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:
-    """Take a drafter off a model, or all of them; if it was in use, none is then.
-
-    Raises:
-        DrafterError: there is none of that name, or a call is drafting with it.
-    """
-    model = _base_of(model)
-    drafters = _loaded.get(model) or _Loaded()
-    if name is not None and name not in drafters.by_name:
-        raise DrafterError(f"no drafter named {name!r} is loaded; there is {', '.join(map(repr, drafters.by_name)) or 'none'}.")
-    names = list(drafters.by_name) if name is None else [name]
-    if busy := [one for one in names if drafters.by_name[one].in_use]:
-        raise DrafterError(f"a call of generate is drafting with {busy[0]!r}: unload it when that has ended.")
-    for one in names:
-        del drafters.by_name[one]
-        if drafters.active == one:
-            drafters.active = None
-    clear_graphs(model)
-
-
-def set_drafter(model: PreTrainedModel, name: str | None) -> None:
-    """Choose which of a model's drafters is in use; None for none of them.
-
-    Raises:
-        DrafterError: there is none of that name.
-    """
-    model = _base_of(model)
-    drafters = _loaded.get(model) or _Loaded()
-    if name is not None and name not in drafters.by_name:
-        raise DrafterError(f"no drafter named {name!r} is loaded; there is {', '.join(map(repr, drafters.by_name)) or 'none'}.")
-    drafters.active = name
-    clear_graphs(model)
-
-
-def drafter_of(model: Any) -> Drafter | None:
-    """The drafter that a model's next call drafts with."""
-    drafters = _loaded.get(_base_of(model))
-    return None if drafters is None or drafters.active is None else drafters.by_name[drafters.active]
-
-
-def _base_of(model: Any) -> Any:
-    """The model under a PEFT adapter, which is the one that decodes."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _folder_of(source: str | Path, revision: str | None, token: str | bool | None) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not isinstance(source, str) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DrafterError(f"{source} is no folder; a drafter is a folder or a repository of the Hub.")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        paths = [hf_hub_download(source, name, revision=revision, token=token) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    except EntryNotFoundError as error:
-        raise DrafterError(f"the repository {source} holds no drafter: {error}") from error
-    return Path(paths[0]).parent

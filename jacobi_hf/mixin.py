@@ -21,7 +21,7 @@ from jacobi_hf.arena import Arena, borrowed
 from jacobi_hf.attention import LAYER_TYPES, OURS, StepMasks, attention_of, cannot_attend, layer_types
 from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.decoding import Decoder
-from jacobi_hf.drafter import drafter_of
+from jacobi_hf.drafters import drafter_of
 from jacobi_hf.execution import Eager, cannot_compile, whole_steps
 from jacobi_hf.frontier import Frontier, Scores, token_limit
 from jacobi_hf.output import JacobiDecoderOnlyOutput

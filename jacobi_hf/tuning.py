@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from jacobi_hf.config import KNOBS, MULTIBLOCK, JacobiConfig
-from jacobi_hf.drafter import drafter_of
+from jacobi_hf.drafters import drafter_of
 from jacobi_hf.execution import cannot_compile
 from jacobi_hf.trial import ASSISTED, Setting, Stopwatch, Trial, Way, describe, knobs_of, sources_of
 

@@ -12,7 +12,8 @@ import torch
 from transformers import Trainer
 
 from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, attention_of, layer_types
-from jacobi_hf.drafter import Drafter, attach, unload_drafter
+from jacobi_hf.drafter import Drafter
+from jacobi_hf.drafters import attach, unload_drafter
 from jacobi_hf.trainer.dataset import checked
 from jacobi_hf.trainer.drafting import DraftedModel
 from jacobi_hf.trainer.trainer import JacobiForcingTrainer, _GradientGuard, _head_of, _vocabulary

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import hypothesis
 import torch
 from hypothesis import strategies as st
 
@@ -168,3 +171,36 @@ def _cache_differences(case: Case, reference: Any, output: Any) -> list[str]:
             if not torch.allclose(x.transpose(1, 2)[kept], y.transpose(1, 2)[kept], atol=TOLERANCE, rtol=TOLERANCE):
                 return ["cache content"]
     return []
+
+
+def check_thousands(strategy: st.SearchStrategy[Any], case_of: Any, around: Any = None, what: str = "cases") -> None:
+    """For `make test-deep`: many cases, every one that only a tie excuses is listed, more than five of them fail.
+
+    Args:
+        strategy: what is drawn; `case_of` gives its case.
+        around: a context for a drawn one.
+    """
+    count = int(os.environ.get("JACOBI_HF_CASES", "10000"))
+    seen, excused, wrong = [0], [], []
+
+    @hypothesis.given(drawn=strategy)
+    @hypothesis.settings(max_examples=count, derandomize=False, database=None, phases=[hypothesis.Phase.generate])
+    @hypothesis.seed(int(os.environ.get("JACOBI_HF_SEED", "0")))
+    def check(drawn: Any) -> None:
+        case = case_of(drawn)
+        seen[0] += 1
+        with around(drawn) if around else contextlib.nullcontext():
+            found = differences(case)
+            outputs = [] if found != ["tokens"] else [sequences(case.generate(**knobs)[0]) for knobs in ({}, case.knobs)]
+        if outputs and not case.arguments["do_sample"] and is_tie(case, *outputs):
+            excused.append(drawn)
+        elif found:
+            wrong.append((found, drawn))
+
+    check()
+    print(f"{seen[0]} {what}, {len(wrong)} mismatches, {len(excused)} excused by a tie")  # noqa: T201
+    for item in (*wrong, *excused):
+        print(item)  # noqa: T201
+    assert seen[0] >= count
+    assert not wrong
+    assert len(excused) <= 5

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import jacobi_hf
-from jacobi_hf.drafter import Drafter, attach
+from jacobi_hf.drafter import Drafter
+from jacobi_hf.drafters import attach
 
 
 def random_drafter(model: Any, seed: int = 0, scale: float = 1.0, r: int = 4) -> Drafter:

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig
 
 import jacobi_hf
-from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE, drafter_of
+from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE
+from jacobi_hf.drafters import drafter_of
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer
 from jacobi_hf.trainer.gated import Answers, GatedForcingTrainer, collate
 from tests.models import VOCAB, fresh_model
