@@ -56,6 +56,21 @@ class DrafterConfig:
     constant_draft: int | None = None
     format_version: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse what no drafter can have."""
+        if self.format_version != 1:
+            raise DrafterError(f"format_version={self.format_version!r} is not known to this package, which knows 1.")
+        sizes = (self.r, self.hidden_size, self.num_hidden_layers, self.vocab_size)
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise DrafterError(f"r, hidden_size, num_hidden_layers and vocab_size must be integers of at least 1, not {sizes}.")
+        alpha, modules, constant = self.lora_alpha, self.target_modules, self.constant_draft
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise DrafterError(f"lora_alpha={alpha!r} must be a finite number.")
+        if not isinstance(modules, list) or not modules or any(type(name) is not str for name in modules):
+            raise DrafterError(f"target_modules={modules!r} must be a list of names.")
+        if constant is not None and (type(constant) is not int or not 0 <= constant < self.vocab_size):
+            raise DrafterError(f"constant_draft={constant!r} must be an id below {self.vocab_size}, or none.")
+
     @classmethod
     def of(cls, model: Any, r: int, lora_alpha: float, target_modules: list[str], constant_draft: int | None) -> Self:
         """For a new drafter of a model."""
@@ -80,14 +95,14 @@ class DrafterConfig:
             raise DrafterError(f"{folder} has no {CONFIG_FILE}{hint}.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            known = {field.name for field in fields(cls)}
-            if unknown := sorted(set(values) - known):
-                raise DrafterError(f"{path} has the unknown fields {', '.join(unknown)}: it was written by a newer version.")
-            config = cls(**values)
+            unknown = sorted(set(values) - {field.name for field in fields(cls)})
+            config = cls(**{name: value for name, value in values.items() if name not in unknown})
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise DrafterError(f"{path} is damaged: {error}.") from error
-        if config.format_version != 1:
-            raise DrafterError(f"{path} has format_version {config.format_version}; this package knows 1.")
+        except DrafterError as error:
+            raise DrafterError(f"{path}: {error}") from error
+        if unknown:
+            raise DrafterError(f"{path} has the unknown fields {', '.join(unknown)}: it was written by a newer version.")
         return config
 
 
@@ -101,6 +116,7 @@ class _Gate(threading.local):
 
     first: int | None = None
     slots: int = 0
+    rows: int = 0
 
 
 class Drafter(torch.nn.Module):
@@ -239,11 +255,13 @@ class Drafter(torch.nn.Module):
     def attached(self, model: Any) -> Iterator[None]:
         """The model with the drafter's hooks on its layers, which do nothing outside of `drafting`. Calls may overlap."""
         with self._lock:
-            self._uses += 1
-            if self._uses == 1:
+            if not self._uses:
                 layers = linear_layers(model)
+                if missing := [name for name in self.layers if name not in layers]:
+                    raise DrafterError(f"the model has no layer {missing[0]} any more, on which its drafter acts: load the drafter again.")
                 self._handles = [layers[name].register_forward_hook(self._delta_hook(key)) for name, key in self.layers.items()]
                 self._handles.append(model.get_input_embeddings().register_forward_hook(self._embedding_hook()))
+            self._uses += 1
         try:
             yield
         finally:
@@ -264,9 +282,9 @@ class Drafter(torch.nn.Module):
         return token_BQ if constant is None else torch.cat([token_BQ[:, :-noisy], torch.full_like(token_BQ[:, -noisy:], constant)], 1)
 
     @contextlib.contextmanager
-    def drafting(self, first: int, slots: int) -> Iterator[None]:
-        """This thread's forward of `slots` slots is the drafter's from slot `first` on."""
-        self._gate.first, self._gate.slots = first, slots
+    def drafting(self, first: int, slots: int, rows: int) -> Iterator[None]:
+        """This thread's forward of `rows` rows of `slots` slots is the drafter's from slot `first` on."""
+        self._gate.first, self._gate.slots, self._gate.rows = first, slots, rows
         try:
             yield
         finally:
@@ -277,7 +295,9 @@ class Drafter(torch.nn.Module):
             gate = self._gate
             if gate.first is None:
                 return output
-            # By slots, since some blocks flatten rows and slots into one dimension.
+            # Some blocks flatten rows and slots into one dimension; what has other rows (a routed part of the slots) cannot be told apart.
+            if args[0].numel() != gate.rows * gate.slots * args[0].shape[-1]:
+                raise DrafterError(f"a layer ({key}) does not see every slot once: leave it out of the drafter's target_modules.")
             inputs = args[0].reshape(-1, gate.slots, args[0].shape[-1])[:, gate.first :]
             lora_A, lora_B = self.lora_A[key], self.lora_B[key]
             if not torch.is_autocast_enabled(inputs.device.type):
@@ -327,9 +347,9 @@ def check_fits(drafter: Drafter, model: Any) -> None:
             raise DrafterError(f"{of}, whose {name} is {getattr(config, name)!r}; this model's is {value!r}.")
     revision = getattr(model.config, "_commit_hash", None)
     if config.base_revision and revision and config.base_revision != revision:
-        raise DrafterError(
-            f"{of} at revision {config.base_revision}; this model is at {revision}: load it with revision={config.base_revision!r}."
-        )
+        name = getattr(model.config, "_name_or_path", None) or "another repository"
+        advice = f": load it with revision={config.base_revision!r}" if config.base_model == name else f" of {name}"
+        raise DrafterError(f"{of} at revision {config.base_revision}; this model is at {revision}{advice}.")
     layers = linear_layers(model)
     for name, key in drafter.layers.items():
         wanted = (drafter.lora_A[key].shape[1], drafter.lora_B[key].shape[0])
@@ -345,8 +365,9 @@ def _shapes_in(tensors: dict[str, torch.Tensor], config: DrafterConfig, path: Pa
         if name != f"base_model.model.{layer}.lora_A.weight":
             continue
         second = f"base_model.model.{layer}.lora_B.weight"
-        if second not in tensors or layer.rpartition(".")[2] not in config.target_modules:
-            raise DrafterError(f"{path}: {name} has no counterpart, or is none of the target_modules of {CONFIG_FILE}.")
+        pair = [tensors[one] for one in (name, second) if one in tensors]
+        if len(pair) < 2 or any(one.ndim != 2 for one in pair) or layer.rpartition(".")[2] not in config.target_modules:
+            raise DrafterError(f"{path}: {name} has no counterpart, is no matrix, or is none of the target_modules of {CONFIG_FILE}.")
         shapes[layer] = (tensors[name].shape[-1], tensors[second].shape[0])
         known |= {name, second}
     if EMBEDDING not in tensors or set(tensors) != known or not shapes:
@@ -357,7 +378,13 @@ def _shapes_in(tensors: dict[str, torch.Tensor], config: DrafterConfig, path: Pa
 
 def _device_of(layer: torch.nn.Module, model: Any) -> torch.device:
     weight = next(layer.parameters(), None)
-    return model.device if weight is None or weight.device.type == "meta" else weight.device
+    if weight is not None and weight.device.type != "meta":
+        return weight.device
+    offloaded = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    device = model.device if offloaded is None else torch.device(offloaded)
+    if device.type == "meta":
+        raise DrafterError("the model's weights are on no device (meta), and nothing says where they run.")
+    return device
 
 
 def _as_list(value: str | Iterable[str]) -> list[str]:

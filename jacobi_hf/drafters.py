@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -10,6 +11,8 @@ from jacobi_hf.arena import clear_graphs
 from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE, Drafter, DrafterError, check_fits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
 
@@ -46,6 +49,8 @@ def load_drafter(
         raise DrafterError("the model's layers are split over several processes (tp_plan), which a drafter does not follow.")
     drafter = Drafter.from_pretrained(_folder_of(source, revision, token))
     check_fits(drafter, model)
+    if broken := [layer for layer, p in drafter.weights().items() if not bool(p.to(model.dtype).isfinite().all())]:
+        raise DrafterError(f"{source}: {broken[0]} holds numbers that are not finite in the model's {model.dtype}.")
     attach(model, drafter, name)
 
 
@@ -56,6 +61,20 @@ def attach(model: PreTrainedModel, drafter: Drafter, name: str = "default") -> N
     drafters.by_name[name] = drafter.place(model, model.dtype)
     drafters.active = name
     clear_graphs(model)
+
+
+@contextlib.contextmanager
+def using(model: Any, drafter: Drafter) -> Iterator[None]:
+    """A drafter in use for a while, and then again what was before."""
+    drafters = _loaded.setdefault(_base_of(model), _Loaded())
+    former, name = drafters.active, f"for a while {id(drafter)}"
+    attach(model, drafter, name)
+    try:
+        yield
+    finally:
+        drafters.by_name.pop(name, None)
+        drafters.active = former
+        clear_graphs(_base_of(model))
 
 
 def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:
@@ -110,10 +129,16 @@ def _folder_of(source: str | Path, revision: str | None, token: str | bool | Non
     if folder.exists() or not isinstance(source, str) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DrafterError(f"{source} is no folder; a drafter is a folder or a repository of the Hub.")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         paths = [hf_hub_download(source, name, revision=revision, token=token) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except HFValidationError as error:
+        raise DrafterError(f"{source!r} is neither a folder nor a name of a repository: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise DrafterError(f"the drafter {source} is not in the cache, and the Hub cannot be reached: {error}") from error
     except EntryNotFoundError as error:
-        raise DrafterError(f"the repository {source} holds no drafter: {error}") from error
+        raise DrafterError(f"the repository {source} holds no drafter ({CONFIG_FILE} and {WEIGHTS_FILE}): {error}") from error
+    except HfHubHTTPError as error:
+        raise DrafterError(f"the drafter {source} cannot be fetched: {error}") from error
     return Path(paths[0]).parent

@@ -372,8 +372,9 @@ class _Forward:
             token_BQ = self._drafter.shown(token_BQ, layout.noisy)
         arguments = self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN)
         if self._drafter is not None and layout.noisy:
-            with self._drafter.drafting(layout.slots - layout.noisy, layout.slots):
+            with self._drafter.drafting(layout.slots - layout.noisy, layout.slots, len(self._cache.lengths_B)):
                 outputs = self._model(**arguments)
+            outputs.logits[:, -layout.noisy :].nan_to_num_()  # a broken drafter is no reason for a processor to give up
         else:
             outputs = self._model(**arguments)
         logits: torch.Tensor = outputs.logits.to(self._cache.lengths_B.device)

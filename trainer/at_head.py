@@ -24,7 +24,6 @@ class AtHead:
         self.head = head
         self._use: Callable[[torch.Tensor], Any] | None = None
         self._result: Any = None
-        head.register_forward_pre_hook(self._intercept)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _intercept(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -44,11 +43,13 @@ class AtHead:
             what `use` returned, and a zero that ties it to the forward's output, which sharded modules watch.
         """
         self._use = use
+        hook = self.head.register_forward_pre_hook(self._intercept)
         try:
             outputs = forward()
             called = self._use is None
         finally:
             self._use = None
+            hook.remove()
         if not called:
             raise RuntimeError("the model's forward never called its output embeddings, so there are no losses")
         result, self._result = self._result, None

@@ -276,7 +276,7 @@ class DraftedModel(torch.nn.Module):
         draft_BQ = self.drafter.shown(windows.draft_BMW.view(batch, slots), slots)
         columns = text.ids_BL.shape[1]
         last = self.base.config.get_text_config(decoder=True).max_position_embeddings - 1
-        with self.drafter.attached(self.base), self.drafter.drafting(0, slots):
+        with self.drafter.attached(self.base), self.drafter.drafting(0, slots, batch):
             return self.base(
                 input_ids=draft_BQ,
                 position_ids=windows.position_BMW.reshape(batch, slots).clamp(max=last),
@@ -291,7 +291,12 @@ class DraftedModel(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over `visits` visits to `windows` random windows of every text, and `[kept, agreeing, accepted, steps]`."""
         text = self.read(input_ids, prompt_length, length)
-        state = random_windows(text, windows, width)
+        if self.training:
+            state = random_windows(text, windows, width)
+        else:  # the same places each time, without a draw from the training's generator
+            with torch.random.fork_rng(devices=[input_ids.device] if input_ids.is_cuda else []):
+                torch.manual_seed(0)
+                state = random_windows(text, windows, width)
         loss, weight, totals = (torch.zeros(size, device=input_ids.device) for size in ((), (), 4))
         for number in range(visits):
             running_BM = state.pending_BM < length[:, None] - 1

@@ -13,10 +13,10 @@ from transformers import Trainer
 
 from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, attention_of, layer_types
 from jacobi_hf.drafter import Drafter
-from jacobi_hf.drafters import attach, unload_drafter
+from jacobi_hf.drafters import using
 from jacobi_hf.trainer.dataset import checked
 from jacobi_hf.trainer.drafting import DraftedModel
-from jacobi_hf.trainer.trainer import JacobiForcingTrainer, _GradientGuard, _head_of, _vocabulary
+from jacobi_hf.trainer.trainer import JacobiForcingTrainer, _GradientGuard, _head_of, _vocabulary, check_devices
 from jacobi_hf.trainer.trajectories import special_ids
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class GatedForcingTrainer(JacobiForcingTrainer):
 
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         _check_frozen(model, args)
+        if eval_prompts and eval_dataset is None:
+            raise ValueError("eval_prompts are decoded when eval_dataset is evaluated, and there is none: give one.")
         ends = next(filter(None, (special_ids(holder, "eos_token_id") for holder in (model.generation_config, processing_class))), ())
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         evaluated = {
@@ -134,6 +136,7 @@ class GatedForcingTrainer(JacobiForcingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        drafter.place(model, torch.float32)  # the trainer has moved all of it to one device
         self.add_callback(_GradientGuard(self))
         self.label_names = ["length"]
         self._samples_of_step: list[torch.Tensor] = []
@@ -168,8 +171,8 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         )  # fmt: skip
         if model.training:
             self._samples_of_step.append(inputs["index"])
-            # Trainer leaves the division to us (loss_is_scaled_for_ga).
-            loss = loss / args.gradient_accumulation_steps
+            # Trainer leaves the division to us (loss_is_scaled_for_ga); an epoch's last step may have fewer batches.
+            loss = loss / self.current_gradient_accumulation_steps
             slots = totals.new_tensor([len(inputs["length"]) * args.gated_windows * args.gated_width * args.gated_visits])
             former = self._totals if self._totals is not None else 0
             self._totals = former + torch.cat([totals, slots]).double()
@@ -207,12 +210,8 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         """With the drafter as it is now."""
         if self.args.decoding_config() is None or not self._eval_prompts:
             return {}
-        base = self._trained.base
-        attach(base, self._trained.drafter.copied(), "training")
-        try:
-            return self._measured(base)
-        finally:
-            unload_drafter(base, "training")
+        with using(self._trained.base, self._trained.drafter.copied()):
+            return self._measured(self._trained.base)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A drafter's folder; in checkpoints, what resuming needs as well."""
@@ -243,6 +242,7 @@ def _answers(model: Any, args: JacobiForcingConfig, data: Any, name: str, ends: 
 
 def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
     """What a drafter could not be trained for."""
+    check_devices(args)
     if hasattr(model, "get_base_model"):
         raise ValueError("the model has an adapter of PEFT's: merge it first, so that the drafter is made for one model.")
     _head_of(model)

@@ -86,8 +86,9 @@ class JacobiForcingTrainer(Trainer):
     ) -> None:
         if not isinstance(args, JacobiForcingConfig):
             raise TypeError(f"args is a {type(args).__name__}; JacobiForcingTrainer takes a JacobiForcingConfig.")
-        if args.n_gpu > 1:
-            raise ValueError(f"one process sees {args.n_gpu} GPUs: start one process per GPU with `accelerate launch`, or show it one GPU.")
+        if args.method == "gated":
+            raise TypeError("method='gated' in a subclass of JacobiForcingTrainer: derive it from trainer.gated.GatedForcingTrainer.")
+        check_devices(args)
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
@@ -411,6 +412,12 @@ def last_finished_checkpoint(output_dir: str | Path) -> str | None:
         except (ValueError, OSError):
             logger.warning("%s is not a finished checkpoint: it is passed over", folder)
     return finished[max(finished)] if finished else None
+
+
+def check_devices(args: JacobiForcingConfig) -> None:
+    """One GPU for each process: what `Trainer` would do with more (DataParallel) is not served."""
+    if args.n_gpu > 1:
+        raise ValueError(f"one process sees {args.n_gpu} GPUs: start one process per GPU with `accelerate launch`, or show it one GPU.")
 
 
 def _collator(base: PreTrainedModel, args: JacobiForcingConfig, tokenizer: PreTrainedTokenizerBase | None) -> JacobiForcingCollator:

@@ -85,6 +85,8 @@ def _arguments() -> st.SearchStrategy[dict[str, Any]]:
         "top_p": st.sampled_from([0.6, 0.9]),
         "min_p": st.just(0.05),
         "typical_p": st.just(0.9),
+        "eta_cutoff": st.just(0.1),
+        "epsilon_cutoff": st.just(0.02),
     }
     length = {"max_new_tokens": st.integers(1, 40)}
 

@@ -6,9 +6,11 @@ from peft import LoraConfig
 
 import jacobi_hf
 from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE
-from jacobi_hf.drafters import drafter_of
+from jacobi_hf.drafters import attach, drafter_of
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer
+from jacobi_hf.trainer.drafting import DraftedModel
 from jacobi_hf.trainer.gated import Answers, GatedForcingTrainer, collate
+from tests.jacobi_hf.drafters import random_drafter
 from tests.models import VOCAB, fresh_model
 
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [5, 3, 5, 3, 5], [10, 4], [6, 6, 7], [2, 9, 8, 7]]
@@ -86,6 +88,40 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     for name, value in whole._trained.drafter.weights().items():
         torch.testing.assert_close(value, resumed._trained.drafter.weights()[name])
+
+
+def test_every_step_weighs_its_batches_alike(tmp_path, monkeypatch):
+    """Also an epoch's last one, of fewer batches than are accumulated."""
+    model = fresh_model("qwen3")
+    rows = answers(model)[:5]
+    mine = trainer(
+        model, tmp_path, given={"train_dataset": rows}, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=-1,
+        num_train_epochs=1,
+    )  # fmt: skip
+    monkeypatch.setattr(DraftedModel, "forward", lambda self, **_: (self.drafter.embedding.sum() * 0 + 1.0, torch.ones(4)))
+    compute, losses = mine.compute_loss, []
+    monkeypatch.setattr(mine, "compute_loss", lambda *args, **kwargs: losses.append(compute(*args, **kwargs)) or losses[-1])
+    mine.train()
+    assert [float(loss) for loss in losses] == [0.25, 0.25, 0.25, 0.25, 1.0]
+
+
+def test_evaluations_are_alike_and_leave_everything_as_it_was(tmp_path):
+    model = fresh_model("qwen3")
+    attach(model, random_drafter(model), "training")
+    own = drafter_of(model)
+    mine = trainer(model, tmp_path, given={"eval_dataset": answers(model), "eval_prompts": {"": PROMPTS[:1]}}, eval_max_new_tokens=4)
+    assert mine.evaluate()["eval_loss"] == mine.evaluate()["eval_loss"]
+    assert drafter_of(model) is own
+    assert not model.lm_head._forward_pre_hooks
+    jacobi_hf.unload_drafter(model)
+
+
+def test_a_subclass_of_the_full_trainer_is_told_what_to_derive_from(tmp_path):
+    class Mine(JacobiForcingTrainer):
+        pass
+
+    with pytest.raises(TypeError, match=r"derive it from trainer.gated.GatedForcingTrainer"):
+        Mine(fresh_model("qwen3"), config(tmp_path), [])
 
 
 def test_answers_of_packed_records_and_of_rows():

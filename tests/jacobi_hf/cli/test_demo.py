@@ -18,7 +18,11 @@ def test_json_is_a_results_document():
     for domain in ("code", "arithmetic", "prose"):
         ordinary, *jacobi = [m for m in results.measurements if m.prompts.domain == domain]
         assert (ordinary.decoder.name, ordinary.forwards) == ("generate", ordinary.new_tokens)
-        assert [m.model for m in jacobi] == ["examples/tiny_qwen3/checkpoint", "examples/tiny_qwen3/forced"]
+        assert [(m.model, m.decoder.drafter) for m in jacobi] == [
+            ("examples/tiny_qwen3/checkpoint", None),
+            ("examples/tiny_qwen3/forced", None),
+            ("examples/tiny_qwen3/checkpoint", "examples/tiny_qwen3/drafter"),
+        ]
         for m in jacobi:
             assert m.agreement.identical == 1
             assert m.forwards <= m.new_tokens
