@@ -38,10 +38,7 @@ def grouped_mask(allowed: torch.Tensor, groups: int, dtype: torch.dtype) -> torc
 
     It is additive, which sdpa would otherwise make of it in every layer.
     """
-    batch, _, slots, columns = allowed.shape
-    seen, hidden = (torch.full((), value, dtype=dtype, device=allowed.device) for value in (0.0, float("-inf")))
-    mask = torch.where(allowed, seen, hidden)
-    return mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, 1, groups * slots, columns)
+    return torch.where(allowed, 0.0, float("-inf")).to(dtype).repeat(1, 1, groups, 1)
 
 
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float | None) -> torch.Tensor:
