@@ -171,16 +171,20 @@ def main(
     count: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 24,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    models: Annotated[str | None, typer.Option(help="Of base, forced, base + drafter; separated by commas.")] = None,
+    domains: Annotated[str | None, typer.Option(help="Domains, separated by commas.")] = None,
 ) -> None:
-    """Both checkpoints, all domains."""
+    """All models and domains, or some."""
     assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     measurements = []
-    for name, folder in {**common.MODELS, WITH_DRAFTER: common.CHECKPOINT}.items():
+    folders = {**common.MODELS, WITH_DRAFTER: common.CHECKPOINT}
+    for name in models.split(",") if models else folders:
+        folder = folders[name]
         model, tokenizer, _ = common.load(str(folder))
         if name == WITH_DRAFTER:
             jacobi_hf.load_drafter(model, common.TINY / "drafter")
         assistant.to(model.device)
-        for domain in common.prompts(1):
+        for domain in domains.split(",") if domains else common.prompts(1):
             measurements += compare(model, tokenizer, assistant, name, domain, count, max_new_tokens, repeats)
             for m in measurements[-9:]:
                 ahead = " ".join(f"{s.baseline} {s.factor:.2f}" for s in m.speedups)
