@@ -25,6 +25,14 @@ WAYS = {
 RESIDENT_SLACK = 16 * 2**20  # what the allocator may do; one call's cache kept per call would be more
 
 
+def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Address and bytes of a tensor's memory; None for what torch.func (masks of FlexAttention) leaves behind, which has none."""
+    try:
+        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+    except NotImplementedError:
+        return None
+
+
 @dataclass(frozen=True)
 class Held:
     """What the process holds: tensors and their bytes, objects that the garbage collector knows, and resident bytes."""
@@ -39,7 +47,7 @@ class Held:
         gc.collect()
         objects = gc.get_objects()
         tensors = [o for o in objects if type(o) in (torch.Tensor, torch.nn.Parameter)]  # not the compiler's, which have no memory
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        storages = dict(filter(None, map(_storage, tensors)))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return cls(len(tensors), sum(storages.values()), len(objects), pages * os.sysconf("SC_PAGE_SIZE"))
 
