@@ -139,7 +139,7 @@ def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tens
             allowed_BQS &= column_S > position_BQ1 - sliding_window
         return allowed_BQS[:, None]
     batch, slots = len(lengths_B), layout.slots
-    # The rule of a tree looks each pair of slot and column up; the few columns of the step are scattered instead, a hundred times faster.
+    # The rule of a tree looks each pair of slot and column up; the few columns of the step are scattered instead, which is much less work.
     cached_BQS = (column_S < lengths_B[:, None])[:, None].expand(-1, slots, -1)
     sees_QQ = layout.sees_QQ
     if sliding_window is not None:
