@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, Qwen3ForCausalLM
 
 import jacobi_hf
+from jacobi_hf.layout import build_layout
 from tests.models import VOCAB, fresh_model
 
 CALLS, CYCLE = 500, 100  # the calls of a cycle all differ, and every cycle has the same ones
@@ -81,6 +82,7 @@ def small_model():
 def soak(model, calls=CALLS, after_each=lambda output: None, **arguments):
     """So many calls; what was held after the first cycle and at the end, and the steps and graphs compiled in between."""
     compiled = 0
+    build_layout.cache_clear()  # what other tests have left in it gives way to this one's
     for number in range(calls):
         if number == CYCLE:
             before, compiled = Held.now(), 0
