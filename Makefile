@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 # mypy knows no package-dir: it gets a tree in which jacobi_hf.trainer lies where it imports from.
 types: $(INSTALLED)
 	rm -rf build/types && mkdir -p build/types
-	cp -r jacobi_hf build/types/jacobi_hf && cp -r trainer build/types/jacobi_hf/trainer
+	cp -r jacobi_hf build/types/jacobi_hf && cp -r trainer build/types/jacobi_hf/trainer && cp -r hub_cards build/types/jacobi_hf/hub_cards
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 format: $(INSTALLED)

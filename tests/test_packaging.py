@@ -18,7 +18,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 def test_every_package_is_listed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jacobi_hf").rglob("__init__.py")}
-    found |= {".".join(("jacobi_hf", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / "trainer").rglob("__init__.py")}
+    for beside in ("trainer", "hub_cards"):
+        found |= {".".join(("jacobi_hf", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / beside).rglob("__init__.py")}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
@@ -41,9 +42,10 @@ def test_public_names_of_the_trainer_exist_and_have_docstrings():
         jacobi_hf.trainer.Jacobi  # noqa: B018
 
 
-def test_inside_the_trainer_everything_is_imported_by_its_full_name():
-    for path in (ROOT / "trainer").rglob("*.py"):
-        assert not re.search(r"^\s*(from|import) (trainer|\.)", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
+@pytest.mark.parametrize("package", ["trainer", "hub_cards"])
+def test_inside_a_package_everything_is_imported_by_its_full_name(package):
+    for path in (ROOT / package).rglob("*.py"):
+        assert not re.search(rf"^\s*(from|import) ({package}|\.)", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
 
 
 def test_public_names_exist_and_have_docstrings():
