@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jacobi_hf.kernels import flash, flash_attn_with_kvcache, flex, grouped_mask, grouped_sdpa, has_flex
-from jacobi_hf.layout import attention_mask, block_mask
+from jacobi_hf.layout import attention_mask, block_mask, mask_from_table, mask_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,7 +227,11 @@ class StepMasks(MaskBuilder):
             return torch.empty(1, 1, 0, 0, device=self._device)
         if kernel == FLEX:
             return block_mask(layout, lengths_B, column_S, window)
+        grouped = self._is_ours and layout.slots <= GROUPED_SLOTS
+        if grouped and not layout.without_past and not torch.compiler.is_compiling():  # a compiler makes one kernel of the plain way
+            table_QX = mask_table(layout, window, self._groups, self._dtype)
+            return mask_from_table(table_QX, layout.slots, lengths_B, column_S).to(self._device)
         allowed = attention_mask(layout, lengths_B, column_S, window)
-        if self._is_ours and layout.slots <= GROUPED_SLOTS:
+        if grouped:
             return grouped_mask(allowed, self._groups, self._dtype).to(self._device)
         return self._additive(allowed).to(self._device)

@@ -11,7 +11,7 @@ segment that repeats the window, runs with the drafter's and drafts. To the mask
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -34,6 +34,7 @@ class Layout:
         offset_D, rank_S: 0, 1, 2, ..
         noisy: slots of the noisy stream, the last ones; 0 without a drafter.
         without_past: whether the host knows that no row has a token in the cache, so that column c is slot c.
+        tables: of `mask_table`, kept here so that they live as long as a recorded step that reads them.
     """
 
     lengths: tuple[int, ...]
@@ -44,6 +45,7 @@ class Layout:
     rank_S: torch.Tensor
     noisy: int = 0
     without_past: bool = False
+    tables: dict[tuple[int | None, int, torch.dtype], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def contenders(self) -> int:
@@ -148,6 +150,34 @@ def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tens
         sees_QQ = sees_QQ & (layout.depth_Q > depth_Q1 - sliding_window)
     index_BQQ = (lengths_B[:, None] + torch.arange(slots, device=column_S.device))[:, None].expand(-1, slots, -1)
     return cached_BQS.scatter(2, index_BQQ, sees_QQ.expand(batch, -1, -1))[:, None]
+
+
+def mask_table(layout: Layout, sliding_window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """What the mask of a step is made of, whatever the lengths: the additive mask of a row by how far a column is behind the first slot.
+
+    Args:
+        groups: query heads per key/value head.
+
+    Returns:
+        `(groups * Q, reach + Q + 1)`: column `reach + c` is that of slot c; the first one stands for all columns before it, the last one
+        for all behind the slots.
+    """
+    key = (sliding_window, groups, dtype)
+    if key not in layout.tables:
+        device, slots = layout.depth_Q.device, layout.slots
+        reach = 1 if sliding_window is None else sliding_window + slots
+        columns = torch.arange(reach + slots + 1, device=device)
+        allowed_QX = attention_mask(layout, torch.tensor([reach], device=device), columns, sliding_window)[0, 0]
+        layout.tables[key] = torch.where(allowed_QX, 0.0, float("-inf")).to(dtype).repeat(groups, 1)
+    return layout.tables[key]
+
+
+def mask_from_table(table_QX: torch.Tensor, slots: int, lengths_B: torch.Tensor, column_S: torch.Tensor) -> torch.Tensor:
+    """`attention_mask` by looking it up in `mask_table`: additive `(B, 1, groups * Q, S)`."""
+    last = table_QX.shape[1] - 1
+    place_BS = (column_S - (lengths_B[:, None] - (last - slots))).clamp_(0, last)
+    mask_QBS = table_QX.index_select(1, place_BS.flatten()).view(-1, *place_BS.shape)
+    return mask_QBS.transpose(0, 1).contiguous()[:, None]
 
 
 def block_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> BlockMask:

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jacobi_hf.layout import FLEX_BLOCK, attention_mask, block_mask, build_layout, chain_layout
+from jacobi_hf.kernels import grouped_mask
+from jacobi_hf.layout import FLEX_BLOCK, attention_mask, block_mask, build_layout, chain_layout, mask_from_table, mask_table
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,23 @@ def test_mask_is_as_defined(lengths, cached, window, slack):
     extent = max(cached) + layout.slots + slack
     mask = attention_mask(layout, torch.tensor(cached), torch.arange(extent), window)
     assert torch.equal(mask, mask_by_definition(lengths, cached, extent, window))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),
+    starts=st.lists(st.integers(0, 3), max_size=3),
+    noisy=st.integers(0, 4),
+    cached=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 8),
+    slack=st.integers(0, 4),
+    groups=st.integers(1, 3),
+)
+def test_the_mask_from_a_table_is_the_mask(lengths, starts, noisy, cached, window, slack, groups):
+    starts = tuple(min(start, lengths[0]) for start in starts[: len(lengths) - 1])
+    layout = build_layout(lengths, CPU, noisy, starts)
+    cached_B, column_S = torch.tensor(cached), torch.arange(max(cached) + layout.slots + slack)
+    mask = mask_from_table(mask_table(layout, window, groups, torch.float32), layout.slots, cached_B, column_S)
+    assert torch.equal(mask, grouped_mask(attention_mask(layout, cached_B, column_S, window), groups, torch.float32))
 
 
 @given(length=st.integers(1, 8), cached=st.integers(0, 5), window=st.none() | st.integers(1, 4))
