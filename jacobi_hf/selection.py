@@ -26,6 +26,8 @@ SCORE_ONLY = tuple(
         "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     )
 )  # fmt: skip
+# Of a vocabulary of so many ids or more, the greatest score is looked for in blocks.
+BLOCKED_FROM, BLOCK = 16384, 128
 # Attributes of theirs that only enter arithmetic, and those that matter for prompts alone.
 VALUES = ("temperature", "penalty", "top_p", "min_p", "mass", "epsilon")
 OF_PROMPTS = ("prompt_ignore_length", "logits_indices", "cu_seq_lens_q")
@@ -99,8 +101,18 @@ class FixedNoise:
 
 
 def best(scores: torch.Tensor) -> torch.Tensor:
-    """Index of the first largest score along the last dimension: `argmax`, which on the CPU takes six times as long in bfloat16."""
-    return scores.max(-1).indices
+    """Index of the first largest score along the last dimension, as `argmax` gives it.
+
+    On the CPU `argmax` and `max` with indices go through a vocabulary one by one, `amax` does not: of a large one the block with the
+    largest score is found first, in a sixth of the time.
+    """
+    size = scores.shape[-1]
+    if scores.device.type != "cpu" or size < BLOCKED_FROM or size % BLOCK or torch.compiler.is_compiling():
+        return scores.max(-1).indices  # in bfloat16 on the CPU six times as fast as argmax
+    blocks = scores.unflatten(-1, (-1, BLOCK))
+    block = blocks.amax(-1).max(-1, keepdim=True).indices
+    inside = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :].max(-1, keepdim=True).indices
+    return (block * BLOCK + inside)[..., 0]
 
 
 def pick(scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:

@@ -79,7 +79,7 @@ class Window:
         if not len(self._offset_W):
             return
         depth_BW = count_B[:, None] + self._offset_W
-        draft_BW = text_BL.gather(1, self.scattered_T[generated_B[:, None] + self._offset_W] % text_length_B[:, None])
+        draft_BW = text_BL.gather(1, self.scattered_T.take(generated_B[:, None] + self._offset_W) % text_length_B[:, None])
         for choice_BD, length_B in reversed(choices):
             last = choice_BD.shape[1] - 1
             known_BW = depth_BW <= length_B[:, None]

@@ -73,7 +73,7 @@ def test_the_ring_is_not_rebuilt_while_it_has_room():
 
 
 @given(
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), vocab=st.sampled_from([1, 2, 33, 1000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), vocab=st.sampled_from([1, 2, 33, 1000, 16384, 16385]),
     kinds=st.integers(1, 4), seed=st.integers(0, 10**6), odd=st.sampled_from([0.0, float("nan"), float("inf"), float("-inf")]),
 )  # fmt: skip
 def test_the_best_of_equals_is_the_first_as_in_ordinary_decoding(dtype, vocab, kinds, seed, odd):
