@@ -137,6 +137,19 @@ def reject_misspelt(names: Iterable[str]) -> None:
             raise ValueError(f"{name!r} is not a knob of Jacobi decoding{_nearest(name, KNOBS)}; the knobs are {', '.join(KNOBS)}.")
 
 
+def reject_pointless(given: Mapping[str, Any], config: JacobiConfig | None) -> None:
+    """Raise `ValueError` for `given` knobs of a call that nothing would listen to; `config` is what the call comes to."""
+    set_knobs = [name for name in given if name != "decoding" and given[name] is not None]
+    if config is None and set_knobs:
+        raise ValueError(f"{', '.join(set_knobs)} given without decoding: add decoding='jacobi_multiblock' or drop it.")
+    if config is not None and config.decoding == JACOBI:
+        idle = [name for name in set_knobs if name != "jacobi_block_size"]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} has no meaning with decoding='jacobi', which knows jacobi_block_size only; use 'jacobi_multiblock'."
+            )
+
+
 def _nearest(name: object, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(allowed), 1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

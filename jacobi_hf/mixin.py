@@ -19,7 +19,7 @@ from transformers.generation import GenerationMode
 
 from jacobi_hf.arena import Arena, borrowed
 from jacobi_hf.attention import LAYER_TYPES, OURS, StepMasks, attention_of, cannot_attend, layer_types
-from jacobi_hf.config import JACOBI, KNOBS, JacobiConfig, reject_misspelt
+from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.drafters import drafter_of
 from jacobi_hf.execution import Eager, cannot_compile, whole_steps
@@ -74,7 +74,7 @@ class JacobiGenerationMixin:
         config = JacobiConfig.from_knobs({name: getattr(prepared, name, None) for name in KNOBS} | given)
         if persisted is None and "decoding" not in given:
             given = {name: getattr(generation_config, name, None) for name in KNOBS} | given
-        _reject_pointless(given, config)
+        reject_pointless(given, config)
         if given.get("jacobi_verify_width") and drafter_of(self) is None:
             raise ValueError("jacobi_verify_width is for drafters, and none is in use: call jacobi_hf.load_drafter, or drop it.")
         if config is not None:
@@ -121,19 +121,6 @@ class JacobiGenerationMixin:
             _fall_back(generation_config, request, f"this call ({error})")
             return self._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs)
         return call.decode(logits_processor, streamer, synced_gpus)
-
-
-def _reject_pointless(given: dict[str, Any], config: JacobiConfig | None) -> None:
-    """Knobs in the call that nothing would listen to."""
-    set_knobs = [name for name in given if name != "decoding" and given[name] is not None]
-    if config is None and set_knobs:
-        raise ValueError(f"{', '.join(set_knobs)} given without decoding: add decoding='jacobi_multiblock' or drop it.")
-    if config is not None and config.decoding == JACOBI:
-        idle = [name for name in set_knobs if name != "jacobi_block_size"]
-        if idle:
-            raise ValueError(
-                f"{', '.join(idle)} has no meaning with decoding='jacobi', which knows jacobi_block_size only; use 'jacobi_multiblock'."
-            )
 
 
 def _contradiction(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
