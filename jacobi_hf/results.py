@@ -6,6 +6,7 @@ is something that was measured or set, never derived from another document.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jacobi_hf.attention import attention_of
 from jacobi_hf.config import JACOBI, JacobiConfig
 
+_Z = 1.96  # of a 95 % interval
 _PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
 
@@ -117,6 +119,14 @@ class Quality(_Strict):
     low: float
     high: float
     samples: int
+
+    @classmethod
+    def of_share(cls, metric: str, right: int, samples: int) -> Self:
+        """A share of right answers, with the interval of Wilson (1927)."""
+        share, spread = right / samples, _Z * _Z / samples
+        centre = (share + spread / 2) / (1 + spread)
+        half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / (4 * samples))
+        return cls(metric=metric, value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), samples=samples)
 
 
 class Measurement(_Strict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -177,13 +176,4 @@ def right_answers(
         for text, problem in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), part, strict=True):
             found = re.search(pattern, text)
             right += found is not None and found.group(1) == str(problem["answer"])
-    low, high = wilson_interval(right, len(problems))
-    return Quality(metric="exact_match", value=right / len(problems), low=low, high=high, samples=len(problems))
-
-
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927)."""
-    share, spread = right / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return Quality.of_share("exact_match", right, len(problems))

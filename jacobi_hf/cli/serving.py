@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import threading
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +89,8 @@ class _OneModel(ModelManager):
 
 def _has_anchor(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any] | None) -> bool:
     """Whether answers can be parsed by a response template: transformers has one for each kind of model, whatever the chat template is,
-    and where its anchor is not in the prompt the prompt is taken for a part of the answer."""
+    and where its anchor is not in the prompt the prompt is taken for a part of the answer.
+    """
     if template is None or "start_anchor" not in template:
         return True
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False)
@@ -217,14 +218,14 @@ class _Checked:
     model_manager: _OneModel
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> JSONResponse | StreamingResponse:
-        models = self.model_manager
-        if body.get("model") not in (None, models.force_model):
-            raise HTTPException(404, f"the model {body['model']!r} is not served here; {models.force_model!r} is.")
+        name = self.model_manager.force_model
+        if body.get("model") not in (None, name):
+            raise HTTPException(404, f"the model {body['model']!r} is not served here; {name!r} is.")
+        if self.kind is ChatRequest and self.model_manager.tokenizer.chat_template is None:
+            raise HTTPException(400, f"{name} has no chat template: ask /v1/completions, with the prompt as the model reads it.")
         try:
-            request = translate(self.kind, body, models.model.generation_config)
+            request = translate(self.kind, body, self.model_manager.model.generation_config)
             stops = stop_strings(request)
-            if self.kind is ChatRequest and models.tokenizer.chat_template is None:
-                raise ValueError(f"{models.force_model} has no chat template: ask /v1/completions, with the prompt as the model reads it.")
             response = await super().handle_request(request, request_id)  # type: ignore[misc]
             if not isinstance(response, StreamingResponse):
                 return JSONResponse(cut_answer(json.loads(bytes(response.body)), stops))
@@ -234,7 +235,7 @@ class _Checked:
             raise HTTPException(error.status, error.message) from None
         except (ValueError, TemplateError) as error:
             raise HTTPException(400, str(error)) from None
-        return StreamingResponse(_written(begun, events), media_type="text/event-stream")
+        return StreamingResponse(_written(begun, events, response.body_iterator), media_type="text/event-stream")
 
 
 class _Chat(_Checked, ChatCompletionHandler):
@@ -259,15 +260,15 @@ async def _beginning(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dic
             return
 
 
-async def _written(begun: list[dict[str, Any]], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    for event in begun:
-        yield f"data: {json.dumps(event)}\n\n"
-    async for event in events:
-        if "error" in event:
-            failed = FailedError.read(event["error"])
-            event = _error(failed.status, failed.message)
-        yield f"data: {json.dumps(event)}\n\n"
-    yield "data: [DONE]\n\n"
+async def _written(begun: list[dict[str, Any]], events: AsyncIterator[dict[str, Any]], source: Any) -> AsyncIterator[str]:
+    """The stream as it is sent; `source`, where the events come from, ends its generation when it is closed."""
+    async with aclosing(source):
+        for event in begun:
+            yield f"data: {json.dumps(event)}\n\n"
+        async for event in events:
+            failed = FailedError.read(event["error"]) if "error" in event else None
+            yield f"data: {json.dumps(_error(failed.status, failed.message) if failed else event)}\n\n"
+        yield "data: [DONE]\n\n"
 
 
 class CancelOnDisconnect:
@@ -305,14 +306,13 @@ async def _disconnect(receive: Any) -> Any:
     return message
 
 
-def _error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+def _error(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 async def _http_error(_: Any, error: Any) -> JSONResponse:
-    code = "model_not_found" if error.status_code == 404 and "is not served" in str(error.detail) else None
-    return JSONResponse(_error(error.status_code, str(error.detail), code), error.status_code, headers=error.headers)
+    return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
 
 
 async def _not_an_object(_: Any, error: RequestValidationError) -> JSONResponse:

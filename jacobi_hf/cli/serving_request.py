@@ -151,7 +151,7 @@ def _object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"generation_config is not JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise ValueError(f"generation_config has to be a JSON object; it is {_short(config)}.")
+        raise ValueError(f"generation_config has to be a JSON object; it is {_short(config)}.")  # noqa: TRY004  (of a request, not of an argument)
     return config
 
 

@@ -219,7 +219,8 @@ BAD_PROMPTS = [
 ]
 BAD_MESSAGES = [
     ({"messages": []}, "messages"), ({"messages": "x"}, "messages"), ({}, "messages is missing"), ({"messages": ["x"]}, "messages.0"),
-    ({"messages": [{"content": "x"}]}, "messages.0.role is missing"), ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role is missing"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "should be 'text'; it is 'image_url'"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "property name"),
     ({"messages": MESSAGES, "logit_bias": {"x": 1}}, "logit_bias"), ({"messages": MESSAGES, "logit_bias": {"9999999": 1}}, "9999999"),

@@ -1,0 +1,60 @@
+"""Models for the verbs that generate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import jacobi_hf
+from jacobi_hf.config import KNOBS, MULTIBLOCK, JacobiConfig, reject_misspelt, reject_pointless
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[Any, Any]:
+    """A model in eval mode on the machine's accelerator, with its drafter, and its tokenizer.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: the dtype is none, the model's class cannot decode with Jacobi, or the drafter does not fit.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is not known; there are auto, float32, bfloat16 and float16.")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    try:
+        jacobi_hf.register(type(model))
+    except TypeError as error:
+        raise ValueError(f"{name} cannot decode with Jacobi: {error}") from None
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    if drafter is not None:
+        jacobi_hf.load_drafter(model, drafter)
+    return model, tokenizer
+
+
+def decoding_of(model: Any, given: Mapping[str, Any]) -> JacobiConfig | None:
+    """How a model decodes: `given` knobs (None for those that are not), before the model's own, before the defaults.
+
+    Args:
+        model: its generation config may hold knobs.
+        given: `decoding` may be "none".
+
+    Raises:
+        ValueError: a knob is out of range, or nothing would listen to it.
+    """
+    knobs = {name: value for name, value in given.items() if value is not None}
+    if knobs.get("decoding") == "none":
+        knobs["decoding"] = None
+    reject_misspelt(knobs)
+    if unknown := [name for name in knobs if name not in KNOBS]:
+        raise ValueError(f"{', '.join(unknown)} is no knob of Jacobi decoding; the knobs are {', '.join(KNOBS)}.")
+    persisted = {name: getattr(model.generation_config, name, None) for name in KNOBS}
+    if persisted["decoding"] is None:
+        persisted["decoding"] = MULTIBLOCK
+    config = JacobiConfig.from_knobs(persisted | knobs)
+    reject_pointless(knobs, config)
+    return config

@@ -1,0 +1,265 @@
+"""`jacobi-hf eval`: through lm-evaluation-harness, on the tiny checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import re
+import sys
+
+import datasets
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jacobi_hf.cli.eval import Evaluation, run
+from jacobi_hf.cli.eval_tasks import TaskFile, load_tasks
+from jacobi_hf.cli.evaluation import AlternatingLM, Journal, Output
+from jacobi_hf.results import Results
+from tests.tiny import CHECKPOINT, EXAMPLE
+
+FORCED, TASK = str(EXAMPLE / "forced"), EXAMPLE / "tasks" / "arithmetic.jsonl"
+task_manager = functools.cache(TaskManager)
+SMALL = {"dtype": "float32", "limit": 4, "max_new_tokens": 48}
+
+
+@pytest.fixture(autouse=True)
+def one_index(monkeypatch):
+    """The harness reads its 14 000 tasks once."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: task_manager(include_defaults=include_defaults))
+    yield
+    logging.getLogger("lm_eval").setLevel(logging.NOTSET)
+
+
+def write(folder, *rows, name="task.jsonl"):
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The shipped task on the forced checkpoint, written and read back."""
+    output = tmp_path_factory.mktemp("eval") / "new folder" / "results.json"
+    decoders = {"multiblock": {}, "blocks": {"decoding": "jacobi", "jacobi_block_size": 8}}
+    run(Evaluation(FORCED, task_files=[str(TASK)], decoders=decoders, output=str(output), **SMALL), quiet=True)
+    assert [file.name for file in output.parent.iterdir()] == ["results.json"]
+    return Results.read(output)
+
+
+def test_all_decoders_write_the_same_and_score_the_same(evaluated):
+    ordinary, multiblock, blocks = evaluated.measurements
+    assert [m.decoder.kind for m in evaluated.measurements] == ["generate", "jacobi_multiblock", "jacobi"]
+    assert ordinary.agreement is None
+    for m in (multiblock, blocks):
+        assert (m.agreement.baseline, m.agreement.identical, m.agreement.total, m.agreement.different) == ("generate", 4, 4, [])
+        assert m.quality == ordinary.quality
+        assert m.new_tokens == ordinary.new_tokens == ordinary.forwards
+        assert m.speedups[0].factor == pytest.approx(m.tokens_per_second / ordinary.tokens_per_second)
+    assert ordinary.tokens_per_forward == ordinary.mean_slots == 1
+    assert multiblock.tokens_per_forward > blocks.tokens_per_forward > 1
+    assert (blocks.decoder.block_size, multiblock.decoder.block_size) == (8, 16)
+    assert ordinary.prompts.source == "held-out word problems, written by examples/tiny_qwen3/task.py"
+
+
+def test_the_score_is_that_of_plain_generate(evaluated):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(FORCED, dtype=torch.float32), AutoTokenizer.from_pretrained(FORCED)
+    right, tokens = 0, 0
+    for problem in TaskFile.read(TASK).problems[:4]:
+        inputs = tokenizer(problem.prompt, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False, decoding=None)[0, inputs["input_ids"].shape[1] :]
+        found = re.search(r"The answer is (-?\d+)", tokenizer.decode(ids, skip_special_tokens=True))
+        right, tokens = right + (found is not None and int(found[1]) == problem.answer), tokens + len(ids)
+    ordinary = evaluated.measurements[0]
+    assert (ordinary.quality.value, ordinary.quality.samples, ordinary.new_tokens) == (right / 4, 4, tokens)
+    assert 0 < ordinary.quality.low <= ordinary.quality.value <= ordinary.quality.high <= 1
+    assert ordinary.extra["scores"] == {ordinary.quality.metric: right / 4}
+
+
+def test_with_a_drafter_the_models_own_knobs(tmp_path):
+    drafter = str(EXAMPLE / "drafter")
+    results = run(Evaluation(str(CHECKPOINT), drafter=drafter, task_files=[str(TASK)], **SMALL | {"limit": 2}), quiet=True)
+    ordinary, drafted = results.measurements
+    assert (drafted.decoder.name, drafted.decoder.drafter) == ("jacobi_multiblock", drafter)
+    assert drafted.agreement.identical == 2
+    assert drafted.quality == ordinary.quality
+
+
+def test_how_answers_are_read(tmp_path, monkeypatch):
+    """Scores of known texts: the first match, its group, numbers as text, stop strings, and whole texts without a pattern."""
+    texts = {"a": "so 7 apples\n\n8", "b": "12", "c": " yes \n", "d": "no"}
+    monkeypatch.setattr(
+        "jacobi_hf.cli.evaluation.AlternatingLM._generate",
+        lambda self, name, request, seed: Output(texts[request.args[0]], [1], 1, 1, 1, 1.0),
+    )
+    cases = [
+        ({"answer_pattern": r"(\d+)"}, [("a", 7), ("b", "12"), ("c", 3)], 2 / 3), ({"answer_pattern": r"\d"}, [("a", 7), ("b", 12)], 1 / 2),
+        ({}, [("c", "yes"), ("d", "yes")], 1 / 2),
+    ]  # fmt: skip
+    for number, (header, problems, share) in enumerate(cases):
+        rows = [{"prompt": prompt, "answer": answer, "more": None} for prompt, answer in problems]
+        path = write(tmp_path, *[header] * bool(header), "", *rows, name=f"t{number}.jsonl")
+        results = run(Evaluation(FORCED, task_files=[path]), quiet=True)
+        assert [m.quality.value for m in results.measurements] == pytest.approx([share, share])
+
+
+def test_stop_strings_of_a_file_end_the_text(tmp_path):
+    problem = {"prompt": TaskFile.read(TASK).problems[0].prompt, "answer": "Ben starts with 51 stickers"}
+    path = write(tmp_path, {"stop": ["."], "max_new_tokens": 40}, problem)
+    ordinary, jacobi = run(Evaluation(FORCED, task_files=[path], dtype="float32"), quiet=True).measurements
+    assert ordinary.quality.value == jacobi.quality.value == 1
+    assert jacobi.agreement.identical == 1
+    assert ordinary.new_tokens < 40
+
+
+def test_a_task_of_the_harness_by_name(monkeypatch):
+    """gsm8k as the harness defines it, with data in the form that its own has."""
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(6)]
+    data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "test")})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **kwargs: asked.append(path) or data)
+    results = run(Evaluation(FORCED, tasks=["gsm8k"], num_fewshot=2, **SMALL | {"limit": 2, "max_new_tokens": 8}), quiet=True)
+    ordinary, jacobi = results.measurements
+    assert asked == ["openai/gsm8k"]
+    assert (ordinary.prompts.domain, ordinary.prompts.source, ordinary.prompts.count) == ("gsm8k", "openai/gsm8k", 2)
+    assert set(ordinary.extra["scores"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert ordinary.quality.metric == "exact_match,strict-match"
+    assert jacobi.agreement.identical == 2
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
+    output = tmp_path / "results.json"
+    options = Evaluation(FORCED, task_files=[str(TASK)], output=str(output), **SMALL)
+    generate, calls = AlternatingLM._generate, []
+
+    def interrupted(self, name, request, seed):
+        calls.append(name)
+        if len(calls) > 2 + 3:  # two to warm up, then one problem and a half
+            raise KeyboardInterrupt
+        return generate(self, name, request, seed)
+
+    monkeypatch.setattr(AlternatingLM, "_generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(options, quiet=True)
+    assert not output.exists()
+    calls.clear()
+    with pytest.raises(ValueError, match=r"unfinished evaluation under another max_new_tokens, requests"):
+        run(Evaluation(**{**vars(options), "max_new_tokens": 20}), quiet=True)
+    file = tmp_path / "results.json.unfinished.jsonl"
+    with file.open("a") as end:
+        end.write('{"decoder": "gener')  # a line that was cut off
+    calls.clear()
+    monkeypatch.setattr(AlternatingLM, "_generate", lambda *args: calls.append(args[1]) or generate(*args))
+    results = run(options, quiet=True)
+    assert len(calls) == 2 + 8 - 3
+    assert Results.read(output) == results
+    assert not file.exists()
+    assert results.measurements[1].agreement.identical == 4
+
+
+def test_a_journal_gives_back_what_it_was_given(tmp_path):
+    output = Output("täxt\n", [1, 2], 2, 3, 1, 0.5, {1: 2, 7: 1})
+    Journal(tmp_path / "deep" / "j.jsonl", {"a": 1}).add("generate", 3, output)
+    again = Journal(tmp_path / "deep" / "j.jsonl", {"a": 1})
+    assert again.get("generate", 3) == output
+    assert again.get("generate", 2) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{"], "line 1 is not JSON"), (["[1]"], "line 1 is not a JSON object but '\\[1\\]'"), ([], "holds no problems"),
+        ([{"answer_pattern": "x"}], "holds no problems"), ([{"prompt": "x"}], "line 1: 'answer' is missing"),
+        ([{"promt": "x", "answer": 1}], "line 1: 'prompt' is missing; there is 'promt'"),
+        ([{"prompt": "x", "answer": 1}, {"prompt": "y", "target": 1}], "line 2: 'answer' is missing"),
+        ([{"prompt": "x", "answer": [1]}], "line 1: answer cannot be \\[1\\]"), ([{"prompt": "", "answer": 1}], "prompt cannot be ''"),
+        ([{"answer_patern": "x"}], "did you mean 'answer_pattern'"), ([{"answer_pattern": "("}], "no regular expression"),
+        ([{"max_new_tokens": 0}], "max_new_tokens cannot be 0"), ([{"stop": "x"}], "stop cannot be 'x'"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_tasks_are_refused(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        TaskFile.read(write(tmp_path, *rows))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    binary = tmp_path / "x.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "nowhere.jsonl", tmp_path, binary):
+        with pytest.raises(ValueError, match=re.escape(f"the task file {path} cannot be read")):
+            TaskFile.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task_files": []}, "nothing to evaluate on"), ({"limit": 0}, "limit=0"), ({"num_fewshot": -1}, "num_fewshot=-1"),
+        ({"max_new_tokens": 5000}, "2048 positions"), ({"decoders": {"generate": {}}}, "'generate' is the name of ordinary decoding"),
+        ({"decoders": {"x": {"decoding": None}}}, "leave it out"), ({"decoders": {"x": {"jacobi_block_size": 1}}}, "from 2 to 1024"),
+        ({"decoders": {"x": {"jacobi_blok_size": 8}}}, "did you mean 'jacobi_block_size'"), ({"output": "."}, "is a folder"),
+        ({"model": "nowhere/at/all"}, "nowhere"), ({"dtype": "float33"}, "float33"), ({"drafter": "nowhere"}, "nowhere"),
+        ({"task_files": [str(TASK), str(TASK)]}, "arithmetic"),
+    ],
+)  # fmt: skip
+def test_bad_options_fail_before_anything_is_generated(change, message, monkeypatch):
+    monkeypatch.setattr(AlternatingLM, "generate_until", lambda *_: pytest.fail("generated"))
+    with pytest.raises((ValueError, OSError), match=message):
+        run(Evaluation(**{"model": FORCED, "task_files": [str(TASK)], **change}), quiet=True)
+
+
+def test_tasks_that_cannot_be_run_are_refused():
+    with pytest.raises(ValueError, match=r"no task 'gsm8kk' \(did you mean 'gsm8k"):
+        load_tasks(["gsm8kk"], [])
+    with pytest.raises(ValueError, match=r"the data of gsm8k.*openai/gsm8k"):
+        load_tasks(["gsm8k"], [])
+    with pytest.raises(ValueError, match=r"minerva_math needs packages.*math_verify"):
+        load_tasks(["minerva_math"], [])
+
+
+def test_tasks_that_generate_nothing_or_run_code_are_refused(tmp_path):
+    config = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": write(tmp_path, {"q": "1"})},
+        "test_split": "train",
+        "doc_to_text": "{{q}}",
+    }
+    choice = tmp_path / "choice.yaml"
+    choice.write_text(
+        json.dumps({**config, "task": "choice", "output_type": "multiple_choice", "doc_to_choice": ["a"], "doc_to_target": 0})
+    )
+    with pytest.raises(ValueError, match=r"choice is scored by log-likelihoods \(multiple_choice\)"):
+        load_tasks([str(choice)], [])
+    code = tmp_path / "code.yaml"
+    code.write_text(json.dumps({**config, "task": "code", "output_type": "generate_until", "doc_to_target": "x", "unsafe_code": True}))
+    with pytest.raises(ValueError, match=r"code runs code that the model writes.*--confirm-run-unsafe-code"):
+        load_tasks([str(code)], [])
+    assert list(load_tasks([str(code)], [], runs_code=True)) == ["code"]
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=re.escape("pip install 'jacobi-hf[eval]'")):
+        run(Evaluation(FORCED, task_files=[str(TASK)]), quiet=True)
+
+
+def test_the_shipped_task_is_what_its_script_writes_and_held_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import arithmetic
+    import task
+
+    assert TASK.read_text(encoding="utf-8").split("\n")[:-1] == task.lines()
+    file = TaskFile.read(TASK)
+    prompts = {problem.prompt for problem in file.problems}
+    assert len(prompts) == len(file.problems) == 200
+    assert prompts.isdisjoint(problem.prompt for problem in arithmetic.training_problems(3000))
+
+
+def test_the_interval_is_wilsons():
+    from jacobi_hf.results import Quality
+
+    quality = Quality.of_share("x", 3, 10)
+    for edge in (quality.low, quality.high):  # where the score test's statistic is 1.96
+        assert abs(0.3 - edge) / math.sqrt(edge * (1 - edge) / 10) == pytest.approx(1.96)
