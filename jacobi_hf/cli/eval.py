@@ -6,7 +6,11 @@ import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jacobi_hf.cli.verbs import errors_in_one_line, mapping, recipe_option, with_knobs
 
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
@@ -44,6 +48,85 @@ class Evaluation:
     output: str | None = None
 
 
+@with_knobs
+def eval_(
+    context: typer.Context,
+    *,
+    model: Annotated[str, typer.Option(help="Model name or folder.")],
+    drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness by name (or its YAML files), with commas.")] = None,
+    task_file: Annotated[list[str] | None, typer.Option(help="JSONL file of problems, see above; may be given several times.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples before each problem, instead of the task's own.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="New tokens of an answer, instead of the task's own.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put prompts through the model's chat template.")] = False,
+    runs_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run code which the model writes. Use a sandbox.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto (as the weights are), float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[str | None, typer.Option(help="JSON file for the results. An interrupted run goes on when it is run again.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document and nothing else.")] = False,
+    config: Annotated[Path | None, recipe_option("decoders")] = None,  # noqa: ARG001  (its callback has read it)
+    knobs: dict[str, Any],
+) -> None:
+    r"""Answer the same questions with ordinary and with Jacobi decoding: scores, identity, tokens per forward, speed.
+
+    Prompts are answered one at a time, by each decoder in turn, and scored by lm-evaluation-harness. A recipe's section may hold
+    `decoders`, knobs by name, to compare several.
+
+    A task file is JSONL. A problem a line: {"prompt": "6 * 7 =", "answer": 42}. An optional first line says how to read answers:
+    {"answer_pattern": "(-?\d+)", "max_new_tokens": 32, "stop": ["\n"]}; without a pattern the whole text has to be the answer.
+    """
+    with errors_in_one_line("eval"):
+        decoders = mapping(context, "decoders")
+        if knobs and decoders:
+            raise ValueError(f"{', '.join(knobs)} given besides the recipe's decoders, which have knobs of their own.")
+        if knobs:
+            decoders = {str(knobs.get("decoding") or "jacobi_multiblock"): knobs}
+        names = [name for name in (tasks or "").split(",") if name]
+        options = Evaluation(
+            model, drafter, names, task_file or [], limit, num_fewshot, max_new_tokens, chat_template, runs_code, dtype, decoders, output
+        )  # fmt: skip
+        try:
+            results = run(options, quiet=json)
+        except KeyboardInterrupt:
+            kept = (
+                f"what was generated is kept in {journal_of(output)}; the same command goes on from there" if output else "nothing is kept"
+            )
+            typer.echo(f"jacobi-hf eval: interrupted; {kept}.", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if json else _show(results, output)
+
+
+def journal_of(output: str) -> Path:
+    """Where outputs are kept until the results are there."""
+    return Path(f"{output}.unfinished.jsonl")
+
+
+def _show(results: Results, output: str | None) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("task", "decoder", "score", "95%", "identical", "tokens per forward", "tok/s", "speed-up"):
+        table.add_column(column, justify="left" if column in ("task", "decoder") else "right", no_wrap=" " not in column)
+    for m in results.measurements:
+        score, interval = (f"{m.quality.value:.3f}", f"{m.quality.low:.2f}\u2013{m.quality.high:.2f}") if m.quality else ("", "")
+        same = f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else ""
+        speed = f"{m.speedups[0].factor:.2f}" if m.speedups else ""
+        took = (f"{m.tokens_per_forward:.2f}", f"{m.tokens_per_second:.0f}", speed)
+        table.add_row(m.prompts.domain, m.decoder.name, score, interval, same, *took)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{results.model}, {results.dtype} on {results.hardware.gpu or results.device}; one prompt at a time, each generated once; "
+        "identical and speed-up: to eager generate().", style="dim",
+    )  # fmt: skip
+    if output:
+        console.print(output, style="dim")
+
+
 def run(options: Evaluation, *, quiet: bool = False) -> Results:
     """Evaluate, and write the results where `output` says.
 
@@ -76,7 +159,7 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     _configure(tasks, options, model, tokenizer)
     results = Results.start("Scores, tokens per forward and speed of ordinary and Jacobi decoding on the same tasks", model, options.model)
     settings = {**asdict(options), "dtype": results.dtype, "device": results.device, "threads": results.threads}
-    journal_file = Path(f"{options.output}.unfinished.jsonl") if options.output else None
+    journal_file = journal_of(options.output) if options.output else None
     lm = AlternatingLM(
         model, tokenizer, {name: config.to_knobs() if config else {"decoding": None} for name, config in decoders.items()},
         lambda requests: Journal(journal_file, {**settings, "requests": requests}),
@@ -96,11 +179,8 @@ def _check(options: Evaluation) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} cannot be used; it must be at least {least}.")
-    if "generate" in options.decoders:
-        raise ValueError("'generate' is the name of ordinary decoding, which is always measured: give the decoder another name.")
     for name, knobs in options.decoders.items():
-        if "decoding" in knobs and knobs["decoding"] in (None, "none"):
-            raise ValueError(f"the decoder {name!r} decodes ordinarily, which is always measured: leave it out.")
+        _check_decoder(name, knobs)
     if options.output and Path(options.output).is_dir():
         raise ValueError(f"{options.output} is a folder: give the file that the results go to.")
     if options.output:
@@ -108,6 +188,17 @@ def _check(options: Evaluation) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         if not os.access(parent, os.W_OK):
             raise ValueError(f"{parent} is not writable: choose another output.")
+
+
+def _check_decoder(name: str, knobs: Any) -> None:
+    from jacobi_hf.cli.loading import check_knobs
+
+    if name == "generate":
+        raise ValueError("'generate' is the name of ordinary decoding, which is always measured: give the decoder another name.")
+    if not isinstance(knobs, dict):
+        raise ValueError(f"the decoder {name!r} has to hold knobs by name; it is {knobs!r}.")  # noqa: TRY004  (of a recipe)
+    if check_knobs(knobs).get("decoding", "") is None:
+        raise ValueError(f"the decoder {name!r} decodes ordinarily, which is always measured: leave it out.")
 
 
 def _configure(tasks: dict[str, Any], options: Evaluation, model: Any, tokenizer: Any) -> None:

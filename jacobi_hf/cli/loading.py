@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
 from jacobi_hf.config import KNOBS, MULTIBLOCK, JacobiConfig, reject_misspelt, reject_pointless
+from jacobi_hf.drafters import drafter_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,13 +19,15 @@ def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[An
     """A model in eval mode on the machine's accelerator, with its drafter, and its tokenizer.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: the dtype is none, the model's class cannot decode with Jacobi, or the drafter does not fit.
+        ValueError: there is no such model, the dtype is none, the model's class cannot decode with Jacobi, or the drafter does not fit.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is not known; there are auto, float32, bfloat16 and float16.")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded as a causal language model: {error}") from error
     try:
         jacobi_hf.register(type(model))
     except TypeError as error:
@@ -36,15 +39,14 @@ def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[An
     return model, tokenizer
 
 
-def decoding_of(model: Any, given: Mapping[str, Any]) -> JacobiConfig | None:
-    """How a model decodes: `given` knobs (None for those that are not), before the model's own, before the defaults.
+def check_knobs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs as `generate` takes them, as far as they can be checked without a model.
 
     Args:
-        model: its generation config may hold knobs.
-        given: `decoding` may be "none".
+        given: `decoding` may be "none"; None is a knob that is not given.
 
     Raises:
-        ValueError: a knob is out of range, or nothing would listen to it.
+        ValueError: a knob is unknown or out of range.
     """
     knobs = {name: value for name, value in given.items() if value is not None}
     if knobs.get("decoding") == "none":
@@ -52,9 +54,23 @@ def decoding_of(model: Any, given: Mapping[str, Any]) -> JacobiConfig | None:
     reject_misspelt(knobs)
     if unknown := [name for name in knobs if name not in KNOBS]:
         raise ValueError(f"{', '.join(unknown)} is no knob of Jacobi decoding; the knobs are {', '.join(KNOBS)}.")
+    alone = {name: value for name, value in knobs.items() if name != "jacobi_verify_width"}  # its range depends on the model's window
+    JacobiConfig.from_knobs({"decoding": MULTIBLOCK} | alone)
+    return knobs
+
+
+def decoding_of(model: Any, given: Mapping[str, Any]) -> JacobiConfig | None:
+    """How a model decodes: `given` knobs, as `check_knobs` takes them, before the model's own, before the defaults.
+
+    Raises:
+        ValueError: a knob is out of range, or nothing would listen to it.
+    """
+    knobs = check_knobs(given)
     persisted = {name: getattr(model.generation_config, name, None) for name in KNOBS}
     if persisted["decoding"] is None:
         persisted["decoding"] = MULTIBLOCK
     config = JacobiConfig.from_knobs(persisted | knobs)
     reject_pointless(knobs, config)
+    if knobs.get("jacobi_verify_width") and drafter_of(model) is None:
+        raise ValueError("jacobi_verify_width is for drafters, and none is in use: name one with --drafter, or leave it out.")
     return config

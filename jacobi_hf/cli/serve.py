@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
+from pathlib import Path  # noqa: TC003  (typer reads the annotation)
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jacobi_hf.cli.knobs import with_knobs
+from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
 
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
-
-PATIENCE = 5  # seconds that answers have to finish when the server is told to stop
 
 
 @with_knobs
@@ -26,6 +26,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto (as the weights are), float32, bfloat16 or float16.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps; on CUDA they are captured.")] = False,
+    config: Annotated[Path | None, recipe_option()] = None,  # noqa: ARG001  (its callback has read it)
     knobs: dict[str, Any],
 ) -> None:
     """Serve a model at /v1/chat/completions and /v1/completions, as the OpenAI API has them, streaming or not.
@@ -33,24 +34,33 @@ def serve(
     A request may hold knobs of its own: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}. Sampling
     is as the model's generation config says unless the request has a temperature; 0 is greedy.
     """
+    from jacobi_hf.cli.loading import check_knobs, decoding_of, load
+
+    with errors_in_one_line("serve"):
+        _check_extra()
+        check_knobs(knobs)
+        at = listener(host, port)  # before the model is loaded, which takes long
+    from jacobi_hf.cli.serving import Server, build_app
+
+    with at:
+        with errors_in_one_line("serve"):
+            loaded, tokenizer = load(model, dtype, drafter)
+            default = decoding_of(loaded, knobs)
+        make_default(loaded, default)
+        app = build_app(loaded, tokenizer, model, compiled=compiled)
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"{model} ({default.decoding if default else 'ordinary decoding'}) at http://{shown}:{at.getsockname()[1]}/v1")
+        with suppress(KeyboardInterrupt):  # which is how one ends it
+            Server(app).run(sockets=[at])
+
+
+def _check_extra() -> None:
     try:
         import fastapi  # noqa: F401
         import openai  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'jacobi-hf[serve]'") from None
-    from jacobi_hf.cli.loading import decoding_of, load
-    from jacobi_hf.cli.serving import build_app
-
-    with listener(host, port) as at:  # before the model is loaded, which takes long
-        loaded, tokenizer = load(model, dtype, drafter)
-        config = decoding_of(loaded, knobs)
-        make_default(loaded, config)
-        app = build_app(loaded, tokenizer, model, compiled=compiled)
-        shown = f"[{host}]" if ":" in host else host
-        decoding = config.decoding if config else "ordinary decoding"
-        typer.echo(f"{model} ({decoding}) at http://{shown}:{at.getsockname()[1]}/v1")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)).run(sockets=[at])
 
 
 def listener(host: str, port: int) -> socket.socket:

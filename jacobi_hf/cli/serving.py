@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
+import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -32,11 +33,13 @@ from jacobi_hf.cli.serving_text import cut_answer, cut_events, read_events
 from jacobi_hf.config import KNOBS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
+    from types import FrameType
 
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+PATIENCE = 5  # seconds that connections have to end when the server is told to stop
 LEAST_DEFAULT = 1024  # new tokens where neither request nor model says more, as in `transformers serve`
 
 _log = logging.getLogger(__name__)
@@ -52,17 +55,32 @@ def build_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
         compiled: run compiled steps, on CUDA captured ones.
     """
     models = _OneModel(model, tokenizer, name)
-    state = _OneQueue(_Generations(compiled=compiled))
+    generations = _Generations(compiled=compiled)
+    state = _OneQueue(generations)
     app: FastAPI = build_server(
         models, _Chat(models, state), completion_handler=_Completion(models, state), response_handler=None, transcription_handler=None,
         systemone_handler=None, generation_state=state,
     )  # fmt: skip
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
+    app.state.generations = generations
     app.add_middleware(CancelOnDisconnect)
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _not_an_object)
     app.add_exception_handler(Exception, _our_fault)
     return app
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with what `build_app` returned; told to stop, it ends the answers that are being written."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE))
+        self._generations: _Generations = app.state.generations
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGINT and SIGTERM."""
+        self._generations.stop()
+        super().handle_exit(sig, frame)
 
 
 class _OneModel(ModelManager):
@@ -114,7 +132,13 @@ class _Generations(GenerateManager):
 
     def __init__(self, *, compiled: bool) -> None:
         super().__init__()
-        self._compiled = compiled
+        self._compiled, self._calls, self._stopped = compiled, WeakSet(), False  # type: ignore[var-annotated]
+
+    def stop(self) -> None:
+        """End all calls, those to come too."""
+        self._stopped = True
+        for call in list(self._calls):
+            call.cancel(503, "the server is stopping")
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any) -> Any:
         call = self._prepare(model, inputs, gen_config)
@@ -143,14 +167,19 @@ class _Generations(GenerateManager):
                 f"the prompt has {tokens} tokens and up to {gen_config.max_new_tokens} new ones are asked for, "
                 f"together more than the model's {room} positions: shorten the prompt or ask for fewer (max_tokens)."
             )
-        return _Call(model, gen_config, compiled=self._compiled)
+        call = _Call(model, gen_config, compiled=self._compiled)
+        self._calls.add(call)
+        if self._stopped:
+            self.stop()
+        return call
 
 
 class _Call:
     """The model as one request sees it: `generate` with the request's seed and knobs, until it is cancelled."""
 
     def __init__(self, model: Any, generation_config: GenerationConfig, *, compiled: bool) -> None:
-        self._model, self._cancelled, self.streamer = model, threading.Event(), None
+        self._model, self.streamer = model, None
+        self._cancelled: FailedError | None = None
         self._knobs = {name: getattr(generation_config, name) for name in KNOBS if hasattr(generation_config, name)}
         self._seed: int | None = vars(generation_config).pop(SEED, None)
         if compiled:
@@ -161,9 +190,9 @@ class _Call:
         """New tokens that were streamed."""
         return 0 if self.streamer is None else self.streamer.total_tokens
 
-    def cancel(self) -> None:
-        """End the generation with the token that it is at, or before it begins."""
-        self._cancelled.set()
+    def cancel(self, status: int = 400, reason: str = "the client has left") -> None:
+        """Let the generation fail at the token that it is at, or before it begins."""
+        self._cancelled = FailedError(status, reason)
 
     def generate(self, **arguments: Any) -> torch.Tensor:
         """As the model's; runs in the one thread that generates, so a seed holds for this call alone.
@@ -171,13 +200,14 @@ class _Call:
         Raises:
             FailedError: with what the client is told.
         """
-        if self._cancelled.is_set():
-            raise FailedError(400, "the client has left")
+        self._check()
         if self._seed is not None:
             torch.manual_seed(self._seed)
         try:
-            criteria = StoppingCriteriaList([_Cancelled(self._cancelled)])
+            criteria = StoppingCriteriaList([_EachToken(self._check)])
             ids: torch.Tensor = self._model.generate(**arguments, **self._knobs, stopping_criteria=criteria)
+        except FailedError:
+            raise
         except ValueError as error:
             raise FailedError(400, str(error)) from error
         except Exception as error:
@@ -185,13 +215,20 @@ class _Call:
             raise FailedError(500, f"generation failed: {type(error).__name__}: {error}") from error
         return ids
 
+    def _check(self) -> None:
+        if self._cancelled is not None:
+            raise self._cancelled
 
-class _Cancelled(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+
+class _EachToken(StoppingCriteria):
+    """Does something at each token, and never stops."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
+        self._action()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class FailedError(Exception):
@@ -315,7 +352,7 @@ async def _http_error(_: Any, error: Any) -> JSONResponse:
     return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
 
 
-async def _not_an_object(_: Any, error: RequestValidationError) -> JSONResponse:
+async def _not_an_object(_: Any, error: Any) -> JSONResponse:
     first = error.errors()[0]
     return JSONResponse(_error(400, f"the body is no JSON object: {first['msg']}."), 400)
 

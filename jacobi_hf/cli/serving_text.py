@@ -40,10 +40,10 @@ class StopCutter:
         return held
 
 
-async def read_events(parts: AsyncIterable[str | bytes]) -> AsyncIterator[dict[str, Any]]:
+async def read_events(parts: AsyncIterable[str | bytes | memoryview]) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events."""
     async for part in parts:
-        text = part if isinstance(part, str) else part.decode()
+        text = part if isinstance(part, str) else bytes(part).decode()
         for event in text.split("\n\n"):
             if event:
                 yield json.loads(event.removeprefix("data: "))

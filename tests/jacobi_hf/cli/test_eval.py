@@ -12,9 +12,12 @@ import sys
 import datasets
 import pytest
 import torch
+import yaml
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from jacobi_hf.cli import app
 from jacobi_hf.cli.eval import Evaluation, run
 from jacobi_hf.cli.eval_tasks import TaskFile, load_tasks
 from jacobi_hf.cli.evaluation import AlternatingLM, Journal, Output
@@ -22,6 +25,7 @@ from jacobi_hf.results import Results
 from tests.tiny import CHECKPOINT, EXAMPLE
 
 FORCED, TASK = str(EXAMPLE / "forced"), EXAMPLE / "tasks" / "arithmetic.jsonl"
+invoke = CliRunner().invoke
 task_manager = functools.cache(TaskManager)
 SMALL = {"dtype": "float32", "limit": 4, "max_new_tokens": 48}
 
@@ -198,7 +202,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     [
         ({"task_files": []}, "nothing to evaluate on"), ({"limit": 0}, "limit=0"), ({"num_fewshot": -1}, "num_fewshot=-1"),
         ({"max_new_tokens": 5000}, "2048 positions"), ({"decoders": {"generate": {}}}, "'generate' is the name of ordinary decoding"),
-        ({"decoders": {"x": {"decoding": None}}}, "leave it out"), ({"decoders": {"x": {"jacobi_block_size": 1}}}, "from 2 to 1024"),
+        ({"decoders": {"x": {"decoding": "none"}}}, "leave it out"), ({"decoders": {"x": {"jacobi_block_size": 1}}}, "from 2 to 1024"),
         ({"decoders": {"x": {"jacobi_blok_size": 8}}}, "did you mean 'jacobi_block_size'"), ({"output": "."}, "is a folder"),
         ({"model": "nowhere/at/all"}, "nowhere"), ({"dtype": "float33"}, "float33"), ({"drafter": "nowhere"}, "nowhere"),
         ({"task_files": [str(TASK), str(TASK)]}, "arithmetic"),
@@ -263,3 +267,68 @@ def test_the_interval_is_wilsons():
     quality = Quality.of_share("x", 3, 10)
     for edge in (quality.low, quality.high):  # where the score test's statistic is 1.96
         assert abs(0.3 - edge) / math.sqrt(edge * (1 - edge) / 10) == pytest.approx(1.96)
+
+
+def recipe(folder, section):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"train": {}, "eval": section}))
+    return str(path)
+
+
+def test_the_verb_takes_a_recipe_and_prints_a_document(tmp_path):
+    section = {
+        "model": FORCED, "task_file": [str(TASK)], "limit": 3, "dtype": "float32", "max_new_tokens": 16,
+        "decoders": {"small": {"jacobi_block_size": 4}},
+    }  # fmt: skip
+    result = invoke(app, ["eval", "--config", recipe(tmp_path, section), "--limit", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    measured = Results.model_validate_json(result.stdout).measurements
+    assert [(m.decoder.name, m.decoder.block_size, m.prompts.count) for m in measured] == [("generate", None, 2), ("small", 4, 2)]
+    assert measured[1].agreement.identical == 2
+
+
+def test_the_verb_shows_a_table(tmp_path):
+    arguments = ["--model", FORCED, "--task-file", str(TASK), "--limit", "1", "--dtype", "float32", "--jacobi-block-size", "8"]
+    result = invoke(app, ["eval", *arguments, "--output", str(tmp_path / "r.json")], env={"COLUMNS": "140"})
+    assert result.exit_code == 0, result.output
+    (row,) = [line.split() for line in result.stdout.splitlines() if "jacobi_multiblock" in line]
+    measured = Results.read(tmp_path / "r.json").measurements[1]
+    assert row[:2] == ["arithmetic", "jacobi_multiblock"]
+    assert f"{measured.tokens_per_forward:.2f}" in row
+    assert measured.decoder.block_size == 8
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"limt": 3}, "did you mean 'limit'"), ({"limit": 2.5}, "--limit"), ({"limit": "x"}, "--limit"), ({"limit": {"a": 1}}, "'limit'"),
+        ({"decoders": 3}, "'decoders'"), ({"tasks": "a", "decoders": {"x": 3}}, "decoder 'x'"), ([1], "no section 'eval'"),
+        (None, "no section"),
+        ({"tasks": "a", "decoders": {"x": {"jacobi_blok_size": 8}}}, "did you mean 'jacobi_block_size'"),
+        ({"jacobi_block_size": 8, "decoders": {"x": {}}}, "besides the recipe's decoders"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_refused(tmp_path, section, message):
+    result = invoke(app, ["eval", "--config", recipe(tmp_path, section), "--model", FORCED], env={"COLUMNS": "300"})
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+@pytest.mark.parametrize("text", ["eval: [", "- eval", "", "\0"])
+def test_files_that_are_no_recipes_are_refused(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    for name in (path, tmp_path, tmp_path / "nowhere.yaml"):
+        result = invoke(app, ["eval", "--config", str(name), "--model", FORCED], env={"COLUMNS": "300"})
+        assert (result.exit_code, "Traceback" in result.output) == (2, False)
+
+
+def test_errors_of_the_verb_are_one_line_and_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
+    result = invoke(app, ["eval", "--model", FORCED, "--task-file", "nowhere.jsonl"])
+    assert (result.exit_code, result.stderr.splitlines()[-1][:58]) == (2, "jacobi-hf eval: the task file nowhere.jsonl cannot be read")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jacobi_hf.cli.eval.run", interrupt)
+    result = invoke(app, ["eval", "--model", FORCED, "--output", "r.json"])
+    assert (result.exit_code, "r.json.unfinished.jsonl; the same command goes on" in result.stderr) == (130, True)

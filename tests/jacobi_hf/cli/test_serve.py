@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +18,15 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from jacobi_hf.cli.serving import build_app
+from jacobi_hf.cli import app
+from jacobi_hf.cli.serving import Server, build_app
+from jacobi_hf.config import JacobiConfig
+from jacobi_hf.drafters import drafter_of
 from tests.tiny import EXAMPLE
+
+run = CliRunner().invoke
 
 NAME = "tiny/forced"
 QUESTION = "Anna has 12 apples and buys 30 more. How many apples does Anna have now?"
@@ -61,18 +70,25 @@ def tiny():
     return model, AutoTokenizer.from_pretrained(EXAMPLE / "forced")
 
 
-@pytest.fixture(scope="module")
-def served(tiny):
+@contextlib.contextmanager
+def running(model, tokenizer):
+    """A server in a thread, and where it listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(build_app(*tiny, NAME), log_level="critical"))
+        server = Server(build_app(model, tokenizer, NAME))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield Served(*tiny, listener.getsockname()[1])
-        server.should_exit = True
+        yield server, listener.getsockname()[1]
+        server.handle_exit(signal.SIGINT, None)
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def served(tiny):
+    with running(*tiny) as (_, port):
+        yield Served(*tiny, port)
 
 
 def streamed(stream):
@@ -289,6 +305,16 @@ def test_a_failure_in_the_middle_of_a_stream_ends_it_with_an_error(served):
     assert served.text() == served.generated(PROMPT)
 
 
+def test_told_to_stop_it_ends_answers_with_an_error(served, tiny):
+    with running(*tiny) as (server, port):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0)
+        stream = client.completions.create(model=NAME, prompt="def", max_tokens=1500, stream=True)
+        next(iter(stream))
+        server.handle_exit(signal.SIGINT, None)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+
+
 def test_models_and_health_and_nothing_else(served):
     assert [model.id for model in served.client.models.list()] == [NAME]
     root = served.url.removesuffix("/v1")
@@ -321,3 +347,81 @@ def test_steps_are_compiled_on_request(tiny, monkeypatch):
     for compiled in (False, True):
         TestClient(build_app(*tiny, NAME, compiled=compiled)).post("/v1/completions", json={"prompt": PROMPT})
     assert [config.compile_config is None for config in seen] == [True, False]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `serve` would run: the application and its listener."""
+    runs = []
+
+    def start(self, sockets):
+        runs.append((self.config.app, sockets[0].getsockname()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", start)
+    return runs
+
+
+def test_the_verb_serves_on_this_machine_alone_until_it_is_interrupted(started):
+    result = run(app, ["serve", str(EXAMPLE / "forced"), "--port", "0", "--dtype", "float32"])
+    (application, (host, port)) = started[0]
+    assert (result.exit_code, host) == (0, "127.0.0.1")
+    assert result.stdout == f"{EXAMPLE / 'forced'} (jacobi_multiblock) at http://127.0.0.1:{port}/v1\n"
+    assert TestClient(application).get("/v1/models").json()["data"][0]["id"] == str(EXAMPLE / "forced")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "decoding", "block_size"),
+    [
+        (["forced"], "jacobi_multiblock", 16), (["checkpoint"], "jacobi_multiblock", 16), (["forced", "--decoding", "none"], None, None),
+        (["forced", "--jacobi-block-size", "8"], "jacobi_multiblock", 8), (["checkpoint", "--decoding", "jacobi"], "jacobi", 16),
+        (["checkpoint", "--drafter", str(EXAMPLE / "drafter"), "--jacobi-verify-width", "4"], "jacobi_multiblock", 16),
+    ],
+)  # fmt: skip
+def test_knobs_of_the_verb_are_the_default_of_requests(started, monkeypatch, arguments, decoding, block_size):
+    models = []
+    monkeypatch.setattr(
+        "jacobi_hf.cli.serving.build_app", lambda model, *rest, **options: models.append(model) or build_app(model, *rest, **options)
+    )
+    result = run(app, ["serve", str(EXAMPLE / arguments[0]), *arguments[1:], "--port", "0"])
+    assert result.exit_code == 0, result.output
+    config = JacobiConfig.from_generation_config(models[0].generation_config)
+    assert (config and config.decoding, config and config.jacobi_block_size) == (decoding, block_size)
+    assert (drafter_of(models[0]) is None) == ("--drafter" not in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at/all"], "nowhere/at/all cannot be loaded"), ([str(EXAMPLE)], "cannot be loaded"),
+        ([str(EXAMPLE / "forced"), "--jacobi-block-size", "1"], "from 2 to 1024"),
+        ([str(EXAMPLE / "forced"), "--decoding", "jacoby"], "did you mean 'jacobi'"),
+        ([str(EXAMPLE / "forced"), "--decoding", "none", "--jacobi-pool-size", "1"], "without decoding"),
+        ([str(EXAMPLE / "forced"), "--jacobi-verify-width", "4"], "--drafter"), ([str(EXAMPLE / "forced"), "--dtype", "fp32"], "'fp32'"),
+        ([str(EXAMPLE / "forced"), "--drafter", "nowhere"], "nowhere"), ([str(EXAMPLE / "forced"), "--host", "256.0.0.1"], "256.0.0.1"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_verb_are_one_line(started, arguments, message):
+    result = run(app, ["serve", "--port", "0", *arguments])
+    assert (result.exit_code, started) == (2, [])
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("jacobi-hf")]
+    assert line.startswith("jacobi-hf serve: ")
+    assert message in line
+    assert "Traceback" not in result.output
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(started, monkeypatch):
+    monkeypatch.setattr("jacobi_hf.cli.loading.load", lambda *_: pytest.fail("loaded"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        result = run(app, ["serve", str(EXAMPLE / "forced"), "--port", port])
+    assert (result.exit_code, f"cannot listen on 127.0.0.1, port {port}" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("package", ["fastapi", "openai", "uvicorn"])
+def test_without_the_extra_its_name_is_said(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run(app, ["serve", str(EXAMPLE / "forced")])
+    assert (result.exit_code, "pip install 'jacobi-hf[serve]'" in result.stderr) == (2, True)

@@ -1,0 +1,109 @@
+"""What verbs share: the knobs as options, recipes, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import typing
+from dataclasses import fields
+from pathlib import Path  # noqa: TC003  (typer reads the annotation)
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from jacobi_hf.config import DECODINGS, JacobiConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def with_knobs(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb an option for each knob; it is called with `knobs`, those that were given, by name."""
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for name, a in _annotations().items()]
+    hints = typing.get_type_hints(verb, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(verb).parameters.values() if p.name != "knobs"]
+
+    @functools.wraps(verb)
+    def with_options(**arguments: Any) -> None:
+        given = {name: value for name in _annotations() if (value := arguments.pop(name)) is not None}
+        verb(**arguments, knobs=given)
+
+    with_options.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    return with_options
+
+
+def _annotations() -> dict[str, Any]:
+    allowed = ", ".join((*DECODINGS, "none"))
+    annotations: dict[str, Any] = {
+        "decoding": Annotated[str | None, typer.Option(help=f"{allowed}; as the model's generation config says, or {DECODINGS[1]}.")]
+    }
+    for knob in fields(JacobiConfig)[1:]:
+        text = f"{knob.metadata['help']} (default {knob.default:g})."
+        annotations[knob.name] = Annotated[type(knob.default) | None, typer.Option(help=text[0].upper() + text[1:])]
+    return annotations
+
+
+@contextlib.contextmanager
+def errors_in_one_line(verb: str) -> Iterator[None]:
+    """End the program with exit code 2 and what is wrong, where bad input raises."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"jacobi-hf {verb}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def recipe_option(*mappings: str) -> Any:
+    """The option `--config`: a recipe's section for the verb, which holds defaults of the other options.
+
+    Args:
+        mappings: names that a section may hold besides, each a mapping, which no option could be; see `mapping`.
+    """
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            section, options = str(context.info_name), {str(p.name): p for p in context.command.params if p.name != "config"}
+            given = _section(path, section)
+            context.default_map = {}
+            for name, value in given.items():
+                if name in mappings and isinstance(value, dict):
+                    context.meta[name] = value
+                elif name in options and not isinstance(value, dict):
+                    context.default_map[name] = _as_typed(value, several=getattr(options[name], "multiple", False))
+                else:
+                    close = difflib.get_close_matches(str(name), [*options, *mappings], 1)
+                    hint = f"; did you mean {close[0]!r}?" if close and close[0] != name else "."
+                    raise typer.BadParameter(f"{path}, section {section!r}: {name!r} is no option of {section}{hint}")
+        return path
+
+    text = "YAML file with a section for this verb; what the command line says comes before it."
+    return typer.Option(help=text, callback=read, is_eager=True)
+
+
+def mapping(context: typer.Context, name: str) -> dict[str, Any]:
+    """A mapping of the recipe; empty where there is none."""
+    found: dict[str, Any] = context.meta.get(name, {})
+    return found
+
+
+def _section(path: Path, section: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    found = recipe.get(section) if isinstance(recipe, dict) else None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{path} has no section {section!r} with options by name.")
+    return found
+
+
+def _as_typed(value: Any, *, several: bool) -> Any:
+    """A value as the command line would have it, so that it is checked the same: 2.5 is no whole number."""
+    if isinstance(value, list):
+        return [str(one) for one in value] if several else ",".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return value
+    return [str(value)] if several else str(value)
