@@ -8,7 +8,7 @@ handlers read.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +34,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _Stop = Annotated[str, Field(min_length=1)]
 _TokenId = Annotated[str, Field(pattern="^[0-9]+$")]
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Checked(BaseModel):
@@ -73,6 +76,27 @@ class _Message(_Checked):
     tool_calls: list[_ToolCall] | None = None
 
 
+class _GenerationOptions(_Checked):
+    """The fields of a request's `generation_config` that are served: those that decide over the text of one answer.
+
+    Others are refused: they would change what the server is asked to return, or hold ids that are out of the vocabulary, with which a
+    GPU stops working.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    do_sample: bool | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    typical_p: float | None = Field(default=None, gt=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+
+
 class ChatRequest(_Request):
     """A request for `/v1/chat/completions`."""
 
@@ -103,11 +127,15 @@ def translate(kind: type[_Request], body: Mapping[str, Any], defaults: Generatio
     for name, neutral in _NEUTRAL.items():
         if name in body and body[name] not in neutral:
             raise ValueError(f"{name}={_short(body[name])} is not served: leave {name} out.")
-    config = _generation_config(request, defaults)
-    reject_misspelt([*body, *config])
-    given = {name: source[name] for source in (config, body) for name in KNOBS if name in source}
+    own = {} if request.generation_config is None else _object(request.generation_config)
+    reject_misspelt([*body, *own])
+    given = {name: source[name] for source in (own, body) for name in KNOBS if name in source}
     decoding = JacobiConfig.from_knobs({name: getattr(defaults, name, None) for name in KNOBS} | given)
     reject_pointless(given, decoding)
+    config = {**_without_knobs(json.loads(defaults.to_json_string())), "max_new_tokens": None}
+    config |= _read(_GenerationOptions, _without_knobs(own), "generation_config").model_dump(exclude_unset=True)
+    if request.temperature is not None or request.top_p is not None:
+        config["do_sample"] = request.temperature != 0
     dropped = {*KNOBS, "seed", *(["temperature"] if request.temperature == 0 else []), *([] if body.get("stop") else ["stop"])}
     rest = {name: value for name, value in body.items() if name not in dropped}
     if body.get("logit_bias"):
@@ -115,14 +143,16 @@ def translate(kind: type[_Request], body: Mapping[str, Any], defaults: Generatio
     return {**rest, "generation_config": json.dumps({**config, **given, SEED: request.seed})}
 
 
-def _read(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
+def _read(kind: type[_Model], body: Mapping[str, Any], within: str = "") -> _Model:
     try:
         return kind.model_validate(dict(body))
     except ValidationError as error:
         deepest = max(error.errors(), key=lambda one: len(one["loc"]))  # of the alternatives of a union, the one that fits best
-    where = ".".join(str(part) for part in deepest["loc"] if part != "str" and "[" not in str(part))
+    where = ".".join(str(part) for part in (within, *deepest["loc"]) if part not in ("str", "") and "[" not in str(part))
     if deepest["type"] == "missing":
         raise ValueError(f"{where} is missing.")
+    if deepest["type"] == "extra_forbidden":
+        raise ValueError(f"{where} is not served; {within} may hold {', '.join(kind.model_fields)} and the knobs of decoding.")
     raise ValueError(f"{where}: {deepest['msg'][:1].lower()}{deepest['msg'][1:]}; it is {_short(deepest['input'])}.")
 
 
@@ -132,17 +162,8 @@ def stop_strings(body: Mapping[str, Any]) -> list[str]:
     return [stops] if isinstance(stops, str) else list(stops)
 
 
-def _generation_config(request: _Request, defaults: GenerationConfig) -> dict[str, Any]:
-    """The request's own, or the model's without its knobs (`generate` looks them up there); whether to sample as the request says."""
-    if request.generation_config is None:
-        config = json.loads(defaults.to_json_string())
-        config = {name: value for name, value in config.items() if name not in KNOBS and not name.startswith("_")}
-        config.pop("max_new_tokens", None)
-    else:
-        config = _object(request.generation_config)
-    if request.temperature is not None or request.top_p is not None:
-        config["do_sample"] = request.temperature != 0
-    return config
+def _without_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in KNOBS and not name.startswith("_")}
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -166,6 +166,12 @@ def test_temperature_and_seed(served):
     assert served.text(temperature=0, seed=5) == served.generated(PROMPT)
 
 
+def test_more_options_of_generation(served):
+    options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 20}
+    body = {"generation_config": json.dumps({**options, "max_new_tokens": 30})}
+    assert served.text(max_tokens=openai.omit, extra_body=body) == served.generated(PROMPT, max_new_tokens=30, **options)
+
+
 def test_clients_at_once_get_their_own_answers(served):
     requests = [{"seed": seed, "temperature": 1.0} for seed in (1, 2)] + [{"stop": " more"}, {"extra_body": {"decoding": None}}] * 2
     alone = [served.text(**request) for request in requests]
@@ -212,7 +218,11 @@ BAD = [
     ({"decoding": None, "jacobi_block_size": 8}, 400, "given without decoding"),
     ({"decoding": "jacobi", "jacobi_pool_size": 8}, 400, "no meaning with decoding='jacobi'"),
     ({"jacobi_verify_width": 4}, 400, "load_drafter"),
-    ({"decoding": "jacobi_multiblock", "generation_config": '{"num_beams": 2}'}, 400, "num_beams"),
+    ({"generation_config": '{"num_beams": 2}'}, 400, "generation_config.num_beams is not served"),
+    ({"generation_config": '{"forced_eos_token_id": 99999}'}, 400, "generation_config.forced_eos_token_id is not served"),
+    ({"generation_config": '{"jacobi_blok_size": 2}'}, 400, "did you mean 'jacobi_block_size'"),
+    ({"generation_config": '{"top_k": "x"}'}, 400, "generation_config.top_k: input should be a valid integer; it is 'x'"),
+    ({"generation_config": '{"max_new_tokens": 3.5}', "max_tokens": None}, 400, "generation_config.max_new_tokens"),
     ({"generation_config": "{"}, 400, "generation_config is not JSON"),
     ({"generation_config": "[1]"}, 400, "has to be a JSON object"),
     ({"model": "other"}, 404, "'other' is not served"),
