@@ -173,7 +173,7 @@ def test_more_options_of_generation(served):
 
 
 def test_clients_at_once_get_their_own_answers(served):
-    requests = [{"seed": seed, "temperature": 1.0} for seed in (1, 2)] + [{"stop": " more"}, {"extra_body": {"decoding": None}}] * 2
+    requests = [{"seed": seed, "temperature": 1.5} for seed in (1, 2)] + [{"stop": " more"}, {"extra_body": {"decoding": None}}] * 2
     alone = [served.text(**request) for request in requests]
     with ThreadPoolExecutor(len(requests)) as pool:
         together = list(pool.map(lambda request: served.text(stream=True, **request), requests))
