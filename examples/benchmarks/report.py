@@ -407,7 +407,7 @@ def lossless(documents: dict[str, Results]) -> str:
         text += table(head, report_lossless.control_rows(varied))
     with_drafter = peers_file.is_file() and any(m.model == "base + drafter" for m in Results.read(peers_file).measurements)
     if with_drafter:
-        forced, base = (next(iter(group(name).values())) for name in ("forced-seed42", "base"))
+        forced, base = (group(name)[name] for name in ("forced-seed42", "base"))
         text += (
             "\n### Ways to be faster\n\nFrom *Against transformers' own ways* above, eager; the loss is that of held-out text in nats per token, "
             "over the base's.\n\n"
