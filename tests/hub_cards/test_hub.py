@@ -73,10 +73,22 @@ def test_a_client_creates_pushes_and_downloads(hub, tmp_path):
     first = seen.pop("first")
     names = [".gitattributes", "README.md", "a.json", "model.safetensors", "sub dir/ö.txt"]
     assert seen == {
-        "name": "user", "missing": [False, 404], "again": 409, "wrong token": 401, "unchanged": first, "pr": "refs/pr/1", "refused": 403,
-        "after": [".gitattributes"], "texts": ["{}", "[1]"], "snapshot": names, "exist": [True, False, False], "branches": ["main", "v1"], "dataset": "abc",
-        "stranger": 401, "tree": ["q", ".gitattributes", "q/x.parquet"],
-    }  # fmt: skip
+        "name": "user",
+        "missing": [False, 404],
+        "again": 409,
+        "wrong token": 401,
+        "refused": 403,
+        "after": [".gitattributes"],
+        "unchanged": first,
+        "pr": "refs/pr/1",
+        "texts": ["{}", "[1]"],
+        "snapshot": names,
+        "exist": [True, False, False],
+        "branches": ["main", "v1"],
+        "dataset": "abc",
+        "stranger": 401,
+        "tree": ["q", ".gitattributes", "q/x.parquet"],
+    }
     assert sorted(hub.repos) == ["datasets/user/d", "user/x"]
     assert hub.repos["user/x"]["main"]["model.safetensors"] == weights
     assert sum("/commit/" in request.path for request in hub.requests) == 4  # refused, first, pull request, dataset; unchanged made none
