@@ -8,6 +8,7 @@ everybody else's forwards it is the implementation that the model was loaded wit
 from __future__ import annotations
 
 import copy
+import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 SDPA, FLEX, FLASH = "sdpa", "flex_attention", "flash_attention_2"
-OURS = {own: f"jacobi_{own}" for own in (SDPA, FLEX, FLASH)}
+# The names are transformers' own registry's: a copy of this code (a repository's custom_generate) must not take the package's.
+_PREFIX = "jacobi_" if __name__ == "jacobi_hf.attention" else f"jacobi_{zlib.crc32(__name__.encode()):08x}_"
+OURS = {own: _PREFIX + own for own in (SDPA, FLEX, FLASH)}
 # Implementations that take a bool mask of any shape.
 TAKES_MASK = (SDPA, "eager", OURS[SDPA])
 # Wider forwards are prefills: there the mask, once per query head of a group, would be larger than what it saves.
@@ -45,7 +48,7 @@ def attention_of(config: Any) -> str:
 
 def own_attention_of(config: Any) -> str:
     """The attention implementation that a model with this config was loaded with, also while it runs one of ours."""
-    return attention_of(config).removeprefix("jacobi_")
+    return attention_of(config).removeprefix(_PREFIX)
 
 
 def cannot_attend(config: Any) -> str | None:

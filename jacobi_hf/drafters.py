@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -25,6 +26,7 @@ class _Loaded:
 
 
 _loaded: WeakKeyDictionary[Any, _Loaded] = WeakKeyDictionary()
+_loading = threading.Lock()
 
 
 def load_drafter(
@@ -75,6 +77,30 @@ def using(model: Any, drafter: Drafter) -> Iterator[None]:
         drafters.by_name.pop(name, None)
         drafters.active = former
         clear_graphs(_base_of(model))
+
+
+@contextlib.contextmanager
+def using_source(model: PreTrainedModel, source: str, *, revision: str | None = None, token: str | bool | None = None) -> Iterator[None]:
+    """The drafter of a folder or repository in use; loaded the first time, and kept for the next.
+
+    Afterwards it is as after `load_drafter`, except that another one which was in use is in use again.
+
+    Raises:
+        DrafterError: as `load_drafter`.
+    """
+    name = source if revision is None else f"{source}@{revision}"
+    with _loading:
+        drafters = _loaded.get(_base_of(model)) or _Loaded()
+        former = drafters.active
+        if name not in drafters.by_name:
+            load_drafter(model, source, name, revision=revision, token=token)
+        elif former != name:
+            set_drafter(model, name)
+    try:
+        yield
+    finally:
+        if former not in (None, name):
+            set_drafter(model, former)
 
 
 def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:

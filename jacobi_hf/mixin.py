@@ -65,13 +65,16 @@ class _Request:
 class JacobiGenerationMixin:
     """Adds `decoding="jacobi"` and `decoding="jacobi_multiblock"` to `generate`."""
 
+    _unless_told: str | None = None  # the decoding where neither call nor generation config names one
+
     def _prepare_generation_config(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
         reject_misspelt([*kwargs, *(vars(generation_config) if generation_config is not None else ())])
-        persisted = getattr(self.generation_config, "decoding", None)  # type: ignore[attr-defined]
+        persisted = getattr(self.generation_config, "decoding", None) or self._unless_told  # type: ignore[attr-defined]
         in_call = given.get("decoding") is not None or getattr(generation_config, "decoding", None) not in (None, persisted)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
-        config = JacobiConfig.from_knobs({name: getattr(prepared, name, None) for name in KNOBS} | given)
+        knobs = {name: getattr(prepared, name, None) for name in KNOBS}
+        config = JacobiConfig.from_knobs(knobs | {"decoding": knobs["decoding"] or self._unless_told} | given)
         if persisted is None and "decoding" not in given:
             given = {name: getattr(generation_config, name, None) for name in KNOBS} | given
         reject_pointless(given, config)
@@ -396,19 +399,12 @@ class _Forward:
 _registered: list[type] = []
 
 
-def register(model_class: type) -> type:
-    """Give a decoder-only class with full or sliding attention the `decoding` argument; returns the class.
-
-    Idempotent; subclasses made before and after have it too. Usable as a decorator. `unregister` takes it back. A class must take
-    its mask and positions from outside; one that builds a bias of its own (ALiBi, GPT-Neo) is refused where it can be told.
+def check_can_decode(model_class: type) -> None:
+    """Refuse a class whose models Jacobi decoding cannot serve.
 
     Raises:
-        TypeError: the class is not a causal language model of transformers whose forward takes what a Jacobi step needs.
+        TypeError: it is not a causal language model of transformers whose forward takes what a Jacobi step needs.
     """
-    if JacobiGenerationMixin in model_class.__mro__:
-        return model_class
-    for subclass in [known for known in _registered if issubclass(known, model_class)]:
-        unregister(subclass)  # it inherits from now on
     forward = getattr(model_class, "forward", None)
     names = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
     if not issubclass(model_class, GenerationMixin) or not issubclass(model_class, PreTrainedModel) or forward is None:
@@ -422,6 +418,22 @@ def register(model_class: type) -> type:
         raise TypeError(
             f"{model_class.__name__} does not use transformers' attention interface, through which the mask of a step is passed."
         )
+
+
+def register(model_class: type) -> type:
+    """Give a decoder-only class with full or sliding attention the `decoding` argument; returns the class.
+
+    Idempotent; subclasses made before and after have it too. Usable as a decorator. `unregister` takes it back. A class must take
+    its mask and positions from outside; one that builds a bias of its own (ALiBi, GPT-Neo) is refused where it can be told.
+
+    Raises:
+        TypeError: the class is not a causal language model of transformers whose forward takes what a Jacobi step needs.
+    """
+    if JacobiGenerationMixin in model_class.__mro__:
+        return model_class
+    check_can_decode(model_class)
+    for subclass in [known for known in _registered if issubclass(known, model_class)]:
+        unregister(subclass)  # it inherits from now on
     model_class.__bases__ = (JacobiGenerationMixin, *model_class.__bases__)
     _registered.append(model_class)
     return model_class

@@ -1,0 +1,110 @@
+"""The tiny models, published and used where nothing but transformers and torch is installed.
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/custom_generate.py
+
+Makes a fresh virtual environment with the versions of constraints.txt, serves a Hub on the loopback interface, pushes the forced
+checkpoint, its base and its drafter to it from that environment, and decodes there in the three ways that a model card shows. What
+comes out has to be the text of plain `generate`, with the tokens per forward of the benchmarks of the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from typing import Annotated, Any
+
+import common
+import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from jacobi_hf import JacobiConfig
+from jacobi_hf.hub_cards.custom_generate import write_custom_generate
+from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Software
+
+ROOT = common.EXAMPLES.parent
+sys.path.append(str(ROOT))
+
+from tests.hub_cards.hub import LoopbackHub  # noqa: E402
+
+FOLDERS = {"tiny-forced": ("forced", "model"), "tiny-base": ("checkpoint", None), "tiny-drafter": ("drafter", "drafter")}
+REPORTED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors")
+
+
+def environment(folder: Path) -> Path:
+    """The interpreter of a new virtual environment that has transformers and torch."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
+    subprocess.run([*install, "torch", "transformers"], check=True)  # noqa: S603
+    return python
+
+
+def repositories(folder: Path) -> None:
+    """What is pushed, in folders of the repositories' names."""
+    for name, (source, kind) in FOLDERS.items():
+        shutil.copytree(common.TINY / source, folder / name)
+        if kind:
+            write_custom_generate(folder / name, kind)
+
+
+def measurement(run: dict[str, Any], config: JacobiConfig, max_new_tokens: int) -> Measurement:
+    """One of the client's runs in the schema."""
+    drafter = "examples/tiny_qwen3/drafter" if run["usage"] == "drafter" else None
+    tokens, forwards, count = run["tokens"], run["forwards"], len(run["tokens"])
+    return Measurement(
+        decoder=Decoder.of(f"custom_generate, {run['usage']}", config, drafter),
+        prompts=Prompts(domain=run["domain"], source="held-out prompts", count=count, max_new_tokens=max_new_tokens),
+        model="base" if drafter else "forced",
+        new_tokens=sum(tokens),
+        forwards=sum(forwards),
+        tokens_per_forward=sum(tokens) / sum(forwards),
+        per_prompt_tokens_per_forward=[round(new / used, 4) for new, used in zip(tokens, forwards, strict=True)],
+        agreement=Agreement(baseline="generate", identical=count - len(run["different"]), total=count, different=run["different"]),
+    )
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Document to write.")] = common.RESULTS / "custom_generate.json",
+    python: Annotated[Path | None, typer.Option(help="Interpreter with torch and transformers alone, in place of a new one.")] = None,
+    forced_prompts: Annotated[int, typer.Option(help="Prompts of each domain for the forced model.")] = 32,
+    drafter_prompts: Annotated[int, typer.Option(help="Prompts of each domain for the base with its drafter.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an output.")] = 128,
+) -> None:
+    """Publish, decode in a fresh environment, and write what came out."""
+    model = AutoModelForCausalLM.from_pretrained(common.MODELS["forced"])
+    config = JacobiConfig.from_generation_config(model.generation_config) or JacobiConfig()
+    with tempfile.TemporaryDirectory() as folder, LoopbackHub() as hub:
+        work = Path(folder)
+        repositories(work / "folders")
+        python = python or environment(work / "environment")
+        client = [python, Path(__file__).with_name("custom_generate_client.py"), work / "folders", common.PROMPTS]
+        counts = map(str, (forced_prompts, drafter_prompts, max_new_tokens))
+        variables = {name: value for name, value in hub.environment(work / "home").items() if name != "PYTHONPATH"}
+        done = subprocess.run([*client, *counts], env=variables, cwd=work, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+    found = json.loads(done.stdout.splitlines()[-1])
+    results = Results.start("custom_generate without jacobi_hf, from a Hub on the loopback interface", model, "tiny")
+    packages = {name: found["versions"][name] for name in REPORTED}
+    software = Software(python=found["python"], packages=packages, git_revision=results.software.git_revision)
+    measurements = [measurement(run, config, max_new_tokens) for run in found["runs"]]
+    results.with_measurements(measurements).model_copy(update={"software": software}).write(output)
+    console = Console()
+    for one in measurements:
+        agreement = one.agreement or Agreement(baseline="generate", identical=0, total=0)
+        console.print(
+            f"{one.decoder.name}, {one.prompts.domain}: {one.tokens_per_forward:.2f} tokens per forward, "
+            f"{agreement.identical} of {agreement.total} texts identical",
+            soft_wrap=True,
+        )
+    print(output)
+    if any(one.agreement and one.agreement.different for one in measurements):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

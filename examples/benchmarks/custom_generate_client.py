@@ -1,0 +1,78 @@
+"""What custom_generate.py runs in a fresh environment: two repositories pushed to the Hub of HF_ENDPOINT, and used from it.
+
+    python custom_generate_client.py FOLDERS PROMPTS FORCED_COUNT DRAFTER_COUNT MAX_NEW_TOKENS
+
+Needs transformers and torch, and no jacobi_hf. The last line of its output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FORCED, BASE, DRAFTER = "user/tiny-forced", "user/tiny-base", "user/tiny-drafter"
+TRUST = {"trust_remote_code": True}
+
+
+def push(folders: Path) -> None:
+    api = HfApi()
+    for name in (FORCED, BASE, DRAFTER):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=folders / name.partition("/")[2])
+
+
+def load(name: str, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **kwargs).eval()
+
+
+def compare(plain: Any, usages: dict[str, Any], tokenizer: Any, prompts: dict[str, list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Each usage on each prompt beside the plain model's own `generate`."""
+    found = {(usage, domain): {"tokens": [], "forwards": [], "different": []} for usage in usages for domain in prompts}
+    for domain, texts in prompts.items():
+        for number, text in enumerate(texts):
+            inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+            asked = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+            expected = plain.generate(**inputs, **asked).sequences
+            for usage, call in usages.items():
+                output, here = call(inputs, asked), found[usage, domain]
+                here["tokens"] += output.jacobi_stats.new_tokens
+                here["forwards"].append(output.jacobi_stats.forwards)
+                if not torch.equal(output.sequences, expected):
+                    here["different"].append(number)
+    return [{"usage": usage, "domain": domain, **values} for (usage, domain), values in found.items()]
+
+
+def main() -> None:
+    assert importlib.util.find_spec("jacobi_hf") is None, "jacobi_hf can be imported here"
+    torch.set_num_threads(1)
+    folders, prompts_file, *counts = sys.argv[1:]
+    forced_count, drafter_count, max_new_tokens = map(int, counts)
+    prompts: dict[str, list[str]] = json.loads(Path(prompts_file).read_text(encoding="utf-8"))["prompts"]
+    push(Path(folders))
+
+    plain, trusting, tokenizer = load(FORCED), load(FORCED, **TRUST), AutoTokenizer.from_pretrained(FORCED)
+    usages = {
+        "by name": lambda inputs, asked: plain.generate(**inputs, **asked, custom_generate=FORCED, **TRUST),
+        "from_pretrained": lambda inputs, asked: trusting.generate(inputs["input_ids"], **asked),
+    }
+    chosen = {domain: texts[:forced_count] for domain, texts in prompts.items()}
+    runs = compare(plain, usages, tokenizer, chosen, max_new_tokens)
+    base = load(BASE)
+    with_drafter = {"drafter": lambda inputs, asked: base.generate(**inputs, **asked, custom_generate=DRAFTER, **TRUST)}
+    chosen = {domain: texts[:drafter_count] for domain, texts in prompts.items()}
+    runs += compare(base, with_drafter, tokenizer, chosen, max_new_tokens)
+    versions = {one.metadata["Name"]: one.version for one in distributions()}
+    print(json.dumps({"runs": runs, "python": platform.python_version(), "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""`custom_generate/generate.py`: built from the package, and doing its work on machines that have nothing but transformers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import jacobi_hf
+from jacobi_hf.hub_cards import custom_generate
+from jacobi_hf.hub_cards.custom_generate import REQUIREMENTS, build, write_custom_generate
+from tests.models import fresh_model
+from tests.tiny import EXAMPLE
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIENT = Path(__file__).with_name("client.py")
+
+
+def test_the_file_is_the_package_s_modules_and_the_same_every_time(tmp_path):
+    written = write_custom_generate(tmp_path, "drafter", "user/base", "abc")
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+    ]
+    text = written[0].read_text(encoding="utf-8")
+    assert text == build("drafter", "user/base", "abc")
+    assert [*write_custom_generate(tmp_path, "drafter", "user/base", "abc")] == written
+    assert written[0].read_text(encoding="utf-8") == text
+    # Each definition of each module, as it is there; and nothing beside them but the entry.
+    sections = re.findall(r"^# -+ jacobi_hf/(\w+)\.py$", text, re.MULTILINE)
+    defined = {ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    theirs = set()
+    for name in sections:
+        tree = ast.parse((ROOT / "jacobi_hf" / f"{name}.py").read_text(encoding="utf-8"))
+        theirs |= {ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert defined == theirs
+    assert {"mixin", "decoding", "drafters", "step", "selection", "attention", "by_default"} <= set(sections)
+    assert not {"tuning", "trial", "results"} & set(sections)
+
+
+def test_what_transformers_and_people_see(tmp_path):
+    text, drafters = build(), build("drafter", "user/base", "abc")
+    for one in (text, drafters):
+        head = one[:800]
+        assert f"jacobi_hf {jacobi_hf.__version__}" in head
+        assert "Apache-2.0" in head
+        assert not re.search(r"^\s*(from\s+\.|import\s+\.|from jacobi_hf|import jacobi_hf)", one, re.MULTILINE)
+        assert str(ROOT) not in one
+        assert str(Path.home()) not in one
+    assert "'user/base', revision 'abc'" in drafters[:800]
+    assert text.splitlines()[-1] == 'generate = entry("model")'
+    assert drafters.splitlines()[-1] == 'generate = entry("drafter")'
+
+
+def test_names_of_a_base_model_are_data():
+    future = "from __future__ import annotations"
+    body = build("drafter").partition(future)[2]
+    for name in ("a\nimport os", 'a"""\nb', "ü\r\x85\u2028import os", "\\\n", "'"):
+        head, _, rest = build("drafter", name, name).partition(future)
+        assert rest == body
+        assert all(line.startswith("#") for line in head.splitlines() if line)
+    with pytest.raises(ValueError, match="'adapter'"):
+        build("adapter")
+
+
+def test_requirements_are_those_of_the_package(tmp_path):
+    write_custom_generate(tmp_path)
+    lines = (tmp_path / "custom_generate" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == list(REQUIREMENTS)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    wanted = {re.match(r"[\w-]+", line)[0]: set(re.findall(r"[<>=!~]=?[\d.]+", line)) for line in declared}
+    for package in ("torch", "transformers"):
+        assert {line.removeprefix(package) for line in lines if line.startswith(package)} == wanted[package]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def generate(): pass", "generate is what transformers calls.generate and jacobi_hf.config.generate"),
+        ("from math import ceil as JacobiConfig", "JacobiConfig is math.ceil and jacobi_hf.config.JacobiConfig"),
+        ("sum = 3", "sum is builtins.sum and jacobi_hf.config.sum"),
+        ("def late():\n    from jacobi_hf.step import Step", "config.py imports a sibling in a way that one file cannot"),
+        ("import jacobi_hf", "config.py imports a sibling in a way that one file cannot"),
+    ],
+)
+def test_modules_that_cannot_become_one_file_are_refused(monkeypatch, text, message):
+    modules = custom_generate._modules()
+    monkeypatch.setattr(custom_generate, "_modules", lambda: modules | {"config": text})
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["custom_generate", str(tmp_path), "--drafter"])
+    monkeypatch.delitem(sys.modules, "jacobi_hf.hub_cards.custom_generate")
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("jacobi_hf.hub_cards.custom_generate", run_name="__main__")
+    assert not done.value.code
+    assert capsys.readouterr().out.split() == [str(tmp_path / "custom_generate" / name) for name in ("generate.py", "requirements.txt")]
+    assert (tmp_path / "custom_generate" / "generate.py").read_text(encoding="utf-8") == build("drafter")
+
+
+@pytest.fixture
+def published(hub, tmp_path):
+    """The Hub with a forced checkpoint, its base and its drafter, and models of random weights; two copies are of another version."""
+    for name, kind in (("forced", "model"), ("checkpoint", None), ("drafter", "drafter")):
+        folder = shutil.copytree(EXAMPLE / name, tmp_path / name)
+        if kind:
+            write_custom_generate(folder, kind)
+        hub.add(f"user/tiny-{name}.v1", folder)
+    for number, name in enumerate(("llama", "qwen2", "falcon")):
+        folder = tmp_path / name
+        if name != "falcon":
+            fresh_model(name, number).save_pretrained(folder)
+        write_custom_generate(folder)
+        hub.add(f"user/{name}", folder)
+    drafter = hub.repos["user/tiny-drafter.v1"]
+    drafter["v2"] = drafter["main"] | {"README.md": b"another commit"}
+    other = hub.repos["user/qwen2"]["main"]
+    other["custom_generate/generate.py"] = other["custom_generate/generate.py"].replace(
+        f'__version__ = "{jacobi_hf.__version__}"'.encode(), b'__version__ = "0.0.1"'
+    )
+    return hub
+
+
+def _run(hub, tmp_path, *arguments, **environment):
+    command = [sys.executable, CLIENT, *arguments]
+    done = subprocess.run(
+        command, env=hub.environment(tmp_path / "home") | environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_without_the_package(published, tmp_path):
+    """Everything in one process, in which jacobi_hf cannot be imported; each entry is an output beside that of plain `generate`."""
+    seen = _run(published, tmp_path, "without", tmp_path / "drafter")
+    assert seen.pop("modules") == []
+    calls = seen.pop("calls")
+    assert {name for name, call in calls.items() if not call["same"]} == set()
+    ordinary = {"decoding=None", "plain afterwards", "plain after a drafter", "beams", "no persisted knobs afterwards"}
+    assert {name for name, call in calls.items() if call["tokens_per_forward"] is None} == ordinary
+    rates = {name: call["tokens_per_forward"] for name, call in calls.items() if name not in ordinary}
+    assert all(rate > 1 for rate in rates.values()), rates
+    assert rates["positional"] == rates["by name"] == rates["keywords"]  # the checkpoint's own knobs, whichever way it is called
+    assert rates["other knobs"] != rates["positional"]
+    assert (
+        rates["drafter"] == rates["drafter again"] == rates["drafter from a folder"] == rates["drafter through a forced model's generate"]
+    )
+    errors = {
+        "misspelt": "ValueError: 'jacobi_blok_size' is not a knob",
+        "refused": "TypeError: FalconForCausalLM does not use transformers' attention interface",
+        "no trust": "ValueError: The repository",
+        "of another model": "DrafterError: the drafter was made for",
+    }
+    found = seen.pop("errors")
+    assert found.keys() == errors.keys()
+    assert all(found[name].startswith(text) for name, text in errors.items()), found
+    assert seen == {
+        "class": ["Qwen3ForCausalLM", "Qwen3PreTrainedModel"],
+        "architectures": ["Qwen3ForCausalLM"],
+        "warnings": ["beam"],
+        "generate": "generate_by_default",
+        "attention functions": 3 * 7,  # names of its own for each copy: five repositories, another revision, a folder
+        "pipeline": True,
+    }
+    fetched = [request.path for request in published.requests if request.method == "GET" and "drafter_model" in request.path]
+    assert len(fetched) == 1
+
+
+def test_where_the_package_is_installed_it_decodes_and_says_when_versions_differ(published, tmp_path):
+    seen = _run(published, tmp_path, "installed", PYTHONPATH=str(ROOT))
+    assert seen.pop("told") == [f"jacobi_hf {jacobi_hf.__version__} is installed and decodes; the repository's own copy is version 0.0.1."]
+    calls = seen.pop("calls")
+    assert all(call["same"] and call["tokens_per_forward"] > 1 for call in calls.values()), calls
+    assert seen == {"module": "jacobi_hf.by_default", "errors": {}}
