@@ -88,7 +88,9 @@ def test_requirements_are_those_of_the_package(tmp_path):
         ("from math import ceil as JacobiConfig", "JacobiConfig is math.ceil and jacobi_hf.config.JacobiConfig"),
         ("sum = 3", "sum is builtins.sum and jacobi_hf.config.sum"),
         ("def late():\n    from jacobi_hf.step import Step", "config.py imports a sibling in a way that one file cannot"),
-        ("import jacobi_hf", "config.py imports a sibling in a way that one file cannot"),
+        ("import jacobi_hf.step", "config.py imports a sibling in a way that one file cannot"),
+        ("from jacobi_hf.step import Step as OneStep", "config.py imports a sibling in a way that one file cannot"),
+        ("from .step import Step", "config.py imports a sibling in a way that one file cannot"),
     ],
 )
 def test_modules_that_cannot_become_one_file_are_refused(monkeypatch, text, message):
