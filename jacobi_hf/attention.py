@@ -231,9 +231,8 @@ class StepMasks(MaskBuilder):
         if kernel == FLEX:
             return block_mask(layout, lengths_B, column_S, window)
         grouped = self._is_ours and layout.slots <= GROUPED_SLOTS
-        if grouped and not layout.without_past and not torch.compiler.is_compiling():  # a compiler makes one kernel of the plain way
-            table_QX = mask_table(layout, window, self._groups, self._dtype)
-            return mask_from_table(table_QX, layout.slots, lengths_B, column_S).to(self._device)
+        if grouped and window is None and not torch.compiler.is_compiling():  # a compiler makes one kernel of the plain way
+            return mask_from_table(mask_table(layout, self._groups, self._dtype), lengths_B, column_S).to(self._device)
         allowed = attention_mask(layout, lengths_B, column_S, window)
         if grouped:
             return grouped_mask(allowed, self._groups, self._dtype).to(self._device)

@@ -45,7 +45,7 @@ class Layout:
     rank_S: torch.Tensor
     noisy: int = 0
     without_past: bool = False
-    tables: dict[tuple[int | None, int, torch.dtype], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    tables: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def contenders(self) -> int:
@@ -152,30 +152,30 @@ def attention_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tens
     return cached_BQS.scatter(2, index_BQQ, sees_QQ.expand(batch, -1, -1))[:, None]
 
 
-def mask_table(layout: Layout, sliding_window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """What the mask of a step is made of, whatever the lengths: the additive mask of a row by how far a column is behind the first slot.
+def mask_table(layout: Layout, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """What the mask of a step of full attention is made of, whatever the lengths.
+
+    A sliding window would need a column for each position that it reaches, which is much to keep for every layout.
 
     Args:
         groups: query heads per key/value head.
 
     Returns:
-        `(groups * Q, reach + Q + 1)`: column `reach + c` is that of slot c; the first one stands for all columns before it, the last one
-        for all behind the slots.
+        additive `(groups * Q, Q + 2)`: the first column stands for all that are cached, then one for each slot, the last one for all
+        behind the slots.
     """
-    key = (sliding_window, groups, dtype)
+    key = (groups, dtype)
     if key not in layout.tables:
-        device, slots = layout.depth_Q.device, layout.slots
-        reach = 1 if sliding_window is None else sliding_window + slots
-        columns = torch.arange(reach + slots + 1, device=device)
-        allowed_QX = attention_mask(layout, torch.tensor([reach], device=device), columns, sliding_window)[0, 0]
+        device = layout.depth_Q.device
+        columns = torch.arange(layout.slots + 2, device=device)
+        allowed_QX = attention_mask(layout, torch.ones(1, dtype=torch.long, device=device), columns)[0, 0]
         layout.tables[key] = torch.where(allowed_QX, 0.0, float("-inf")).to(dtype).repeat(groups, 1)
     return layout.tables[key]
 
 
-def mask_from_table(table_QX: torch.Tensor, slots: int, lengths_B: torch.Tensor, column_S: torch.Tensor) -> torch.Tensor:
+def mask_from_table(table_QX: torch.Tensor, lengths_B: torch.Tensor, column_S: torch.Tensor) -> torch.Tensor:
     """`attention_mask` by looking it up in `mask_table`: additive `(B, 1, groups * Q, S)`."""
-    last = table_QX.shape[1] - 1
-    place_BS = (column_S - (lengths_B[:, None] - (last - slots))).clamp_(0, last)
+    place_BS = (column_S - (lengths_B[:, None] - 1)).clamp_(0, table_QX.shape[1] - 1)
     mask_QBS = table_QX.index_select(1, place_BS.flatten()).view(-1, *place_BS.shape)
     return mask_QBS.transpose(0, 1).contiguous()[:, None]
 

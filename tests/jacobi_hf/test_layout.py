@@ -48,16 +48,15 @@ def test_mask_is_as_defined(lengths, cached, window, slack):
     starts=st.lists(st.integers(0, 3), max_size=3),
     noisy=st.integers(0, 4),
     cached=st.lists(st.integers(0, 40), min_size=1, max_size=3),
-    window=st.none() | st.integers(1, 8),
     slack=st.integers(0, 4),
     groups=st.integers(1, 3),
 )
-def test_the_mask_from_a_table_is_the_mask(lengths, starts, noisy, cached, window, slack, groups):
+def test_the_mask_from_a_table_is_the_mask(lengths, starts, noisy, cached, slack, groups):
     starts = tuple(min(start, lengths[0]) for start in starts[: len(lengths) - 1])
     layout = build_layout(lengths, CPU, noisy, starts)
     cached_B, column_S = torch.tensor(cached), torch.arange(max(cached) + layout.slots + slack)
-    mask = mask_from_table(mask_table(layout, window, groups, torch.float32), layout.slots, cached_B, column_S)
-    assert torch.equal(mask, grouped_mask(attention_mask(layout, cached_B, column_S, window), groups, torch.float32))
+    mask = mask_from_table(mask_table(layout, groups, torch.float32), cached_B, column_S)
+    assert torch.equal(mask, grouped_mask(attention_mask(layout, cached_B, column_S), groups, torch.float32))
 
 
 @given(length=st.integers(1, 8), cached=st.integers(0, 5), window=st.none() | st.integers(1, 4))
