@@ -13,13 +13,14 @@ when the whole text does, white space around it aside.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from jacobi_hf.cli.verbs import json_object
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +77,7 @@ class TaskFile:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the task file {path} cannot be read: {error}") from None
-        rows = [(number, _object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [(number, json_object(line, f"{path}, line {number}")) for number, line in enumerate(lines, 1) if line.strip()]
         options = TaskOptions()
         if rows and "prompt" not in rows[0][1] and "answer" not in rows[0][1]:
             options = _checked(path, *rows.pop(0), TaskOptions)
@@ -150,16 +151,6 @@ def _named(manager: Any, name: str) -> Any:
         if "HF_ALLOW_CODE_EVAL" in str(error):
             raise ValueError(f"{name} runs code that the model writes: do that in a sandbox, and add --confirm-run-unsafe-code.") from None
         raise
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} is not a JSON object but {line[:40]!r}.")  # noqa: TRY004  (of a file, not of an argument)
-    return row
 
 
 def _checked(path: Path, number: int, row: dict[str, Any], kind: Any) -> Any:

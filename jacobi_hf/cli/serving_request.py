@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jacobi_hf.cli.verbs import json_object
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def translate(kind: type[_Request], body: Mapping[str, Any], defaults: Generatio
     for name, neutral in _NEUTRAL.items():
         if name in body and body[name] not in neutral:
             raise ValueError(f"{name}={_short(body[name])} is not served: leave {name} out.")
-    own = {} if request.generation_config is None else _object(request.generation_config)
+    own = {} if request.generation_config is None else json_object(request.generation_config, "generation_config")
     reject_misspelt([*body, *own])
     given = {name: source[name] for source in (own, body) for name in KNOBS if name in source}
     decoding = JacobiConfig.from_knobs({name: getattr(defaults, name, None) for name in KNOBS} | given)
@@ -164,16 +165,6 @@ def stop_strings(body: Mapping[str, Any]) -> list[str]:
 
 def _without_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in KNOBS and not name.startswith("_")}
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"generation_config is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"generation_config has to be a JSON object; it is {_short(config)}.")  # noqa: TRY004  (of a request, not of an argument)
-    return config
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What verbs share: the knobs as options, recipes, errors in one line."""
+"""What verbs share: the knobs as options, recipes, JSON from outside, errors in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import json
 import typing
 from dataclasses import fields
 from pathlib import Path  # noqa: TC003  (typer reads the annotation)
@@ -107,3 +108,18 @@ def _as_typed(value: Any, *, several: bool) -> Any:
     if value is None or isinstance(value, bool):
         return value
     return [str(value)] if several else str(value)
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """The JSON object that a text holds; `what` is what errors call the text.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not JSON: {error.msg} at column {error.colno}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is not a JSON object but {text[:40]!r}.")  # noqa: TRY004  (of a text from outside, not of an argument)
+    return found

@@ -224,7 +224,7 @@ BAD = [
     ({"generation_config": '{"top_k": "x"}'}, 400, "generation_config.top_k: input should be a valid integer; it is 'x'"),
     ({"generation_config": '{"max_new_tokens": 3.5}', "max_tokens": None}, 400, "generation_config.max_new_tokens"),
     ({"generation_config": "{"}, 400, "generation_config is not JSON"),
-    ({"generation_config": "[1]"}, 400, "has to be a JSON object"),
+    ({"generation_config": "[1]"}, 400, "generation_config is not a JSON object but"),
     ({"model": "other"}, 404, "'other' is not served"),
     ({"max_tokens": -1}, 400, "max_tokens: input should be greater than or equal to 1; it is -1"),
     ({"max_tokens": 2.5}, 400, "max_tokens"),
