@@ -1,1 +1,1 @@
-"""From measured results to a Hub repository: model cards, `custom_generate`, and the push of both."""
+"""What a Hub repository needs so that its model decodes in parallel where this package is not installed: `custom_generate`."""
