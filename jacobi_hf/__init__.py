@@ -13,14 +13,18 @@ from jacobi_hf.drafters import load_drafter, set_drafter, unload_drafter
 from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 from jacobi_hf.tuning import Tuning, autotune
+from jacobi_hf.watching import Draft, SeenStep, StepStreamer
 
 __all__ = [
+    "Draft",
     "Drafter",
     "DrafterError",
     "JacobiConfig",
     "JacobiDecoderOnlyOutput",
     "JacobiGenerationMixin",
     "JacobiStats",
+    "SeenStep",
+    "StepStreamer",
     "Tuning",
     "__version__",
     "autotune",

@@ -16,6 +16,7 @@ from jacobi_hf.layout import build_layout, chain_layout
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.selection import Selector, best, check_samples, confirmed, pick
 from jacobi_hf.step import Slots, Step, Verdict, Widths
+from jacobi_hf.watching import drafts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from jacobi_hf.layout import Layout
     from jacobi_hf.prompt import Prompt
     from jacobi_hf.step import Forward
+    from jacobi_hf.watching import Draft
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Launched:
         tokens: most that it adds to a row.
         verified: guesses of the window that it verifies at most.
         report: waits for the step and reads `Step.report_BN` as it was behind it.
+        drafts: what it verifies, where somebody watches.
     """
 
     names: list[str]
@@ -75,6 +78,7 @@ class Launched:
     tokens: int
     verified: int
     report: Callable[[], torch.Tensor]
+    drafts: tuple[Draft, ...] = ()
 
 
 class Decoder:
@@ -190,6 +194,8 @@ class Decoder:
         widths = self._execution.widths(self._greatest_widths() if self._lag else self._widths())
         layout = widths.layout(self._cache.lengths_B.device)
         column_S = self._cache.columns(layout.slots, self._longest_cached())
+        names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
+        drafts = drafts_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
         if self._wants_tokens_alone:
             some_halted, text_columns = bool(self._lag) or any(self._plan.at_eos), self._text_columns(layout)
             self._draw(layout)
@@ -197,8 +203,7 @@ class Decoder:
         else:
             slots = self._step.slots(widths, layout)
             self._settle(slots, self._forward(slots.token_BQ, None, layout, column_S, None))
-        names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
-        self._launch(names, layout.slots, layout.offset_D.shape[0], widths.window)
+        self._launch(names, layout.slots, layout.offset_D.shape[0], widths.window, drafts)
         self._tell(waiting=self._lag)
 
     def _widths(self) -> Widths:
@@ -319,10 +324,11 @@ class Decoder:
         counts, row_B1 = verdict.count_B.tolist(), torch.arange(len(value_BQV), device=value_BQV.device)[:, None]
         scores.record(value_BQV[row_B1, verdict.path_BD[:, : max(counts)]], self._plan.generated, counts)
 
-    def _launch(self, names: list[str], slots: int, tokens: int, verified: int) -> None:
+    def _launch(self, names: list[str], slots: int, tokens: int, verified: int, drafts: tuple[Draft, ...] = ()) -> None:
         """Send for the report of the step that was just handed to the device."""
         report_BN = self._step.report_BN
-        self._launched.append(Launched(names, slots, tokens, verified, report_of(report_BN) if self._lag else lambda: report_BN))
+        report = report_of(report_BN) if self._lag else lambda: report_BN
+        self._launched.append(Launched(names, slots, tokens, verified, report, drafts))
 
     def _tell(self, *, waiting: int) -> None:
         """Take note of what was launched, but for the last `waiting` steps."""
@@ -353,6 +359,7 @@ class Decoder:
         self._running = [end is None for end in frontier.ended]
         if stopped:
             self._halt(stopped)
+        frontier.show(launched.drafts)
 
     def _count(self, former: Plan, launched: Launched) -> None:
         stats, names = self.stats, launched.names

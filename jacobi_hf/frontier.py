@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+from jacobi_hf.watching import SeenStep, StepStreamer
+
 if TYPE_CHECKING:
     from transformers.generation import BaseStreamer
+
+    from jacobi_hf.watching import Draft
 
 
 class Scores:
@@ -42,7 +46,7 @@ class Frontier:
     Args:
         input_BP: the prompt as the caller gave it, pads included.
         criteria: as `generate` prepared them; a `MaxLengthCriteria` is among them.
-        streamer: receives one `(B,)` tensor per token.
+        streamer: receives one `(B,)` tensor per token; a `StepStreamer` what `show` tells.
         limit: most new tokens, see `token_limit`.
         pad_token_id: what follows a finished row, or None.
         scores: handed to the criteria when the caller asked for scores.
@@ -67,7 +71,11 @@ class Frontier:
         scores: Scores | None,
         one_by_one: bool = False,
     ) -> None:
-        self._criteria, self._streamer, self._scores = criteria, streamer, scores
+        self._criteria, self._scores = criteria, scores
+        self._watcher = streamer if isinstance(streamer, StepStreamer) else None
+        self._streamer = None if self._watcher else streamer
+        if self._watcher and len(input_BP) > 1:
+            raise ValueError(f"{type(streamer).__name__} follows one sequence; this call generates {len(input_BP)}.")
         self._prompt = input_BP.shape[1]
         self.is_one_by_one = (
             one_by_one or streamer is not None or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
@@ -79,13 +87,25 @@ class Frontier:
         self.eos_E = torch.cat(eos) if eos else torch.empty(0, dtype=torch.long, device=input_BP.device)
         self.ids_BT = torch.full((len(input_BP), self._prompt + self.limit + 1), self.pad, dtype=torch.long, device=input_BP.device)
         self.ids_BT[:, : self._prompt] = input_BP
-        self.generated = 0
+        self.generated = self._shown = 0
         self.ended: list[int | None] = [None] * len(input_BP)
 
     @property
     def done(self) -> bool:
         """Whether every row has finished."""
         return None not in self.ended
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody follows the forwards; see `show`."""
+        return self._watcher is not None
+
+    def show(self, drafts: tuple[Draft, ...]) -> None:
+        """Tell who follows the forwards of one that verified `drafts`, and of what was committed since the one before."""
+        if self._watcher is not None:
+            token_ids = self.ids_BT[0, self._prompt + self._shown : self._prompt + self.generated].tolist()
+            self._shown = self.generated
+            self._watcher.step(SeenStep(tuple(token_ids), drafts))
 
     @property
     def sequences(self) -> torch.Tensor:
