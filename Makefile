@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-deep lint types format clean
+.PHONY: demo test test-deep lint types format docs clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/jacobi-hf demo $(ARGS)
@@ -32,6 +32,10 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site: build/site/index.html.
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,45 @@
+"""What mkdocs has to know of this repository: where the packages are, pages outside of `docs`, links that leave it."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"jacobi_hf": "jacobi_hf", "trainer": "jacobi_hf/trainer", "hub_cards": "jacobi_hf/hub_cards"}
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)[^)]*\)")
+
+
+def on_startup(**_: Any) -> None:
+    """Lay the packages out as they are installed, for mkdocstrings to read."""
+    target = ROOT / "build" / "docs"
+    shutil.rmtree(target, ignore_errors=True)
+    for source, name in PACKAGES.items():
+        shutil.copytree(ROOT / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that lie at the root of the repository."""
+    for source, name in PAGES.items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Name what a link outside of `docs` leads to, which is in the repository and not on the site."""
+    folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
+
+    def named(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, link[2]))
+        text = link[1].strip("`")
+        if path.startswith("docs/"):
+            return link[0]
+        return f"`{path}`" if path.endswith(text) else f"{link[1]} (`{path}`)"
+
+    return LINK.sub(named, markdown)

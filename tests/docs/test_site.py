@@ -1,0 +1,40 @@
+"""The site builds without a warning, and asks nobody else for anything."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+from tests.docs.pages import ROOT, tokens
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    return folder
+
+
+def test_every_page_is_there(site):
+    sources = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
+    assert all((site / page).is_file() for page in sources)
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    fetched = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:[^\"\s>]+)")
+    assert not [(page.name, found) for page in site.rglob("*.html") for found in fetched.findall(page.read_text(encoding="utf-8"))]
+
+
+def test_lists_and_tables_are_those_of_github(site):
+    """mkdocs wants a blank line before a list or a table, where GitHub does not."""
+    for source in (ROOT / "docs").glob("*.md"):
+        page = source.relative_to(ROOT).as_posix()
+        html = (site / source.relative_to(ROOT / "docs").with_suffix(".html")).read_text(encoding="utf-8")
+        article = html[html.index("<article") : html.index("</article>")]
+        counts = {tag: sum(t.type == f"{kind}_open" for t in tokens(page)) for tag, kind in (("li", "list_item"), ("table", "table"))}
+        assert {tag: len(re.findall(rf"<{tag}[ >]", article)) for tag in counts} == counts, page

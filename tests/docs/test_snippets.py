@@ -1,0 +1,221 @@
+"""What the pages tell a reader to type works.
+
+Blocks of Python run, those of a page one after another in one namespace, as somebody reads it. Two rules translate them: a model of the
+Hub (`Qwen/...`) becomes the tiny checkpoint, and there are fewer tokens to write and less time to search for a setting. A page may take
+`model`, `tokenizer`, `inputs` and `prompts` for granted, as its reader has them. A block that cannot run here has a comment before it,
+`<!-- not run here: REASON -->`.
+
+Lines of shell are parsed, not run: verbs and options of `jacobi-hf` and of scripts exist, files and extras that are named exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from importlib.util import find_spec
+
+import pytest
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import jacobi_hf
+from jacobi_hf.cli import app
+from tests.docs.pages import PAGES, ROOT, blocks, code_spans
+
+CHECKPOINT = "examples/tiny_qwen3/checkpoint"
+HUB_MODEL = re.compile(r"(?<=[\"' =])Qwen/[\w.-]+")
+MOST_EXCUSES = 3
+VERBS = typer.main.get_command(app).commands
+USAGE_ERROR = typer.BadParameter.__base__
+OTHER_PROGRAMS = {"cd", "curl", "export", "git", "for", "do", "done"}
+PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+|.*\.\.\.")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder in which the examples lie and somebody may write."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    jacobi_hf.unregister()
+    jacobi_hf.register_defaults()
+
+
+@pytest.fixture
+def reader(workplace):
+    """What a reader has."""
+    tokenizer, model = AutoTokenizer.from_pretrained(CHECKPOINT), AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+    prompts = ["def add(a, b):", "Question: What is 17 + 25?\n"]
+    inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+    return {"__name__": "snippet", "model": model, "tokenizer": tokenizer, "inputs": inputs, "prompts": prompts}
+
+
+def translated(code):
+    code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=24", HUB_MODEL.sub(CHECKPOINT, code))
+    return re.sub(r"autotune\(model, prompts,(?!.*seconds=)", "autotune(model, prompts, seconds=1,", code)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_runs(page, reader):
+    for block in blocks(page, "python"):
+        code = "\n" * (block.line - 1) + translated(block.code)
+        program = compile(code, str(ROOT / page), "exec")
+        if block.excuse is None:
+            exec(program, reader)
+
+
+def test_few_blocks_are_excused():
+    excuses = [
+        (block.page, block.excuse) for page in PAGES for language in ("python", "bash") for block in blocks(page, language) if block.excuse
+    ]
+    assert len(excuses) <= MOST_EXCUSES, excuses
+
+
+def commands(code):
+    """The commands of a block of shell, as lists of words."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for ends, command in itertools.groupby(words, lambda word: word in ("&&", "|", "||", ";")):
+            found = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word) or word == "do", command))
+            if found and not ends:
+                yield found
+
+
+def fault_of(words):
+    """What is wrong with a command, or None."""
+    program, *rest = words
+    if program == "jacobi-hf":
+        return fault_of_verb(rest)
+    if program in ("python", "bash") and rest and rest[0] == "-m":
+        return None if find_spec(rest[1]) else f"no module {rest[1]}"
+    if program in ("accelerate", "torchrun"):
+        return fault_of_launch(rest)
+    if program in ("python", "bash"):
+        return fault_of_script(rest)
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        return next((f"make has no target {word}" for word in rest if "=" not in word and word not in targets), None)
+    if program == "pip":
+        wanted = re.findall(r"(?:\.|jacobi-hf)\[([\w,]+)\]", " ".join(rest))
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        return next((f"no extra {name}" for names in wanted for name in names.split(",") if name not in extras), None)
+    return None if program in OTHER_PROGRAMS else f"{program} is none of the programs that the docs use"
+
+
+def fault_of_launch(rest):
+    """`accelerate launch -m jacobi_hf.cli VERB ...` and `torchrun ... SCRIPT ...`."""
+    if "jacobi_hf.cli" in rest:
+        return fault_of_verb(rest[rest.index("jacobi_hf.cli") + 1 :])
+    script = next((number for number, word in enumerate(rest) if word.endswith(".py")), None)
+    return "what is launched?" if script is None else fault_of_script(rest[script:])
+
+
+def fault_of_verb(rest):
+    rest = list(itertools.dropwhile(lambda word: word.startswith("-") and word != "--help", rest))
+    if not rest or rest[0] == "--help":
+        return None
+    verb, *arguments = rest
+    command = VERBS.get(verb)
+    if command is None:
+        return f"jacobi-hf has no verb {verb}"
+    unknown = unknown_options(arguments, help_of_verb(verb))
+    if unknown or "--help" in arguments or any(PLACEHOLDER.fullmatch(word) for word in arguments) or not arguments:
+        return unknown
+    try:
+        command.make_context(verb, list(arguments))
+    except USAGE_ERROR as error:
+        return error.format_message()
+    return None
+
+
+def help_of_verb(verb):
+
+    return " ".join(
+        itertools.chain.from_iterable([*parameter.opts, *parameter.secondary_opts] for parameter in VERBS[verb].params)
+    ) + shown(lambda: app([verb, "--help"], standalone_mode=False))
+
+
+def fault_of_script(rest):
+    script, *arguments = rest
+    if not (ROOT / script).is_file():
+        return f"no file {script}"
+    if not any(word.startswith("--") for word in arguments):
+        return None
+    source = (ROOT / script).read_text(encoding="utf-8")
+    if not re.search(r"argparse|typer|HfArgumentParser", source):
+        return f"{script} takes no options"
+    before = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    if any("$" in word for word in before):
+        return None
+    return unknown_options(arguments, help_of_script(script, *before[:1]) + source)
+
+
+def help_of_script(script, *subcommand):
+    given, path = sys.argv, list(sys.path)
+    sys.argv, sys.path[:0] = [script, *subcommand, "--help"], [str((ROOT / script).parent)]
+    try:
+        return shown(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
+    finally:
+        sys.argv, sys.path[:] = given, path
+
+
+def shown(call):
+    """What a call prints before it ends or exits."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit, typer.Exit):
+        call()
+    return output.getvalue()
+
+
+def unknown_options(arguments, text):
+    known = {name.replace("_", "-") for name in re.findall(r"--[\w-]+", text)}
+    return next(
+        (f"no option {word}" for word in arguments if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known), None
+    )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_shell_parses(page, workplace):
+    faults = [
+        (f"{page}:{block.line}", " ".join(words), fault)
+        for block in blocks(page, "bash")
+        if block.excuse is None
+        for words in commands(block.code)
+        if (fault := fault_of(words))
+    ]
+    assert not faults
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_verbs_in_the_text_exist(page):
+    verbs = {words[1] for span in code_spans(page) if span.startswith("jacobi-hf ") and len(words := span.split()) > 1}
+    assert {verb for verb in verbs if not verb.startswith("-") and not PLACEHOLDER.fullmatch(verb)} <= set(
+        typer.main.get_command(app).commands
+    )
+
+
+FAULTS = """
+jacobi-hf evaluate --model x
+jacobi-hf eval --model x --task gsm8k
+jacobi-hf eval --model x --limit none
+jacobi-hf eval --limit 3
+python examples/nothing.py
+python examples/benchmarks/decode.py compare --prompt 3
+python examples/benchmarks/report.py --fast
+python -m jacobi_hf.nothing
+accelerate launch
+make everything
+pip install 'jacobi-hf[all]'
+jacobi --help
+"""
+
+
+@pytest.mark.parametrize("line", FAULTS.strip().splitlines())
+def test_faults_are_found(line, workplace):
+    (words,) = commands(line)
+    assert fault_of(words)
