@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -124,23 +125,27 @@ def open_dataset(source: str, split: str = "train", *, streaming: bool = False, 
 
     Raises:
         FileNotFoundError: a path of which nothing is there.
+        ValueError: a file that is damaged.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(source)
+    files: str | list[str] = source
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kind = "parquet" if path.is_dir() else kinds.get(path.suffix)
     if path.is_dir():
         files = sorted(str(f) for f in path.glob("*.parquet"))
         if not files:
             raise FileNotFoundError(f"the dataset {source} holds no parquet file.")
-        return load_dataset("parquet", data_files=files, split="train", streaming=streaming, **options)
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise FileNotFoundError(f"the dataset {source} does not exist.")
-        return load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=streaming, **options)
-    if path.is_absolute() or source.startswith(".") or source.count("/") > 1:  # no Hub id
+    elif not path.is_file() and (kind or path.is_absolute() or source.startswith(".") or source.count("/") > 1):  # no Hub id
         raise FileNotFoundError(f"the dataset {source} does not exist.")
-    return load_dataset(source, split=split, streaming=streaming, **options)
+    try:
+        if kind:
+            return load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
+        return load_dataset(source, split=split, streaming=streaming, **options)
+    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+        raise ValueError(f"the dataset {source} cannot be read: {error.__cause__ or error}") from error
 
 
 def checked(dataset: Any, name: str, *, on_bad_row: str = "raise", block_size: int | None = None, vocab_size: int | None = None) -> Any:

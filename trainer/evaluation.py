@@ -11,7 +11,7 @@ import torch
 from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Quality
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,11 +62,23 @@ def is_looping(tokens: Sequence[int], tail: int = 48, longest_period: int = 19) 
     return len(last) == tail and any(last[p:] == last[:-p] for p in range(1, longest_period + 1))
 
 
-def measure_decoding(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: JacobiConfig, max_new_tokens: int) -> DecodingReport:
+def untracked(rows: Iterable[Any], what: str) -> Iterable[Any]:  # noqa: ARG001
+    """What a progress bar is given: rows, and what is done with them. This one shows nothing."""
+    return rows
+
+
+def measure_decoding(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: JacobiConfig,
+    max_new_tokens: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
+    what: str = "",
+) -> DecodingReport:
     """Decode prompts (ids) greedily, one at a time, with a registered model in eval mode."""
     tokens, forwards, outputs = [], [], []
     slots = steps = 0
-    for prompt in prompts:
+    for prompt in track(prompts, what):
         ids = torch.tensor([list(prompt)], device=model.device)
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
@@ -80,7 +92,7 @@ def measure_decoding(model: PreTrainedModel, prompts: Sequence[Sequence[int]], c
     return DecodingReport(tokens, forwards, slots / max(1, steps), outputs)
 
 
-def ordinary_outputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def ordinary_outputs(model: PreTrainedModel, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """What `generate` writes for each prompt, greedily, one at a time."""
     outputs = []
     for prompt in prompts:
@@ -108,19 +120,21 @@ def measurements(
     decoders: Mapping[str, JacobiConfig],
     max_new_tokens: int,
     drafter: str | None = None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
 ) -> list[Measurement]:
     """Tokens per forward, slots and identity of each decoder on the prompts (strings, or messages) of each domain.
 
     Args:
         drafter: what the results call the drafter that the model has.
+        track: a progress bar, see `untracked`.
     """
     measured = []
     for domain, texts in prompts.items():
         ids = [prompt_ids(tokenizer, text) for text in texts]
-        references = ordinary_outputs(model, ids, max_new_tokens)
+        references = ordinary_outputs(model, track(ids, f"{domain}, generate"), max_new_tokens)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
         for name, config in decoders.items():
-            report = measure_decoding(model, ids, config, max_new_tokens)
+            report = measure_decoding(model, ids, config, max_new_tokens, track, f"{domain}, {name}")
             different = [i for i, (a, b) in enumerate(zip(report.outputs, references, strict=True)) if a != b]
             measured.append(
                 Measurement(

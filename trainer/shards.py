@@ -30,6 +30,15 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
+def leave_together() -> None:
+    """End the group of processes, where there is one: a process that leaves while another still sends makes that one abort."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 class ManifestError(ValueError):
     """A folder that was written under other settings, or is damaged."""
 

@@ -3,7 +3,7 @@
     python examples/tiny_qwen3/ablations.py --output-dir examples/benchmarks/results/forcing [NAME ...]
 
 Needs what `forcing_data.py` wrote to build/forcing. The base's trajectories are collected first, for all variations alike. Each variation
-packs, trains and evaluates on its own, and its results document is finished before the next one starts; those already there are left alone.
+packs, trains and measures on its own, and its results document is finished before the next one starts; those already there are left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Relative to the root, from where the stages run: documents record the command.
-SCRIPT, RECIPE = "examples/train_jacobi_forcing.py", "examples/recipes/tiny_qwen3_short.yaml"
+RECIPE = "examples/recipes/tiny_qwen3_short.yaml"
 BASE = "examples/tiny_qwen3/checkpoint"
 # Prompts of each domain, for the trajectories of the base and for those of a second stage.
 FIRST_PROMPTS, SECOND_PROMPTS = {"arithmetic": 7000, "code": 3000}, {"arithmetic": 1000, "code": 1000}
@@ -62,8 +62,8 @@ VARIATIONS = {
 
 
 def stage(name: str, *arguments: str) -> None:
-    """One stage of the example script."""
-    subprocess.run([sys.executable, SCRIPT, name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
+    """One stage, a verb of the command line."""
+    subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
 
 
 def collect(model: str, build: str, prompts: dict[str, int], *arguments: str) -> list[str]:
@@ -87,7 +87,7 @@ def run(name: str, seed: str, out: Path) -> None:
         train += ["--model", first, "--ref_model", BASE, *blocks]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
     stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
-    stage("evaluate", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", os.path.relpath(out, ROOT))
+    stage("bench", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", os.path.relpath(out, ROOT))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Relative to the root, from where the stages run: documents record the command.
-SCRIPT, RECIPE = "examples/train_jacobi_forcing.py", "examples/recipes/tiny_qwen3_gated_short.yaml"
+RECIPE = "examples/recipes/tiny_qwen3_gated_short.yaml"
 MUON = "--muon_learning_rate 8e-3"
 VARIATIONS = {
     "short": MUON,
@@ -32,15 +32,15 @@ VARIATIONS = {
 
 
 def stage(name: str, *arguments: str) -> None:
-    """One stage of the example script."""
-    subprocess.run([sys.executable, SCRIPT, name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
+    """One stage, a verb of the command line."""
+    subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
 
 
 def run(name: str, seed: str, out: Path) -> None:
     """One variation, from training to its results document."""
     folder = f"build/forcing/gated/controls/{name}-seed{seed}"
     stage("train", "--output_dir", folder, "--seed", seed, *VARIATIONS[name].split())
-    stage("evaluate", "--drafter", f"{folder}/final", "--name", f"control {name}", "--output", os.path.relpath(out, ROOT))
+    stage("bench", "--drafter", f"{folder}/final", "--name", f"control {name}", "--output", os.path.relpath(out, ROOT))
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def eval_(
     A task file is JSONL. A problem a line: {"prompt": "6 * 7 =", "answer": 42}. An optional first line says how to read answers:
     {"answer_pattern": "(-?\d+)", "max_new_tokens": 32, "stop": ["\n"]}; without a pattern the whole text has to be the answer.
     """
-    with errors_in_one_line("eval"):
+    with errors_in_one_line("eval") as ending:
         decoders = mapping(context, "decoders")
         if knobs and decoders:
             raise ValueError(f"{', '.join(knobs)} given besides the recipe's decoders, which have knobs of their own.")
@@ -87,14 +87,9 @@ def eval_(
         options = Evaluation(
             model, drafter, names, task_file or [], limit, num_fewshot, max_new_tokens, chat_template, runs_code, dtype, decoders, output
         )  # fmt: skip
-        try:
-            results = run(options, quiet=json)
-        except KeyboardInterrupt:
-            kept = (
-                f"what was generated is kept in {journal_of(output)}; the same command goes on from there" if output else "nothing is kept"
-            )
-            typer.echo(f"jacobi-hf eval: interrupted; {kept}.", err=True)
-            raise typer.Exit(130) from None
+        if output:
+            ending.kept = lambda: f"what was generated is kept in {journal_of(output)}; the same command goes on from there"
+        results = run(options, quiet=json)
     typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if json else _show(results, output)
 
 
@@ -173,6 +168,8 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
 
 
 def _check(options: Evaluation) -> None:
+    from jacobi_hf.cli.loading import check_decoder
+
     if not options.tasks and not options.task_files:
         raise ValueError("there is nothing to evaluate on: name --tasks, or give a --task-file.")
     for name, least in (("limit", 1), ("num_fewshot", 0), ("max_new_tokens", 1)):
@@ -180,7 +177,7 @@ def _check(options: Evaluation) -> None:
         if value is not None and value < least:
             raise ValueError(f"{name}={value} cannot be used; it must be at least {least}.")
     for name, knobs in options.decoders.items():
-        _check_decoder(name, knobs)
+        check_decoder(name, knobs)
     if options.output and Path(options.output).is_dir():
         raise ValueError(f"{options.output} is a folder: give the file that the results go to.")
     if options.output:
@@ -188,17 +185,6 @@ def _check(options: Evaluation) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         if not os.access(parent, os.W_OK):
             raise ValueError(f"{parent} is not writable: choose another output.")
-
-
-def _check_decoder(name: str, knobs: Any) -> None:
-    from jacobi_hf.cli.loading import check_knobs
-
-    if name == "generate":
-        raise ValueError("'generate' is the name of ordinary decoding, which is always measured: give the decoder another name.")
-    if not isinstance(knobs, dict):
-        raise ValueError(f"the decoder {name!r} has to hold knobs by name; it is {knobs!r}.")  # noqa: TRY004  (of a recipe)
-    if check_knobs(knobs).get("decoding", "") is None:
-        raise ValueError(f"the decoder {name!r} decodes ordinarily, which is always measured: leave it out.")
 
 
 def _configure(tasks: dict[str, Any], options: Evaluation, model: Any, tokenizer: Any) -> None:

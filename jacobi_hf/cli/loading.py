@@ -21,8 +21,7 @@ def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[An
     Raises:
         ValueError: there is no such model, the dtype is none, the model's class cannot decode with Jacobi, or the drafter does not fit.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is not known; there are auto, float32, bfloat16 and float16.")
+    check_dtype(dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
@@ -37,6 +36,12 @@ def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[An
     if drafter is not None:
         jacobi_hf.load_drafter(model, drafter)
     return model, tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise `ValueError` for what is no dtype of torch, nor "auto"."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is not known; there are auto, float32, bfloat16 and float16.")
 
 
 def check_knobs(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +62,16 @@ def check_knobs(given: Mapping[str, Any]) -> dict[str, Any]:
     alone = {name: value for name, value in knobs.items() if name != "jacobi_verify_width"}  # its range depends on the model's window
     JacobiConfig.from_knobs({"decoding": MULTIBLOCK} | alone)
     return knobs
+
+
+def check_decoder(name: str, knobs: Any) -> None:
+    """Raise `ValueError` where a recipe's decoder is none: `knobs` by name, of a decoding other than the ordinary one."""
+    if name == "generate":
+        raise ValueError("'generate' is the name of ordinary decoding, which is always measured: give the decoder another name.")
+    if not isinstance(knobs, dict):
+        raise ValueError(f"the decoder {name!r} has to hold knobs by name; it is {knobs!r}.")  # noqa: TRY004  (of a recipe)
+    if check_knobs(knobs).get("decoding", "") is None:
+        raise ValueError(f"the decoder {name!r} decodes ordinarily, which is always measured: leave it out.")
 
 
 def decoding_of(model: Any, given: Mapping[str, Any]) -> JacobiConfig | None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.util
 import inspect
 import json
+import os
+import traceback
 import typing
-from dataclasses import fields
-from pathlib import Path  # noqa: TC003  (typer reads the annotation)
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from safetensors import SafetensorError
 
 from jacobi_hf.config import DECODINGS, JacobiConfig
 
@@ -47,14 +52,53 @@ def _annotations() -> dict[str, Any]:
     return annotations
 
 
+WITH_TRACEBACK = ContextVar("WITH_TRACEBACK", default=False)  # what `jacobi-hf --traceback` says
+
+
+@dataclass
+class Ending:
+    """What is said when a verb is interrupted.
+
+    Attributes:
+        kept: what is kept, and how to go on; asked for at that moment.
+    """
+
+    kept: Callable[[], str] = lambda: "nothing is kept"
+
+
 @contextlib.contextmanager
-def errors_in_one_line(verb: str) -> Iterator[None]:
-    """End the program with exit code 2 and what is wrong, where bad input raises."""
+def errors_in_one_line(verb: str) -> Iterator[Ending]:
+    """End the program with one line: with exit code 2 where bad input raises, with 130 where it is interrupted.
+
+    With `jacobi-hf --traceback VERB`, the line comes behind where it was raised.
+    """
+    ending = Ending()
     try:
-        yield
-    except (OSError, ValueError) as error:
+        yield ending
+    except (OSError, ValueError, SafetensorError) as error:
+        if WITH_TRACEBACK.get():
+            traceback.print_exc()
         typer.echo(f"jacobi-hf {verb}: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo(f"jacobi-hf {verb}: interrupted; {ending.kept()}.", err=True)
+        raise typer.Exit(130) from None
+
+
+def need(extra: str, *modules: str) -> None:
+    """Raise `ValueError` where packages of an extra are missing."""
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise ValueError(f"this needs {', '.join(missing)}: pip install 'jacobi-hf[{extra}]'")
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise `ValueError` where a folder cannot be written into or made."""
+    folder = Path(path).absolute()
+    there = next(f for f in (folder, *folder.parents) if f.exists())
+    if not there.is_dir():
+        raise ValueError(f"{path} cannot be a folder: {there} is a file.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {there} is not writable; choose another folder.")
 
 
 def recipe_option(*mappings: str) -> Any:
@@ -67,7 +111,10 @@ def recipe_option(*mappings: str) -> Any:
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
             section, options = str(context.info_name), {str(p.name): p for p in context.command.params if p.name != "config"}
-            given = _section(path, section)
+            try:
+                given = section_of(path, section)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
             context.default_map = {}
             for name, value in given.items():
                 if name in mappings and isinstance(value, dict):
@@ -90,14 +137,22 @@ def mapping(context: typer.Context, name: str) -> dict[str, Any]:
     return found
 
 
-def _section(path: Path, section: str) -> dict[str, Any]:
+def section_of(path: Path, section: str) -> dict[str, Any]:
+    """A section of a recipe.
+
+    Raises:
+        ValueError: there is no such file, it is no YAML, or has no such section with options by name.
+    """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    found = recipe.get(section) if isinstance(recipe, dict) else None
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is no recipe: it has to hold sections by name, such as {section!r}.")  # noqa: TRY004  (of a file)
+    found = recipe.get(section)
     if not isinstance(found, dict):
-        raise typer.BadParameter(f"{path} has no section {section!r} with options by name.")
+        there = ", ".join(map(str, recipe)) or "none"
+        raise ValueError(f"{path} has no section {section!r} with options by name; it has {there}.")  # noqa: TRY004
     return found
 
 

@@ -232,7 +232,8 @@ def job(tmp_path_factory, tokenizer, tiny):
 def command(job, out, *options):
     return [
         sys.executable,
-        str(ROOT / "examples" / "train_jacobi_forcing.py"),
+        "-m",
+        "jacobi_hf.cli",
         "collect",
         "--model",
         str(job / "model"),

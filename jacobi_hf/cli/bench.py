@@ -1,0 +1,235 @@
+"""`jacobi-hf bench`: what a model is worth through the real decoder, on prompts by domain."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from jacobi_hf.cli.verbs import check_folder, errors_in_one_line
+from jacobi_hf.trainer.options import option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.results import Measurement, Results
+
+
+@dataclass
+class BenchConfig:
+    """What is measured of a model."""
+
+    model: str = option("", "Model name or path.")
+    drafter: str | None = option(None, "Folder or Hub repository of a drafter to decode with.")
+    name: str | None = option(None, "What the results call the model.")
+    dtype: str = option("float32", "dtype of the model; texts are compared token for token in float32.")
+    output: str = option("", "JSON file of the results.")
+    prompts: str = option("", "JSON with prompts by domain.")
+    domains: str | None = option(None, "Domains to measure, separated by commas.")
+    prompt_count: int = option(64, "Prompts of each domain.")
+    max_new_tokens: int = option(128, "New tokens per prompt.")
+    decoders: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Knobs of each decoder, by name; one as the model decodes by itself, if not given."}
+    )
+    held_out: str | None = option(None, "JSONL with domain and text, for the held-out loss.")
+    held_out_tokens: int = option(120_000, "Tokens of each domain for that loss.")
+    problems: str | None = option(None, "JSONL with prompt and answer.")
+    problem_domain: str = option("arithmetic", "Domain that the problems belong to.")
+    problem_count: int = option(1000, "Problems to solve.")
+    answer_pattern: str = option(r"The answer is (-?\d+)", "Regular expression; group 1 is the answer.")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_count", "max_new_tokens", "held_out_tokens", "problem_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+def bench(context: typer.Context) -> None:
+    """Measure tokens per forward and identity with ordinary decoding on prompts by domain, held-out loss, and right answers.
+
+    The prompts' file is JSON: {"prompts": {"code": ["def f():"]}}; a prompt is text or a list of messages. Interrupted, it goes on behind
+    the last finished domain when it is run again.
+    """
+    with errors_in_one_line("bench") as ending:
+        from jacobi_hf.cli import recipes
+
+        given = recipes.given(context, BenchConfig)
+        (config,) = given.parse(BenchConfig)
+        recipes.demand(config, "bench", "model", "prompts", "output")
+        ending.kept = lambda: (
+            f"finished domains are kept in {unfinished(config)}; the same command goes on from there"
+            if unfinished(config).is_file()
+            else "nothing was finished yet"
+        )
+        results = run(config, quiet=given.as_json)
+    typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if given.as_json else _show(results, config.output)
+
+
+def unfinished(config: BenchConfig) -> Path:
+    """Where measurements are kept until all are there."""
+    return Path(f"{config.output}.unfinished.json")
+
+
+def run(config: BenchConfig, *, quiet: bool = False) -> Results:
+    """Measure, and write the results where `output` says.
+
+    Raises:
+        ValueError, OSError: something is wrong with the options or files; nothing was measured.
+    """
+    from jacobi_hf.cli.loading import load
+    from jacobi_hf.results import Results
+    from jacobi_hf.trainer.shards import weights_fingerprint
+
+    prompts, texts, problems = _read(config)
+    decoders = _decoders(config)
+    report = Path(config.drafter or config.model) / "forcing.json"
+    trained = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    model, tokenizer = load(config.model, config.dtype, config.drafter)
+    if not decoders:
+        decoders = _own(model)
+    results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
+    of = {"config": asdict(config), "prompts": prompts, "weights": weights_fingerprint(model), "training": trained}
+    kept = _Kept(unfinished(config), json.loads(json.dumps(of)))
+    measured: list[Measurement] = []
+    for domain in prompts if texts else ():
+        measured += kept(f"loss of {domain}", lambda d=domain: [_loss(model, tokenizer, texts[d], d, config)])
+    if problems:
+        measured += kept("problems", lambda: [_solved(model, tokenizer, problems, config)])
+    for domain in prompts:
+        measured += kept(f"decoding of {domain}", lambda d=domain: _decoded(model, tokenizer, {d: prompts[d]}, decoders, config, quiet))
+    training = None if trained is None else {key: value for key, value in trained.items() if key != "log"}
+    results = results.model_copy(update={"measurements": measured, "training": training})
+    results.write(Path(config.output))
+    kept.clear()
+    return results
+
+
+def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str]], list[dict[str, Any]]]:
+    """Prompts by domain, held-out texts by domain, problems."""
+    from jacobi_hf.trainer.texts import read_jsonl, read_prompts
+
+    by_domain = read_prompts(config.prompts)
+    domains = config.domains.split(",") if config.domains else list(by_domain)
+    if unknown := [domain for domain in domains if domain not in by_domain]:
+        raise ValueError(f"{config.prompts} has no domain {', '.join(unknown)}; it has {', '.join(by_domain)}.")
+    texts: dict[str, list[str]] = {}
+    if config.held_out:
+        rows = read_jsonl(config.held_out)
+        texts = {domain: [str(row.get("text", "")) for row in rows if row.get("domain") == domain] for domain in domains}
+        if missing := [domain for domain in domains if not texts[domain]]:
+            raise ValueError(
+                f"{config.held_out} has no text of {', '.join(missing)}: name the --domains that it has, or leave held_out out."
+            )
+    problems = read_jsonl(config.problems)[: config.problem_count] if config.problems else []
+    if bad := [number for number, problem in enumerate(problems, 1) if not {"prompt", "answer"} <= problem.keys()]:
+        raise ValueError(f"{config.problems}, row {bad[0]} has no prompt or no answer.")
+    check_folder(Path(config.output).parent)
+    if Path(config.output).is_dir():
+        raise ValueError(f"{config.output} is a folder: give the file that the results go to.")
+    return {domain: by_domain[domain][: config.prompt_count] for domain in domains}, texts, problems
+
+
+def _decoders(config: BenchConfig) -> dict[str, JacobiConfig]:
+    from jacobi_hf.cli.loading import check_decoder, check_knobs
+    from jacobi_hf.config import JacobiConfig
+
+    for name, knobs in config.decoders.items():
+        check_decoder(name, knobs)
+    return {name: JacobiConfig(**check_knobs(knobs)) for name, knobs in config.decoders.items()}
+
+
+def _own(model: Any) -> dict[str, JacobiConfig]:
+    from jacobi_hf.cli.loading import decoding_of
+
+    own = decoding_of(model, {})
+    return {own.decoding: own} if own else {}
+
+
+class _Kept:
+    """Measurements in a file, until all are there.
+
+    Args:
+        of: what they belong to; those of something else are dropped.
+    """
+
+    def __init__(self, file: Path, of: dict[str, Any]) -> None:
+        self._file, self._of = file, of
+        self._done: dict[str, list[dict[str, Any]]] = {}
+        if file.is_file():
+            former = json.loads(file.read_text(encoding="utf-8"))
+            self._done = former["done"] if former["of"] == of else {}
+
+    def __call__(self, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
+        from jacobi_hf.results import Measurement
+
+        if name not in self._done:
+            self._done[name] = [m.model_dump(mode="json", exclude_none=True) for m in measure()]
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            part = self._file.with_suffix(".part")
+            part.write_text(json.dumps({"of": self._of, "done": self._done}), encoding="utf-8")
+            part.replace(self._file)
+        return [Measurement.model_validate(m) for m in self._done[name]]
+
+    def clear(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+def _loss(model: Any, tokenizer: Any, texts: list[str], domain: str, config: BenchConfig) -> Measurement:
+    from jacobi_hf.results import Decoder, Measurement, Prompts
+    from jacobi_hf.trainer.evaluation import held_out_loss
+
+    loss, tokens = held_out_loss(model, tokenizer, texts, config.held_out_tokens)
+    described = Prompts(domain=domain, source="held-out text", count=tokens, max_new_tokens=0)
+    return Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, held_out_loss=loss)
+
+
+def _solved(model: Any, tokenizer: Any, problems: list[dict[str, Any]], config: BenchConfig) -> Measurement:
+    from jacobi_hf.results import Decoder, Measurement, Prompts
+    from jacobi_hf.trainer.evaluation import right_answers
+
+    quality = right_answers(model, tokenizer, problems, config.answer_pattern, config.max_new_tokens)
+    described = Prompts(
+        domain=config.problem_domain, source="held-out problems", count=len(problems), max_new_tokens=config.max_new_tokens
+    )  # fmt: skip
+    return Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, quality=quality)
+
+
+def _decoded(
+    model: Any, tokenizer: Any, prompts: dict[str, list[Any]], decoders: dict[str, JacobiConfig], config: BenchConfig, quiet: bool
+) -> list[Measurement]:
+    from rich.console import Console
+    from rich.progress import track
+
+    from jacobi_hf.trainer.evaluation import measurements
+
+    def bar(rows: Iterable[Any], what: str) -> Iterable[Any]:
+        return track(rows, what, console=Console(stderr=True), disable=quiet)
+
+    return measurements(model, tokenizer, prompts, decoders, config.max_new_tokens, config.drafter, bar)
+
+
+def _show(results: Results, output: str) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("domain", "decoder", "tokens per forward", "without loops", "slots", "identical", "loss", "right answers"):
+        table.add_column(column, justify="left" if column in ("domain", "decoder") else "right", no_wrap=" " not in column)
+    for m in results.measurements:
+        table.add_row(
+            m.prompts.domain, m.decoder.name,
+            _number(m.tokens_per_forward), _number(m.tokens_per_forward_loop_free), _number(m.mean_slots, 1),
+            f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else "", _number(m.held_out_loss, 4),
+            f"{m.quality.value:.3f} ({m.quality.low:.2f}\u2013{m.quality.high:.2f})" if m.quality else "",
+        )  # fmt: skip
+    Console().print(table)
+    Console().print(output, style="dim")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,51 @@
+"""`jacobi-hf train`: Jacobi Forcing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+
+import typer
+
+from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, need
+
+
+def train(context: typer.Context) -> None:
+    """Finetune a model on its own packed trajectories, or with `--method gated` train a drafter for it.
+
+    The finished model or drafter is OUTPUT_DIR/final. Interrupted, it goes on from its last checkpoint when it is run again. Several
+    processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.
+    """
+    with errors_in_one_line("train") as ending:
+        need("train", "datasets", "filelock", "peft")
+        from jacobi_hf.cli import recipes
+        from jacobi_hf.cli.loading import check_dtype
+        from jacobi_hf.trainer.arguments import JacobiForcingConfig
+        from jacobi_hf.trainer.run import TrainData
+        from jacobi_hf.trainer.run import train as run
+        from jacobi_hf.trainer.shards import leave_together
+        from jacobi_hf.trainer.trainer import last_finished_checkpoint
+
+        given = recipes.given(context, TrainData, JacobiForcingConfig)
+        data, args = given.parse(TrainData, JacobiForcingConfig)
+        recipes.demand(data, "train", "model", "train_dataset")
+        for dtype in (data.dtype, data.save_dtype):
+            check_dtype(dtype)
+        check_folder(args.output_dir)
+
+        def kept() -> str:
+            checkpoint = last_finished_checkpoint(args.output_dir)
+            return f"{checkpoint} is kept; the same command goes on from there" if checkpoint else "no checkpoint has been written yet"
+
+        ending.kept = kept
+        # Trainer logs to stdout, which is a program's where it asks for JSON.
+        with contextlib.redirect_stdout(sys.stderr) if given.as_json else contextlib.nullcontext():
+            finished = run(data, args, f"jacobi-hf train {shlex.join(context.args)}")
+        if args.process_index == 0:
+            facts = {"minutes": finished.minutes, "steps": finished.steps, "saved": str(finished.folder)}
+            done = "is finished already" if finished.before else "is finished"
+            words = f"{finished.folder} {done}: {finished.steps} steps, {finished.minutes:.1f} minutes."
+            typer.echo(json.dumps(facts) if given.as_json else words)
+        leave_together()

@@ -1,0 +1,240 @@
+"""A training run from its arguments to the finished folder; interrupted, it goes on when it is started again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+
+from jacobi_hf.trainer.arguments import JacobiForcingConfig
+from jacobi_hf.trainer.dataset import load_packed
+from jacobi_hf.trainer.evaluation import prompt_ids
+from jacobi_hf.trainer.options import option
+from jacobi_hf.trainer.shards import differences
+from jacobi_hf.trainer.texts import read_jsonl, read_prompts
+from jacobi_hf.trainer.trainer import JacobiForcingTrainer, last_finished_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass
+class TrainData:
+    """The model and the data of a run."""
+
+    model: str = option("", "Model name or path.")
+    dtype: str = option("float32", "dtype of the master weights.")
+    attn_implementation: str | None = option(None, "sdpa, flex_attention, ...")
+    train_dataset: str = option("", "Packed records: folder, JSONL or parquet file, or Hub dataset.")
+    streaming: bool = option(False, "Read train_dataset while training.")
+    eval_dataset: str | None = option(None, "Packed records for evaluation.")
+    replay_dataset: str | None = option(None, "JSONL with text, messages or input_ids.")
+    eval_prompts: str | None = option(None, "JSON with prompts by domain, decoded at each evaluation.")
+    ref_model: str | None = option(None, "The frozen model of kl_loss_weight; model, if not given.")
+    off_policy: bool = option(False, "Train on trajectories of another model than `model`.")
+    lora_r: int = option(0, "Rank of a LoRA on all linear layers; 0 trains the model itself, or a drafter of rank 64.")
+    save_dtype: str = option("bfloat16", "dtype of the finished model.")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of a run.
+
+    Attributes:
+        folder: the finished model or drafter.
+        steps, minutes: of the whole run, interruptions left out.
+        before: it was finished already, and nothing was done.
+    """
+
+    folder: Path
+    steps: int
+    minutes: float
+    before: bool = False
+
+
+def train(data: TrainData, args: JacobiForcingConfig, command: str) -> Finished:
+    """Train, and save what came of it as `final` in `args.output_dir`, with `forcing.json`: command, arguments, time and log.
+
+    Args:
+        command: how the run was started, for its record.
+
+    Raises:
+        ValueError, OSError: data, folder or arguments cannot be used; said before a step is made.
+    """
+    check_origin(data)
+    started, final = started_with(data, args), Path(args.output_dir) / "final"
+    run = Run(args.output_dir, started)
+    if (final / "forcing.json").is_file():
+        former = json.loads((final / "forcing.json").read_text(encoding="utf-8"))
+        return Finished(final, former["steps"], former["minutes"], before=True)
+    set_seed(args.seed)
+    trainer = _trainer(data, args, run)
+    check_space(trainer, getattr(torch, data.save_dtype))
+    output = trainer.train(resume_from_checkpoint=True)
+    report = {
+        "command": command,
+        "data": asdict(data),
+        "arguments": {name: value for name, value in started.items() if name not in {*asdict(data), "packed"}},
+        "packed": started["packed"],
+        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
+        "slots": sum(entry.get("slots", 0) for entry in trainer.state.log_history),
+        "minutes": round(run.minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
+        "train_metrics": output.metrics, "log": trainer.state.log_history,
+    }  # fmt: skip
+    save_final(trainer, final, getattr(torch, data.save_dtype), report)
+    return Finished(final, report["steps"], report["minutes"])
+
+
+def _trainer(data: TrainData, args: JacobiForcingConfig, run: Run) -> JacobiForcingTrainer:
+    """Files are read before weights are, so that what is wrong with them is said at once."""
+    tokenizer = AutoTokenizer.from_pretrained(data.model)
+    checks: dict[str, Any] = {"block_size": args.block_size, "tokenizer": tokenizer, "on_bad_row": args.on_bad_row}
+    by_domain = read_prompts(data.eval_prompts) if data.eval_prompts else {}
+    prompts = {domain: [prompt_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
+    replay = read_jsonl(data.replay_dataset) if data.replay_dataset else None
+    train_dataset = load_packed(data.train_dataset, streaming=data.streaming, **checks)
+    eval_dataset = load_packed(data.eval_dataset, **checks) if data.eval_dataset else None
+    peft_config = None
+    if data.lora_r:
+        from peft import LoraConfig
+
+        alpha = data.lora_r if args.method == "gated" else 2 * data.lora_r
+        peft_config = LoraConfig(r=data.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    options: dict[str, Any] = {"dtype": data.dtype}
+    if data.attn_implementation:
+        options["attn_implementation"] = data.attn_implementation
+    holds = args.kl_loss_weight and args.method == "full"
+    return JacobiForcingTrainer(
+        model=AutoModelForCausalLM.from_pretrained(data.model, **options).eval(), args=args, train_dataset=train_dataset,
+        eval_dataset=eval_dataset, eval_prompts=prompts, replay_dataset=replay, processing_class=tokenizer, peft_config=peft_config,
+        ref_model=AutoModelForCausalLM.from_pretrained(data.ref_model, **options).eval() if data.ref_model and holds else None,
+        callbacks=[run],
+    )  # fmt: skip
+
+
+class Run(TrainerCallback):
+    """`run.json` beside the checkpoints: what the run was started with, and how long it has taken, interruptions left out.
+
+    Raises:
+        ValueError: the folder holds a run under other arguments.
+    """
+
+    def __init__(self, folder: str, started_with: Mapping[str, Any]) -> None:
+        self._file, self._began = Path(folder) / "run.json", time.perf_counter()
+        self.minutes_before = 0.0
+        if self._file.is_file():
+            former = json.loads(self._file.read_text(encoding="utf-8"))
+            if differing := differences(former["started_with"], started_with):
+                raise ValueError(
+                    f"{folder} holds a run under other arguments ({'; '.join(differing)}): choose another output_dir, or delete that one."
+                )
+            self.minutes_before = former["minutes"]
+        elif last_finished_checkpoint(folder):
+            raise ValueError(f"{folder} holds checkpoints of another program: choose another output_dir.")
+        self._started_with = started_with
+
+    @property
+    def minutes(self) -> float:
+        """Since the run was first started."""
+        return self.minutes_before + (time.perf_counter() - self._began) / 60
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The file is there before any checkpoint is."""
+        if state.is_world_process_zero and not self._file.is_file():
+            self._write()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the time with the checkpoint that it belongs to."""
+        if state.is_world_process_zero:
+            self._write()
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8")
+        part.replace(self._file)
+
+
+def same_model(name: str, other: str) -> bool:
+    """Whether two names or paths mean one model."""
+    return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))
+
+
+def check_origin(data: TrainData) -> None:
+    """A model is trained on its own trajectories, unless the caller says otherwise. Models are told apart by name or path.
+
+    Raises:
+        ValueError: packed records that were collected from another model; trajectories that are not packed yet.
+    """
+    packed = _packed_settings(data)
+    if data.off_policy or packed is None:
+        return
+    collected = packed.get("of")
+    if collected is None:
+        raise ValueError(f"{data.train_dataset} holds trajectories: pack them first, and train on the folder that pack wrote.")
+    others = sorted({one["model"] for one in collected.values() if not same_model(one["model"], data.model)})
+    if others:
+        raise ValueError(
+            f"{data.train_dataset} was collected from {', '.join(others)}, and {data.model} is to be trained: collect and pack its own "
+            "trajectories, or train on these all the same with --off_policy true."
+        )
+
+
+def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
+    """Everything that decides what a run comes to, but for rounding."""
+    other = (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_steps", "num_train_epochs", "seed", "data_seed",
+        "learning_rate", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_epsilon", "max_grad_norm",
+        "bf16", "fp16",
+    )  # fmt: skip
+    mine = {name: getattr(args, name) for name in (*JacobiForcingConfig.__annotations__, *other)}
+    plain: dict[str, Any] = json.loads(json.dumps({**asdict(data), **mine, "packed": _packed_settings(data)}, default=str))
+    return plain
+
+
+def _packed_settings(data: TrainData) -> dict[str, Any] | None:
+    manifest = Path(data.train_dataset) / "manifest.json"
+    if not manifest.is_file():
+        return None
+    settings: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    return settings
+
+
+def check_space(trainer: JacobiForcingTrainer, dtype: torch.dtype) -> None:
+    """The disk has to hold a checkpoint (trained weights and two moments of each) and the finished model.
+
+    Raises:
+        ValueError: it does not.
+    """
+    parameters = list(trainer.model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    final = trained if trainer.args.method == "gated" else sum(p.numel() for p in parameters) * dtype.itemsize
+    needed = final + (0 if trainer.args.save_strategy == "no" else 3 * trained)
+    folder = Path(trainer.args.output_dir).resolve()
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    if free < needed:
+        raise ValueError(
+            f"{trainer.args.output_dir} has room for {free / 1e9:.2f} GB, and a checkpoint and the finished model take "
+            f"{needed / 1e9:.2f} GB: make room, or choose another output_dir."
+        )
+
+
+def save_final(trainer: JacobiForcingTrainer, final: Path, dtype: torch.dtype, report: Mapping[str, Any]) -> None:
+    """The finished model, whole or not at all; an adapter is merged into its base. Of gated training, the drafter."""
+    part = final.with_name("final.part")
+    if trainer.args.method != "gated":
+        if hasattr(trainer.model, "merge_and_unload"):
+            trainer.model = trainer.model.merge_and_unload()
+        trainer.model.to(dtype)  # on every process: a sharded model is gathered from all of them
+        trainer.model.config.dtype = dtype
+    trainer.save_model(str(part))
+    if trainer.is_world_process_zero():
+        (part / "forcing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
