@@ -2,8 +2,8 @@
 
 Blocks of Python run, those of a page one after another in one namespace, as somebody reads it. Two rules translate them: a model of the
 Hub (`Qwen/...`) becomes the tiny checkpoint, and there are fewer tokens to write and less time to search for a setting. A page may take
-`model`, `tokenizer`, `inputs` and `prompts` for granted, as its reader has them. A block that cannot run here has a comment before it,
-`<!-- not run here: REASON -->`.
+`model`, `tokenizer`, `inputs` and `prompts` for granted, as its reader has them, and a server of the model at `SERVER`. A block that
+cannot run here has a comment before it, `<!-- not run here: REASON -->`.
 
 Lines of shell are parsed, not run: verbs and options of `jacobi-hf` and of scripts exist, files and extras that are named exist.
 """
@@ -16,7 +16,10 @@ import itertools
 import re
 import runpy
 import shlex
+import signal
 import sys
+import threading
+import time
 import tomllib
 from importlib.util import find_spec
 
@@ -26,10 +29,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
 from jacobi_hf.cli import app
+from jacobi_hf.cli.serve import listener, make_default
+from jacobi_hf.cli.serving import Server, build_app
+from jacobi_hf.config import JacobiConfig
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans
 
 CHECKPOINT = "examples/tiny_qwen3/checkpoint"
 HUB_MODEL = re.compile(r"(?<=[\"' =])Qwen/[\w.-]+")
+SERVER = "http://127.0.0.1:8000"
 MOST_EXCUSES = 3
 VERBS = typer.main.get_command(app).commands
 USAGE_ERROR = typer.BadParameter.__base__
@@ -56,18 +63,35 @@ def reader(workplace):
     return {"__name__": "snippet", "model": model, "tokenizer": tokenizer, "inputs": inputs, "prompts": prompts}
 
 
+@contextlib.contextmanager
+def served(model, tokenizer):
+    """A server of the model in a thread, and its address."""
+    make_default(model, JacobiConfig())
+    with listener("127.0.0.1", 0) as at:
+        server = Server(build_app(model, tokenizer, CHECKPOINT))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{at.getsockname()[1]}"
+        server.handle_exit(signal.SIGINT, None)
+        thread.join()
+
+
 def translated(code):
-    code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=24", HUB_MODEL.sub(CHECKPOINT, code))
+    code = re.sub(r"(max_(?:new_)?tokens)=\d+", r"\1=16", HUB_MODEL.sub(CHECKPOINT, code))
     return re.sub(r"autotune\(model, prompts,(?!.*seconds=)", "autotune(model, prompts, seconds=1,", code)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_runs(page, reader):
-    for block in blocks(page, "python"):
-        code = "\n" * (block.line - 1) + translated(block.code)
-        program = compile(code, str(ROOT / page), "exec")
-        if block.excuse is None:
-            exec(program, reader)
+    asks = any(SERVER in block.code for block in blocks(page, "python"))
+    with served(reader["model"], reader["tokenizer"]) if asks else contextlib.nullcontext() as server:
+        for block in blocks(page, "python"):
+            code = translated(block.code).replace(SERVER, server or SERVER)
+            program = compile("\n" * (block.line - 1) + code, str(ROOT / page), "exec")
+            if block.excuse is None:
+                exec(program, reader)
 
 
 def test_few_blocks_are_excused():
