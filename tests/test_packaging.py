@@ -70,3 +70,9 @@ def test_no_machine_paths_in_the_repository():
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert "/" + "root/" not in text, name
             assert "/" + "work/" not in text, name
+
+
+def test_the_docs_say_which_releases_of_transformers_are_supported():
+    (declared,) = [d for d in PROJECT["project"]["dependencies"] if d.startswith("transformers")]
+    for page in (ROOT / "README.md", ROOT / "docs" / "compatibility.md"):
+        assert f"`{declared}`" in page.read_text(encoding="utf-8"), page.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,34 @@ def test_the_page_of_results_is_what_the_documents_say():
     finally:
         sys.path.remove(str(BENCHMARKS))
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == report.page()
+
+
+def _readme_script():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import readme
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return readme
+
+
+def test_the_table_of_the_readme_is_what_the_documents_say():
+    script = _readme_script()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script.table() in text
+    assert script.with_table(text) == text
+    stale = text.replace(script.table(), script.BEGIN + "| old |\n" + script.END)
+    assert script.with_table(stale) == text
+
+
+def test_the_picture_of_the_readme_is_what_the_documents_say(tmp_path):
+    from PIL import Image
+
+    script = _readme_script()
+    assert json.loads(Image.open(script.PICTURE).text["Description"]) == script.bars()
+    assert str(script.PICTURE.relative_to(ROOT)) in (ROOT / "README.md").read_text(encoding="utf-8")
+    script.draw(script.bars(), tmp_path / "drawn.png")
+    assert Image.open(tmp_path / "drawn.png").size == Image.open(script.PICTURE).size
 
 
 @pytest.mark.parametrize(
