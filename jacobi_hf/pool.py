@@ -30,7 +30,7 @@ class Rejection:
 
     Attributes:
         token_BW1: the pending token and the guesses behind it.
-        choice_BW1: the model's choice at each of them.
+        choice_BW1: the model's choice at each of them; the drafter's, where there is one and the model was not asked.
         accepted_B: guesses confirmed in the window; `width_B`: guesses that were there.
     """
 

@@ -309,12 +309,19 @@ class Step:
         drafted_B = slots.length_BS[:, drafting]
         choices = [(choice_BW1, drafted_B)]
         if layout.contenders > 1:
-            # Without a drafter, the branch that was followed knows better than the window what comes behind it.
-            run = (verdict.run_BD, slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0])
-            choices = [*choices, run] if layout.noisy else [run, *choices]
+            # The branch that was followed knows better than the window what comes behind it: the window's guesses were refuted.
+            known_B = slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0]
+            if layout.noisy:
+                known_B = torch.where(verdict.best_B > 0, known_B, -1)  # where the window was followed, the drafter has the word
+            choices = [(verdict.run_BD, known_B), *choices]
         text = Text(self.text_BL if text_columns is None else self.text_BL[:, :text_columns], self.length_B)
         window.redraft(generated_B, verdict.count_B, choices, text.ids_BL, text.length_B)
-        rejection = Rejection(draft_BW1, choice_BW1, verdict.accepted_BS[:, 0], drafted_B)
+        learnt_BW1 = choice_BW1
+        if layout.noisy and self.sources:
+            # What follows a refuted guess is for the model to say, as far as it was asked; behind that the drafter's word stands.
+            verified_BW1 = layout.offset_D[: width + 1] <= slots.length_BS[:, :1]
+            learnt_BW1 = torch.where(verified_BW1, verdict.choice_BQ[:, layout.path_SD[0, : width + 1]], choice_BW1)
+        rejection = Rejection(draft_BW1, learnt_BW1, verdict.accepted_BS[:, 0], drafted_B)
         drafts = self._drafts(slots, verdict) if any(isinstance(source, OtherChoices) for source in self.sources) else None
         for source, (token_BCL, length_BC) in zip(self.sources, self._branches, strict=True):
             if width:

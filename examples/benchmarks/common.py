@@ -105,6 +105,11 @@ def ordinary() -> Contender:
     return Contender(Decoder(name="generate", kind="generate"), {})
 
 
+def sampled(contender: Contender) -> Contender:
+    """The same, at temperature 1."""
+    return Contender(contender.decoder, contender.arguments | {"do_sample": True, "top_k": 0})
+
+
 def compiled(room: int) -> Contender:
     """`generate` with a StaticCache for `room` tokens and a compiled forward."""
     config = CompileConfig(mode="default", fullgraph=False)  # the stopwatch breaks the graph once, in front of the forward
@@ -119,19 +124,20 @@ def prompt_lookup(tokens: int) -> Contender:
     return Contender(decoder, {"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": NGRAM})
 
 
-def jacobi(name: str, **changes: Any) -> Contender:
-    """A setting of ours under a name."""
+def jacobi(name: str, drafter: str | None = None, **changes: Any) -> Contender:
+    """A setting of ours under a name, for a model that has `drafter` in use."""
     config = jacobi_hf.JacobiConfig(**changes)
-    return Contender(Decoder.of(name, config), config.to_knobs())
+    return Contender(Decoder.of(name, config, drafter), config.to_knobs())
 
 
 def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_tokens: int) -> Run:
-    """Greedy continuation of one prompt."""
+    """A continuation of one prompt: greedy, unless the contender's arguments sample; then always with the same seed."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     watch = Stopwatch.on(model)
     watch.starts.clear()
+    torch.manual_seed(0)
     started = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **contender.arguments)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | contender.arguments)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     ended = time.perf_counter()
     return Run(tokens, len(watch.starts), ended - started, watch.milliseconds(ended))

@@ -42,10 +42,12 @@ def measure(
     repeats: int,
     *,
     with_times: bool,
+    domains: tuple[str, ...] = ("code", "arithmetic", "prose"),
 ) -> list[Measurement]:
     """Every contender on every prompt; the first contender is the reference of equality and of speed."""
     measurements = []
-    for domain, texts in common.prompts(prompt_count).items():
+    for domain in domains:
+        texts = common.prompts(prompt_count)[domain]
         runs: dict[str, list[list[common.Run]]] = {c.decoder.name: [] for c in contenders}
         for _ in range(repeats):
             for c in contenders:
@@ -67,7 +69,11 @@ def measure(
                 Measurement(
                     decoder=c.decoder,
                     prompts=Prompts(
-                        domain=domain, source="examples/tiny_qwen3/prompts.json", count=len(texts), max_new_tokens=max_new_tokens
+                        domain=domain,
+                        source="examples/tiny_qwen3/prompts.json",
+                        count=len(texts),
+                        max_new_tokens=max_new_tokens,
+                        do_sample=c.arguments.get("do_sample", False),
                     ),
                     new_tokens=tokens,
                     forwards=sum(one.forwards for one in first),

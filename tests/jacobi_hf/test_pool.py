@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from jacobi_hf.pool import Drafts, NgramLookup, NgramPool, OtherChoices, Rejection, Text
 from jacobi_hf.step import Step
+from tests.jacobi_hf.drafters import drafting, random_drafter
+from tests.models import tiny_model
 
 ids = st.integers(0, 4)
 
@@ -127,3 +129,33 @@ def test_other_choices_are_the_models_second_and_third(model):
         )  # fmt: skip
     assert torch.equal(output, model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0))
     assert len(seen) > 20
+
+
+def test_the_pool_learns_from_the_model_as_far_as_it_verifies(monkeypatch):
+    """With a drafter, what follows a guess that the model was asked about is the model's choice there, by a forward of its own."""
+    learnt, texts = [], []
+    learn, propose = NgramPool.learn, NgramPool.propose
+
+    def proposing(self, text, drafts=None):
+        texts.append(text.ids_BL[0, : text.length_B[0]].tolist())
+        return propose(self, text, drafts)
+
+    def learning(self, rejection):
+        learnt.append((texts[-1] if texts else None, rejection))
+        learn(self, rejection)
+
+    monkeypatch.setattr(NgramPool, "propose", proposing)
+    monkeypatch.setattr(NgramPool, "learn", learning)
+    model, verified = tiny_model("qwen3"), 3
+    knobs = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_verify_width": verified}
+    with drafting(model, random_drafter(model, scale=1.0)):
+        model.generate(torch.tensor([[3, 4, 5, 3, 4]]), max_new_tokens=24, do_sample=False, decoding="jacobi_multiblock", **knobs)
+    checked = 0
+    for text, rejection in learnt[1:]:
+        guesses = min(verified, int(rejection.width_B[0]))
+        assert text[-1] == rejection.token_BW1[0, 0]
+        ids = torch.tensor([[*text, *rejection.token_BW1[0, 1 : guesses + 1].tolist()]])
+        said = model(ids).logits[0, len(text) - 1 :].argmax(-1)
+        assert torch.equal(rejection.choice_BW1[0, : guesses + 1], said)
+        checked += guesses
+    assert checked > 20
