@@ -49,11 +49,21 @@ def load_drafter(
         raise DrafterError(f"a drafter named {name!r} is loaded already: unload it first, or give this one another name.")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise DrafterError("the model's layers are split over several processes (tp_plan), which a drafter does not follow.")
-    drafter = Drafter.from_pretrained(_folder_of(source, revision, token))
-    check_fits(drafter, model)
+    drafter = read_drafter(model, source, revision=revision, token=token)
     if broken := [layer for layer, p in drafter.weights().items() if not bool(p.to(model.dtype).isfinite().all())]:
         raise DrafterError(f"{source}: {broken[0]} holds numbers that are not finite in the model's {model.dtype}.")
     attach(model, drafter, name)
+
+
+def read_drafter(model: Any, source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Drafter:
+    """A drafter that is for a model of this shape, which may be without weights (on the meta device).
+
+    Raises:
+        DrafterError: as `load_drafter`.
+    """
+    drafter = Drafter.from_pretrained(_folder_of(source, revision, token))
+    check_fits(drafter, model)
+    return drafter
 
 
 def attach(model: PreTrainedModel, drafter: Drafter, name: str = "default") -> None:

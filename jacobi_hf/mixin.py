@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
-from transformers.generation import GenerationMode
 
 from jacobi_hf.arena import Arena, borrowed
-from jacobi_hf.attention import LAYER_TYPES, OURS, StepMasks, attention_of, cannot_attend, layer_types
+from jacobi_hf.attention import OURS, StepMasks, attention_of
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.drafters import drafter_of
 from jacobi_hf.execution import Eager, cannot_compile, whole_steps
 from jacobi_hf.frontier import Frontier, Scores, token_limit
+from jacobi_hf.limits import contradiction_in, unserved_in
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
 from jacobi_hf.selection import FixedNoise, Selector
@@ -89,10 +89,10 @@ class JacobiGenerationMixin:
         request: _Request | None = getattr(generation_config, _REQUEST, None)
         if request is None:
             return
-        contradiction = _contradiction(self, generation_mode, generation_config)
+        contradiction = contradiction_in(self, generation_mode, generation_config)
         if contradiction and request.in_call:
             raise ValueError(f"decoding={request.config.decoding!r} does not work with {contradiction}; drop one of the two.")
-        reason = contradiction or _unserved(self, generation_config, request)
+        reason = contradiction or unserved_in(self, generation_config, own_positions=request.own_positions)
         if reason:
             _fall_back(generation_config, request, reason)
 
@@ -124,47 +124,6 @@ class JacobiGenerationMixin:
             _fall_back(generation_config, request, f"this call ({error})")
             return self._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs)
         return call.decode(logits_processor, streamer, synced_gpus)
-
-
-def _contradiction(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
-    """What in the call asks for something that Jacobi decoding cannot be or give."""
-    config = model.config.get_text_config(decoder=True)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return f"{mode.value.replace('_', ' ')} (num_beams, assistant_model, prompt_lookup_num_tokens and the like)"
-    if generation_config.cache_implementation not in (None, "static", "dynamic"):
-        return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
-    if generation_config.output_attentions or generation_config.output_hidden_states:
-        return "output_attentions or output_hidden_states"
-    if reason := cannot_attend(config):
-        return reason
-    unknown = set(layer_types(config)) - LAYER_TYPES
-    return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
-
-
-def _unserved(model: Any, generation_config: GenerationConfig, request: _Request) -> str | None:
-    """What sends a call back to ordinary decoding."""
-    if generation_config.use_cache is False:
-        return "use_cache=False"
-    if generation_config.guidance_scale is not None and generation_config.guidance_scale != 1:
-        return "guidance_scale"
-    if request.own_positions:
-        return "position_ids given by the caller"
-    if generation_config.prefill_chunk_size is not None:
-        return "prefill_chunk_size"
-    if _frequencies_depend_on_length(model.config.get_text_config(decoder=True)):
-        return "rotary embeddings whose frequencies depend on the length (rope_type 'dynamic' and 'longrope')"
-    if model.training and getattr(model, "is_activation_checkpointing", False):
-        return "a model that is being trained with gradient checkpointing (which drops the cache)"
-    if "prepare_inputs_for_generation" in vars(model):
-        return "a prompt-learning adapter (PEFT replaced prepare_inputs_for_generation)"
-    return None
-
-
-def _frequencies_depend_on_length(config: Any) -> bool:
-    """Whether a forward over drafts would rotate the tokens before them differently."""
-    declared = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [declared, *(value for value in declared.values() if isinstance(value, dict))]
-    return any(one.get("rope_type", one.get("type")) in ("dynamic", "longrope") for one in nested)
 
 
 def _fall_back(generation_config: GenerationConfig, request: _Request, reason: str) -> None:
@@ -444,6 +403,11 @@ def unregister(model_class: type | None = None) -> None:
     for known in [c for c in _registered if model_class in (None, c)]:
         known.__bases__ = tuple(base for base in known.__bases__ if base is not JacobiGenerationMixin)
         _registered.remove(known)
+
+
+def registered() -> list[type]:
+    """The classes that `register` was called for, Qwen2 and Qwen3 among them; their subclasses decode too."""
+    return list(_registered)
 
 
 def register_defaults() -> None:

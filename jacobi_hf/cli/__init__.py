@@ -8,6 +8,8 @@ from jacobi_hf.cli.bench import bench
 from jacobi_hf.cli.collect import collect
 from jacobi_hf.cli.demo import demo
 from jacobi_hf.cli.eval import eval_
+from jacobi_hf.cli.generate import generate
+from jacobi_hf.cli.info import info
 from jacobi_hf.cli.pack import pack
 from jacobi_hf.cli.serve import serve
 from jacobi_hf.cli.train import train
@@ -20,10 +22,12 @@ app = typer.Typer(
     help="Parallel decoding for Hugging Face transformers.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 app.command()(demo)
+app.command()(generate)
 for verb in (collect, pack, train, bench):
     app.command(context_settings=BY_DATACLASS)(verb)
 app.command("eval")(eval_)
 app.command()(serve)
+app.command()(info)
 
 
 @app.callback()

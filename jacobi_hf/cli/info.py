@@ -1,0 +1,69 @@
+"""`jacobi-hf info`: what is installed, and whether a model decodes in parallel here."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jacobi_hf.cli.verbs import errors_in_one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jacobi_hf.cli.inspection import Environment, ModelFacts
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="Model name or folder: whether and how it would decode.")] = None,
+    *,
+    drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter: whether it is for the model.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+) -> None:
+    """Say what is installed, on what it runs, and whether a model would decode with Jacobi or fall back, and why.
+
+    Only the model's configuration is read, never its weights.
+    """
+    with errors_in_one_line("info"):
+        if drafter is not None and model is None:
+            raise ValueError(f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}")
+        from jacobi_hf.cli.inspection import Environment, inspect_model
+
+        here = Environment.here()
+        facts = None if model is None else inspect_model(model, drafter)
+    if json:
+        typer.echo(json_module.dumps({**asdict(here), "model": asdict(facts) if facts else None}, indent=1))
+        return
+    for name, value in [*_environment(here), *(_model(facts) if facts else ())]:
+        typer.echo(f"{name:<14}{value}" if name else "")
+
+
+def _environment(here: Environment) -> Iterator[tuple[str, str]]:
+    yield from here.versions.items()
+    yield "device", f"{here.device} ({here.device_name}), {here.threads} thread{'s' * (here.threads != 1)} on the CPU"
+    yield "registered", ", ".join(here.registered)
+    yield "kernels", ", ".join(["sdpa", *(f"{'' if there else 'no '}{name}" for name, there in here.kernels.items())])
+    complete = [name for name, lacking in here.extras.items() if not lacking]
+    yield "extras", ", ".join(complete) or "none"
+    for name, lacking in here.extras.items():
+        if lacking:
+            yield "", ""
+            yield "no extra", f"{name}: pip install 'jacobi-hf[{name}]' adds {', '.join(lacking)}"
+
+
+def _model(facts: ModelFacts) -> Iterator[tuple[str, str]]:
+    yield "", ""
+    yield "model", facts.name
+    how = "registered" if facts.is_registered else f"jacobi_hf.register({facts.model_class}) in Python; commands do it themselves"
+    yield "class", f"{facts.model_class} ({how})"
+    limit = f", {facts.positions} positions" if facts.positions else ""
+    yield "size", f"{facts.parameters:,} parameters in {facts.dtype}, {facts.vocabulary} tokens in the vocabulary{limit}"
+    layers = ", ".join(f"{count} layers of {kind}" for kind, count in facts.layers.items())
+    yield "attention", ", ".join([facts.attention, *(f"{name} in steps" for name in facts.kernels), layers])
+    if facts.drafter:
+        yield "drafter", f"rank {facts.drafter['rank']} on {facts.drafter['layers']} layers, made for {facts.drafter['base_model']}"
+    saved = ", ".join(f"{name}={value}" for name, value in facts.saved_knobs.items())
+    yield "saved knobs", saved or "none: decoding='jacobi_multiblock' is to be named in each call of generate"
+    yield "decoding", facts.decoding if facts.reason is None else f"{facts.decoding}: {' '.join(facts.reason.split())}"
