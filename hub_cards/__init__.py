@@ -1,1 +1,19 @@
-"""What a Hub repository needs so that its model decodes in parallel where this package is not installed: `custom_generate`."""
+"""Publishing on the Hub: what a repository needs so that its model decodes in parallel for everybody, and the push."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jacobi_hf.hub_cards.folder import FolderError
+    from jacobi_hf.hub_cards.push import Pushed, PushError, push_to_hub
+
+# Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.hub_cards.custom_generate).
+_MODULE_OF = {"FolderError": "folder", "PushError": "push", "Pushed": "push", "push_to_hub": "push"}
+
+__all__ = ["FolderError", "PushError", "Pushed", "push_to_hub"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
