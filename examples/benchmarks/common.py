@@ -101,8 +101,8 @@ def prompts(count: int) -> dict[str, list[str]]:
 
 
 def ordinary() -> Contender:
-    """`generate` as it is: eager, with a DynamicCache."""
-    return Contender(Decoder(name="generate", kind="generate"), {})
+    """`generate` as it is: eager, with a DynamicCache, whatever the checkpoint's generation config asks for."""
+    return Contender(Decoder(name="generate", kind="generate"), {"decoding": None})
 
 
 def sampled(contender: Contender) -> Contender:
