@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -139,16 +138,17 @@ def test_the_demo_without_the_repository_says_what_to_pass(elsewhere):
     assert "--prompt" in done.stderr
 
 
-def test_the_demo_writes_with_a_checkpoint_folder(elsewhere):
-    done = elsewhere.jacobi_hf("demo", "--model", TINY / "checkpoint", "--prompt", "def main(", "--max-new-tokens", 8, "--json")
-    assert done.returncode == 0, done.stderr
-    ordinary, jacobi = json.loads(done.stdout)["measurements"]
-    assert ordinary["forwards"] == ordinary["new_tokens"] == 8
-    assert jacobi["agreement"]["identical"] == jacobi["agreement"]["total"] == 1
-
-
-@pytest.mark.skipif(importlib.util.find_spec("jacobi_hf.cli.info") is None, reason="the verb is not there yet")
 def test_info_says_what_is_installed(elsewhere):
-    done = elsewhere.jacobi_hf("info", "--json")
+    done = elsewhere.jacobi_hf("info", TINY / "checkpoint", "--json")
     assert done.returncode == 0, done.stderr
     assert jacobi_hf.__version__ in done.stdout
+    assert "Qwen3ForCausalLM" in done.stdout
+
+
+def test_generate_writes_with_a_checkpoint_folder(elsewhere):
+    done = elsewhere.jacobi_hf(
+        "generate", "--model", TINY / "checkpoint", "--dtype", "float32", "--max-new-tokens", 8, "--compare", "--json", "def"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["identical"] is True
