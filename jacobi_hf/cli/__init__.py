@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
+from jacobi_hf.cli.autotune import autotune
 from jacobi_hf.cli.bench import bench
+from jacobi_hf.cli.chat import chat
 from jacobi_hf.cli.collect import collect
 from jacobi_hf.cli.demo import demo
 from jacobi_hf.cli.eval import eval_
@@ -23,9 +25,11 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
+app.command()(chat)
 for verb in (collect, pack, train, bench):
     app.command(context_settings=BY_DATACLASS)(verb)
 app.command("eval")(eval_)
+app.command()(autotune)
 app.command()(serve)
 app.command()(info)
 

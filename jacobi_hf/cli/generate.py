@@ -11,7 +11,6 @@ import torch
 import typer
 
 from jacobi_hf.cli.answers import Answer, DoSample, Dtype, MaxNewTokens, Sampling, Seed, Temperature, TopK, TopP, note, room_of, say, write
-from jacobi_hf.cli.interrupts import ends_when_interrupted
 from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
 
 
@@ -41,7 +40,7 @@ def generate(
     """
     from jacobi_hf.cli.loading import check_knobs, decoding_of, load
 
-    with errors_in_one_line("generate"), ends_when_interrupted("generate", "nothing is kept"):
+    with errors_in_one_line("generate"):
         sampling, text = Sampling(do_sample, temperature, top_p, top_k), read_prompt(prompt, file)
         check_knobs(knobs)
         loaded, tokenizer = load(model, dtype, drafter)

@@ -1,4 +1,4 @@
-"""Ctrl-C, as the verbs take it."""
+"""Ctrl-C in the middle of a text."""
 
 from __future__ import annotations
 
@@ -8,23 +8,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from transformers import StoppingCriteria
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-INTERRUPTED = 130  # the exit code that shells know
-
-
-@contextlib.contextmanager
-def ends_when_interrupted(verb: str, kept: str) -> Iterator[None]:
-    """End the program with exit code 130 on Ctrl-C, and say what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"\njacobi-hf {verb}: interrupted; {kept}.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 class StopOnInterrupt(StoppingCriteria):  # type: ignore[misc, unused-ignore]

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from transformers import GenerationConfig
+from typer.testing import CliRunner
+
+import jacobi_hf.tuning
+from jacobi_hf.cli import app
+from jacobi_hf.cli.prompt_files import encode_prompts, read_prompt_file
+from jacobi_hf.config import JacobiConfig
+from jacobi_hf.tuning import ASSISTED, Setting, Tuning, describe
+from tests.tiny import EXAMPLE
+
+run = CliRunner().invoke
+FORCED, CHECKPOINT, DRAFTER, DRAFT = (str(EXAMPLE / name) for name in ("forced", "checkpoint", "drafter", "draft"))
+TASK = EXAMPLE / "tasks" / "arithmetic.jsonl"
+FOUND = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=1, jacobi_pool_size=0)
+
+
+def tuned(way, *others):
+    settings = [Setting(one, 2, 2.0, 9.0, 1.5, 1.25) for one in (way, *others)]
+    return Tuning(way, settings, {}, untried=(JacobiConfig.paper(),))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the verb asks of `autotune`, which finds `FOUND`, or what a test appends."""
+    calls = []
+
+    def autotune(model, prompts, **options):
+        calls.append((model, prompts, options))
+        return tuned(FOUND, None)
+
+    monkeypatch.setattr(jacobi_hf.tuning, "autotune", autotune)
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the forced model that may be written to."""
+    return shutil.copytree(EXAMPLE / "forced", tmp_path / "model")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("def main(\n\nimport os\n", encoding="utf-8")
+    return str(file)
+
+
+def test_settings_are_measured_and_the_fastest_is_told(prompts):
+    options = ["--model", FORCED, "--prompts", prompts, "--max-new-tokens", "4", "--seconds", "2"]
+    result = run(app, ["autotune", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["prompts"] == 2
+    assert told["fastest"] == told["table"][0]
+    assert "ordinary decoding" in [one["setting"] for one in told["table"]]
+    assert told["saved"] is None
+    assert "autotune" not in result.stderr  # no bar beside JSON
+
+
+def test_options_reach_autotune(asked, prompts):
+    options = ["--batch-size", "2", "--seconds", "7", "--max-new-tokens", "9", "--temperature", "0.5", "--compile", "--dtype", "float32"]
+    result = run(app, ["autotune", "--model", CHECKPOINT, "--drafter", DRAFTER, "--prompts", prompts, *options])
+    assert result.exit_code == 0, result.output
+    ((model, ids, given),) = asked
+    assert len(ids) == 2
+    assert jacobi_hf.drafters.drafter_of(model) is not None
+    assert given.pop("compile_config") is not None
+    wanted = {"batch_size": 2, "seconds": 7.0, "max_new_tokens": 9, "do_sample": True, "temperature": 0.5, "assistant_model": None}
+    assert given == {**wanted, "progress": True}
+    assert f"fastest: {describe(FOUND)}, 1.25 times" in " ".join(result.stdout.split())
+    assert "jacobi_block_size=8" in result.stdout
+    assert "no time for: n=64" in result.stdout
+
+
+def test_a_draft_model_is_tried(monkeypatch, prompts):
+    monkeypatch.setattr(jacobi_hf.tuning, "autotune", lambda *_, **given: tuned(ASSISTED) if given["assistant_model"] else None)
+    result = run(app, ["autotune", "--model", FORCED, "--assistant-model", DRAFT, "--prompts", prompts, "--json"])
+    assert json.loads(result.stdout)["fastest"]["setting"] == ASSISTED
+
+
+def test_what_is_found_is_saved_with_the_model(asked, prompts, folder):
+    result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
+    assert result.exit_code == 0, result.output
+    saved = GenerationConfig.from_pretrained(folder)
+    assert JacobiConfig.from_generation_config(saved) == FOUND
+    assert saved.eos_token_id == 0
+    assert f"saved in {folder}" in result.stdout
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (EXAMPLE / "forced").iterdir())
+
+
+def test_ordinary_decoding_is_saved_as_no_decoding(monkeypatch, prompts, folder):
+    monkeypatch.setattr(jacobi_hf.tuning, "autotune", lambda *_, **__: tuned(None))
+    assert run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"]).exit_code == 0
+    saved = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert not [name for name in saved if name.startswith(("jacobi", "decoding")) and saved[name] is not None]
+
+
+def test_ctrl_c_saves_nothing(monkeypatch, prompts, folder):
+    before = (folder / "generation_config.json").read_bytes()
+    monkeypatch.setattr(jacobi_hf.tuning, "autotune", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
+    assert (result.exit_code, "interrupted; nothing is kept" in result.stderr) == (130, True)
+    assert (folder / "generation_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--model", "nowhere/at/all"], "nowhere/at/all cannot be loaded"),
+        (["--model", "some/name", "--save"], "writes into the model's folder"), (["--seconds", "0"], "seconds=0"),
+        (["--save", "--assistant-model", DRAFT], "Drop one of the two"), (["--assistant-model", "nowhere/at/all"], "as a draft model"),
+        (["--temperature", "0"], "temperature=0"), (["--max-new-tokens", "1"], "max_new_tokens=1"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(prompts, arguments, message):
+    result = run(app, ["autotune", "--model", FORCED, "--prompts", prompts, *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("jacobi-hf")]
+    assert line.startswith("jacobi-hf autotune: ")
+    assert message in line
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(asked, prompts, folder, monkeypatch):
+    monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.W_OK)
+    result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
+    assert (result.exit_code, "is not writable" in result.stderr, asked) == (2, True, [])
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("a.txt", "one\n\n  two\n", ["one", "  two"]), ("a.jsonl", '"one"\n\n{"prompt": "two", "answer": 3}\n', ["one", "two"]),
+        ("a.json", json.dumps(["one", {"messages": MESSAGES}, {"prompt": MESSAGES}]), ["one", MESSAGES, MESSAGES]),
+        ("a.jsonl", '{"stop": ["x"]}\n{"prompt": "one"}\n', ["one"]),
+    ],
+)  # fmt: skip
+def test_prompts_of_a_file(tmp_path, name, text, wanted):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prompt_file(tmp_path / name) == wanted
+
+
+def test_a_task_file_is_a_file_of_prompts():
+    assert all(isinstance(prompt, str) for prompt in read_prompt_file(TASK))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n \n", "holds no prompts"), ("a.json", '{"prompt": "x"}', "a list of prompts"),
+        ("a.jsonl", '"x"\n{\n', "line 2 is not JSON"),
+        ("a.json", "[3]", "prompt 1 is no prompt"), ("a.jsonl", '"x"\n{"text": "y"}', "line 2 is no prompt"),
+        ("a.json", "[", "is not JSON"),
+        ("a.json", '[{"messages": []}]', "prompt 1"), ("a.json", '[[{"role": "user"}]]', "prompt 1"), ("a.json", '[""]', "prompt 1"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_of_prompts_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_prompt_file(tmp_path / name)
+
+
+class Template:
+    """A tokenizer that shows what it was asked."""
+
+    chat_template = "there is one"
+
+    def __call__(self, text):
+        return {"input_ids": [text]}
+
+    def apply_chat_template(self, turns, **_):
+        return [(turn["role"], turn["content"]) for turn in turns]
+
+
+def test_messages_and_chats_go_through_the_template():
+    answered = [*MESSAGES, {"role": "assistant", "content": "hello"}]
+    assert encode_prompts(["x", answered], Template(), "m", chat=False) == [["x"], [("user", "hi")]]
+    assert encode_prompts(["x"], Template(), "m", chat=True) == [[("user", "x")]]
+    tokenizer = Template()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="m has no chat template"):
+        encode_prompts([MESSAGES], tokenizer, "m", chat=False)
