@@ -65,7 +65,7 @@ def train(data: TrainData, args: JacobiForcingConfig, command: str) -> Finished:
         command: how the run was started, for its record.
 
     Raises:
-        ValueError, OSError: data, folder or arguments cannot be used; said before a step is made.
+        ValueError, OSError: data, folder or arguments cannot be used, said before a step is made; a checkpoint could not be written.
     """
     check_origin(data)
     started, final = started_with(data, args), Path(args.output_dir) / "final"
@@ -76,7 +76,12 @@ def train(data: TrainData, args: JacobiForcingConfig, command: str) -> Finished:
     set_seed(args.seed)
     trainer = _trainer(data, args, run)
     check_space(trainer, getattr(torch, data.save_dtype))
-    output = trainer.train(resume_from_checkpoint=True)
+    try:
+        output = trainer.train(resume_from_checkpoint=True)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # of torch.save, where a write failed
+            raise
+        raise OSError(f"a checkpoint could not be written to {args.output_dir}: is the disk full? The same command goes on.") from error
     report = {
         "command": command,
         "data": asdict(data),

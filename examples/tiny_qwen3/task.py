@@ -1,9 +1,9 @@
-"""`tasks/arithmetic.jsonl`, 200 held-out problems as a task of `jacobi-hf eval`:
+"""`tasks/arithmetic.jsonl`, 200 held-out problems as a task of `jacobi-hf eval`, and `newcomer.jsonl`, 400 prompts to train on:
 
     python examples/tiny_qwen3/task.py
 
-They are the first of the odd seeds, of the templates that the checkpoint was trained on; `arithmetic.training_problems` leaves their
-questions out.
+The problems are the first of the odd seeds, of the templates that the checkpoint was trained on; `arithmetic.training_problems`, whose
+first ones the prompts are, leaves their questions out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import arithmetic
 
-FILE = Path(__file__).resolve().parent / "tasks" / "arithmetic.jsonl"
+HERE = Path(__file__).resolve().parent
+FILE, PROMPTS = HERE / "tasks" / "arithmetic.jsonl", HERE / "newcomer.jsonl"
 OPTIONS = {
     "answer_pattern": r"The answer is (-?\d+)",
     "max_new_tokens": 96,
@@ -27,6 +28,12 @@ def lines() -> list[str]:
     return [json.dumps(row) for row in (OPTIONS, *problems)]
 
 
+def prompts() -> list[str]:
+    """The prompts of `examples/recipes/tiny_newcomer.yaml`, one a line."""
+    return [json.dumps({"prompt": p.prompt}) for p in arithmetic.training_problems(400)]
+
+
 if __name__ == "__main__":
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text("".join(f"{line}\n" for line in lines()), encoding="utf-8")
+    for file, rows in ((FILE, lines()), (PROMPTS, prompts())):
+        file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line
+from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, json_object
 from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ class _Kept:
         self._file, self._of = file, of
         self._done: dict[str, list[dict[str, Any]]] = {}
         if file.is_file():
-            former = json.loads(file.read_text(encoding="utf-8"))
-            self._done = former["done"] if former["of"] == of else {}
+            former = json_object(file.read_text(encoding="utf-8"), str(file))
+            self._done = former["done"] if former.get("of") == of else {}
 
     def __call__(self, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
         from jacobi_hf.results import Measurement

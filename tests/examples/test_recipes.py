@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from jacobi_hf import JacobiConfig
+from jacobi_hf.cli import app
 from jacobi_hf.cli.bench import BenchConfig
+from jacobi_hf.cli.loading import check_decoder
 from jacobi_hf.cli.recipes import parse
+from jacobi_hf.cli.verbs import mapping
 from jacobi_hf.trainer import JacobiForcingConfig
 from jacobi_hf.trainer.collection import CollectConfig
 from jacobi_hf.trainer.packing import PackConfig
@@ -24,7 +28,7 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_section_of_a_recipe_is_understood(path):
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert recipe.keys() == {"collect", "pack", "train", "bench"}
+    assert recipe.keys() - {"eval"} == {"collect", "pack", "train", "bench"}
     common = {k: v for k, v in recipe["collect"].items() if k != "sets"}
     folders = set()
     for name, own in recipe["collect"].get("sets", {"": {}}).items():
@@ -41,6 +45,16 @@ def test_every_section_of_a_recipe_is_understood(path):
     assert (evaluation.drafter if args.method == "gated" else evaluation.model) == f"{args.output_dir}/final"
     assert args.method == "full" or evaluation.model == data.model
     assert {name: JacobiConfig(**knobs) for name, knobs in evaluation.decoders.items()}
+
+
+def test_the_newcomers_recipe_evaluates_what_it_trains():
+    path = ROOT / "examples" / "recipes" / "tiny_newcomer.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with typer.main.get_command(app).commands["eval"].make_context("eval", ["--config", str(path)]) as context:
+        assert (context.params["model"], context.params["drafter"]) == (recipe["bench"]["model"], recipe["bench"]["drafter"])
+        assert all((ROOT / file).is_file() for file in (*context.params["task_file"], recipe["collect"]["dataset"]))
+        for name, knobs in mapping(context, "decoders").items():
+            check_decoder(name, knobs)
 
 
 def test_every_control_of_the_drafter_is_understood():

@@ -255,6 +255,7 @@ def test_the_shipped_task_is_what_its_script_writes_and_held_out(monkeypatch):
     import task
 
     assert TASK.read_text(encoding="utf-8").split("\n")[:-1] == task.lines()
+    assert (EXAMPLE / "newcomer.jsonl").read_text(encoding="utf-8").split("\n")[:-1] == task.prompts()
     file = TaskFile.read(TASK)
     prompts = {problem.prompt for problem in file.problems}
     assert len(prompts) == len(file.problems) == 200

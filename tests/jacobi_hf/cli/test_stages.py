@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,21 @@ def test_a_full_disk_is_noticed_before_a_step(recipe, tmp_path, monkeypatch):
         "train", "--config", recipe, "--output_dir", tmp_path / "model"
     )
     assert not list((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize("largest", [10_000_000, 30_000_000], ids=["weights", "optimizer"])
+def test_a_disk_that_fills_up_ends_training_in_one_line(recipe, tmp_path, largest):
+    words = ("train", "--config", recipe, "--output_dir", tmp_path / "model", "--max_steps", 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        stopped = run(*words, code=2).stderr
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stopped.splitlines()[-1].startswith("jacobi-hf train: ")
+    assert "Traceback" not in stopped
+    assert not (tmp_path / "model" / "final").exists()
+    assert "is finished: 1 steps" in run(*words).stdout
 
 
 def test_what_is_missing_or_wrong_is_named_before_any_work(tmp_path, monkeypatch):
