@@ -13,6 +13,7 @@ from jacobi_hf.cli.eval import eval_
 from jacobi_hf.cli.generate import generate
 from jacobi_hf.cli.info import info
 from jacobi_hf.cli.pack import pack
+from jacobi_hf.cli.push import push
 from jacobi_hf.cli.serve import serve
 from jacobi_hf.cli.train import train
 from jacobi_hf.cli.verbs import WITH_TRACEBACK
@@ -30,6 +31,7 @@ for verb in (collect, pack, train, bench):
     app.command(context_settings=BY_DATACLASS)(verb)
 app.command("eval")(eval_)
 app.command()(autotune)
+app.command()(push)
 app.command()(serve)
 app.command()(info)
 
