@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TINY = Path(jacobi_hf.__file__).resolve().parents[1] / "examples" / "tiny_qwen3"
+PLACE = "examples/tiny_qwen3"  # what it is called in results
 COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
 REPEATS = 3
 
@@ -66,20 +67,21 @@ def examples(prompt: str | None) -> list[Example]:
     return [Example(domain, prompts[0]) for domain, prompts in json.loads(file.read_text(encoding="utf-8"))["prompts"].items()]
 
 
-def load(name: str | None) -> list[Loaded]:
-    """The model named, or the tiny checkpoint before and after Jacobi Forcing, and with its drafter; in fp32, where texts are equal token
-    for token.
+def load(name: str | None, drafter: str | None = None) -> list[Loaded]:
+    """The model named, without and with a drafter, or the tiny checkpoint before and after Jacobi Forcing, and with its drafter; in fp32,
+    where texts are equal token for token.
 
     Raises:
-        ValueError: no model was named and the tiny checkpoint is not there.
+        ValueError: no model was named and the tiny checkpoint is not there, or the drafter does not fit.
     """
     if name is not None:
-        return [_load(name, name, "model")]
+        model = _load(name, name, "model")
+        return [model] if drafter is None else [model, _load(name, name, "model + drafter", drafter)]
     if not (TINY / "checkpoint").is_dir():
         raise ValueError("the tiny checkpoint is part of the repository, not of an installed package: name a model with --model.")
     folders = {"base": ("checkpoint", None), "forced": ("forced", None), "base + drafter": ("checkpoint", "drafter")}
     return [
-        _load(str(TINY / folder), f"examples/tiny_qwen3/{folder}", label, drafter)
+        _load(str(TINY / folder), f"{PLACE}/{folder}", label, drafter and str(TINY / drafter))
         for label, (folder, drafter) in folders.items()
         if (TINY / folder).is_dir() and (TINY / (drafter or folder)).is_dir()
     ]
@@ -88,8 +90,8 @@ def load(name: str | None) -> list[Loaded]:
 def _load(source: str, name: str, label: str, drafter: str | None = None) -> Loaded:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if drafter is not None:
-        jacobi_hf.load_drafter(model, TINY / drafter)
-        drafter = f"examples/tiny_qwen3/{drafter}"
+        jacobi_hf.load_drafter(model, drafter)
+        drafter = drafter.replace(str(TINY), PLACE)
     return Loaded(name, model, AutoTokenizer.from_pretrained(source), label, drafter)
 
 
