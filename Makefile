@@ -35,7 +35,7 @@ format: $(INSTALLED)
 
 # The documentation as a site: build/site/index.html.
 docs: $(INSTALLED)
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -27,6 +27,7 @@ class Block:
     Attributes:
         line: of its first line of code.
         excuse: why it is not run here, as a comment `<!-- not run here: REASON -->` before it says.
+        prints: what the page says that it prints: the block behind it, with a comment `<!-- what it prints -->` before.
     """
 
     page: str
@@ -34,6 +35,7 @@ class Block:
     language: str
     code: str
     excuse: str | None
+    prints: str | None
 
 
 @functools.cache
@@ -42,12 +44,14 @@ def tokens(page: str):
 
 
 def blocks(page: str, language: str) -> list[Block]:
-    found, before = [], None
-    for token in tokens(page):
+    found, everything = [], tokens(page)
+    comments = ["", *(token.content if token.type == "html_block" else "" for token in everything)]  # before each token
+    for number, token in enumerate(everything):
         if token.type == "fence" and token.info.strip() == language:
-            said = _NOT_RUN.search(before.content) if before is not None and before.type == "html_block" else None
-            found.append(Block(page, token.map[0] + 2, language, token.content, said[1] if said else None))
-        before = token
+            said = _NOT_RUN.search(comments[number])
+            shows = "what it prints" in "".join(comments[number + 2 : number + 3])
+            prints = everything[number + 2].content if shows else None
+            found.append(Block(page, token.map[0] + 2, language, token.content, said[1] if said else None, prints))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import pytest
 from mkdocs.commands.build import build
@@ -38,3 +39,11 @@ def test_lists_and_tables_are_those_of_github(site):
         article = html[html.index("<article") : html.index("</article>")]
         counts = {tag: sum(t.type == f"{kind}_open" for t in tokens(page)) for tag, kind in (("li", "list_item"), ("table", "table"))}
         assert {tag: len(re.findall(rf"<{tag}[ >]", article)) for tag in counts} == counts, page
+
+
+@pytest.mark.parametrize("package", ["jacobi_hf", "jacobi_hf.trainer", "jacobi_hf.hub_cards"])
+def test_the_reference_has_everything_public(site, package):
+    reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+    names = [name for name in import_module(package).__all__ if not name.startswith("__")]
+    assert names
+    assert not [name for name in names if f'id="{package}.{name}"' not in reference]

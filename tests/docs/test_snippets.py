@@ -3,7 +3,8 @@
 Blocks of Python run, those of a page one after another in one namespace, as somebody reads it. Two rules translate them: a model of the
 Hub (`Qwen/...`) becomes the tiny checkpoint, and there are fewer tokens to write and less time to search for a setting. A page may take
 `model`, `tokenizer`, `inputs` and `prompts` for granted, as its reader has them, and a server of the model at `SERVER`. A block that
-cannot run here has a comment before it, `<!-- not run here: REASON -->`.
+cannot run here has a comment before it, `<!-- not run here: REASON -->`. What a page shows behind a block, with a comment
+`<!-- what it prints -->`, is what the block prints.
 
 Lines of shell are parsed, not run: verbs and options of `jacobi-hf` and of scripts exist, files and extras that are named exist.
 """
@@ -88,10 +89,11 @@ def test_python_runs(page, reader):
     asks = any(SERVER in block.code for block in blocks(page, "python"))
     with served(reader["model"], reader["tokenizer"]) if asks else contextlib.nullcontext() as server:
         for block in blocks(page, "python"):
-            code = translated(block.code).replace(SERVER, server or SERVER)
+            code = block.code if block.prints else translated(block.code).replace(SERVER, server or SERVER)
             program = compile("\n" * (block.line - 1) + code, str(ROOT / page), "exec")
             if block.excuse is None:
-                exec(program, reader)
+                output = shown(lambda program=program: exec(program, reader))
+                assert block.prints in (None, output)
 
 
 def test_few_blocks_are_excused():
