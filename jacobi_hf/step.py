@@ -163,7 +163,7 @@ class Step:
         self.halted_B = torch.zeros(batch, dtype=torch.bool, device=device)
         self.text_BL = zeros(batch, columns + self.depths)
         self._branches = [(zeros(batch, s.branches, s.length), zeros(batch, s.branches)) for s in self.sources]
-        self._limit, self._pad, self._eos_E, self._fills = zeros(), zeros(), zeros(0), False
+        self._limit, self._last, self._pad, self._eos_E, self._fills = zeros(), zeros(), zeros(), zeros(0), False
         self.report_BN = zeros(batch, self.REPORTED + len(self.names))
 
     def open(self, prompt: Prompt, limit: int, pad: int, eos_E: torch.Tensor, *, fills: bool) -> None:
@@ -182,6 +182,7 @@ class Step:
         self.start_B.copy_(prompt.text_length_B)
         self.length_B.copy_(prompt.text_length_B)
         self._limit.fill_(limit)
+        self._last.fill_(limit - 1)  # a step's own token is behind its guesses
         self._pad.fill_(pad)
         self._eos_E, self._fills = eos_E, fills
 
@@ -261,8 +262,10 @@ class Step:
         count_B = torch.minimum(count_B, self._limit - self.generated_B)
         at_eos_B = self.halted_B
         if len(self._eos_E):
-            # Reductions of integers: inductor writes those of bools in C++ that does not compile (torch 2.13).
-            is_end_BD = (run_BD[..., None] == self._eos_E).long().sum(-1) > 0
+            if len(self._eos_E) == 1:
+                is_end_BD = run_BD == self._eos_E
+            else:  # a reduction of integers: inductor writes those of bools in C++ that does not compile (torch 2.13)
+                is_end_BD = (run_BD[..., None] == self._eos_E).long().sum(-1) > 0
             first_B = torch.where(is_end_BD, offset_D, offset_D.shape[0]).amin(1)
             ends_B = first_B < count_B
             if some_halted:
@@ -344,8 +347,11 @@ class Step:
     def measure(self, *, some_halted: bool = True) -> None:
         """Clip window and branches to what the limit leaves room for; guesses of rows that have halted are pads."""
         window, halted_B1 = self.window, self.halted_B[:, None]
-        room_B = (self._limit - 1 - self.generated_B).clamp(min=0)
-        width_B = torch.minimum((window.end_B - self.generated_B).clamp(min=0), room_B)
+        width_B = (torch.minimum(window.end_B, self._last) - self.generated_B).clamp(min=0)
+        if not some_halted and not self.sources:
+            self.width_B.copy_(width_B)
+            return
+        room_B = (self._last - self.generated_B).clamp(min=0)
         if some_halted:
             window.draft_BW.copy_(torch.where(halted_B1, self._pad, window.draft_BW))
             width_B = torch.where(self.halted_B, room_B.clamp(max=window.draft_BW.shape[1]), width_B)

@@ -405,6 +405,22 @@ def lossless(documents: dict[str, Results]) -> str:
         )
         head = ["variation", "minutes", "arithmetic", "8 verified", "code", "8 verified", "code, loop-free"]
         text += table(head, report_lossless.control_rows(varied))
+    sources_file, clock_file = (HERE / "results" / f"lossless_{name}.json" for name in ("sources", "clock"))
+    if sources_file.is_file():
+        sources = Results.read(sources_file)
+        text += (
+            f"\n### Sources of drafts\n\n{setting(sources)}\n64 prompts a domain, up to 128 new tokens. Tokens per forward, loop-free in brackets. "
+            "The window is of 14 to 16 guesses (n=2, K=8), which a drafter makes where there is one; as many of them are verified as acceptance "
+            "suggests, unless the name says otherwise. `lookup` is the branch of n-gram lookup alone, without a window.\n\n"
+        )
+        head = ["domain", "drafted from", *dict.fromkeys(str(m.model) for m in sources.measurements), "slots", "identical to generate"]
+        text += table(head, report_lossless.source_rows(sources))
+    if clock_file.is_file():
+        clock = Results.read(clock_file)
+        text += f"\n### Windows by the clock\n\n{setting(clock)}\nArithmetic, 24 prompts, medians of 5 passes, eager, without branches.\n\n"
+        text += table(
+            ["model", "decoder", "TPF", "slots", "tok/s", "x generate", "identical to generate"], report_lossless.clock_rows(clock)
+        )
     with_drafter = peers_file.is_file() and any(m.model == "base + drafter" for m in Results.read(peers_file).measurements)
     if with_drafter:
         forced, base = (group(name)[name] for name in ("forced-seed42", "base"))

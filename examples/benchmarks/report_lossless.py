@@ -83,3 +83,35 @@ def way_rows(peers: Results, forced: Results, base: Results) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def source_rows(sources: Results) -> list[list[str]]:
+    """What may be drafted from, by domain, each group's figures side by side; the last column of sampled decoding is at temperature 1."""
+    names = list(dict.fromkeys(m.decoder.name for m in sources.measurements if m.decoder.name != "generate"))
+    groups = list(dict.fromkeys(m.model for m in sources.measurements))
+    rows = []
+    for domain in dict.fromkeys(m.prompts.domain for m in sources.measurements):
+        for name in names:
+            for sampled in (False, True):
+                found = {
+                    m.model: m for m in sources.measurements
+                    if (m.prompts.domain, m.decoder.name, m.prompts.do_sample) == (domain, name, sampled)
+                }  # fmt: skip
+                if found:
+                    cells = [f"{found[g].tokens_per_forward:.2f} ({loop_free(found[g])})" if g in found else "-" for g in groups]
+                    slots = " / ".join(f"{found[g].mean_slots:.0f}" if g in found else "-" for g in groups)
+                    same = {f"{m.agreement.identical} of {m.agreement.total}" for m in found.values() if m.agreement}
+                    rows.append([domain, name + ", T = 1" * sampled, *cells, slots, ", ".join(sorted(same))])
+    return rows
+
+
+def clock_rows(clock: Results) -> list[list[str]]:
+    """Windows alone on arithmetic, with a drafter and after forcing."""
+    rows = []
+    for m in clock.measurements:
+        factor = next((f"{s.factor:.2f}" for s in m.speedups if s.baseline == "generate"), "-")
+        same = f"{m.agreement.identical} of {m.agreement.total}" if m.agreement else "-"
+        rows.append(
+            [str(m.model), m.decoder.name, f"{m.tokens_per_forward:.2f}", f"{m.mean_slots:.1f}", f"{m.tokens_per_second:.0f}", factor, same]
+        )
+    return rows
