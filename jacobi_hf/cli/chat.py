@@ -84,10 +84,11 @@ class _Session:
             except EOFError:
                 return
             except KeyboardInterrupt:
+                typer.echo(err=True)  # behind the ^C
                 if was_interrupted:
                     raise
                 was_interrupted = True
-                note("\nCtrl-C again leaves.")
+                note("Ctrl-C again leaves.")
                 continue
             if line.strip() == "/exit":
                 return
