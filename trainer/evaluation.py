@@ -151,7 +151,12 @@ def measurements(
 
 
 def held_out_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, row: int = 512
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    tokens: int,
+    row: int = 512,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
 ) -> tuple[float, int]:
     """Mean next-token loss in nats over the first `tokens` ids of the texts (each closed by end-of-text, cut into rows), and how many."""
     stream: list[int] = []
@@ -165,7 +170,7 @@ def held_out_loss(
     rows = torch.tensor(stream[: min(tokens, len(stream)) // row * row], device=model.device).view(-1, row)
     total = 0.0
     with torch.no_grad():
-        for batch in rows.split(8):
+        for batch in track(rows.split(8), "held-out loss"):
             total += float(model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch)
     return total / len(rows), rows.numel()
 
@@ -177,12 +182,13 @@ def right_answers(
     pattern: str,
     max_new_tokens: int,
     batch_size: int = 50,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
 ) -> Quality:
     """Share of problems (`prompt`, `answer`) whose greedy completion has the answer as group 1 of `pattern`, with its 95 % interval."""
     if not problems:
         raise ValueError("problems is empty: there is no share of right answers.")
     right = 0
-    for start in range(0, len(problems), batch_size):
+    for start in track(range(0, len(problems), batch_size), "problems"):
         part = problems[start : start + batch_size]
         inputs = tokenizer([p["prompt"] for p in part], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
         inputs = inputs.to(model.device)

@@ -142,6 +142,8 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
         ManifestError: sources of different block sizes or tokenizers, or damaged ones.
         ValueError: see `PackConfig`, `shares`; nothing passes the filters.
     """
+    from tqdm.auto import tqdm
+
     wanted = shares(config.sources)
     settings = {folder: read_manifest(folder)["settings"] for folder in wanted}
     for name in ("block_size", "tokenizer"):
@@ -165,14 +167,17 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
         config.output_dir, {**described, "block_size": first["block_size"], "tokenizer": first["tokenizer"], "of": settings}
     )
     schedule, done = config.noise_schedule(), shards.finished()
-    for number, start in enumerate(range(0, len(visited), config.shard_size)):
-        name = f"packed-{number:05d}.parquet"
-        if name in done:
-            continue
-        records = [
-            _record(data[folder][index], schedule, visit, config) for visit, folder, index in visited[start : start + config.shard_size]
-        ]
-        shards.write(name, records, {"rows": len(records)})
+    with tqdm(total=len(visited), unit=" records", desc="pack") as bar:
+        for number, start in enumerate(range(0, len(visited), config.shard_size)):
+            name, part = f"packed-{number:05d}.parquet", visited[start : start + config.shard_size]
+            if name in done:
+                bar.update(len(part))
+                continue
+            records = []
+            for visit, folder, index in part:
+                records.append(_record(data[folder][index], schedule, visit, config))
+                bar.update()
+            shards.write(name, records, {"rows": len(records)})
     shards.complete()
     return amounts
 

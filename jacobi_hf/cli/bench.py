@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.results import Measurement, Results
+
+    Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass
@@ -80,6 +83,9 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
     Raises:
         ValueError, OSError: something is wrong with the options or files; nothing was measured.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     from jacobi_hf.cli.loading import load
     from jacobi_hf.results import Results
     from jacobi_hf.trainer.shards import weights_fingerprint
@@ -95,12 +101,16 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
     of = {"config": asdict(config), "prompts": prompts, "weights": weights_fingerprint(model), "training": trained}
     kept = _Kept(unfinished(config), json.loads(json.dumps(of)))
     measured: list[Measurement] = []
+
+    def bar(rows: Any, what: str) -> Any:
+        return track(rows, what, console=Console(stderr=True), disable=quiet)
+
     for domain in prompts if texts else ():
-        measured += kept(f"loss of {domain}", lambda d=domain: [_loss(model, tokenizer, texts[d], d, config)])
+        measured += kept(f"loss of {domain}", partial(_loss, model, tokenizer, texts[domain], domain, config, bar))
     if problems:
-        measured += kept("problems", lambda: [_solved(model, tokenizer, problems, config)])
+        measured += kept("problems", partial(_solved, model, tokenizer, problems, config, bar))
     for domain in prompts:
-        measured += kept(f"decoding of {domain}", lambda d=domain: _decoded(model, tokenizer, {d: prompts[d]}, decoders, config, quiet))
+        measured += kept(f"decoding of {domain}", partial(_decoded, model, tokenizer, {domain: prompts[domain]}, decoders, config, bar))
     training = None if trained is None else {key: value for key, value in trained.items() if key != "log"}
     results = results.model_copy(update={"measurements": measured, "training": training})
     results.write(Path(config.output))
@@ -178,36 +188,30 @@ class _Kept:
         self._file.unlink(missing_ok=True)
 
 
-def _loss(model: Any, tokenizer: Any, texts: list[str], domain: str, config: BenchConfig) -> Measurement:
+def _loss(model: Any, tokenizer: Any, texts: list[str], domain: str, config: BenchConfig, bar: Bar) -> list[Measurement]:
     from jacobi_hf.results import Decoder, Measurement, Prompts
     from jacobi_hf.trainer.evaluation import held_out_loss
 
-    loss, tokens = held_out_loss(model, tokenizer, texts, config.held_out_tokens)
+    loss, tokens = held_out_loss(model, tokenizer, texts, config.held_out_tokens, track=bar)
     described = Prompts(domain=domain, source="held-out text", count=tokens, max_new_tokens=0)
-    return Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, held_out_loss=loss)
+    return [Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, held_out_loss=loss)]
 
 
-def _solved(model: Any, tokenizer: Any, problems: list[dict[str, Any]], config: BenchConfig) -> Measurement:
+def _solved(model: Any, tokenizer: Any, problems: list[dict[str, Any]], config: BenchConfig, bar: Bar) -> list[Measurement]:
     from jacobi_hf.results import Decoder, Measurement, Prompts
     from jacobi_hf.trainer.evaluation import right_answers
 
-    quality = right_answers(model, tokenizer, problems, config.answer_pattern, config.max_new_tokens)
+    quality = right_answers(model, tokenizer, problems, config.answer_pattern, config.max_new_tokens, track=bar)
     described = Prompts(
         domain=config.problem_domain, source="held-out problems", count=len(problems), max_new_tokens=config.max_new_tokens
     )  # fmt: skip
-    return Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, quality=quality)
+    return [Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, quality=quality)]
 
 
 def _decoded(
-    model: Any, tokenizer: Any, prompts: dict[str, list[Any]], decoders: dict[str, JacobiConfig], config: BenchConfig, quiet: bool
+    model: Any, tokenizer: Any, prompts: dict[str, list[Any]], decoders: dict[str, JacobiConfig], config: BenchConfig, bar: Bar
 ) -> list[Measurement]:
-    from rich.console import Console
-    from rich.progress import track
-
     from jacobi_hf.trainer.evaluation import measurements
-
-    def bar(rows: Iterable[Any], what: str) -> Iterable[Any]:
-        return track(rows, what, console=Console(stderr=True), disable=quiet)
 
     return measurements(model, tokenizer, prompts, decoders, config.max_new_tokens, config.drafter, bar)
 

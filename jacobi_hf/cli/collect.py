@@ -22,6 +22,8 @@ def collect(context: typer.Context) -> None:
     """
     with errors_in_one_line("collect") as ending:
         need("train", "datasets", "filelock")
+        from datasets import disable_progress_bars
+
         from jacobi_hf.cli import recipes
         from jacobi_hf.trainer.collection import CollectConfig
         from jacobi_hf.trainer.shards import leave_together, processes
@@ -31,6 +33,7 @@ def collect(context: typer.Context) -> None:
         ending.kept = lambda: (
             f"finished shards are kept in {', '.join(config.output_dir for config in sets)}; the same command goes on from there"
         )
+        disable_progress_bars()  # one for each shard, across that of the prompts
         counts = _run(sets)
         if processes().is_main_process:
             typer.echo(json.dumps(counts, indent=1) if given.as_json else "\n".join(map(_in_words, counts)))
