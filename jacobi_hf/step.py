@@ -262,10 +262,11 @@ class Step:
         count_B = torch.minimum(count_B, self._limit - self.generated_B)
         at_eos_B = self.halted_B
         if len(self._eos_E):
-            if len(self._eos_E) == 1:  # noqa: SIM108  (its comment has room here)
-                is_end_BD = run_BD == self._eos_E
-            else:  # a reduction of integers: inductor writes those of bools in C++ that does not compile (torch 2.13)
-                is_end_BD = (run_BD[..., None] == self._eos_E).long().sum(-1) > 0
+            first, *others = self._eos_E.unbind()
+            is_end_BD = run_BD == first
+            for end in others:
+                is_end_BD = is_end_BD | (run_BD == end)
+            # Reductions of integers: inductor writes those of bools in C++ that does not compile (torch 2.13).
             first_B = torch.where(is_end_BD, offset_D, offset_D.shape[0]).amin(1)
             ends_B = first_B < count_B
             if some_halted:
