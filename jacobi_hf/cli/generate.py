@@ -11,6 +11,7 @@ import torch
 import typer
 
 from jacobi_hf.cli.answers import Answer, DoSample, Dtype, MaxNewTokens, Sampling, Seed, Temperature, TopK, TopP, note, room_of, say, write
+from jacobi_hf.cli.prompt_files import encode_prompts
 from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
 
 
@@ -45,7 +46,7 @@ def generate(
         check_knobs(knobs)
         loaded, tokenizer = load(model, dtype, drafter)
         decoding = decoding_of(loaded, knobs)
-        ids = encode(tokenizer, text, model, chat=chat)
+        (ids,) = encode_prompts([text], tokenizer, model, chat=chat)
         _check_room(len(ids), max_new_tokens, room_of(loaded))
         used = decoding.to_knobs() if decoding else {"decoding": None}
         arguments = {"max_new_tokens": max_new_tokens, **sampling.arguments(loaded)}
@@ -85,21 +86,6 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise ValueError("the prompt is empty.")
     return text
-
-
-def encode(tokenizer: Any, text: str, model: str, *, chat: bool) -> list[int]:
-    """Ids of a prompt, as it stands or as a user's message.
-
-    Raises:
-        ValueError: there is no chat template.
-    """
-    if not chat:
-        plain: list[int] = tokenizer(text)["input_ids"]
-        return plain
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{model} has no chat template: leave --chat out.")
-    ids: list[int] = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
-    return ids
 
 
 def _check_room(prompt_tokens: int, max_new_tokens: int, room: float) -> None:

@@ -49,7 +49,6 @@ def _environment(here: Environment) -> Iterator[tuple[str, str]]:
     yield "extras", ", ".join(complete) or "none"
     for name, lacking in here.extras.items():
         if lacking:
-            yield "", ""
             yield "no extra", f"{name}: pip install 'jacobi-hf[{name}]' adds {', '.join(lacking)}"
 
 

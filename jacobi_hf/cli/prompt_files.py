@@ -1,4 +1,4 @@
-"""Files of prompts, for the verbs that want a dozen of them."""
+"""Prompts of a user's: files of them, and their ids."""
 
 from __future__ import annotations
 

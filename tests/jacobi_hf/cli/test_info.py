@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 
 import pytest
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, Qwen3Config, T5Config
@@ -115,3 +116,17 @@ def test_what_is_no_causal_language_model_is_named(tmp_path):
     assert (result.exit_code, "its model_type is 't5'" in result.stderr) == (2, True)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert run(app, ["info", str(tmp_path)]).exit_code == 2
+
+
+def test_what_an_extra_lacks_is_named(monkeypatch):
+    def version(name):
+        if name in ("fastapi", "gradio"):
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    lacking = document()["extras"]
+    assert "fastapi" in lacking["serve"]
+    assert "fastapi" not in lacking["eval"]
+    assert f"pip install 'jacobi-hf[serve]' adds {', '.join(lacking['serve'])}" in run(app, ["info"]).stdout
