@@ -13,6 +13,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"jacobi_hf": "jacobi_hf", "trainer": "jacobi_hf/trainer", "hub_cards": "jacobi_hf/hub_cards"}
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+KNOB = re.compile(r"= _knob\(([\d.]+), .*\)")  # a knob's default is shown as the number that it is
+ARGUMENT = re.compile(r"^( {8})([a-z_, ]+): ", re.MULTILINE)  # in groups, which are shown as lists
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)[^)]*\)")
 
 
@@ -22,6 +24,10 @@ def on_startup(**_: Any) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for source, name in PACKAGES.items():
         shutil.copytree(ROOT / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    config, arguments = target / "jacobi_hf" / "config.py", target / "jacobi_hf" / "trainer" / "arguments.py"
+    config.write_text(KNOB.sub(r"= \1", config.read_text(encoding="utf-8")), encoding="utf-8")
+    *opening, docstring, rest = arguments.read_text(encoding="utf-8").split('"""', 4)  # the module's, the class's
+    arguments.write_text('"""'.join([*opening, ARGUMENT.sub(r"\1- **\2**: ", docstring), rest]), encoding="utf-8")
 
 
 def on_files(files: Files, config: Any) -> Files:
