@@ -32,12 +32,13 @@ LEGEND = (
 )
 
 
-def lanes(model: str | None = None, drafter: str | None = None) -> list[Lane]:
+def lanes(model: str | None = None, drafter: str | None = None, dtype: str = "auto") -> list[Lane]:
     """What the page compares: ordinary and Jacobi decoding, and lossless forcing where there is a drafter; one set of weights.
 
     Args:
         model: name or folder; the tiny checkpoint and its drafter when not given.
         drafter: folder or repository.
+        dtype: as `load` takes it; float32 is the one in which texts are equal token for token, and that of the tiny checkpoint.
 
     Raises:
         ValueError: there is no such model, or the drafter does not fit.
@@ -46,8 +47,6 @@ def lanes(model: str | None = None, drafter: str | None = None) -> list[Lane]:
         if not (showcase.TINY / "checkpoint").is_dir():
             raise ValueError("the tiny checkpoint is part of the repository, not of an installed package: name a model with --model.")
         model, drafter, dtype = str(showcase.TINY / "checkpoint"), drafter or str(showcase.TINY / "drafter"), "float32"
-    else:
-        dtype = "auto"
     loaded, tokenizer = load(model, dtype)
     found = [Lane("generate", loaded, tokenizer, None), Lane("Jacobi", twin(loaded), tokenizer)]
     if drafter is not None:
@@ -192,13 +191,18 @@ def _slider(name: str) -> gr.Slider:
     return gr.Slider(low, high, knob.default, step=step, label=SHORT[name], info=knob.metadata["help"], elem_id=name)
 
 
-def app_of(blocks: gr.Blocks) -> FastAPI:
-    """An application that serves the page at /, all of it from here: no fonts, scripts or counters of others."""
+def look() -> dict[str, Any]:
+    """How the page looks, for `Blocks.launch`: all of it comes from here, without fonts or scripts of others."""
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "Consolas", "monospace")}
-    return gr.mount_gradio_app(
-        FastAPI(), blocks, "/", theme=gr.themes.Base(**fonts), css_paths=Path(__file__).with_name("page.css"),
-        footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, show_error=False,
-    )  # fmt: skip
+    return {
+        "theme": gr.themes.Base(**fonts), "css_paths": Path(__file__).with_name("page.css"), "footer_links": [], "run_history": False,
+        "ssr_mode": False, "mcp_server": False,
+    }  # fmt: skip
+
+
+def app_of(blocks: gr.Blocks) -> FastAPI:
+    """An application that serves the page at /."""
+    return gr.mount_gradio_app(FastAPI(), blocks, "/", show_error=False, **look())
 
 
 def server(app: FastAPI) -> uvicorn.Server:

@@ -1,0 +1,30 @@
+"""A Space with the page of `jacobi-hf demo --web`; README.md says what goes beside this file.
+
+Run in a clone of the repository, it shows the tiny checkpoint:
+
+    python examples/space/app.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jacobi_hf.cli import page
+from jacobi_hf.cli.race import Lane
+
+HERE = Path(__file__).resolve().parent
+PROMPT = "    def __repr__(self):\n        info = ['StreamReader']\n"
+
+
+def compared() -> list[Lane]:
+    """The model of the Space's variables MODEL and DRAFTER; or that of the folders beside this file; or the clone's."""
+    if model := os.environ.get("MODEL"):
+        return page.lanes(model, os.environ.get("DRAFTER"))
+    if (HERE / "checkpoint").is_dir():
+        return page.lanes(str(HERE / "checkpoint"), str(HERE / "drafter"), "float32")
+    return page.lanes()
+
+
+if __name__ == "__main__":
+    page.build(compared(), PROMPT).launch(**page.look())
