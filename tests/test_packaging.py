@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import jacobi_hf
 
@@ -76,3 +77,15 @@ def test_the_docs_say_which_releases_of_transformers_are_supported():
     (declared,) = [d for d in PROJECT["project"]["dependencies"] if d.startswith("transformers")]
     for page in (ROOT / "README.md", ROOT / "docs" / "compatibility.md"):
         assert f"`{declared}`" in page.read_text(encoding="utf-8"), page.name
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_run_what_is_there(workflow):
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(INSTALLED)", ".venv/.installed")
+    targets = re.findall(r"^([\w/. ]+):", makefile, re.MULTILINE)
+    assert set(re.findall(r"^\s*make (\S+)", commands, re.MULTILINE)) <= {name for line in targets for name in line.split()}
+    named = re.findall(r"(?:bash|python|pytest) (?:-\S+ )*((?:\.ci|tests|examples)\S*)", commands) + re.findall(r"\stests/\S+", commands)
+    assert all((ROOT / path.strip()).exists() for path in named)
+    assert all(job.get("timeout-minutes") for job in jobs.values())

@@ -1,0 +1,105 @@
+"""Goes the way of docs/newcomer.md and writes down what each command took: python examples/benchmarks/newcomer.py FOLDER
+
+The commands are those of the page, in one shell, in FOLDER, from a fresh clone of this repository as it is committed. Their times, and the
+tokens per forward that the page's `bench` found, go into results/newcomer.json, and from there into the page's table.
+`--table` writes the table alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from jacobi_hf.results import Cost, Measurement, Results
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PAGE = ROOT / "docs" / "newcomer.md"
+DOCUMENT = HERE / "results" / "newcomer.json"
+BENCH = "build/newcomer/bench.json"
+BEGIN, END = "<!-- written by examples/benchmarks/newcomer.py -->\n", "<!-- end -->\n"
+UNTIMED = ("cd ", "export ")
+OURS = ("PYTHON", "VIRTUAL_ENV", "OMP_", "HF_", "TOKENIZERS_")
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the page's shell blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, float]:
+    """Seconds that each command took, one after the other in one shell.
+
+    Args:
+        lines: REPOSITORY in them stands for `repository`.
+        folder: where the shell begins; made when it is not there.
+
+    Raises:
+        RuntimeError: a command failed; the message ends with the command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = folder.resolve() / "times.txt"
+    clock.unlink(missing_ok=True)
+    script = "set -e\n" + "".join(
+        f'before=$EPOCHREALTIME\n{line}\necho "$before $EPOCHREALTIME" >> {shlex.quote(str(clock))}\n' for line in lines
+    )
+    script = re.sub(r"\bREPOSITORY\b", lambda _: shlex.quote(str(repository)), script)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=False)  # noqa: S603, S607  (the page's commands)
+    stamps = [tuple(map(float, line.split())) for line in clock.read_text().splitlines()] if clock.is_file() else []
+    if done.returncode:
+        raise RuntimeError(f"The way ends with exit code {done.returncode} at: {lines[len(stamps)]}")
+    return {line: end - start for line, (start, end) in zip(lines, stamps, strict=True) if not line.startswith(UNTIMED)}
+
+
+def table(results: Results) -> str:
+    """What the page says of the run."""
+    hardware, total = results.hardware, sum(cost.value for cost in results.costs)
+    text = (
+        BEGIN + f"Measured on {hardware.cores} cores of {hardware.cpu}, {results.created[:10]}, {results.costs[0].setting['beside']}.\n\n"
+    )
+    text += "| command | time |\n|---|---:|\n"
+    text += "".join(f"| `{cost.name}` | {_time(cost.value)} |\n" for cost in results.costs) + f"| together | {_time(total)} |\n"
+    found = [m for m in results.measurements if m.tokens_per_forward and m.agreement]
+    for m in found:
+        assert m.agreement is not None
+        text += (
+            f"\nTokens per forward with the drafter, `{m.decoder.name}`: {m.tokens_per_forward:.2f} on {m.prompts.count} problems; "
+            f"{m.agreement.identical} of {m.agreement.total} texts are those of ordinary decoding.\n"
+        )
+    return text + END
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def with_table(page: str, results: Results) -> str:
+    """The page with the table of a run."""
+    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: table(results), page, count=1, flags=re.DOTALL)
+
+
+def measure(folder: Path, beside: str) -> Results:
+    """Go the whole way in a folder."""
+    from transformers import AutoModelForCausalLM
+
+    seconds = timed(commands(PAGE.read_text(encoding="utf-8")), folder, ROOT)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "tiny_qwen3" / "checkpoint")
+    results = Results.start("A newcomer's path: seconds of each command", model, "examples/tiny_qwen3/checkpoint")
+    measurements: list[Measurement] = Results.read(folder / "jacobi-hf" / BENCH).measurements
+    costs = [Cost(name=line, value=round(value, 1), unit="s", setting={"beside": beside}) for line, value in seconds.items()]
+    update = {"measurements": measurements, "costs": costs, "command": "examples/benchmarks/newcomer.py FOLDER"}
+    return results.model_copy(update=update)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--table"]:
+        others = sys.argv[2] if len(sys.argv) > 2 else "nothing else running"
+        measure(Path(sys.argv[1]), others).write(DOCUMENT)
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), Results.read(DOCUMENT)), encoding="utf-8")
+    print(DOCUMENT.name, PAGE.name)

@@ -1,0 +1,48 @@
+"""The newcomer's path: what the page says was run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def newcomer(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import newcomer
+
+    yield newcomer
+    sys.modules.pop("newcomer")
+
+
+@pytest.fixture
+def repository(tmp_path):
+    folder = tmp_path / "a repository"
+    folder.mkdir()
+    (folder / "word.txt").write_text("hello")
+    who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "one")):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    return folder
+
+
+def test_commands_run_in_one_shell_and_are_timed(newcomer, repository, tmp_path):
+    page = "```bash\ngit clone -q REPOSITORY copy\ncd copy  # into it\n```\n\n```python\n1\n```\n"
+    page += "```bash\n\ncp word.txt ../out.txt\nsleep 0.2\n```\n"
+    lines = newcomer.commands(page)
+    assert lines == ["git clone -q REPOSITORY copy", "cd copy", "cp word.txt ../out.txt", "sleep 0.2"]
+    seconds = newcomer.timed(lines, tmp_path / "new", repository)
+    assert (tmp_path / "new" / "out.txt").read_text() == "hello"
+    assert list(seconds) == [lines[0], *lines[2:]]
+    assert 0.2 <= seconds["sleep 0.2"] < 20
+
+
+def test_a_command_that_fails_is_named(newcomer, repository, tmp_path):
+    with pytest.raises(RuntimeError, match="exit code 3 at: sh -c 'exit 3'"):
+        newcomer.timed(["true", "sh -c 'exit 3'", "touch later"], tmp_path / "new", repository)
+    assert not (tmp_path / "new" / "later").exists()
