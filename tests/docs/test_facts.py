@@ -1,12 +1,16 @@
-"""Numbers that a page quotes from the results are still those of the results."""
+"""What pages say beside the code is what the code says: numbers, defaults, recipes, verbs."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
+import typer
 
-from tests.docs.pages import PAGES, ROOT
+from jacobi_hf.cli import app
+from jacobi_hf.config import JacobiConfig
+from tests.docs.pages import PAGES, ROOT, code_spans, links
 
 MARK = "<!-- numbers: results.md -->"
 QUOTED = re.compile(rf"{MARK}\n\n((?:\|.*\n)+)")
@@ -31,3 +35,21 @@ def test_quoted_numbers_are_in_the_results(page):
 def test_some_pages_quote_and_a_stranger_is_found():
     assert QUOTING
     assert strangers("| 1.25 | [2.5](x-3.5.yaml) |", "1.2 and 2.5") == {"1.25"}
+
+
+def test_knobs_have_their_defaults():
+    knobs = {knob.name: str(knob.default) for knob in fields(JacobiConfig)} | {"decoding": "None"}
+    readme, page = (
+        dict(re.findall(r"^\| `(\w+)` \| `?(.*?)`? \|", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("README.md", "docs/knobs.md")
+    )
+    assert page == knobs
+    assert readme.items() <= knobs.items()
+
+
+def test_every_recipe_is_listed():
+    assert {path.name for path in (ROOT / "examples/recipes").glob("*.yaml")} <= {link.split("/")[-1] for link in links("docs/recipes.md")}
+
+
+def test_every_verb_is_listed():
+    assert set(typer.main.get_command(app).commands) <= set(code_spans("docs/cli.md"))
