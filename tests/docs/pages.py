@@ -37,6 +37,9 @@ class Block:
     excuse: str | None
     prints: str | None
 
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
 
 @functools.cache
 def tokens(page: str):

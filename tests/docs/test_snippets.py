@@ -26,6 +26,7 @@ from importlib.util import find_spec
 
 import pytest
 import typer
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
@@ -215,6 +216,14 @@ def test_shell_parses(page, workplace):
         if (fault := fault_of(words))
     ]
     assert not faults
+
+
+@pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page, "yaml")], ids=str)
+def test_recipes_parse(block, workplace):
+    recipe = workplace / "recipe.yaml"
+    recipe.write_text(block.code, encoding="utf-8")
+    for section in yaml.safe_load(block.code):
+        assert fault_of(["jacobi-hf", section, "--config", str(recipe)]) is None
 
 
 @pytest.mark.parametrize("page", PAGES)
