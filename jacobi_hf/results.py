@@ -38,6 +38,16 @@ class Hardware(_Strict):
     cores: int
     gpu: str | None = None
 
+    @classmethod
+    def of(cls, device: torch.device) -> Self:
+        """This machine, with the device's name where it is no CPU."""
+        cpu = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo")
+        if info.is_file():
+            cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        gpu = torch.get_device_module(device).get_device_name(device) if device.type not in ("cpu", "meta") else None
+        return cls(cpu=cpu, cores=os.cpu_count() or 1, gpu=gpu)
+
 
 class Software(_Strict):
     """Versions of what ran, and the revision of this repository (with "+changes" when the working tree had any)."""
@@ -185,8 +195,95 @@ class Cost(_Strict):
     setting: dict[str, Any] = {}
 
 
+class TrainingData(_Strict):
+    """Texts that a stage of training learnt from. `samples` is how many prompts (or texts) there were."""
+
+    name: str
+    source: str
+    samples: int | None = None
+
+
+class Strategy(_Strict):
+    """How noisy drafts were made.
+
+    Attributes:
+        schedule: of the noise (`NoiseSchedule`); "gated" where the drafter's own guesses are the drafts.
+        block_size: n of the trajectories; gated, the drafts of a training window.
+        window: w, levels of the schedule; gated, training windows of each text.
+        min_noise, max_noise, phase, visits, views: as in `PackConfig`; gated, `visits` are decoding steps of a window.
+    """
+
+    schedule: str
+    block_size: int
+    window: int
+    min_noise: float | None = None
+    max_noise: float | None = None
+    phase: str | None = None
+    visits: int | None = None
+    views: int | None = None
+
+
+class Batch(_Strict):
+    """Rows of an optimiser step: devices x rows on each x accumulated batches."""
+
+    devices: int
+    per_device: int
+    accumulation: int
+
+
+class LossWeights(_Strict):
+    """Factors of the terms of the loss."""
+
+    consistency: float
+    ar: float
+    replay: float
+    kl: float
+
+
+class Training(_Strict):
+    """A stage of a model's training: one run of one program.
+
+    Attributes:
+        method: "forcing" trains the model on its Jacobi trajectories, "gated" a drafter beside it, "sft" the model on the texts alone.
+        base_model: what the stage began from; `reference_model` is what KL held it to, where that was another one.
+        optimizer: as the trainer calls it, or "muon": Muon for the matrices inside the layers, AdamW for the rest.
+        precision: of the forwards; `weights_dtype` is that of the weights that the optimiser changes.
+        loss_weights: None for a drafter, whose loss has one term.
+        lora_rank: of an adapter or drafter; None where all weights were trained.
+        slots: positions of noisy blocks that were learnt from.
+        minutes: of the whole run, interruptions left out.
+        loss: mean over the run.
+        arguments: the other arguments of the run, by name.
+    """
+
+    method: Literal["forcing", "gated", "sft"]
+    base_model: str
+    command: str | None = None
+    reference_model: str | None = None
+    data: list[TrainingData] = []
+    strategy: Strategy | None = None
+    epochs: float
+    steps: int
+    optimizer: str | None = None
+    learning_rate: float
+    muon_learning_rate: float | None = None
+    schedule: str
+    batch: Batch
+    precision: Literal["fp32", "bf16"] | None = None
+    weights_dtype: str
+    loss_weights: LossWeights | None = None
+    lora_rank: int | None = None
+    slots: int
+    minutes: float
+    threads: int | None = None
+    hardware: Hardware | None = None
+    seed: int
+    loss: float | None = None
+    arguments: dict[str, Any] = {}
+
+
 class Results(_Strict):
-    """A document of measured results."""
+    """A document of measured results. `training` lists the stages of the model's training, the first one first."""
 
     schema_version: Literal[1] = 1
     what: str
@@ -202,7 +299,7 @@ class Results(_Strict):
     software: Software
     measurements: list[Measurement] = []
     costs: list[Cost] = []
-    training: dict[str, Any] | None = Field(default=None, description="arguments, data, minutes, steps and slots of the model's training")
+    training: list[Training] = []
 
     @classmethod
     def start(cls, what: str, model: Any, name: str) -> Self:
@@ -224,7 +321,7 @@ class Results(_Strict):
             device=model.device.type,
             threads=torch.get_num_threads(),
             attention=attention_of(model.config),
-            hardware=_hardware(model.device),
+            hardware=Hardware.of(model.device),
             software=Software(python=platform.python_version(), packages=_versions(), git_revision=_git_revision()),
         )
 
@@ -249,15 +346,6 @@ class Results(_Strict):
             pydantic.ValidationError: unknown or missing fields, named, or a schema version that this package does not know.
         """
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-
-
-def _hardware(device: torch.device) -> Hardware:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
-    gpu = torch.get_device_module(device).get_device_name(device) if device.type not in ("cpu", "meta") else None
-    return Hardware(cpu=cpu, cores=os.cpu_count() or 1, gpu=gpu)
 
 
 def _versions() -> dict[str, str]:

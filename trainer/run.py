@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
+from jacobi_hf.results import Hardware
 from jacobi_hf.trainer.arguments import JacobiForcingConfig
 from jacobi_hf.trainer.dataset import load_packed
 from jacobi_hf.trainer.evaluation import prompt_ids
+from jacobi_hf.trainer.facts import stages_of, training_facts
 from jacobi_hf.trainer.options import option
 from jacobi_hf.trainer.shards import differences
 from jacobi_hf.trainer.texts import read_jsonl, read_prompts
@@ -82,18 +84,27 @@ def train(data: TrainData, args: JacobiForcingConfig, command: str) -> Finished:
         if "inline_container" not in str(error):  # of torch.save, where a write failed
             raise
         raise OSError(f"a checkpoint could not be written to {args.output_dir}: is the disk full? The same command goes on.") from error
+    arguments = {name: value for name, value in started.items() if name not in {*asdict(data), "packed"}}
+    slots = sum(entry.get("slots", 0) for entry in trainer.state.log_history)
+    stage = training_facts(
+        args, base_model=data.model, train_dataset=data.train_dataset, packed=started["packed"], replay_dataset=data.replay_dataset,
+        arguments=arguments, command=command, reference_model=data.ref_model, steps=trainer.state.global_step,
+        epochs=trainer.state.epoch or 0.0, slots=slots, minutes=round(run.minutes, 2), weights_dtype=data.dtype,
+        lora_rank=data.lora_r or (64 if args.method == "gated" else None), threads=torch.get_num_threads(),
+        hardware=Hardware.of(args.device), loss=output.training_loss,
+    )  # fmt: skip
     report = {
+        "training": [one.model_dump(exclude_none=True) for one in (*stages_of(data.model), stage)],
         "command": command,
         "data": asdict(data),
-        "arguments": {name: value for name, value in started.items() if name not in {*asdict(data), "packed"}},
+        "arguments": arguments,
         "packed": started["packed"],
         "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
-        "slots": sum(entry.get("slots", 0) for entry in trainer.state.log_history),
-        "minutes": round(run.minutes, 2), "threads": torch.get_num_threads(), "steps": trainer.state.global_step,
+        "slots": slots, "minutes": stage.minutes, "threads": torch.get_num_threads(), "steps": stage.steps,
         "train_metrics": output.metrics, "log": trainer.state.log_history,
     }  # fmt: skip
     save_final(trainer, final, getattr(torch, data.save_dtype), report)
-    return Finished(final, report["steps"], report["minutes"])
+    return Finished(final, stage.steps, stage.minutes)
 
 
 def _trainer(data: TrainData, args: JacobiForcingConfig, run: Run) -> JacobiForcingTrainer:

@@ -224,10 +224,10 @@ def forcing(documents: dict[str, Results]) -> str:
     for name, results in documents.items():
         text += f"- **{name}**: {setting(results)}"
         if results.training:
-            t = results.training
+            t = results.training[-1]
             text += (
-                f"  Trained by `{t['command']}`, {t['steps']} steps, {t['slots'] / 1e6:.2f} M slots, {t['minutes']:.1f} minutes on {t['threads']} "
-                f"thread{'s' * (t['threads'] != 1)}, seed {t['batch']['seed']}.\n"
+                f"  Trained by `{t.command}`, {t.steps} steps, {t.slots / 1e6:.2f} M slots, {t.minutes:.1f} minutes on {t.threads} "
+                f"thread{'s' * (t.threads != 1)}, seed {t.seed}.\n"
             )
     decoded = {name: [m for m in r.measurements if m.tokens_per_forward is not None] for name, r in documents.items()}
     rows = []
@@ -260,9 +260,8 @@ def ablations(documents: dict[str, Results]) -> str:
     for name, results in documents.items():
         by_domain = {m.prompts.domain: m for m in results.measurements if m.tokens_per_forward is not None}
         code, arithmetic = by_domain["code"], by_domain["arithmetic"]
-        assert results.training is not None
         rows.append(
-            [name, results.software.git_revision or "-", f"{results.training['minutes']:.1f}", f"{arithmetic.tokens_per_forward:.2f}", f"{code.tokens_per_forward:.2f}",
+            [name, results.software.git_revision or "-", f"{results.training[-1].minutes:.1f}", f"{arithmetic.tokens_per_forward:.2f}", f"{code.tokens_per_forward:.2f}",
              f"{code.tokens_per_forward_loop_free or 0:.2f}", quality(results, "arithmetic")[1], quality(results, "code")[0]]
         )  # fmt: skip
     head = ["variation", "revision", "minutes", "TPF arithmetic", "TPF code", "code, loop-free", "exact match", "held-out code, nats"]

@@ -16,10 +16,9 @@ def loop_free(m: Measurement) -> str:
 
 def training(results: Results) -> str:
     """How the drafter of a document was trained, in a line."""
-    t = results.training
-    assert t is not None
-    slots, threads = f"{t['slots'] / 1e6:.2f} M noisy slots", f"{t['threads']} thread{'s' * (t['threads'] != 1)}"
-    return f"`{t['command']}`, {t['steps']} steps, {slots}, {t['minutes']:.1f} minutes on {threads}"
+    t = results.training[-1]
+    slots, threads = f"{t.slots / 1e6:.2f} M noisy slots", f"{t.threads} thread{'s' * (t.threads != 1)}"
+    return f"`{t.command}`, {t.steps} steps, {slots}, {t.minutes:.1f} minutes on {threads}"
 
 
 def drafter_rows(documents: dict[str, Results]) -> list[list[str]]:
@@ -40,10 +39,9 @@ def control_rows(documents: dict[str, Results]) -> list[list[str]]:
     rows = []
     for name, results in documents.items():
         found = {(m.prompts.domain, m.decoder.name): m for m in results.measurements}
-        assert results.training is not None
         whole, half = "window-n2-K8-r0", "window-n2-K8-r0-half"
         yields = [f"{found[domain, decoder].tokens_per_forward:.2f}" for domain in ("arithmetic", "code") for decoder in (whole, half)]
-        minutes = f"{results.training['minutes']:.1f}"
+        minutes = f"{results.training[-1].minutes:.1f}"
         rows.append([name.removeprefix("control-"), minutes, *yields, loop_free(found["code", whole])])
     return rows
 

@@ -88,17 +88,18 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
 
     from jacobi_hf.cli.loading import load
     from jacobi_hf.results import Results
+    from jacobi_hf.trainer.facts import stages_of
     from jacobi_hf.trainer.shards import weights_fingerprint
 
     prompts, texts, problems = _read(config)
     decoders = _decoders(config)
-    report = Path(config.drafter or config.model) / "forcing.json"
-    trained = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    training = stages_of(config.drafter or config.model)
     model, tokenizer = load(config.model, config.dtype, config.drafter)
     if not decoders:
         decoders = _own(model)
     results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
-    of = {"config": asdict(config), "prompts": prompts, "weights": weights_fingerprint(model), "training": trained}
+    stages = [stage.model_dump() for stage in training]
+    of = {"config": asdict(config), "prompts": prompts, "weights": weights_fingerprint(model), "training": stages}
     kept = _Kept(unfinished(config), json.loads(json.dumps(of)))
     measured: list[Measurement] = []
 
@@ -111,7 +112,6 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
         measured += kept("problems", partial(_solved, model, tokenizer, problems, config, bar))
     for domain in prompts:
         measured += kept(f"decoding of {domain}", partial(_decoded, model, tokenizer, {domain: prompts[domain]}, decoders, config, bar))
-    training = None if trained is None else {key: value for key, value in trained.items() if key != "log"}
     results = results.model_copy(update={"measurements": measured, "training": training})
     results.write(Path(config.output))
     kept.clear()

@@ -85,6 +85,11 @@ def test_what_comes_of_all_stages(recipe):
     report = json.loads((folder / "model" / "final" / "forcing.json").read_text())
     assert (report["steps"], report["packed"]["schedule"], report["arguments"]["warmup_steps"]) == (2, "progressive", 0)
     assert report["command"] == f"jacobi-hf train --config {recipe}"
+    (stage,) = results.training
+    assert (stage.method, stage.steps, stage.strategy.schedule, stage.strategy.block_size) == ("forcing", 2, "progressive", 4)
+    assert (stage.command, stage.batch.devices, stage.precision, stage.hardware) == (report["command"], 1, "fp32", results.hardware)
+    assert stage.arguments["warmup_steps"] == 0
+    assert "learning_rate" not in stage.arguments
     knobs = json.loads((folder / "model" / "final" / "generation_config.json").read_text())
     assert (knobs["decoding"], knobs["jacobi_block_size"]) == ("jacobi_multiblock", 4)
 
