@@ -1,16 +1,26 @@
-"""Publishing on the Hub: what a repository needs so that its model decodes in parallel for everybody, and the push."""
+"""Publishing on the Hub: what a repository needs so that its model decodes in parallel for everybody, its card, and the push."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jacobi_hf.hub_cards.card import generate_model_card, model_card_cells
+    from jacobi_hf.hub_cards.dataset_card import generate_dataset_card
     from jacobi_hf.hub_cards.folder import FolderError
     from jacobi_hf.hub_cards.push import Pushed, PushError, push_to_hub
 
 # Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.hub_cards.custom_generate).
-_MODULE_OF = {"FolderError": "folder", "PushError": "push", "Pushed": "push", "push_to_hub": "push"}
+_MODULE_OF = {
+    "FolderError": "folder",
+    "PushError": "push",
+    "Pushed": "push",
+    "generate_dataset_card": "dataset_card",
+    "generate_model_card": "card",
+    "model_card_cells": "card",
+    "push_to_hub": "push",
+}
 
-__all__ = ["FolderError", "PushError", "Pushed", "push_to_hub"]
+__all__ = ["FolderError", "PushError", "Pushed", "generate_dataset_card", "generate_model_card", "model_card_cells", "push_to_hub"]
 
 
 def __getattr__(name: str) -> Any:
