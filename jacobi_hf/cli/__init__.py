@@ -6,6 +6,7 @@ import typer
 
 from jacobi_hf.cli.autotune import autotune
 from jacobi_hf.cli.bench import bench
+from jacobi_hf.cli.card import card
 from jacobi_hf.cli.chat import chat
 from jacobi_hf.cli.collect import collect
 from jacobi_hf.cli.demo import demo
@@ -31,6 +32,7 @@ for verb in (collect, pack, train, bench):
     app.command(context_settings=BY_DATACLASS)(verb)
 app.command("eval")(eval_)
 app.command()(autotune)
+app.command()(card)
 app.command()(push)
 app.command()(serve)
 app.command()(info)
