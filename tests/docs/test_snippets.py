@@ -1,10 +1,10 @@
 """What the pages tell a reader to type works.
 
-Blocks of Python run, those of a page one after another in one namespace, as somebody reads it. Two rules translate them: a model of the
-Hub (`Qwen/...`) becomes the tiny checkpoint, and there are fewer tokens to write and less time to search for a setting. A page may take
-`model`, `tokenizer`, `inputs` and `prompts` for granted, as its reader has them, and a server of the model at `SERVER`. A block that
-cannot run here has a comment before it, `<!-- not run here: REASON -->`. What a page shows behind a block, with a comment
-`<!-- what it prints -->`, is what the block prints.
+Blocks of Python run, those of a page one after another in one namespace, as somebody reads it. Three rules translate them: a model of the
+Hub (`Qwen/...`) becomes the tiny checkpoint; there are fewer tokens to write and less time to search for a setting; `bf16=True` of a
+trainer, which wants a GPU, becomes `use_cpu=True`. A page may take `model`, `tokenizer`, `inputs` and `prompts` for granted, as its
+reader has them, packed trajectories, and a server of the model. A block that cannot run here has a comment before it, `<!-- not run here:
+REASON -->`. What a page shows behind a block, with a comment `<!-- what it prints -->`, is what the block prints.
 
 Lines of shell are parsed, not run: verbs and options of `jacobi-hf` and of scripts exist, files and extras that are named exist.
 """
@@ -23,10 +23,12 @@ import threading
 import time
 import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import typer
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
@@ -35,9 +37,11 @@ from jacobi_hf.cli.serve import listener, make_default
 from jacobi_hf.cli.serving import Server, build_app
 from jacobi_hf.config import JacobiConfig
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans
+from tests.trainer.records import records
 
 CHECKPOINT = "examples/tiny_qwen3/checkpoint"
 HUB_MODEL = re.compile(r"(?<=[\"' =])Qwen/[\w.-]+")
+PACKED = "build/packed"
 SERVER = "http://127.0.0.1:8000"
 MOST_EXCUSES = 3
 VERBS = typer.main.get_command(app).commands
@@ -81,13 +85,16 @@ def served(model, tokenizer):
 
 
 def translated(code):
-    code = re.sub(r"(max_(?:new_)?tokens)=\d+", r"\1=16", HUB_MODEL.sub(CHECKPOINT, code))
+    code = re.sub(r"(max_(?:new_)?tokens)=\d+", r"\1=16", HUB_MODEL.sub(CHECKPOINT, code)).replace("bf16=True", "use_cpu=True")
     return re.sub(r"autotune\(model, prompts,(?!.*seconds=)", "autotune(model, prompts, seconds=1,", code)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_runs(page, reader):
-    asks = any(SERVER in block.code for block in blocks(page, "python"))
+    asks, trains = (any(what in block.code for block in blocks(page, "python")) for what in (SERVER, PACKED))
+    if trains:
+        Path(PACKED).mkdir(parents=True)
+        Dataset.from_list(records(4, 16)).to_parquet(f"{PACKED}/0.parquet")
     with served(reader["model"], reader["tokenizer"]) if asks else contextlib.nullcontext() as server:
         for block in blocks(page, "python"):
             code = block.code if block.prints else translated(block.code).replace(SERVER, server or SERVER)
