@@ -27,4 +27,4 @@ def compared() -> list[Lane]:
 
 
 if __name__ == "__main__":
-    page.build(compared(), PROMPT).launch(**page.look())
+    page.build(page.Page(compared()), PROMPT).launch(**page.look())

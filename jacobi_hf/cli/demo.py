@@ -57,8 +57,8 @@ def _serve(model: str | None, drafter: str | None, prompt: str | None, max_new_t
             raise ValueError(f"--max-new-tokens {max_new_tokens} is more than the {page.MOST_NEW_TOKENS} that the page writes.")
         if prompt is None:
             prompt = showcase.examples(None)[0].prompt if model is None else ""
-        app = page.app_of(page.build(page.lanes(model, drafter), prompt, max_new_tokens))
+        server = page.Server(page.Page(page.lanes(model, drafter)), prompt, max_new_tokens)
         shown = f"[{host}]" if ":" in host else host
         typer.echo(f"The page is at http://{shown}:{at.getsockname()[1]}, until Ctrl-C.")
         with suppress(KeyboardInterrupt):  # which is how one ends it
-            page.server(app).run(sockets=[at])
+            server.run(sockets=[at])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence  # noqa: TC003  (gradio reads annotations)
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import FrameType  # noqa: TC003
 from typing import Any
 
 import gradio as gr
@@ -145,14 +146,9 @@ class Page:
         return min(int(number) + 1, max(last, 1))
 
 
-def build(compared: Sequence[Lane], prompt: str = "", new_tokens: int = 128) -> gr.Blocks:
-    """The page as gradio serves it.
-
-    Args:
-        compared: as `lanes` returns them.
-        prompt, new_tokens: what the page begins with.
-    """
-    page = Page(compared)
+def build(page: Page, prompt: str = "", new_tokens: int = 128) -> gr.Blocks:
+    """How the page looks; `prompt` and `new_tokens` are what it begins with."""
+    compared = page.lanes
     titles = [lane.title for lane in compared if lane.decoding]
     with gr.Blocks(analytics_enabled=False, title="jacobi-hf", fill_width=True) as blocks:
         gr.Markdown(f"## Several tokens per forward\n{ABOUT}")
@@ -200,11 +196,22 @@ def look() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def app_of(blocks: gr.Blocks) -> FastAPI:
-    """An application that serves the page at /."""
-    return gr.mount_gradio_app(FastAPI(), blocks, "/", show_error=False, **look())
+class Server(uvicorn.Server):
+    """Serves the page at /; told to stop, it ends what is being written first.
 
+    Args:
+        page: what is served.
+        prompt, new_tokens: what it begins with.
+    """
 
-def server(app: FastAPI) -> uvicorn.Server:
-    """What `run(sockets=[..])` serves until it is told to end."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    def __init__(self, page: Page, prompt: str = "", new_tokens: int = 128) -> None:
+        app = gr.mount_gradio_app(FastAPI(), build(page, prompt, new_tokens), "/", show_error=False, **look())
+        self._page, self._mounted = page, app.routes[-1].app
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGINT and SIGTERM."""
+        for race in list(self._page.races.values()):
+            race.stop()
+        self._mounted.stop_event.set()  # of the connections that open pages keep
+        super().handle_exit(sig, frame)

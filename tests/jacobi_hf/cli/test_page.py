@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app, page
@@ -41,7 +43,7 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("runner ")]
 
 
-def eventually(condition, seconds=60.0):
+def eventually(condition, seconds=180.0):
     """What `condition` returns once that is true; a page under load is slow, so there is no other measure than patience."""
     until = time.monotonic() + seconds
     while True:
@@ -130,15 +132,30 @@ def test_bad_options_are_one_line(arguments, message):
     assert not [line for line in progress if line and "Loading weights" not in line]
 
 
+def test_the_verb_serves_the_page(monkeypatch):
+    served = {}
+
+    def run(server, sockets):
+        served.update(port=sockets[0].getsockname()[1], page=TestClient(server.config.app).get("/").text)
+
+    monkeypatch.setattr(page.Server, "run", run)
+    result = CliRunner().invoke(app, ["demo", "--web", "--port", "0", "--prompt", "Once upon a time", "--max-new-tokens", "37"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"The page is at http://127.0.0.1:{served['port']}, until Ctrl-C.\n"
+    for shown in ("Once upon a time", "Jacobi with a drafter (lossless)", '"value":37', ".replay .windows"):
+        assert shown in served["page"]
+
+
 @pytest.fixture(scope="module")
 def address(lanes):
     at = listener("127.0.0.1", 0)
-    server = page.server(page.app_of(page.build(lanes, PROMPT, NEW)))
+    server = page.Server(page.Page(lanes), PROMPT, NEW)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
     thread.start()
     yield f"http://127.0.0.1:{at.getsockname()[1]}/"
-    server.should_exit = True
+    server.handle_exit(signal.SIGINT, None)
     thread.join(20)
+    assert not thread.is_alive()
 
 
 class Visitor:
