@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from jacobi_hf.results import Cost, Measurement, Results
 
@@ -32,8 +33,15 @@ def commands(page: str) -> list[str]:
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, float]:
-    """Seconds that each command took, one after the other in one shell.
+class Took(NamedTuple):
+    """Seconds of a command: by the clock, and of a processor, which depends less on what else is running."""
+
+    wall: float
+    cpu: float
+
+
+def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, Took]:
+    """What each command took, one after the other in one shell.
 
     Args:
         lines: REPOSITORY in them stands for `repository`.
@@ -45,26 +53,33 @@ def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     clock = folder.resolve() / "times.txt"
     clock.unlink(missing_ok=True)
+    # `times` has a line for the shell and one for its children, each with user and system time since the beginning.
     script = "set -e\n" + "".join(
-        f'before=$EPOCHREALTIME\n{line}\necho "$before $EPOCHREALTIME" >> {shlex.quote(str(clock))}\n' for line in lines
+        f'before=$EPOCHREALTIME\n{line}\n{{ echo "$before $EPOCHREALTIME"; times; }} >> {shlex.quote(str(clock))}\n' for line in lines
     )
     script = re.sub(r"\bREPOSITORY\b", lambda _: shlex.quote(str(repository)), script)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=False)  # noqa: S603, S607  (the page's commands)
-    stamps = [tuple(map(float, line.split())) for line in clock.read_text().splitlines()] if clock.is_file() else []
+    noted = clock.read_text().splitlines() if clock.is_file() else []
     if done.returncode:
-        raise RuntimeError(f"The way ends with exit code {done.returncode} at: {lines[len(stamps)]}")
-    return {line: end - start for line, (start, end) in zip(lines, stamps, strict=True) if not line.startswith(UNTIMED)}
+        raise RuntimeError(f"The way ends with exit code {done.returncode} at: {lines[len(noted) // 3]}")
+    took, before = {}, 0.0
+    for line, wall, children in zip(lines, noted[::3], noted[2::3], strict=True):
+        start, end = map(float, wall.split())
+        after = sum(60 * float(m) + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", children))
+        took[line] = Took(end - start, after - before)
+        before = after
+    return {line: found for line, found in took.items() if not line.startswith(UNTIMED)}
 
 
 def table(results: Results) -> str:
     """What the page says of the run."""
-    hardware, total = results.hardware, sum(cost.value for cost in results.costs)
-    text = (
-        BEGIN + f"Measured on {hardware.cores} cores of {hardware.cpu}, {results.created[:10]}, {results.costs[0].setting['beside']}.\n\n"
-    )
-    text += "| command | time |\n|---|---:|\n"
-    text += "".join(f"| `{cost.name}` | {_time(cost.value)} |\n" for cost in results.costs) + f"| together | {_time(total)} |\n"
+    hardware, costs = results.hardware, results.costs
+    rows = [(f"`{cost.name}`", cost.value, cost.setting["cpu_seconds"]) for cost in costs]
+    rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    setting = f"On {hardware.cores} cores of {hardware.cpu}, {results.created[:10]}, {costs[0].setting['beside']}."
+    text = f"{BEGIN}\n## What it took\n\n{setting}\n\n| command | by the clock | of one processor |\n|---|---:|---:|\n"
+    text += "".join(f"| {name} | {_time(wall)} | {_time(cpu)} |\n" for name, wall, cpu in rows)
     found = [m for m in results.measurements if m.tokens_per_forward and m.agreement]
     for m in found:
         assert m.agreement is not None
@@ -92,7 +107,10 @@ def measure(folder: Path, beside: str) -> Results:
     model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "tiny_qwen3" / "checkpoint")
     results = Results.start("A newcomer's path: seconds of each command", model, "examples/tiny_qwen3/checkpoint")
     measurements: list[Measurement] = Results.read(folder / "jacobi-hf" / BENCH).measurements
-    costs = [Cost(name=line, value=round(value, 1), unit="s", setting={"beside": beside}) for line, value in seconds.items()]
+    costs = [
+        Cost(name=line, value=round(took.wall, 1), unit="s", setting={"beside": beside, "cpu_seconds": round(took.cpu, 1)})
+        for line, took in seconds.items()
+    ]
     update = {"measurements": measurements, "costs": costs, "command": "examples/benchmarks/newcomer.py FOLDER"}
     return results.model_copy(update=update)
 
