@@ -21,19 +21,29 @@ COMMON: dict[str, Any] = {"license": "apache-2.0", "language": "en", "prompt": "
 # What each card is made from, by the folder that it describes.
 INPUTS: dict[str, dict[str, Any]] = {
     "forced": {
-        "results": [RESULTS / "peers.json", RESULTS / "forcing" / "forced-seed42.json", RESULTS / "forcing" / "base.json"],
+        "results": [
+            RESULTS / "peers.json",
+            RESULTS / "forcing" / "forced-seed42.json",
+            RESULTS / "cards" / "forced-eval.json",
+            RESULTS / "forcing" / "base.json",
+        ],
         "repo_id": "jacobi-hf/tiny-qwen3-forced",
         "base_model": BASE,
-        "measured_as": ("forced", "forced-seed42"),
+        "measured_as": ("forced", "forced-seed42", "examples/tiny_qwen3/forced"),
         "base_measured_as": "base",
         "decoders": ("autotuned", "autotuned-compiled", "multiblock-both", "jacobi_multiblock"),
         **COMMON,
     },
     "drafter": {
-        "results": [RESULTS / "peers.json", RESULTS / "gated" / "drafter-seed42.json", RESULTS / "forcing" / "base.json"],
+        "results": [
+            RESULTS / "peers.json",
+            RESULTS / "gated" / "drafter-seed42.json",
+            RESULTS / "forcing" / "base.json",
+            RESULTS / "cards" / "drafter-eval.json",
+        ],
         "repo_id": "jacobi-hf/tiny-qwen3-drafter",
         "base_model": BASE,
-        "measured_as": ("base + drafter", "base"),
+        "measured_as": ("base + drafter", "base", "examples/tiny_qwen3/checkpoint"),
         "decoders": ("autotuned", "autotuned-compiled", "window-n2-K8-r0-auto", "multiblock-both", "jacobi_multiblock"),
         "drafter": True,
         **COMMON,
