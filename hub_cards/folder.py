@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.hub_cards.custom_generate import FOLDER, write_custom_generate
+from jacobi_hf.hub_cards.metadata import is_repo_id
 from jacobi_hf.results import Results
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ def stage(
             if path.stat().st_size <= _LARGEST_UNSENT:
                 _refuse_secrets(name, path)
     _check_weights(kind, files)
-    base = _named_base(kind, files, base_model)
+    if base := base_named(source, base_model):
+        files[CONFIG[kind]] = _with_base(kind, files[CONFIG[kind]], base)
     files |= _results(results) | _plots(plots) | _custom_generate(kind, base)
     if card is not None:
         files[CARD] = str(card).encode()
@@ -249,25 +250,31 @@ def _check_parts(files: dict[str, Content]) -> None:
         raise FolderError(f"model.safetensors.index.json {what.format(different[0])}: save the model again.")
 
 
-def _named_base(kind: Kind, files: dict[str, Content], base_model: str | None) -> str | None:
-    """The repository that an adapter or drafter was made for; its config then says so too."""
+def base_named(source: str | Path, base_model: str | None = None) -> str | None:
+    """The repository that the adapter or drafter of a folder was made for; None for a model.
+
+    Args:
+        base_model: takes the place of what the folder's config says.
+
+    Raises:
+        FolderError: it is no repository of the Hub.
+    """
+    kind = kind_of(source)
     if kind == "model":
         return None
-    config = _object(files[CONFIG[kind]])
-    field, revision = _BASE_FIELD[kind]
-    named = str(config.get(field) or "")
-    base = base_model or named
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        is_repository = False
-    else:
-        is_repository = bool(base) and not Path(base).exists()
-    if not is_repository:
+    base = base_model or str(_object(Path(source) / CONFIG[kind]).get(_BASE_FIELD[kind][0]) or "")
+    if not base or not is_repo_id(base):
         raise FolderError(f"{CONFIG[kind]} names the base model {base!r}, which is no repository of the Hub: say which with base_model.")
-    if base != named:
-        files[CONFIG[kind]] = (json.dumps(config | {field: base, revision: None}, indent=1) + "\n").encode()
     return base
+
+
+def _with_base(kind: Kind, config: Content, base: str) -> Content:
+    """A config that names this base."""
+    values = _object(config)
+    field, revision = _BASE_FIELD[kind]
+    if values.get(field) == base:
+        return config
+    return (json.dumps(values | {field: base, revision: None}, indent=1) + "\n").encode()
 
 
 def _results(results: Iterable[str | Path | Results]) -> dict[str, Content]:

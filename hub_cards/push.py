@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from jacobi_hf.hub_cards.card import generate_model_card
 from jacobi_hf.hub_cards.custom_generate import FOLDER
-from jacobi_hf.hub_cards.folder import CONFIG, WEIGHTS, Staged, stage
+from jacobi_hf.hub_cards.folder import CARD, CONFIG, WEIGHTS, Staged, base_named, kind_of, stage
+from jacobi_hf.hub_cards.metadata import check_repo_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from huggingface_hub import CommitInfo, ModelCard
 
@@ -66,6 +67,9 @@ def push_to_hub(
     results: Iterable[str | Path | Results] = (),
     plots: Iterable[str | Path] = (),
     base_model: str | None = None,
+    license: str | None = None,  # noqa: A002 (the Hub's word)
+    language: str | None = None,
+    datasets: Iterable[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -79,8 +83,10 @@ def push_to_hub(
     the same commit; other files of the repository stay. The Hub is the one that `HF_ENDPOINT` names.
 
     Args:
-        folder, card, results, plots, base_model: see `folder.stage`, which checks everything before anything is sent.
+        folder, results, plots: see `folder.stage`, which checks everything before anything is sent.
         repo_id: "user/name"; made if it is not there.
+        card: the text of README.md; by default the folder's own, and where it has none, `generate_model_card` of `results`.
+        base_model, license, language, datasets: for that card, see there. An adapter's or drafter's config names the base too.
         private: whether a new repository is private.
         token: with write access; by default that of `hf auth login` or `HF_TOKEN`.
         revision: branch to commit to, made if it is not there.
@@ -94,6 +100,13 @@ def push_to_hub(
         PushError: the Hub refused, or could not be reached; transient failures of uploads have been retried before.
     """
     _check_name(repo_id)
+    results = list(results)
+    if card is None and not _has_card(Path(folder)):
+        kind, base = kind_of(folder), base_named(folder, base_model) or base_model
+        card = generate_model_card(
+            results, repo_id=repo_id, base_model=base, license=license, language=language, datasets=datasets,
+            drafter=kind == "drafter", adapter=kind == "adapter",
+        )  # fmt: skip
     staged = stage(folder, card=card, results=results, plots=plots, base_model=base_model)
     secret = token if isinstance(token, str) else None if token is False else get_token()
     if secret and len(secret) >= _SHORTEST_SECRET:
@@ -114,12 +127,14 @@ def push_to_hub(
 
 
 def _check_name(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} is no name of a repository: {error}") from error
-    if "/" not in repo_id:
+    if "/" not in check_repo_id(repo_id):
         raise ValueError(f"repo_id={repo_id!r} does not say whose repository it is: 'user/{repo_id}'.")
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether somebody wrote it: PEFT leaves a form that is to be filled in."""
+    path = folder / CARD
+    return path.is_file() and b"[More Information Needed]" not in path.read_bytes()
 
 
 def _commit(

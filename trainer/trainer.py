@@ -24,6 +24,7 @@ from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from jacobi_hf.trainer.losses import Losses, Reference, Targets, chunked_losses
 from jacobi_hf.trainer.mask import PADDING, Slots, dense_mask, mask_mod
 from jacobi_hf.trainer.optimizer import muon_and_adamw
+from jacobi_hf.trainer.publishing import Publishing
 from jacobi_hf.trainer.trajectories import base_of, special_ids
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _AVERAGED_OVER = {"mean": COUNTS.index("pairs"), "block_sum": COUNTS.index("bloc
 _LAYOUT_TENSORS = ("input_ids", "position_ids", "attention_mask")
 
 
-class JacobiForcingTrainer(Trainer):
+class JacobiForcingTrainer(Publishing, Trainer):
     """Finetunes a causal LM on its own Jacobi trajectories (arXiv 2512.14681).
 
     Args:

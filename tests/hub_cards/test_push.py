@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from jacobi_hf.hub_cards import FolderError, PushError, push_to_hub
 from jacobi_hf.hub_cards.folder import stage
@@ -173,6 +174,25 @@ def test_bad_input_is_told_before_anything_is_sent(tmp_path, monkeypatch):
     (folder / "x.pt").write_bytes(b"")
     with pytest.raises(FolderError, match=r"x\.pt is pickled"):
         push_to_hub(folder, "user/a", token="x")
+
+
+def test_a_folder_without_a_card_gets_one(tmp_path):
+    for kind in ("model", "adapter", "drafter"):
+        folder = make(tmp_path / kind, kind)
+        (folder / "README.md").unlink()
+        if kind == "adapter":
+            (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# Card\n[More Information Needed]\n")  # as PEFT leaves it
+        about = {"base_model": "user/other", "license": "mit", "language": "en", "datasets": ["user/data"], "results": [RESULTS]}
+        pushed = push_to_hub(folder, f"user/{kind}", dry_run=tmp_path / "out" / kind, token=False, **about)
+        assert pushed.url is None
+        card = ModelCard.load(tmp_path / "out" / kind / "README.md")
+        assert (card.data.license, card.data.base_model, card.data.language) == ("mit", "user/other", ["en"])
+        assert card.data.base_model_relation == ("finetune" if kind == "model" else "adapter")
+        assert ("## Guarantee" in card.text) == (kind == "drafter")
+        assert ("pip install peft" in card.text) == (kind == "adapter")
+    with pytest.raises(ValueError, match="license is missing"):
+        push_to_hub(folder, "user/x", dry_run=tmp_path / "none", token=False)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_token_is_cut_out_of_errors():

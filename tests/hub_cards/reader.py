@@ -1,0 +1,65 @@
+"""What a reader of a card does: the examples of USER's repositories run as they stand, from the Hub that the environment names.
+
+python reader.py USER FOLDER_OF_THE_PACKAGE
+
+First where jacobi_hf cannot be imported, then where it can. Writes JSON: what each example printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+
+torch.set_num_threads(1)
+
+
+class Without:
+    """A finder that finds no jacobi_hf."""
+
+    def __init__(self, finder: Any) -> None:
+        self._finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+    def find_spec(self, name: str, *arguments: Any) -> Any:
+        return None if name.partition(".")[0] == "jacobi_hf" else self._finder.find_spec(name, *arguments)
+
+
+def examples(repo_id: str) -> list[str]:
+    """The Python of a card."""
+    text = Path(hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def printed(code: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "card", "exec"), {"__name__": "__main__"})
+    return out.getvalue()
+
+
+user, package = sys.argv[1:]
+seen: dict[str, dict[str, list[str]]] = {}
+finders = sys.meta_path[:]
+sys.meta_path[:] = map(Without, finders)
+assert importlib.util.find_spec("jacobi_hf") is None
+repositories = [f"{user}/tiny-qwen3-{kind}" for kind in ("forced", "drafter")]
+for name in repositories:
+    seen[name] = {"without": [printed(code) for code in examples(name) if "import jacobi_hf" not in code]}
+assert not any(module.partition(".")[0] == "jacobi_hf" for module in sys.modules)
+snapshot_download(f"{user}/tiny-qwen3-forced")
+sys.meta_path[:] = finders
+sys.path.insert(0, package)
+for name in repositories:
+    seen[name]["with"] = [printed(code) for code in examples(name) if "import jacobi_hf" in code]
+sys.stdout.write("\n" + json.dumps(seen) + "\n")

@@ -1,0 +1,213 @@
+"""From a finished run to a repository of the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sized
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from jacobi_hf.hub_cards.card import generate_model_card
+from jacobi_hf.hub_cards.folder import CARD, FolderError
+from jacobi_hf.hub_cards.metadata import is_repo_id
+from jacobi_hf.hub_cards.push import push_to_hub
+from jacobi_hf.results import Hardware, Results, TrainingData
+from jacobi_hf.trainer.facts import training_facts
+from jacobi_hf.trainer.trajectories import base_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from huggingface_hub import ModelCard
+
+    from jacobi_hf.hub_cards.push import Pushed
+    from jacobi_hf.results import Training
+
+# Arguments of `TrainingArguments` that a card's reader may ask for; never all of them, the Hub's token is one.
+_TOLD = ("weight_decay", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+class Publishing:
+    """What `JacobiForcingTrainer` does with the Hub, in place of what `Trainer` does. Called on every process; the first one sends."""
+
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing is sent before `push_to_hub`.
+
+        Raises:
+            ValueError: `hub_strategy` would send checkpoints while the training goes on.
+        """
+        strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
+        if self.args.push_to_hub and strategy != "end":
+            raise ValueError(
+                f"hub_strategy={strategy!r} would send every checkpoint, the trainer's pickled state with it: use hub_strategy='end', "
+                "and call trainer.push_to_hub() when the training is over."
+            )
+        self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
+
+    def create_model_card(
+        self,
+        *,
+        repo_id: str | None = None,
+        results: Iterable[str | Path | Results] = (),
+        base_model: str | None = None,
+        license: str | None = None,  # noqa: A002 (the Hub's word)
+        language: str | None = None,
+        datasets: Iterable[str] = (),
+    ) -> ModelCard | None:
+        """Write the card of this run as README.md of `output_dir`.
+
+        Args:
+            repo_id: "user/name"; by default `args.hub_model_id`.
+            results: what was measured of the model; none gives a card that says so.
+            base_model: the repository that the run began from; by default the name under which the model was loaded.
+            license, language, datasets: see `generate_model_card`.
+
+        Returns:
+            The card; None on other processes than the first.
+
+        Raises:
+            ValueError: no name of a repository, or no license that can be found.
+        """
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return None
+        card = self._card(repo_id, [self._run(base_model, datasets), *results], base_model, license, language, datasets)
+        path = Path(self.args.output_dir) / CARD
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(card), encoding="utf-8", newline="\n")
+        return card
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        *,
+        repo_id: str | None = None,
+        results: Iterable[str | Path | Results] = (),
+        plots: Iterable[str | Path] = (),
+        base_model: str | None = None,
+        license: str | None = None,  # noqa: A002 (the Hub's word)
+        language: str | None = None,
+        datasets: Iterable[str] = (),
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        dry_run: str | Path | None = None,
+    ) -> Pushed | None:
+        """Publish the model, adapter or drafter as it is now, with its card and the arguments of this run.
+
+        Arguments as of `create_model_card` and `hub_cards.push_to_hub`; `private`, `token` and `revision` are those of
+        `JacobiForcingConfig` (`hub_private_repo`, `hub_token`, `hub_revision`) when not given.
+
+        Returns:
+            What was pushed; None on other processes than the first.
+
+        Raises:
+            ValueError, FolderError, PushError: as those two.
+        """
+        is_first = self.is_world_process_zero()  # type: ignore[attr-defined]
+        documents = [self._run(base_model, datasets), *results] if is_first else []
+        card = self._card(repo_id, documents, base_model, license, language, datasets) if is_first else None
+        folder = Path(self.args.output_dir) / ".finished"
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # An internal call pushes nothing itself; of a drafter it would save what resuming needs too.
+        self.save_model(str(folder), _internal_call=self.args.method != "gated")  # type: ignore[attr-defined]
+        if not is_first:
+            return None
+        try:
+            return push_to_hub(
+                folder,
+                self._repository(repo_id),
+                card=card,
+                results=documents,
+                plots=plots,
+                base_model=base_model,
+                private=self.args.hub_private_repo if private is None else private,
+                token=self.args.hub_token if token is None else token,
+                revision=self.args.hub_revision if revision is None else revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                dry_run=dry_run,
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _repository(self, repo_id: str | None) -> str:
+        name = repo_id or self.args.hub_model_id
+        if name is None:
+            raise ValueError("which repository? Give repo_id='user/name', or hub_model_id='user/name' in the JacobiForcingConfig.")
+        return str(name)
+
+    def _card(
+        self, repo_id: str | None, results: list[Any], base_model: str | None, license: str | None, language: str | None,  # noqa: A002
+        datasets: Iterable[str],
+    ) -> ModelCard:  # fmt: skip
+        gated, adapter = self.args.method == "gated", _rank(self._trained_model()) is not None
+        base = base_model or _repository_of(self._base())
+        if base is None and (gated or adapter):
+            raise FolderError(
+                f"the base model was loaded from {_name_of(self._base())!r}, which is no repository: say which with base_model."
+            )
+        return generate_model_card(
+            results, repo_id=self._repository(repo_id), base_model=base, license=license, language=language, datasets=datasets,
+            drafter=gated, adapter=adapter and not gated,
+        )  # fmt: skip
+
+    def _trained_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _base(self) -> Any:
+        """The model that decodes."""
+        trained = self._trained_model()
+        return trained.base if self.args.method == "gated" else base_of(trained)
+
+    def _run(self, base_model: str | None, datasets: Iterable[str]) -> Results:
+        """A document of results that holds what this run was."""
+        base = self._base()
+        name = base_model or _repository_of(base) or "a local model"
+        run = Results.start("A run of JacobiForcingTrainer", base, name)
+        return run.model_copy(update={"training": [self._stage(name, list(datasets))] if self.state.global_step else []})
+
+    def _stage(self, base_model: str, datasets: list[str]) -> Training:
+        args, trained, log = self.args, self._trained_model(), self.state.log_history
+        ended = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
+        own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
+        stage = training_facts(
+            args, base_model=base_model, train_dataset="", steps=self.state.global_step, epochs=float(self.state.epoch or 0),
+            arguments={name: getattr(args, name) for name in (*sorted(own), *_TOLD)},
+            slots=int(sum(entry.get("slots", 0) for entry in log)), minutes=round(ended.get("train_runtime", 0.0) / 60, 2),
+            weights_dtype=str(next(p for p in trained.parameters() if p.requires_grad).dtype).removeprefix("torch."),
+            lora_rank=_rank(trained), threads=torch.get_num_threads(), hardware=Hardware.of(args.device), loss=ended.get("train_loss"),
+        )  # fmt: skip
+        records = self._records  # type: ignore[attr-defined]
+        samples = len(records) if isinstance(records, Sized) else None
+        data = [TrainingData(name="packed records", source=", ".join(datasets) or "not named", samples=samples)]
+        return stage.model_copy(update={"data": data})
+
+
+def _rank(trained: Any) -> int | None:
+    """Of a drafter or an adapter."""
+    if hasattr(trained, "drafter"):
+        return int(trained.drafter.config.r)
+    adapters = getattr(trained, "peft_config", None)
+    return None if not adapters else int(next(iter(adapters.values())).r)
+
+
+def _name_of(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def _repository_of(model: Any) -> str | None:
+    """The name that a model was loaded by, where that is one of the Hub's: a folder of this machine is told to nobody."""
+    name = _name_of(model)
+    return name if name and is_repo_id(name) else None
