@@ -128,7 +128,7 @@ def stage(
     """What will be pushed of a folder that `save_pretrained` or the trainer wrote. Nothing is copied and nothing sent.
 
     Args:
-        source: the folder of a model (with its tokenizer), of a LoRA adapter, or of a drafter. Weights are sent in the dtype they are in.
+        source: the folder of a model or a LoRA adapter, with its tokenizer, or of a drafter. Weights are sent in the dtype they are in.
         card: the text of README.md; by default the folder's own.
         results: documents of measured results, sent as `results/*.json`.
         plots: pictures, sent as `plots/*`.
@@ -215,7 +215,7 @@ def _walk(source: Path, left_out: dict[str, str]) -> Iterator[Path]:
 
 
 def _check_weights(kind: Kind, files: dict[str, Content]) -> None:
-    """All weights are there and whole, and a model has its tokenizer and no code of its own."""
+    """All weights are there and whole, a tokenizer is beside them, and no code is asked for."""
     weights = [name for name in files if name.endswith(".safetensors")]
     if not weights:
         raise FolderError(f"there is no {WEIGHTS[kind][0]}: save the {kind} to the folder first.")
@@ -227,8 +227,8 @@ def _check_weights(kind: Kind, files: dict[str, Content]) -> None:
             raise FolderError(f"{name} is damaged or no safetensors file: {error}.") from error
     if kind == "model":
         _check_parts(files)
-    if kind == "model" and "tokenizer_config.json" not in files:
-        raise FolderError("there is no tokenizer (tokenizer_config.json): save it beside the model, tokenizer.save_pretrained(folder).")
+    if kind != "drafter" and "tokenizer_config.json" not in files:
+        raise FolderError(f"there is no tokenizer (tokenizer_config.json): save it beside the {kind}, tokenizer.save_pretrained(folder).")
     if "auto_map" in _object(files[CONFIG[kind]]):
         raise FolderError(f"{CONFIG[kind]} names code of its own (auto_map), which is not sent: a model of transformers' classes can be.")
 

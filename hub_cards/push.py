@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The base of all errors of the HTTP library, which is httpx before huggingface_hub 2, and httpx2 since.
-_HTTP_ERROR = HfHubHTTPError.__mro__[1]
+_HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 _SHORTEST_SECRET = 12  # what is shorter is a placeholder, which may well be a word of the tokenizer
 _AGAIN = "push again later; what was uploaded already is not uploaded twice"
 _ADVICE = {

@@ -16,7 +16,7 @@ from jacobi_hf.hub_cards.folder import CARD, FolderError
 from jacobi_hf.hub_cards.metadata import is_repo_id
 from jacobi_hf.hub_cards.push import push_to_hub
 from jacobi_hf.results import Hardware, Results, TrainingData
-from jacobi_hf.trainer.facts import training_facts
+from jacobi_hf.trainer.facts import stages_of, training_facts
 from jacobi_hf.trainer.trajectories import base_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Publishing:
         """
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return None
+        datasets = tuple(datasets)
         card = self._card(repo_id, [self._run(base_model, datasets), *results], base_model, license, language, datasets)
         path = Path(self.args.output_dir) / CARD
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,7 @@ class Publishing:
         Raises:
             ValueError, FolderError, PushError: as those two.
         """
+        datasets = tuple(datasets)
         is_first = self.is_world_process_zero()  # type: ignore[attr-defined]
         documents = [self._run(base_model, datasets), *results] if is_first else []
         card = self._card(repo_id, documents, base_model, license, language, datasets) if is_first else None
@@ -176,11 +178,14 @@ class Publishing:
         base = self._base()
         name = base_model or _repository_of(base) or "a local model"
         run = Results.start("A run of JacobiForcingTrainer", base, name)
-        return run.model_copy(update={"training": [self._stage(name, list(datasets))] if self.state.global_step else []})
+        if not self.state.global_step:
+            return run
+        former = stages_of(_name_of(base)) if _name_of(base) else []
+        return run.model_copy(update={"training": [*former, self._stage(name, datasets)]})
 
-    def _stage(self, base_model: str, datasets: list[str]) -> Training:
+    def _stage(self, base_model: str, datasets: Iterable[str]) -> Training:
         args, trained, log = self.args, self._trained_model(), self.state.log_history
-        ended = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
+        ended: dict[str, Any] = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
         own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
         stage = training_facts(
             args, base_model=base_model, train_dataset="", steps=self.state.global_step, epochs=float(self.state.epoch or 0),

@@ -1,6 +1,6 @@
-"""What a reader of a card does: the examples of USER's repositories run as they stand, from the Hub that the environment names.
+"""What a reader of cards does: the examples of repositories run as they stand, from the Hub that the environment names.
 
-python reader.py USER FOLDER_OF_THE_PACKAGE
+python reader.py FOLDER_OF_THE_PACKAGE REPOSITORY ...
 
 First where jacobi_hf cannot be imported, then where it can. Writes JSON: what each example printed.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 
 torch.set_num_threads(1)
 
@@ -48,16 +48,14 @@ def printed(code: str) -> str:
     return out.getvalue()
 
 
-user, package = sys.argv[1:]
+package, *repositories = sys.argv[1:]
 seen: dict[str, dict[str, list[str]]] = {}
 finders = sys.meta_path[:]
 sys.meta_path[:] = map(Without, finders)
 assert importlib.util.find_spec("jacobi_hf") is None
-repositories = [f"{user}/tiny-qwen3-{kind}" for kind in ("forced", "drafter")]
 for name in repositories:
     seen[name] = {"without": [printed(code) for code in examples(name) if "import jacobi_hf" not in code]}
 assert not any(module.partition(".")[0] == "jacobi_hf" for module in sys.modules)
-snapshot_download(f"{user}/tiny-qwen3-forced")
 sys.meta_path[:] = finders
 sys.path.insert(0, package)
 for name in repositories:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from jacobi_hf.hub_cards import push_to_hub
 from jacobi_hf.results import Results
 from tests.hub_cards.hub import TOKEN
+from tests.tiny import CHECKPOINT, EXAMPLE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, READER = ROOT / "examples" / "publish_tiny.py", Path(__file__).with_name("reader.py")
@@ -23,6 +30,19 @@ def run(hub, tmp_path, *command, **environment):
     assert TOKEN not in found.stdout + found.stderr
     assert found.returncode == 0, found.stderr[-4000:]
     return found.stdout
+
+
+def adapter(folder, base):
+    """A LoRA beside the tiny base, as it would be published."""
+    torch.manual_seed(3)
+    lora = LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(CHECKPOINT), lora).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, folder)
+    target = folder.parent / "published"
+    in_float32 = EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "base.json"  # so that the card's examples are, too
+    push_to_hub(folder, f"{base}-lora", base_model=base, results=[in_float32], license="apache-2.0", token=False, dry_run=target)
+    return target
 
 
 def test_published_models_do_what_their_cards_say(hub, tmp_path):
@@ -39,17 +59,21 @@ def test_published_models_do_what_their_cards_say(hub, tmp_path):
     assert json.loads(drafter["drafter_config.json"])["base_model"] == "someone/tiny-qwen3"
     assert Results.model_validate_json(forced["results/peers.json"]).measurements
 
-    seen = json.loads(run(hub, tmp_path, READER, "someone", ROOT).splitlines()[-1])
-    assert seen.keys() == {"someone/tiny-qwen3-forced", "someone/tiny-qwen3-drafter"}
-    for name, printed in seen.items():
-        texts, rates = [], []
-        for output in (*printed["without"], *printed["with"]):
-            body, rate = re.fullmatch(r"(.*?)\n(?:([\d.]+) tokens per forward\n)?", output, re.DOTALL).groups()
-            texts.append(body)
-            rates.append(None if rate is None else float(rate))
-        assert len(texts) >= 2, name
-        assert len(set(texts)) == 1, name  # AR, custom_generate and jacobi_hf write one text
-        assert len(texts[0]) > 100
-        assert [rate for rate in rates if rate is not None and rate < 1.2] == []
-        assert len([rate for rate in rates if rate]) >= 2  # with jacobi_hf, and without
-    assert None in [re.search("tokens per forward", output) for output in seen["someone/tiny-qwen3-forced"]["without"]]
+    hub.add("someone/tiny-qwen3-lora", adapter(tmp_path / "lora", "someone/tiny-qwen3"))
+    names = [f"someone/tiny-qwen3-{kind}" for kind in ("forced", "drafter", "lora")]
+    seen = json.loads(run(hub, tmp_path, READER, ROOT, *names).splitlines()[-1])
+    assert list(seen) == names
+    written = set()
+    for printed in seen.values():
+        assert [len(printed[where]) for where in ("without", "with")] == [2, 1]  # AR and custom_generate; jacobi_hf
+        outputs = [
+            re.fullmatch(r"(.*?)\n(?:([\d.]+) tokens per forward\n)?", one, re.DOTALL) for one in printed["without"] + printed["with"]
+        ]
+        assert len({output[1] for output in outputs}) == 1, outputs
+        (text,) = {output[1] for output in outputs}  # all write one text
+        assert len(text) > 100
+        ordinary, *rates = [output[2] for output in outputs]
+        assert ordinary is None
+        assert all(float(rate) > 1 for rate in rates)
+        written.add(text)
+    assert len(written) == 3
