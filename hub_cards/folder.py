@@ -139,10 +139,8 @@ def stage(
             secret. The message names the file.
     """
     source = Path(source)
-    if not source.is_dir():
-        raise FolderError(f"{source} is no folder: give the folder that the finished model was saved to.")
-    found, left_out = _listed(source)
     kind = kind_of(source)
+    found, left_out = _listed(source)
     files: dict[str, Content] = {}
     for name, path in found.items():
         if any(_matches(name, pattern) for pattern in (CONFIG[kind], *WEIGHTS[kind], *_BESIDE)):
@@ -169,6 +167,8 @@ def kind_of(source: str | Path) -> Kind:
     Raises:
         FolderError: none of the three, or several.
     """
+    if not Path(source).is_dir():
+        raise FolderError(f"{source} is no folder: give the folder that the finished model was saved to.")
     kinds = [kind for kind, name in CONFIG.items() if (Path(source) / name).is_file()]
     if len(kinds) != 1:
         names = ", ".join(CONFIG[kind] for kind in kinds or CONFIG)

@@ -98,7 +98,7 @@ def test_options_reach_push_to_hub(asked, folder, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere", "user/name"], "nowhere is no folder"), (["FOLDER", "name"], "'user/name'"),
-        (["FOLDER", "a/b/c"], "no name of a repository"),
+        (["FOLDER", "a/b/c"], "no name of a Hub repository"),
         (["FOLDER", "user/name", "--card", "nowhere.md"], "nowhere.md"),
         (["FOLDER", "user/name", "--results", "nowhere.json"], "nowhere.json"),
         (["FOLDER", "user/name", "--dry-run", "FOLDER"], "is there already"),
