@@ -129,7 +129,8 @@ def _decoder(decoder: dict[str, Any]) -> str:
 
 
 def _quality(quality: dict[str, Any]) -> str:
-    return f"{escape.text(quality['metric'])} {quality['value']:.3f} [{quality['low']:.3f}, {quality['high']:.3f}]"
+    interval = f"[{quality['low']:.3f}, {quality['high']:.3f}]"
+    return f"{escape.text(quality['metric'])} {quality['value']:.3f} {interval} of {quality['samples']:,}"
 
 
 def _data(data: list[dict[str, Any]]) -> str:

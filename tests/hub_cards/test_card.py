@@ -111,7 +111,7 @@ def test_the_model_index_survives_and_keeps_quality_and_speed_apart():
 def test_numbers_are_those_of_the_document():
     card = str(generate_model_card(document("math"), **LICENSED))
     recipe, benchmark, _ = tables(card)
-    score = "math 0.750 [0.500, 0.875]"
+    score = "math 0.750 [0.500, 0.875] of 10"
     assert benchmark == [
         ["math", "`jacobi math` (n=16, K=2, pool 2, lookup 12)", "10 x 64", score, score, "100", "250", "2.50 x", "1.67 x", "3.14", "2.00",
          "9 of 10"]
