@@ -2,15 +2,14 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/custom_generate.py
 
-Makes a fresh virtual environment with the versions of constraints.txt, serves a Hub on the loopback interface, pushes the forced
-checkpoint, its base and its drafter to it from that environment, and decodes there in the three ways that a model card shows. What
-comes out has to be the text of plain `generate`, with the tokens per forward of the benchmarks of the same prompts.
+Makes a fresh virtual environment with the versions of constraints.txt, serves a Hub on the loopback interface, publishes the tiny models on
+it (examples/publish_tiny.py), and decodes from it in that environment in the three ways that a model card shows. What comes out has to be
+the text of plain `generate`, with the tokens per forward of the benchmarks of the same prompts.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from jacobi_hf import JacobiConfig
-from jacobi_hf.hub_cards.custom_generate import write_custom_generate
 from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Software
 
 ROOT = common.EXAMPLES.parent
@@ -32,7 +30,7 @@ sys.path.append(str(ROOT))
 
 from tests.hub_cards.hub import LoopbackHub  # noqa: E402
 
-FOLDERS = {"tiny-forced": ("forced", "model"), "tiny-base": ("checkpoint", None), "tiny-drafter": ("drafter", "drafter")}
+USER = "someone"
 REPORTED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors")
 
 
@@ -45,12 +43,10 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def repositories(folder: Path) -> None:
-    """What is pushed, in folders of the repositories' names."""
-    for name, (source, kind) in FOLDERS.items():
-        shutil.copytree(common.TINY / source, folder / name)
-        if kind:
-            write_custom_generate(folder / name, kind)
+def publish(hub: LoopbackHub, home: Path) -> None:
+    """The three repositories."""
+    command = [sys.executable, ROOT / "examples" / "publish_tiny.py", USER, "--drafter"]
+    subprocess.run(command, env=hub.environment(home), stdout=subprocess.DEVNULL, check=True)  # noqa: S603
 
 
 def measurement(run: dict[str, Any], config: JacobiConfig, max_new_tokens: int) -> Measurement:
@@ -81,9 +77,9 @@ def main(
     config = JacobiConfig.from_generation_config(model.generation_config) or JacobiConfig()
     with tempfile.TemporaryDirectory() as folder, LoopbackHub() as hub:
         work = Path(folder)
-        repositories(work / "folders")
+        publish(hub, work / "home")
         python = python or environment(work / "environment")
-        client = [python, Path(__file__).with_name("custom_generate_client.py"), work / "folders", common.PROMPTS]
+        client = [python, Path(__file__).with_name("custom_generate_client.py"), USER, common.PROMPTS]
         counts = map(str, (forced_prompts, drafter_prompts, max_new_tokens))
         variables = {name: value for name, value in hub.environment(work / "home").items() if name != "PYTHONPATH"}
         done = subprocess.run([*client, *counts], env=variables, cwd=work, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603

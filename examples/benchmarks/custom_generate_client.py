@@ -1,6 +1,6 @@
-"""What custom_generate.py runs in a fresh environment: two repositories pushed to the Hub of HF_ENDPOINT, and used from it.
+"""What custom_generate.py runs in a fresh environment: the tiny repositories used from the Hub of HF_ENDPOINT.
 
-    python custom_generate_client.py FOLDERS PROMPTS FORCED_COUNT DRAFTER_COUNT MAX_NEW_TOKENS
+    python custom_generate_client.py USER PROMPTS FORCED_COUNT DRAFTER_COUNT MAX_NEW_TOKENS
 
 Needs transformers and torch, and no jacobi_hf. The last line of its output is one JSON document.
 """
@@ -16,18 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FORCED, BASE, DRAFTER = "user/tiny-forced", "user/tiny-base", "user/tiny-drafter"
 TRUST = {"trust_remote_code": True}
-
-
-def push(folders: Path) -> None:
-    api = HfApi()
-    for name in (FORCED, BASE, DRAFTER):
-        api.create_repo(name)
-        api.upload_folder(repo_id=name, folder_path=folders / name.partition("/")[2])
 
 
 def load(name: str, **kwargs: Any) -> Any:
@@ -54,20 +45,20 @@ def compare(plain: Any, usages: dict[str, Any], tokenizer: Any, prompts: dict[st
 def main() -> None:
     assert importlib.util.find_spec("jacobi_hf") is None, "jacobi_hf can be imported here"
     torch.set_num_threads(1)
-    folders, prompts_file, *counts = sys.argv[1:]
+    user, prompts_file, *counts = sys.argv[1:]
+    base_name, forced_name, drafter_name = (f"{user}/tiny-qwen3{kind}" for kind in ("", "-forced", "-drafter"))
     forced_count, drafter_count, max_new_tokens = map(int, counts)
     prompts: dict[str, list[str]] = json.loads(Path(prompts_file).read_text(encoding="utf-8"))["prompts"]
-    push(Path(folders))
 
-    plain, trusting, tokenizer = load(FORCED), load(FORCED, **TRUST), AutoTokenizer.from_pretrained(FORCED)
+    plain, trusting, tokenizer = load(forced_name), load(forced_name, **TRUST), AutoTokenizer.from_pretrained(forced_name)
     usages = {
-        "by name": lambda inputs, asked: plain.generate(**inputs, **asked, custom_generate=FORCED, **TRUST),
+        "by name": lambda inputs, asked: plain.generate(**inputs, **asked, custom_generate=forced_name, **TRUST),
         "from_pretrained": lambda inputs, asked: trusting.generate(inputs["input_ids"], **asked),
     }
     chosen = {domain: texts[:forced_count] for domain, texts in prompts.items()}
     runs = compare(plain, usages, tokenizer, chosen, max_new_tokens)
-    base = load(BASE)
-    with_drafter = {"drafter": lambda inputs, asked: base.generate(**inputs, **asked, custom_generate=DRAFTER, **TRUST)}
+    base = load(base_name)
+    with_drafter = {"drafter": lambda inputs, asked: base.generate(**inputs, **asked, custom_generate=drafter_name, **TRUST)}
     chosen = {domain: texts[:drafter_count] for domain, texts in prompts.items()}
     runs += compare(base, with_drafter, tokenizer, chosen, max_new_tokens)
     versions = {one.metadata["Name"]: one.version for one in distributions()}
