@@ -81,6 +81,7 @@ class JacobiGenerationMixin:
         if given.get("jacobi_verify_width") and drafter_of(self) is None:
             raise ValueError("jacobi_verify_width is for drafters, and none is in use: call jacobi_hf.load_drafter, or drop it.")
         if config is not None:
+            reject_misspelt(name for name in vars(self.generation_config) if name.startswith("jacobi_"))  # type: ignore[attr-defined]
             setattr(prepared, _REQUEST, _Request(config, in_call, kwargs.get("position_ids") is not None))
         return prepared, model_kwargs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -239,7 +240,7 @@ def _check_arguments(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} cannot be used; it must be at least 1.")
-    if seconds <= 0 or max_new_tokens < 2:
+    if not seconds > 0 or math.isinf(seconds) or max_new_tokens < 2:
         raise ValueError(f"seconds={seconds} and max_new_tokens={max_new_tokens} leave nothing to measure.")
     if assistant_model is not None and batch_size > 1:
         raise ValueError("assisted decoding takes one row at a time: batch_size=1, or no assistant_model.")

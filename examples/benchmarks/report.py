@@ -408,7 +408,7 @@ def lossless(documents: dict[str, Results]) -> str:
     if sources_file.is_file():
         sources = Results.read(sources_file)
         text += (
-            f"\n### Sources of drafts\n\n{setting(sources)}\n64 prompts a domain, up to 128 new tokens. Tokens per forward, loop-free in brackets. "
+            f"\n### Sources of drafts\n\n{setting(sources)}\n{sources.measurements[0].prompts.count} prompts a domain, up to 128 new tokens. Tokens per forward, loop-free in brackets. "
             "The window is of 14 to 16 guesses (n=2, K=8), which a drafter makes where there is one; as many of them are verified as acceptance "
             "suggests, unless the name says otherwise. `lookup` is the branch of n-gram lookup alone, without a window.\n\n"
         )

@@ -22,20 +22,17 @@ from jacobi_hf.cli.verbs import WITH_TRACEBACK
 # Options that a dataclass describes are read by jacobi_hf.cli.recipes.
 BY_DATACLASS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
+# Without rich's markup, whose tables cut off the names of long options and whose boxes break errors into lines.
 app = typer.Typer(
-    help="Parallel decoding for Hugging Face transformers.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
-app.command()(demo)
-app.command()(generate)
-app.command()(chat)
-for verb in (collect, pack, train, bench):
-    app.command(context_settings=BY_DATACLASS)(verb)
-app.command("eval")(eval_)
-app.command()(autotune)
-app.command()(card)
-app.command()(push)
-app.command()(serve)
-app.command()(info)
+    help="Parallel decoding for Hugging Face transformers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+for verb in (demo, generate, chat, collect, pack, train, bench, eval_, autotune, card, push, serve, info):
+    app.command(
+        verb.__name__.rstrip("_"),
+        short_help=" ".join(str(verb.__doc__).split("\n\n")[0].split()),  # all of it: typer would cut it off at the width of a line
+        context_settings=BY_DATACLASS if verb in (collect, pack, train, bench) else None,
+    )(verb)
 
 
 @app.callback()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from jacobi_hf.cli.answers import DoSample, Dtype, MaxNewTokens, Sampling, Temperature, TopK, TopP
+from jacobi_hf.cli.answers import DoSample, Dtype, MaxNewTokens, Sampling, Temperature, TopK, TopP, check_room, room_of
 from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, recipe_option
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def autotune(
         loaded, tokenizer = load(model, dtype, drafter)
         assistant = None if assistant_model is None else _draft_model(assistant_model, loaded)
         ids = encode_prompts(texts, tokenizer, model, chat=chat)
+        check_room(max(map(len, ids)), max_new_tokens, room_of(loaded))
         tuning = tune(
             loaded, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, seconds=seconds, progress=not json,
             assistant_model=assistant, **sampling.arguments(loaded), **_compile_config(compiled=compiled),
@@ -78,10 +79,10 @@ def _compile_config(*, compiled: bool) -> dict[str, Any]:
 def _draft_model(name: str, model: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    try:
+    from jacobi_hf.cli.loading import reading
+
+    with reading(name, "loaded as a draft model"):
         return AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype).eval().to(model.device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded as a draft model: {error}") from error
 
 
 def _check_can_save(model: str, assistant_model: str | None) -> None:

@@ -123,7 +123,7 @@ def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str
     from jacobi_hf.trainer.texts import read_jsonl, read_prompts
 
     by_domain = read_prompts(config.prompts)
-    domains = config.domains.split(",") if config.domains else list(by_domain)
+    domains = [domain.strip() for domain in config.domains.split(",")] if config.domains else list(by_domain)
     if unknown := [domain for domain in domains if domain not in by_domain]:
         raise ValueError(f"{config.prompts} has no domain {', '.join(unknown)}; it has {', '.join(by_domain)}.")
     texts: dict[str, list[str]] = {}

@@ -125,7 +125,10 @@ class _Session:
         pairs = [change.partition("=") for change in changes]
         if unread := [name for name, equals, _ in pairs if not equals]:
             raise ValueError(f"{unread[0]!r} is no change of a knob: /knobs jacobi_block_size=8, or /knobs alone.")
-        new = {name: yaml.safe_load(value) for name, _, value in pairs}
+        try:
+            new = {name: yaml.safe_load(value) for name, _, value in pairs}
+        except yaml.YAMLError:
+            raise ValueError(f"{' '.join(changes)} cannot be read: a value is a number or a word.") from None
         used = self._decoding(self._knobs | new)
         self._knobs = self._knobs | new
         note(" ".join(f"{name}={'none' if value is None else value}" for name, value in used.items()))

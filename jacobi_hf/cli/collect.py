@@ -58,7 +58,7 @@ def configs(given: Given) -> list[CollectConfig]:
         raise ValueError("the recipe has several sets, each with its own dataset, name and output_dir: change those in the recipe.")
     found = []
     for name, own in sets.items():
-        (config,) = given.parse(CollectConfig, **({"name": name} if name else {}), **own)
+        (config,) = given.parse(CollectConfig, more={**({"name": name} if name else {}), **own})
         demand(config, "collect", "model", "dataset", "output_dir")
         check_dtype(config.dtype)
         check_folder(config.output_dir)
@@ -68,15 +68,16 @@ def configs(given: Given) -> list[CollectConfig]:
 
 def _run(sets: list[CollectConfig]) -> list[dict[str, Any]]:
     """Collect each set; all datasets are opened, and all models looked for, before the first one is collected."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from jacobi_hf.cli.loading import check_config
     from jacobi_hf.trainer.collection import collect as collect_set
     from jacobi_hf.trainer.dataset import open_dataset
     from jacobi_hf.trainer.shards import processes
 
     rows = [open_dataset(config.dataset, config.split) for config in sets]
     for config in sets:
-        AutoConfig.from_pretrained(config.model, revision=config.revision)
+        check_config(config.model, config.revision)
     counts = []
     for config, prompts in zip(sets, rows, strict=True):
         tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)

@@ -12,6 +12,8 @@ from jacobi_hf.cli.verbs import errors_in_one_line
 if TYPE_CHECKING:
     from jacobi_hf.cli.showcase import Example
 
+HOST, PORT = "127.0.0.1", 7860
+
 
 def demo(
     model: Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint of this repository when not given.")] = None,
@@ -20,8 +22,8 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
     json: Annotated[bool, typer.Option("--json", help="Print the measured results as one JSON document and nothing else.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Show it on a page in the browser, with a replay; needs the extra demo.")] = False,
-    host: Annotated[str, typer.Option(help="With --web, address to listen on. Who reaches it can generate.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web, port to listen on; 0 for any that is free.")] = 7860,
+    host: Annotated[str, typer.Option(help="With --web, address to listen on. Who reaches it can generate.")] = HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web, port to listen on; 0 for any that is free.")] = PORT,
 ) -> None:
     """Write the same text with generate() and with Jacobi decoding, and count what it took.
 
@@ -30,6 +32,8 @@ def demo(
     with errors_in_one_line("demo"):
         if drafter is not None and model is None:
             raise ValueError("--drafter is for the model that --model names; the tiny checkpoint comes with its own.")
+        if not web and (host, port) != (HOST, PORT):
+            raise ValueError("--host and --port are for the page: add --web, or leave them out.")
         if web and json:
             raise ValueError("--json and --web are two ways to show results: choose one.")
         if web:

@@ -83,7 +83,7 @@ def eval_(
             raise ValueError(f"{', '.join(knobs)} given besides the recipe's decoders, which have knobs of their own.")
         if knobs:
             decoders = {str(knobs.get("decoding") or "jacobi_multiblock"): knobs}
-        names = [name for name in (tasks or "").split(",") if name]
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         options = Evaluation(
             model, drafter, names, task_file or [], limit, num_fewshot, max_new_tokens, chat_template, runs_code, dtype, decoders, output
         )  # fmt: skip

@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from jacobi_hf.cli.answers import Answer, DoSample, Dtype, MaxNewTokens, Sampling, Seed, Temperature, TopK, TopP, note, room_of, say, write
+from jacobi_hf.cli.answers import (
+    Answer,
+    DoSample,
+    Dtype,
+    MaxNewTokens,
+    Sampling,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    check_room,
+    note,
+    room_of,
+    say,
+    write,
+)
 from jacobi_hf.cli.prompt_files import encode_prompts
 from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
 
@@ -47,7 +62,7 @@ def generate(
         loaded, tokenizer = load(model, dtype, drafter)
         decoding = decoding_of(loaded, knobs)
         (ids,) = encode_prompts([text], tokenizer, model, chat=chat)
-        _check_room(len(ids), max_new_tokens, room_of(loaded))
+        check_room(len(ids), max_new_tokens, room_of(loaded))
         used = decoding.to_knobs() if decoding else {"decoding": None}
         arguments = {"max_new_tokens": max_new_tokens, **sampling.arguments(loaded)}
         if seed is None and arguments["do_sample"]:
@@ -86,16 +101,6 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise ValueError("the prompt is empty.")
     return text
-
-
-def _check_room(prompt_tokens: int, max_new_tokens: int, room: float) -> None:
-    if prompt_tokens >= room:
-        raise ValueError(f"the prompt has {prompt_tokens} tokens; the model has {room} positions.")
-    if prompt_tokens + max_new_tokens > room:
-        raise ValueError(
-            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are more than the model's {room} positions: "
-            "give fewer --max-new-tokens."
-        )
 
 
 def _warm_up(model: Any, tokenizer: Any, ids: list[int], arguments: dict[str, Any], knobs: dict[str, Any]) -> None:

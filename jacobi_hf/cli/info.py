@@ -62,7 +62,8 @@ def _model(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     layers = ", ".join(f"{count} layers of {kind}" for kind, count in facts.layers.items())
     yield "attention", ", ".join([facts.attention, *(f"{name} in steps" for name in facts.kernels), layers])
     if facts.drafter:
-        yield "drafter", f"rank {facts.drafter['rank']} on {facts.drafter['layers']} layers, made for {facts.drafter['base_model']}"
+        about = facts.drafter
+        yield "drafter", f"rank {about['rank']} beside {about['weights']} weight matrices, made for {about['base_model']}"
     saved = ", ".join(f"{name}={value}" for name, value in facts.saved_knobs.items())
     yield "saved knobs", saved or "none: decoding='jacobi_multiblock' is to be named in each call of generate"
     yield "decoding", facts.decoding if facts.reason is None else f"{facts.decoding}: {' '.join(facts.reason.split())}"

@@ -6,7 +6,6 @@ import platform
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import jacobi_hf
 from jacobi_hf.attention import attention_of, layer_types, usable_kernels
+from jacobi_hf.cli.loading import reading
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafters import read_drafter
 from jacobi_hf.kernels import flash_attn_with_kvcache, has_flex
@@ -105,7 +105,7 @@ class ModelFacts:
         saved_knobs: those of its generation config that differ from none.
         decoding: `RUNS`, `FALLS_BACK` to ordinary decoding with a warning, or `REFUSED` with an error.
         reason: why it does not run.
-        drafter: rank, layers and base of the drafter that was named.
+        drafter: rank, base and number of weights of the drafter that was named.
     """
 
     name: str
@@ -156,20 +156,12 @@ def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
 
 
 def _without_weights(name: str) -> tuple[Any, GenerationConfig]:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is a folder without config.json: it holds no model.")
-    try:
+    with reading(name):
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as a model: {error}") from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{name} is no causal language model of transformers: its model_type is {config.model_type!r}.")
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config).eval()
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{name} cannot be built: {error}") from error
+    with reading(name, "built"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval()
     try:
         generation_config = GenerationConfig.from_pretrained(name)
     except OSError:  # it has none, and transformers makes one from the config
@@ -194,4 +186,4 @@ def _verdict(model: Any, generation_config: GenerationConfig) -> tuple[str, str 
 
 def _about(drafter: Drafter) -> dict[str, Any]:
     config = drafter.config
-    return {"base_model": config.base_model, "rank": config.r, "layers": len(drafter.layers), "target_modules": config.target_modules}
+    return {"base_model": config.base_model, "rank": config.r, "weights": len(drafter.layers), "target_modules": config.target_modules}

@@ -64,7 +64,10 @@ def encode_prompts(prompts: list[Any], tokenizer: Any, model: str, *, chat: bool
     Raises:
         ValueError: there is no chat template, or it refuses the messages.
     """
-    return [_encode(prompt, tokenizer, model, chat=chat) for prompt in prompts]
+    encoded = [_encode(prompt, tokenizer, model, chat=chat) for prompt in prompts]
+    if not all(encoded):
+        raise ValueError(f"the tokenizer of {model} makes no tokens of {str(prompts[encoded.index([])])[:40]!r}: are its files all there?")
+    return encoded
 
 
 def _encode(prompt: Any, tokenizer: Any, model: str, *, chat: bool) -> list[int]:

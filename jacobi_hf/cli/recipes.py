@@ -44,9 +44,9 @@ class Given:
     words: list[str]
     as_json: bool
 
-    def parse(self, *kinds: type, **more: Any) -> Any:
+    def parse(self, *kinds: type, more: Mapping[str, Any] | None = None) -> Any:
         """Dataclasses of these kinds; `more` comes before the recipe's section."""
-        return parse(kinds, {**self.section, **more}, self.words, self.verb)
+        return parse(kinds, {**self.section, **(more or {})}, self.words, self.verb)
 
 
 def given(context: typer.Context, *kinds: type) -> Given:

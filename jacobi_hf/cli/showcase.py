@@ -17,10 +17,11 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import BaseStreamer
 
 import jacobi_hf
+from jacobi_hf.cli import loading
+from jacobi_hf.cli.answers import check_room, room_of
 from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Speedup
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def examples(prompt: str | None) -> list[Example]:
         ValueError: neither a prompt nor the repository's own prompts are there.
     """
     if prompt is not None:
-        if not prompt:
+        if not prompt.strip():
             raise ValueError("--prompt is empty.")
         return [Example("own", prompt)]
     file = TINY / "prompts.json"
@@ -88,11 +89,8 @@ def load(name: str | None, drafter: str | None = None) -> list[Loaded]:
 
 
 def _load(source: str, name: str, label: str, drafter: str | None = None) -> Loaded:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    if drafter is not None:
-        jacobi_hf.load_drafter(model, drafter)
-        drafter = drafter.replace(str(TINY), PLACE)
-    return Loaded(name, model, AutoTokenizer.from_pretrained(source), label, drafter)
+    model, tokenizer = loading.load(source, "float32", drafter)
+    return Loaded(name, model, tokenizer, label, drafter and drafter.replace(str(TINY), PLACE))
 
 
 class _Painter(BaseStreamer):
@@ -144,7 +142,7 @@ class Contender:
 
     def write(self, prompt: str, max_new_tokens: int, **options: Any) -> Any:
         """What `generate` returns for the prompt."""
-        inputs = self.loaded.tokenizer(prompt, return_tensors="pt").to(self.loaded.model.device)
+        inputs = self.loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.loaded.model.device)
         return self.loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **self.knobs, **options)
 
 
@@ -155,7 +153,13 @@ def contenders(loaded: list[Loaded]) -> list[Contender]:
 
 
 def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quiet: bool) -> Results:
-    """Show every example and return what was measured."""
+    """Show every example and return what was measured.
+
+    Raises:
+        ValueError: a prompt and its text would be longer than a model's positions; nothing is shown.
+    """
+    for one, example in itertools.product(loaded, shown):
+        check_room(len(one.tokenizer(example.prompt)["input_ids"]), max_new_tokens, room_of(one.model))
     console = Console(quiet=quiet)
     measurements: list[Measurement] = []
     for example in shown:

@@ -21,7 +21,7 @@ def train(context: typer.Context) -> None:
     with errors_in_one_line("train") as ending:
         need("train", "datasets", "filelock", "peft")
         from jacobi_hf.cli import recipes
-        from jacobi_hf.cli.loading import check_dtype
+        from jacobi_hf.cli.loading import check_config, check_dtype
         from jacobi_hf.trainer.arguments import JacobiForcingConfig
         from jacobi_hf.trainer.run import TrainData
         from jacobi_hf.trainer.run import train as run
@@ -34,6 +34,8 @@ def train(context: typer.Context) -> None:
         for dtype in (data.dtype, data.save_dtype):
             check_dtype(dtype)
         check_folder(args.output_dir)
+        for name in filter(None, (data.model, data.ref_model)):
+            check_config(name)
 
         def kept() -> str:
             checkpoint = last_finished_checkpoint(args.output_dir)

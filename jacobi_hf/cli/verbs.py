@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from safetensors import SafetensorError
+from typer.exceptions import TyperException
 
 from jacobi_hf.config import DECODINGS, JacobiConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 def with_knobs(verb: Callable[..., None]) -> Callable[..., None]:
@@ -68,7 +69,7 @@ class Ending:
 
 @contextlib.contextmanager
 def errors_in_one_line(verb: str) -> Iterator[Ending]:
-    """End the program with one line: with exit code 2 where bad input raises, with 130 where it is interrupted.
+    """End the program with one line: with exit code 2 where bad input raises, 130 where it is interrupted, 1 for anything else.
 
     With `jacobi-hf --traceback VERB`, the line comes behind where it was raised.
     """
@@ -83,6 +84,14 @@ def errors_in_one_line(verb: str) -> Iterator[Ending]:
     except KeyboardInterrupt:
         typer.echo(f"jacobi-hf {verb}: interrupted; {ending.kept()}.", err=True)
         raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort, TyperException):
+        raise
+    except Exception as error:  # noqa: BLE001  (--traceback shows it)
+        if WITH_TRACEBACK.get():
+            traceback.print_exc()
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        typer.echo(f"jacobi-hf {verb}: {said} (jacobi-hf --traceback {verb} .. shows where)", err=True)
+        raise typer.Exit(1) from None
 
 
 def need(extra: str, *modules: str) -> None:
@@ -110,25 +119,37 @@ def recipe_option(*mappings: str) -> Any:
 
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
-            section, options = str(context.info_name), {str(p.name): p for p in context.command.params if p.name != "config"}
-            try:
-                given = section_of(path, section)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
-            context.default_map = {}
-            for name, value in given.items():
-                if name in mappings and isinstance(value, dict):
-                    context.meta[name] = value
-                elif name in options and not isinstance(value, dict):
-                    context.default_map[name] = _as_typed(value, several=getattr(options[name], "multiple", False))
-                else:
-                    close = difflib.get_close_matches(str(name), [*options, *mappings], 1)
-                    hint = f"; did you mean {close[0]!r}?" if close and close[0] != name else "."
-                    raise typer.BadParameter(f"{path}, section {section!r}: {name!r} is no option of {section}{hint}")
+            with errors_in_one_line(str(context.info_name)):
+                _take_section(context, path, mappings)
         return path
 
     text = "YAML file with a section for this verb; what the command line says comes before it."
     return typer.Option(help=text, callback=read, is_eager=True)
+
+
+def _take_section(context: typer.Context, path: Path, mappings: Sequence[str]) -> None:
+    """Make a recipe's section the defaults of a verb's options, which it names as the command line does."""
+    verb = str(context.info_name)
+    where = f"{path}, section {verb!r}"
+    options = {_in_recipes(p): p for p in context.command.params if p.name != "config"}
+    context.default_map = {}
+    for name, value in section_of(path, verb).items():
+        if name not in options and name not in mappings:
+            close = difflib.get_close_matches(str(name), [*options, *mappings], 1)
+            raise ValueError(f"{where}: {name!r} is no option of {verb}{f'; did you mean {close[0]!r}?' if close else '.'}")
+        if (name in mappings) != isinstance(value, dict):
+            wanted = "settings by name" if name in mappings else "a value"
+            raise ValueError(f"{where}: {name!r} has to hold {wanted}; it is {value!r}.")
+        if name in mappings:
+            context.meta[name] = value
+        elif name == "decoding" and value is None:
+            raise ValueError(f"{where}: decoding is empty. Ordinary decoding is written none; or leave it out.")
+        else:
+            context.default_map[str(options[name].name)] = _as_typed(value, options[name])
+
+
+def _in_recipes(option: Any) -> str:
+    return str(option.opts[0]).removeprefix("--").replace("-", "_")
 
 
 def mapping(context: typer.Context, name: str) -> dict[str, Any]:
@@ -156,11 +177,12 @@ def section_of(path: Path, section: str) -> dict[str, Any]:
     return found
 
 
-def _as_typed(value: Any, *, several: bool) -> Any:
-    """A value as the command line would have it, so that it is checked the same: 2.5 is no whole number."""
+def _as_typed(value: Any, option: Any) -> Any:
+    """A value as the command line would have it, so that it is checked the same: 2.5 is no whole number, and neither is true."""
+    several = getattr(option, "multiple", False)
     if isinstance(value, list):
         return [str(one) for one in value] if several else ",".join(map(str, value))
-    if value is None or isinstance(value, bool):
+    if value is None or (isinstance(value, bool) and getattr(option, "is_flag", False)):
         return value
     return [str(value)] if several else str(value)
 

@@ -28,7 +28,7 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_section_of_a_recipe_is_understood(path):
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert recipe.keys() - {"eval"} == {"collect", "pack", "train", "bench"}
+    assert recipe.keys() - {"eval", "card"} == {"collect", "pack", "train", "bench"}
     common = {k: v for k, v in recipe["collect"].items() if k != "sets"}
     folders = set()
     for name, own in recipe["collect"].get("sets", {"": {}}).items():
@@ -55,6 +55,10 @@ def test_the_newcomers_recipe_evaluates_what_it_trains():
         assert all((ROOT / file).is_file() for file in (*context.params["task_file"], recipe["collect"]["dataset"]))
         for name, knobs in mapping(context, "decoders").items():
             check_decoder(name, knobs)
+    asked = [f"{recipe['train']['output_dir']}/final", "you/tiny-drafter", "--config", str(path)]
+    with typer.main.get_command(app).commands["card"].make_context("card", asked) as context:
+        assert [str(file) for file in context.params["results"]] == [recipe["bench"]["output"], recipe["eval"]["output"]]
+        assert context.params["license"]
 
 
 def test_every_control_of_the_drafter_is_understood():

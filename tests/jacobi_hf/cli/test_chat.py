@@ -174,9 +174,10 @@ def test_knobs_are_shown_and_changed_and_nothing_else(say):
     ordinary, jacobi = [line for line in lines if "prefilled" in line]
     assert " 1.00 tokens per forward" in ordinary
     assert " 1.00 tokens per forward" not in jacobi
-    told = say("/knobs jacobi_blok_size=4", "/knobs jacobi_block_size=x", "/knobs fast", "/help", "/knobs")
+    told = say("/knobs jacobi_blok_size=4", "/knobs jacobi_block_size=x", "/knobs jacobi_block_size=[", "/knobs fast", "/help", "/knobs")
     assert all(
-        part in told.stderr for part in ("did you mean 'jacobi_block_size'", "an integer from 2", "no change of a knob", "no command")
+        part in told.stderr
+        for part in ("did you mean 'jacobi_block_size'", "an integer from 2", "=[ cannot be read", "no change of a knob", "no command")
     )
     assert "jacobi_block_size=16" in told.stderr.splitlines()[-1]
 

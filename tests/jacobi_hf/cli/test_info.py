@@ -98,7 +98,7 @@ def test_classes_that_are_not_registered_and_such_that_cannot_be(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([str(EXAMPLE)], "without config.json"), (["nowhere/at/all"], "nowhere/at/all cannot be read as a model"),
+        ([str(EXAMPLE)], "without config.json"), (["nowhere/at/all"], "nowhere/at/all is no model: there is no such folder"),
         ([FORCED, "--drafter", "nowhere/at/all"], "nowhere/at/all"), (["--drafter", DRAFTER], "none is named"),
     ],
 )  # fmt: skip
