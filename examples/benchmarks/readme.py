@@ -60,7 +60,7 @@ class Way(NamedTuple):
 def ways() -> list[Way]:
     """Ways to be faster, with what each costs."""
     peers, base = document("peers"), document("forcing/base")
-    forced, drafted = document("forcing/forced-seed42"), document("gated/drafter-seed42")
+    forced, published = document("forcing/forced-seed42"), document("custom_generate")
 
     def measured(model: str, name: str, domain: str) -> Measurement:
         return next(m for m in peers.measurements if (m.model, m.decoder.name, m.prompts.domain) == (model, name, domain))
@@ -83,7 +83,7 @@ def ways() -> list[Way]:
         return Yield(eager.tokens_per_forward, eager.tokens_per_second, compiled.tokens_per_second)
 
     def by_drafter(domain: str) -> Yield:
-        return Yield(next((m.tokens_per_forward for m in of(drafted, domain) if m.decoder.name == "multiblock-both"), None))
+        return Yield(next(m.tokens_per_forward for m in of(published, domain) if m.decoder.drafter))
 
     drift = [held_out_loss(forced, d) - held_out_loss(base, d) for d in DOMAINS]
     loss = f"+{min(drift):.2f} to {max(drift):.2f} nats per token"
