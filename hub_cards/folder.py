@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -54,8 +55,11 @@ _SECRET_NAMES = (
     "_netrc", ".pypirc", ".npmrc", ".git-credentials", "credentials", "credentials.json", "secret*", "kubeconfig", "token", "token.*",
     ".token", "*.token", "*_token", "*_token.txt", "stored_tokens",
 )  # fmt: skip
+# A word begins behind no letter, or behind what JSON writes a control character as: its last letter is none of the word.
 _SECRET_TEXT = re.compile(
-    rb"(?<!\w)(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[opsu]_[A-Za-z0-9]{36}|github_pat_\w{60,}|AKIA[0-9A-Z]{16}(?!\w))"
+    rb"(?:(?<!\w)|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4}))"
+    rb"(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{60,}|AKIA[0-9A-Z]{16}(?!\w)"
+    rb"|sk-(?:ant|proj|svcacct)-[\w-]{20,}|xox[abprs]-[\w-]{20,}|AIza[\w-]{35})"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _LARGEST_UNSENT = 10_000_000  # bytes of a file that is not sent and is searched for secrets all the same
@@ -73,11 +77,17 @@ class Staged:
         kind: "model", "adapter" (LoRA) or "drafter".
         files: by their path in the repository, a file of this machine or the content itself.
         left_out: files and folders of the source that are not sent, and why.
+        sizes: of the files, bytes.
     """
 
     kind: Kind
     files: dict[str, Content]
     left_out: dict[str, str]
+    sizes: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = {name: c.stat().st_size if isinstance(c, Path) else len(c) for name, c in sorted(self.files.items())}
+        object.__setattr__(self, "sizes", sizes)  # taken now: the folder may be a passing one
 
     def write(self, target: str | Path) -> Path:
         """Write the repository as a folder, whole or not at all.
@@ -112,8 +122,7 @@ class Staged:
 
     def summary(self) -> str:
         """One line a file with its size, then what is left out and why."""
-        sizes = {name: c.stat().st_size if isinstance(c, Path) else len(c) for name, c in sorted(self.files.items())}
-        lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
+        lines = [f"{size:>15,}  {name}" for name, size in self.sizes.items()]
         return "\n".join([*lines, *(f"{'left out':>15}  {name} ({why})" for name, why in sorted(self.left_out.items()))])
 
 
@@ -192,11 +201,25 @@ def _listed(source: Path) -> tuple[dict[str, Path], dict[str, str]]:
             raise FolderError(f"{name} looks like a secret: move it out of the folder. Nothing was sent.")
         if any(fnmatchcase(path.name, pattern) for pattern in _TRAINER_STATE):
             left_out[name] = "the trainer's own"
-        elif path.suffix.lower() in _PICKLED:
+        elif path.suffix.lower() in _PICKLED or _is_pickled(path):
             raise FolderError(f"{name} is pickled, which runs code when it is read: save the weights as safetensors. Nothing was sent.")
         elif name.partition("/")[0] != FOLDER:  # that is written anew
             found[name] = path
     return dict(sorted(found.items())), left_out
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file of any name holds a pickle, or is the archive of one that `torch.save` writes."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith(".pkl") for name in archive.namelist())
+        except (zipfile.BadZipFile, NotImplementedError):
+            return False
+    # The mark of a pickle; the length of a safetensors header may look like it, and that format is checked by its library.
+    return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and path.suffix != ".safetensors"
 
 
 def _walk(source: Path, left_out: dict[str, str]) -> Iterator[Path]:

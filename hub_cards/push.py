@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The base of all errors of the HTTP library, which is httpx before huggingface_hub 2, and httpx2 since.
-_HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 _SHORTEST_SECRET = 12  # what is shorter is a placeholder, which may well be a word of the tokenizer
 _AGAIN = "push again later; what was uploaded already is not uploaded twice"
 _ADVICE = {
@@ -96,7 +95,7 @@ def push_to_hub(
 
     Raises:
         FolderError: the folder cannot or must not be published.
-        ValueError: `repo_id` is no name of a repository.
+        ValueError: `repo_id` is no name of a repository; a token that cannot be one.
         PushError: the Hub refused, or could not be reached; transient failures of uploads have been retried before.
     """
     _check_name(repo_id)
@@ -108,7 +107,10 @@ def push_to_hub(
             drafter=kind == "drafter", adapter=kind == "adapter",
         )  # fmt: skip
     staged = stage(folder, card=card, results=results, plots=plots, base_model=base_model)
+    token = token.strip() if isinstance(token, str) else token
     secret = token if isinstance(token, str) else None if token is False else get_token()
+    if secret and not re.fullmatch(r"[!-~]+", secret):
+        raise ValueError("the token holds a space, line break or other character that no token has: was it copied whole?")
     if secret and len(secret) >= _SHORTEST_SECRET:
         staged.refuse(secret)
     if dry_run is not None:
@@ -119,7 +121,7 @@ def push_to_hub(
         commit = _commit(api, staged, repo_id, private, revision, create_pr, commit_message)
     except PushError:
         raise
-    except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 (whatever an address that is none, or a server that is no Hub, leads to)
         _explain(repo_id, error, secret)
     url = commit.pr_url or commit.commit_url
     logger.info("%s: %d files, %s", repo_id, len(staged.files), url)
@@ -172,6 +174,6 @@ def _explain(repo_id: str, error: Exception, secret: str | None) -> NoReturn:
         said = f"{advice} (HTTP {status}: {error.server_message or 'no more was said'})"
     else:
         said = f"{error or type(error).__name__} ({type(error).__name__})"
-    if secret:
-        said = said.replace(secret, "[token]")
+    for shown in (secret, repr(secret)[1:-1]) if secret else ():
+        said = said.replace(shown, "[token]")
     raise PushError(f"{repo_id} was not pushed: {said}. Its files are as they were.") from None

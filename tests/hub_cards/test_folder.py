@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from jacobi_hf.hub_cards.custom_generate import REQUIREMENTS, build
@@ -17,6 +20,12 @@ from tests.tiny import EXAMPLE
 
 RESULTS = EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "forced-seed42.json"
 SECRET = "hf_" + "Q7" * 17
+
+
+def saved_by_torch():
+    file = io.BytesIO()
+    torch.save({"w": torch.zeros(1)}, file)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +90,10 @@ def test_nothing_is_written_over(tmp_path):
         ("hf_token.txt", "x", "hf_token.txt looks like a secret"),
         ("README.md", f"{CARD}login with {SECRET}", "README.md holds what looks like a secret"),
         ("generation_config.json", json.dumps({"a": SECRET}), "generation_config.json holds what looks like a secret"),
+        ("generation_config.json", json.dumps({"a": f"x\n{SECRET}"}), "generation_config.json holds what looks like a secret"),
+        ("generation_config.json", json.dumps({"a": f"\x00{SECRET}"}), "generation_config.json holds what looks like a secret"),
+        ("tokenizer.model", pickle.dumps({"a": 1}), "tokenizer.model is pickled"),
+        ("LICENSE", saved_by_torch(), "LICENSE is pickled"),
         ("notes.txt", f"export HF_TOKEN={SECRET}\n", "notes.txt holds what looks like a secret"),
         ("LICENSE", "-----BEGIN RSA PRIVATE KEY-----", "LICENSE holds what looks like a secret"),
         ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "model.safetensors is damaged or no safetensors"),
@@ -212,6 +225,18 @@ def test_results_plots_and_cards_from_elsewhere(tmp_path):
     with pytest.raises(FolderError, match=r"^README\.md holds the token") as refused:
         stage(folder, card=CARD + "my own word").refuse("my own word")
     assert "my own word" not in str(refused.value).partition("README.md holds the token")[2]
+
+
+def test_the_length_of_a_header_is_no_pickle(tmp_path):
+    """640 = 80 02 in the first two bytes."""
+    from safetensors.torch import save_file
+
+    folder = make(tmp_path)
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt", "a": ""})
+    have = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt", "a": "x" * (640 - have)})
+    assert (folder / "model.safetensors").read_bytes()[:2] == b"\x80\x02"
+    assert "model.safetensors" in stage(folder).files
 
 
 def test_nothing_in_a_folder_is_changed(tmp_path):

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from jacobi_hf.hub_cards import FolderError, PushError, push_to_hub
 from jacobi_hf.hub_cards.folder import stage
-from jacobi_hf.hub_cards.push import _HTTP_ERROR, _explain
+from jacobi_hf.hub_cards.push import _explain
 from tests.hub_cards.folders import CARD, make, weights
 from tests.hub_cards.hub import CUT, TOKEN, LoopbackHub
 
@@ -159,8 +159,41 @@ def test_no_hub(tmp_path):
     """Tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(PushError, match=r"user/a was not pushed: .*offline"):
         push_to_hub(make(tmp_path), "user/a", token="x")
-    with pytest.raises(PushError, match=r"user/a was not pushed: refused \(HTTPError\)"):
-        _explain("user/a", _HTTP_ERROR("refused"), None)
+
+
+def test_what_is_no_hub(tmp_path, monkeypatch):
+    """A server that answers something else, or an address that is none, whatever the HTTP library raises then."""
+    for error in (KeyError("url"), TypeError("no list"), Exception("Invalid port: 'x'")):
+
+        class Api:
+            def __init__(self, token):
+                pass
+
+            def create_repo(self, *_, error=error, **__):
+                raise error
+
+        monkeypatch.setattr("jacobi_hf.hub_cards.push.HfApi", Api)
+        with pytest.raises(PushError, match=rf"user/a was not pushed: .*\({type(error).__name__}\)"):
+            push_to_hub(make(tmp_path / type(error).__name__), "user/a", token="x")
+
+
+def test_a_token_that_cannot_be_one_is_not_shown(tmp_path, monkeypatch):
+    folder, seen = make(tmp_path / "folder"), []
+
+    def api(token):
+        seen.append(token)
+        raise AssertionError
+
+    monkeypatch.setattr("jacobi_hf.hub_cards.push.HfApi", api)
+    secret = "hf_" + "ab" * 17
+    for token in (f"{secret}\n{secret}", f"{secret} x", f"{secret}\u20ac", f"{secret}\x00"):
+        with pytest.raises(ValueError, match="no token has") as told:
+            push_to_hub(folder, "user/a", token=token)
+        assert secret not in str(told.value)
+    assert not seen
+    with pytest.raises(AssertionError):
+        push_to_hub(folder, "user/a", token=f" {secret}\n")  # as it is copied
+    assert seen == [secret]
 
 
 def test_bad_input_is_told_before_anything_is_sent(tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def test_a_finished_run_becomes_a_repository(tmp_path, caplog):
     pushed = trainer.push_to_hub("first", dry_run=tmp_path / "published", **ABOUT)
     assert pushed.repo_id == "user/forced"
     assert pushed.staged.kind == "model"
+    assert "model.safetensors" in pushed.staged.summary()  # when the folder that it was staged from is gone
     folder = tmp_path / "published"
     assert files(folder) == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
