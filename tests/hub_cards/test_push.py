@@ -163,7 +163,7 @@ def test_no_hub(tmp_path):
 
 def test_what_is_no_hub(tmp_path, monkeypatch):
     """A server that answers something else, or an address that is none, whatever the HTTP library raises then."""
-    for error in (KeyError("url"), TypeError("no list"), Exception("Invalid port: 'x'")):
+    for error in (KeyError("url"), TypeError("no list"), Exception("Invalid port: '80a'")):
 
         class Api:
             def __init__(self, token):
@@ -174,7 +174,7 @@ def test_what_is_no_hub(tmp_path, monkeypatch):
 
         monkeypatch.setattr("jacobi_hf.hub_cards.push.HfApi", Api)
         with pytest.raises(PushError, match=rf"user/a was not pushed: .*\({type(error).__name__}\)"):
-            push_to_hub(make(tmp_path / type(error).__name__), "user/a", token="x")
+            push_to_hub(make(tmp_path / type(error).__name__), "user/a", token="hf_secret")
 
 
 def test_a_token_that_cannot_be_one_is_not_shown(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_bad_input_is_told_before_anything_is_sent(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"^repo_id="):
             push_to_hub(folder, name)
     with pytest.raises(FolderError, match=r"README\.md holds the token that it would be pushed with"):
-        push_to_hub(folder, "user/a", card=CARD + "a token of mine", token="a token of mine")
+        push_to_hub(folder, "user/a", card=CARD + "a-token-of-mine", token="a-token-of-mine")
     (folder / "x.pt").write_bytes(b"")
     with pytest.raises(FolderError, match=r"x\.pt is pickled"):
         push_to_hub(folder, "user/a", token="x")
