@@ -248,7 +248,7 @@ def test_without_a_template_turns_are_concatenated(say, load, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere/at/all"], "nowhere/at/all cannot be loaded"), (["--temperature", "-1"], "temperature=-1"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all is no model"), (["--temperature", "-1"], "temperature=-1"),
         (["--jacobi-block-size", "1"], "from 2 to 1024"), (["--drafter", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_fall_back_is_said(tmp_path):
         (["x", "--top-k", "-1"], "top_k=-1"),
         (["x", "--top-k", "3", "--no-do-sample"], "drop one"), (["x", "--dtype", "fp32"], "'fp32'"),
         (["x", "--jacobi-block-size", "1"], "from 2 to 1024"), (["x", "--decoding", "jacoby"], "did you mean 'jacobi'"),
-        (["x", "--model", "nowhere/at/all"], "nowhere/at/all cannot be loaded"), (["x", "--model", str(EXAMPLE)], "cannot be loaded"),
+        (["x", "--model", "nowhere/at/all"], "nowhere/at/all is no model"), (["x", "--model", str(EXAMPLE)], "holds no model"),
         (["x", "--drafter", "nowhere/at/all"], "nowhere/at/all"), (["x", "--max-new-tokens", "3000"], "2048 positions"),
         (["1 2" * 3000], "the model has 2048 positions"), (["x", "--jacobi-verify-width", "4"], "--drafter"),
     ],

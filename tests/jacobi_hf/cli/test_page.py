@@ -116,7 +116,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     ("arguments", "message"),
     [
         (["--json"], "--json and --web are two ways"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all is no model"),
         (["--drafter", "/nowhere/at/all"], "--drafter is for the model that --model names"),
         (["--model", str(CHECKPOINT), "--drafter", "/nowhere/at/all"], "/nowhere/at/all is no folder"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),

@@ -403,7 +403,7 @@ def test_knobs_of_the_verb_are_the_default_of_requests(started, monkeypatch, arg
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/at/all"], "nowhere/at/all cannot be loaded"), ([str(EXAMPLE)], "cannot be loaded"),
+        (["nowhere/at/all"], "nowhere/at/all is no model"), ([str(EXAMPLE)], "holds no model"),
         ([str(EXAMPLE / "forced"), "--jacobi-block-size", "1"], "from 2 to 1024"),
         ([str(EXAMPLE / "forced"), "--decoding", "jacoby"], "did you mean 'jacobi'"),
         ([str(EXAMPLE / "forced"), "--decoding", "none", "--jacobi-pool-size", "1"], "without decoding"),
