@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from jacobi_hf.attention import attention_of
 from jacobi_hf.config import JACOBI, JacobiConfig
 
+_SECRET_OPTION = re.compile(r"(token|password|secret|key)$", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"hf_\w{8,}")
 _Z = 1.96  # of a 95 % interval
 _PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
@@ -313,7 +316,7 @@ class Results(_Strict):
         program = Path(sys.argv[0]).name if Path(sys.argv[0]).is_absolute() else sys.argv[0]
         return cls(
             what=what,
-            command=" ".join([program, *sys.argv[1:]]),
+            command=" ".join([program, *without_secrets(sys.argv[1:])]),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=name,
             parameters=model.num_parameters(),
@@ -346,6 +349,17 @@ class Results(_Strict):
             pydantic.ValidationError: unknown or missing fields, named, or a schema version that this package does not know.
         """
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """Words of a command line with `...` for the values of options such as `--hub_token`, and for what looks like a token of the Hub."""
+    shown, hides = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("-") and _SECRET_OPTION.search(name) is not None
+        shown.append("..." if hides else f"{name}=..." if secret and equals else _HUB_TOKEN.sub("...", word))
+        hides = secret and not equals
+    return shown
 
 
 def _versions() -> dict[str, str]:

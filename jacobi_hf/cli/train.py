@@ -22,6 +22,7 @@ def train(context: typer.Context) -> None:
         need("train", "datasets", "filelock", "peft")
         from jacobi_hf.cli import recipes
         from jacobi_hf.cli.loading import check_config, check_dtype
+        from jacobi_hf.results import without_secrets
         from jacobi_hf.trainer.arguments import JacobiForcingConfig
         from jacobi_hf.trainer.run import TrainData
         from jacobi_hf.trainer.run import train as run
@@ -44,7 +45,7 @@ def train(context: typer.Context) -> None:
         ending.kept = kept
         # Trainer logs to stdout, which is a program's where it asks for JSON.
         with contextlib.redirect_stdout(sys.stderr) if given.as_json else contextlib.nullcontext():
-            finished = run(data, args, f"jacobi-hf train {shlex.join(context.args)}")
+            finished = run(data, args, f"jacobi-hf train {shlex.join(without_secrets(context.args))}")
         if args.process_index == 0:
             facts = {"minutes": finished.minutes, "steps": finished.steps, "saved": str(finished.folder)}
             done = "is finished already" if finished.before else "is finished"

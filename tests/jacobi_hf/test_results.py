@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results
+from tests.models import tiny_model
 
 
 def document(model):
@@ -49,3 +50,20 @@ def test_what_does_not_fit_the_schema_is_named(tmp_path, model, change, named):
     (tmp_path / "results.json").write_text(json.dumps(content))
     with pytest.raises(ValidationError, match=named):
         Results.read(tmp_path / "results.json")
+
+
+def test_a_documents_command_shows_no_secret(monkeypatch):
+    words = [
+        "run.py",
+        "--hub_token",
+        "hf_" + "a" * 30,
+        "--api-key=abc",
+        "--max_new_tokens",
+        "8",
+        "x=hf_" + "b" * 30,
+        "--password",
+        "secret",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    command = Results.start("a test", tiny_model("qwen3"), "tiny").command
+    assert command == "run.py --hub_token ... --api-key=... --max_new_tokens 8 x=... --password ..."
