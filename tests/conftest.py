@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +15,8 @@ import jacobi_hf  # noqa: F401  (registers Qwen2 and Qwen3)
 from tests.models import TINY, tiny_model
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background; Ctrl-C is tested all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("jacobi", deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 hypothesis.settings.load_profile("jacobi")
 
