@@ -51,9 +51,18 @@ class Document:
         return content
 
     def cell(self, format: str, *path: str | int) -> Cell | None:  # noqa: A002 (the word for it)
-        """What lies at a path, or None where nothing was measured."""
+        """What lies at a path, or None where nothing was measured.
+
+        Raises:
+            ValueError: it is nothing that can be shown, such as a quality without a value.
+        """
         node = resolve(self.content, path)
-        return None if node is None or node in ({}, []) else Cell(self.name, path, format, FORMATS[format](node))
+        if node is None or node in ({}, []):
+            return None
+        try:
+            return Cell(self.name, path, format, FORMATS[format](node))
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ValueError(f"{self.name} has {node!r} at {'.'.join(map(str, path))}, which is no {format}.") from error
 
 
 @dataclass(frozen=True)

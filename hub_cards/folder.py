@@ -152,7 +152,7 @@ def stage(
     found, left_out = _listed(source)
     files: dict[str, Content] = {}
     for name, path in found.items():
-        if any(_matches(name, pattern) for pattern in (CONFIG[kind], *WEIGHTS[kind], *_BESIDE)):
+        if any(matches(name, pattern) for pattern in (CONFIG[kind], *WEIGHTS[kind], *_BESIDE)):
             files[name] = path
         else:
             left_out[name] = "not part of a model"
@@ -187,7 +187,8 @@ def kind_of(source: str | Path) -> Kind:
     return kinds[0]
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a path has a pattern's form, folder by folder."""
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from jacobi_hf.hub_cards.card import generate_model_card
 from jacobi_hf.hub_cards.custom_generate import FOLDER
-from jacobi_hf.hub_cards.folder import CARD, CONFIG, WEIGHTS, Staged, base_named, kind_of, stage
+from jacobi_hf.hub_cards.folder import CARD, CONFIG, WEIGHTS, Staged, base_named, kind_of, matches, stage
 from jacobi_hf.hub_cards.metadata import check_repo_id
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ def _commit(
     if others := [name for kind, name in CONFIG.items() if kind != staged.kind and name in there]:
         raise PushError(f"{repo_id} holds {others[0]}, so it is not the repository of a {staged.kind}: push to one of its own.")
     ours = (*WEIGHTS[staged.kind], "results/*.json", "plots/*", f"{FOLDER}/*")
-    stale = sorted(name for name in there - staged.files.keys() if any(fnmatchcase(name, pattern) for pattern in ours))
+    stale = sorted(name for name in there - staged.files.keys() if any(matches(name, pattern) for pattern in ours))
     return api.create_commit(
         repo_id,
         [*(CommitOperationDelete(name) for name in stale), *(CommitOperationAdd(name, file) for name, file in staged.files.items())],

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from jacobi_hf.hub_cards import generate_model_card, model_card_cells
 from jacobi_hf.hub_cards.cells import FORMATS, resolve
-from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts
+from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Quality
 from tests.hub_cards.documents import document, tables, training
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_qwen3"
@@ -238,3 +238,12 @@ def test_a_file_that_is_no_document_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"results.json is no document of results"):
         generate_model_card(path, **LICENSED)
+
+
+def test_a_quality_without_a_value_is_named():
+    results = document()
+    broken = Quality(metric="exact_match", value=float("nan"), low=0.0, high=1.0, samples=4)
+    first = results.measurements[0].model_copy(update={"quality": broken})
+    results = results.with_measurements([first, *results.measurements[1:]])
+    with pytest.raises(ValueError, match=r"measurements\.0\.quality, which is no quality"):
+        generate_model_card([results], **LICENSED)
