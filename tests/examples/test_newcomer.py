@@ -64,3 +64,9 @@ def test_the_table_has_every_command_and_what_came_out(newcomer):
     assert written.endswith("after\n")
     assert "| `a b` | 50 s | 25 s |\n| `c` | 90 s | 45 s |\n| together | 2.3 min | 70 s |" in written
     assert written.count("Tokens per forward") == sum(m.agreement is not None for m in stored.measurements)
+
+
+def test_the_page_shows_the_committed_run_of_its_own_commands(newcomer):
+    page, results = newcomer.PAGE.read_text(encoding="utf-8"), newcomer.Results.read(newcomer.DOCUMENT)
+    assert [cost.name for cost in results.costs] == [line for line in newcomer.commands(page) if not line.startswith(newcomer.UNTIMED)]
+    assert newcomer.with_table(page, results) == page
