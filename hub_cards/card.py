@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from jinja2 import FunctionLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from jacobi_hf import __version__
+from jacobi_hf._version import __version__
 from jacobi_hf.hub_cards import escape
 from jacobi_hf.hub_cards.benchmark import Selection, benchmark, highlights, places, rows_of, setting
 from jacobi_hf.hub_cards.cells import Cell, Document, read_documents

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jacobi_hf import __version__
+from jacobi_hf._version import __version__
 
 FOLDER = "custom_generate"
 # One comparison a line: transformers checks no more than that.
