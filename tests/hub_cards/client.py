@@ -13,26 +13,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-
-class Without:
-    """A finder that finds no jacobi_hf."""
-
-    def __init__(self, finder: Any) -> None:
-        self._finder = finder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._finder, name)
-
-    def find_spec(self, name: str, *arguments: Any) -> Any:
-        return None if name.partition(".")[0] == "jacobi_hf" else self._finder.find_spec(name, *arguments)
-
+from without import Without
 
 if sys.argv[1] == "without":
     sys.meta_path[:] = map(Without, sys.meta_path)
     assert importlib.util.find_spec("jacobi_hf") is None
 
-import torch  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,

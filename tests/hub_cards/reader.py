@@ -14,25 +14,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from without import Without
 
 torch.set_num_threads(1)
-
-
-class Without:
-    """A finder that finds no jacobi_hf."""
-
-    def __init__(self, finder: Any) -> None:
-        self._finder = finder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._finder, name)
-
-    def find_spec(self, name: str, *arguments: Any) -> Any:
-        return None if name.partition(".")[0] == "jacobi_hf" else self._finder.find_spec(name, *arguments)
 
 
 def examples(repo_id: str) -> list[str]:
