@@ -61,7 +61,7 @@ def main(
     try:
         for kind in ("checkpoint", "forced", *(["drafter"] if drafter else [])):
             publish(kind, user, dry_run, private=private, create_pr=create_pr)
-    except (FolderError, PushError, ValueError) as error:
+    except (FolderError, PushError, OSError, ValueError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
 

@@ -136,9 +136,8 @@ def _selection(
 
 
 def _python(value: str) -> str:
-    """A string as it is written in an example."""
-    shown = escape.line(value)
-    return (json.dumps(shown) if shown.isascii() else ascii(shown)).replace("`", r"\x60")  # three of them would end the example
+    """A string as it is written in an example: on one line, whatever it holds."""
+    return (json.dumps(value) if value.isascii() else ascii(value)).replace("`", r"\x60")  # three of them would end the example
 
 
 def _link(name: str) -> str:

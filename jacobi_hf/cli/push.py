@@ -22,6 +22,9 @@ def push(
     results: Annotated[list[Path] | None, typer.Option(help="JSON file of measured results; may be given several times.")] = None,
     plots: Annotated[list[Path] | None, typer.Option(help="Picture; may be given several times.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository that an adapter or drafter was made for.")] = None,
+    license: Annotated[str | None, typer.Option(help="For a card that has to be written; inherited if the base's says it.")] = None,  # noqa: A002
+    language: Annotated[str | None, typer.Option(help="For such a card: code of a language, such as en.")] = None,
+    datasets: Annotated[list[str] | None, typer.Option(help="For such a card: Hub data set; may be given several times.")] = None,
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private; as your account says when not given.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
@@ -42,8 +45,8 @@ def push(
         try:
             pushed = push_to_hub(
                 folder, repo_id, card=None if card is None else card.read_text(encoding="utf-8"), results=results or (), plots=plots or (),
-                base_model=base_model, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message,
-                dry_run=dry_run,
+                base_model=base_model, license=license, language=language, datasets=datasets or (), private=private, revision=revision,
+                create_pr=create_pr, commit_message=commit_message, dry_run=dry_run,
             )  # fmt: skip
         except PushError as error:
             raise ValueError(str(error)) from error

@@ -247,3 +247,10 @@ def test_a_quality_without_a_value_is_named():
     results = results.with_measurements([first, *results.measurements[1:]])
     with pytest.raises(ValueError, match=r"measurements\.0\.quality, which is no quality"):
         generate_model_card([results], **LICENSED)
+
+
+@pytest.mark.parametrize("prompt", ["def f(x):\n    return x", 'a\ttab, "quotes", `ticks` and \\ back\u2028slash', "```\n# heading"])
+def test_examples_hold_the_prompt_as_it_was_given(prompt):
+    (first, *_) = snippets(str(generate_model_card([], prompt=prompt, **LICENSED)))
+    constants = {node.value for node in ast.walk(ast.parse(first)) if isinstance(node, ast.Constant)}
+    assert prompt in constants

@@ -78,7 +78,21 @@ def test_options_reach_push_to_hub(asked, folder, tmp_path):
         "--revision",
         "v2",
     ]
-    more = ["--create-pr", "--commit-message", "better", "--card", str(card)]
+    more = [
+        "--license",
+        "mit",
+        "--language",
+        "en",
+        "--datasets",
+        "u/a",
+        "--datasets",
+        "u/b",
+        "--create-pr",
+        "--commit-message",
+        "better",
+        "--card",
+        str(card),
+    ]
     result = run(app, ["push", str(folder), "user/name", *options, *more])
     assert result.exit_code == 0, result.output
     assert asked == [
@@ -87,7 +101,8 @@ def test_options_reach_push_to_hub(asked, folder, tmp_path):
             "user/name",
             {
                 "card": CARD, "results": [Path("a.json"), Path("b.json")], "plots": [Path("c.png")], "base_model": "u/base",
-                "private": False, "revision": "v2", "create_pr": True, "commit_message": "better", "dry_run": None,
+                "license": "mit", "language": "en", "datasets": ["u/a", "u/b"], "private": False,
+                "revision": "v2", "create_pr": True, "commit_message": "better", "dry_run": None,
             },
         )
     ]  # fmt: skip
