@@ -114,6 +114,11 @@ class JacobiStaticCache(StaticCache):
         self._step.slot_BQ = self.lengths_B[:, None] + self.column_C[:slots]
         self._step.column_S = column_S
 
+    @property
+    def slot_BQ(self) -> torch.Tensor:
+        """The places that the opened step's slots are written to."""
+        return self._step.slot_BQ
+
     def commit(self, counts_B: torch.Tensor, slot_BN: torch.Tensor | None = None) -> None:
         """Keep `counts_B` of the written slots per row.
 

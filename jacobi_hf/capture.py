@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -115,12 +117,12 @@ class Captured:
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
         """One step; it reads the cache in few lengths, since each is a recording of its own."""
         column_S = step.cache.column_C[: rounded_up(len(column_S))]
         kind = len(column_S), self._steps.kind(step, selector, widths)
-        work = partial(self._steps.run, step, forward, selector, widths, layout, column_S, text_columns, some_halted=some_halted)
+        work = partial(self._steps.run, step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over)
         known = self._recordings
         if kind not in known.replays:
             known.graphs.warm_up(work)
@@ -146,18 +148,37 @@ def switches_of(model: Any) -> tuple[Any, ...]:
 
 
 def _switches(module: torch.nn.Module) -> tuple[Any, ...]:
-    """Numbers and strings that a module has, and collections of such (the names of active adapters, their scales)."""
-    own = [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
-    return type(module), module.training, repr([value for value in own if _is_plain(value)])
+    """What a module's attributes are, as far as they are no modules, and the kinds of its weights."""
+    own = [(name, _told(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    weights = [_kind_of(weight) for weight in (*module._parameters.values(), *module._buffers.values())]
+    return type(module), module.training, repr(own), repr(weights)
 
 
-def _is_plain(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else (value,)
-    return all(part is None or isinstance(part, _PLAIN) for part in parts)
+def _told(value: Any) -> Any:
+    """Numbers, strings and the like as they are, also in collections (the names of active adapters, their scales); which function, where
+    one was put in a method's place; of anything else what kind of thing it is.
+    """
+    if value is None or isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return [(_told(key), _told(part)) for key, part in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value), [_told(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return _kind_of(value)
+    return id(value) if isinstance(value, _FUNCTIONS) else type(value)
+
+
+def _kind_of(weight: torch.Tensor | None) -> Any:
+    if weight is None:
+        return None
+    strides = weight.stride() if weight.layout == torch.strided else None
+    return type(weight), weight.dtype, tuple(weight.shape), weight.layout, strides, weight.device, weight.requires_grad
 
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
-_PLAIN = (bool, int, float, str)
+_PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device)
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial)
 
 
 def _address(weight: torch.Tensor) -> int:

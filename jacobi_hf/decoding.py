@@ -37,10 +37,9 @@ class Plan:
     generated: list[int]
     widths: list[int]
     at_eos: list[bool]
-    counts: list[int]
     best: list[int]
     confirmed_in_window: list[int]
-    branches: list[list[int]]  # valid tokens of each branch of the next step
+    branches: list[list[int]]  # of each branch of the next step its valid tokens
 
 
 class Reach:
@@ -69,7 +68,7 @@ class Launched:
         slots: of its forward.
         tokens: most that it adds to a row.
         verified: guesses of the window that it verifies at most.
-        report: waits for the step and reads `Step.report_BN` as it was behind it.
+        report: waits for the step and reads `Step.report_N` as it was behind it.
         drafts: what it verifies, where somebody watches.
     """
 
@@ -127,7 +126,7 @@ class Decoder:
         )  # fmt: skip
         self._launched: deque[Launched] = deque()
         self._running = [True] * batch
-        self._plan = Plan([0] * batch, [0] * batch, [False] * batch, [0] * batch, [0] * batch, [0] * batch, [[0] * len(step.names)] * batch)
+        self._plan = Plan([0] * batch, [0] * batch, [False] * batch, [0] * batch, [0] * batch, [[0] * batch] * len(step.names))
         self.stats = JacobiStats(new_tokens=[0] * batch, row_forwards=[0] * batch)
         # Per row and step: row, tokens before and behind it, name of the segment, guesses confirmed. Counted at the end, since a
         # criterion may end a row within what an earlier step accepted.
@@ -197,9 +196,9 @@ class Decoder:
         names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
         drafts = drafts_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
         if self._wants_tokens_alone:
-            some_halted, text_columns = bool(self._lag) or any(self._plan.at_eos), self._text_columns(layout)
+            some_over, text_columns = bool(self._lag) or self._some_over(), self._text_columns(layout)
             self._draw(layout)
-            self._execution.run(self._step, self._forward, self._selector, widths, layout, column_S, text_columns, some_halted=some_halted)
+            self._execution.run(self._step, self._forward, self._selector, widths, layout, column_S, text_columns, some_over=some_over)
         else:
             slots = self._step.slots(widths, layout)
             self._settle(slots, self._forward(slots.token_BQ, None, layout, column_S, None))
@@ -210,7 +209,7 @@ class Decoder:
         """As much of the window and of each branch as some active row uses."""
         plan, active = self._plan, self._active_rows()
         starts = self._step.starts
-        used = tuple(max(0, max(plan.branches[row][c] for row in active) - start) for c, start in enumerate(starts))
+        used = tuple(max(0, max(lengths[row] for row in active) - start) for lengths, start in zip(plan.branches, starts, strict=True))
         return self._sent(max(plan.widths[row] for row in active), used)
 
     def _sent(self, window: int, branches: tuple[int, ...]) -> Widths:
@@ -232,6 +231,10 @@ class Decoder:
         """Rows that the next step moves on: the unfinished, and with `fills` all."""
         return [row for row, halted in enumerate(self._plan.at_eos) if self._fills or not halted]
 
+    def _some_over(self) -> bool:
+        """Whether a row has halted, or has all its tokens."""
+        return any(self._plan.at_eos) or max(self._plan.generated) >= self._frontier.limit
+
     def _untold(self) -> int:
         """Tokens that a row may have more than the host knows of."""
         return sum(step.tokens for step in self._launched)
@@ -243,14 +246,14 @@ class Decoder:
 
     def _settle(self, slots: Slots, logits_BQV: torch.Tensor) -> None:
         """Everything behind the forward: select, accept, commit, redraft."""
-        step, selector, layout, plan = self._step, self._selector, slots.layout, self._plan
-        some_halted = any(plan.at_eos)
+        step, selector, layout = self._step, self._selector, slots.layout
+        some_over = self._some_over()
         if selector.is_vectorised:
             scores_BQV = logits_BQV if selector.is_argmax else selector.scores(logits_BQV, layout, slots.token_BQ)
-            verdict = step.accept(slots, scores_BQV, self._noise(layout), some_halted=some_halted)
+            verdict = step.accept(slots, scores_BQV, self._noise(layout), some_over=some_over)
         else:
             scores_BQV, verdict = logits_BQV, self._accept_one_by_one(logits_BQV, slots)
-        step.advance(slots, verdict, self._text_columns(layout), some_halted=some_halted)
+        step.advance(slots, verdict, self._text_columns(layout), some_over=some_over)
         if selector.is_vectorised:
             selector.commit(verdict.run_BD, verdict.count_B)
             self._record(self._scores, scores_BQV, verdict)
@@ -316,7 +319,8 @@ class Decoder:
         path_BD = layout.path_SD[best_B]
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         count_B = torch.full_like(row_B, depth + 1)
-        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, choice_BQ.gather(1, path_BD), count_B, halted_B, logits_BQV)
+        run_BD = choice_BQ.gather(1, path_BD)
+        return Verdict(choice_BQ, agrees_BSD, accepted_BS, accepted_BS[:, 0], best_B, path_BD, run_BD, count_B, halted_B, logits_BQV)
 
     def _record(self, scores: Scores | None, value_BQV: torch.Tensor, verdict: Verdict) -> None:
         if scores is None:
@@ -326,8 +330,8 @@ class Decoder:
 
     def _launch(self, names: list[str], slots: int, tokens: int, verified: int, drafts: tuple[Draft, ...] = ()) -> None:
         """Send for the report of the step that was just handed to the device."""
-        report_BN = self._step.report_BN
-        report = report_of(report_BN) if self._lag else lambda: report_BN
+        report_N = self._step.report_N
+        report = report_of(report_N) if self._lag else lambda: report_N
         self._launched.append(Launched(names, slots, tokens, verified, report, drafts))
 
     def _tell(self, *, waiting: int) -> None:
@@ -343,14 +347,12 @@ class Decoder:
     def _take(self, launched: Launched) -> None:
         """One step's report: statistics, criteria and streamer, what the next step needs."""
         step, former = self._step, self._plan
-        rows = launched.report().tolist()
-        generated, widths, at_eos, counts, best, in_window, broken = (
-            list(column) for column in zip(*(row[: step.REPORTED] for row in rows), strict=True)
+        numbers, batch = launched.report().tolist(), len(self._running)
+        generated, widths, at_eos, best, in_window, broken, *branches = (
+            numbers[first : first + batch] for first in range(0, len(numbers), batch)
         )
         check_samples(any(broken))
-        self._plan = plan = Plan(
-            generated, widths, [bool(e) for e in at_eos], counts, best, in_window, [row[step.REPORTED :] for row in rows]
-        )
+        self._plan = plan = Plan(generated, widths, [bool(e) for e in at_eos], best, in_window, branches)
         frontier = self._frontier
         if frontier.is_one_by_one and self._selector.is_vectorised:
             frontier.take(step.text_BL, step.start_B, plan.generated)
@@ -371,7 +373,8 @@ class Decoder:
             if not names:  # the prefill
                 continue
             name = names[self._plan.best[row]]
-            self._runs.append((row, former.generated[row], self._plan.generated[row], name, self._plan.counts[row] - 1))
+            first, last = former.generated[row], self._plan.generated[row]
+            self._runs.append((row, first, last, name, last - first - 1))
             stats.drafted += former.widths[row]
             stats.verified += min(former.widths[row], launched.verified)
             stats.drafted_confirmed += self._plan.confirmed_in_window[row]
@@ -383,23 +386,21 @@ class Decoder:
         for row in rows:
             end = self._frontier.ended[row]
             assert end is not None
-            for lengths_B in (self._cache.lengths_B, step.length_B, step.generated_B):
-                lengths_B[row] -= generated[row] - end
-            step.halted_B[row] = True
+            step.take_back(row, generated[row] - end)
             self._selector.recount(row, self._frontier.output(row))
             generated[row], at_eos[row] = end, True
         step.measure()
-        branches = [[0] * len(row) if on else row for row, on in zip(plan.branches, at_eos, strict=True)]
+        branches = [[0 if on else length for length, on in zip(lengths, at_eos, strict=True)] for lengths in plan.branches]
         self._plan = replace(plan, generated=generated, widths=step.width_B.tolist(), at_eos=at_eos, branches=branches)
 
 
-def report_of(report_BN: torch.Tensor) -> Callable[[], torch.Tensor]:
+def report_of(report_N: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begin to copy a report to the host; what is returned waits for it."""
-    if report_BN.device.type != "cuda":
-        copied = report_BN.to("cpu", copy=True)
+    if report_N.device.type != "cuda":
+        copied = report_N.to("cpu", copy=True)
         return lambda: copied
-    pinned, arrived = report_BN.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(report_BN.device))
+    pinned, arrived = report_N.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(report_N.device))
 
     def wait() -> torch.Tensor:
         arrived.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,8 @@ from jacobi_hf.capture import GRAPHS, Captured, switches_of
 from jacobi_hf.step import Widths, candidate_sources
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import CompileConfig
 
     from jacobi_hf.arena import Arena
@@ -53,7 +56,7 @@ class Execution(Protocol):
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
         """One step; see `Step.run`."""
 
@@ -69,11 +72,11 @@ class Eager:
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
         """One step; see `Step.run`."""
         may_look = column_S.device.type == "cpu"  # at the host's own memory
-        step.run(forward, selector, widths, layout, column_S, text_columns, some_halted=some_halted, may_look=may_look)
+        step.run(forward, selector, widths, layout, column_S, text_columns, some_over=some_over, may_look=may_look)
 
 
 class WholeSteps:
@@ -107,9 +110,9 @@ class WholeSteps:
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
-        """One step; `text_columns` and `some_halted` are not looked at, so that they change nothing in what is compiled or recorded."""
+        """One step; `text_columns` and `some_over` are not looked at, so that they change nothing in what is compiled or recorded."""
         step.run(forward, selector, widths, layout, column_S)
 
 
@@ -140,7 +143,7 @@ class Compiled(WholeSteps):
 
     def run(
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        text_columns: int, *, some_halted: bool,
+        text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
         """One step."""
         kind = self.kind(step, selector, widths)
@@ -148,7 +151,7 @@ class Compiled(WholeSteps):
             for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
                 del self._known[oldest]
             function = of_its_own(_whole_step)
-            self._known[kind] = torch.compile(function, **self._how, fullgraph=True, dynamic=False)
+            self._known[kind] = torch.compile(function, **_with_fewer_guards(**self._how), fullgraph=True, dynamic=False)
             self.compiled += 1
         if not self._is_marked:
             _mark_lengths(step)
@@ -158,6 +161,27 @@ class Compiled(WholeSteps):
         self._known[kind](step, forward, selector, widths, layout, column_S)
 
 
+def _with_fewer_guards(backend: Any, mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `torch.compile` that ask for the same, with `_checked_in_every_step` where it can be told."""
+    if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe") or (mode is not None and backend != "inductor"):
+        return {"backend": backend, "mode": mode, "options": options}
+    # Mode and options cannot both be given, and a mode is a name for some options.
+    of_mode = torch._inductor.list_mode_options(mode) if mode is not None else {}
+    return {"backend": backend, "options": {"guard_filter_fn": _checked_in_every_step, **of_mode, **(options or {})}}
+
+
+def _checked_in_every_step(guards: Sequence[Any]) -> Sequence[bool]:
+    """Which guards of a compiled step stay: all but those on modules and weights that `switches_of` tells apart once in a call.
+
+    They are a third of them and take more than half of the time of all, which is more than all that is behind the forward takes.
+    """
+    return [not (guard.guard_type in _OF_SWITCHES and _SWITCH.fullmatch(guard.name)) for guard in guards]
+
+
+_OF_SWITCHES = {"TYPE_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "TENSOR_MATCH"}
+# By name: a module of the model, one of its weights, or an attribute and what is in it, but for what hangs on other objects.
+_WEIGHT, _ATTRIBUTE = r"\._(parameters|buffers)\['\w+'\]", r"\.(?!config\b|_\w*hooks\b)\w+(\[[^.]+\])*"
+_SWITCH = re.compile(rf"(L\['forward'\]|forward)\._model(\._modules\['\w+'\])*({_WEIGHT}|{_ATTRIBUTE})?")
 MOST_COMPILED = 128  # steps that are kept for a model
 # Modes of inductor in which it captures CUDA graphs, and what they are without: we capture the whole step ourselves.
 CAPTURING_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -185,6 +209,7 @@ def _mark_lengths(step: Step) -> None:
     """Tell the compiler which sizes change from call to call: those that follow from the lengths of prompt and output."""
     torch._dynamo.mark_dynamic(step.text_BL, 1)
     torch._dynamo.mark_dynamic(step.window.scattered_T, 0)
+    torch._dynamo.mark_dynamic(step.window.end_T, 0)
     torch._dynamo.mark_dynamic(step.cache.column_C, 0)
     for layer in step.cache.layers:
         torch._dynamo.mark_dynamic(layer.keys, 2)

@@ -161,23 +161,25 @@ def mask_table(layout: Layout, groups: int, dtype: torch.dtype) -> torch.Tensor:
         groups: query heads per key/value head.
 
     Returns:
-        additive `(groups * Q, Q + 2)`: the first column stands for all that are cached, then one for each slot, the last one for all
-        behind the slots.
+        additive `(groups * Q, Q + 1)`: one column for each slot, of which the first, that every slot sees, stands for all that are cached
+        too, and one for all behind the slots.
     """
     key = (groups, dtype)
     if key not in layout.tables:
         device = layout.depth_Q.device
-        columns = torch.arange(layout.slots + 2, device=device)
-        allowed_QX = attention_mask(layout, torch.ones(1, dtype=torch.long, device=device), columns)[0, 0]
+        columns = torch.arange(layout.slots + 1, device=device)
+        allowed_QX = attention_mask(layout, torch.zeros(1, dtype=torch.long, device=device), columns)[0, 0]
         layout.tables[key] = torch.where(allowed_QX, 0.0, float("-inf")).to(dtype).repeat(groups, 1)
     return layout.tables[key]
 
 
 def mask_from_table(table_QX: torch.Tensor, lengths_B: torch.Tensor, column_S: torch.Tensor) -> torch.Tensor:
     """`attention_mask` by looking it up in `mask_table`: additive `(B, 1, groups * Q, S)`."""
-    place_BS = (column_S - (lengths_B[:, None] - 1)).clamp_(0, table_QX.shape[1] - 1)
-    mask_QBS = table_QX.index_select(1, place_BS.flatten()).view(-1, *place_BS.shape)
-    return mask_QBS.transpose(0, 1).contiguous()[:, None]
+    place_BS = (column_S - lengths_B[:, None]).clamp_(0, table_QX.shape[1] - 1)
+    mask_QN = table_QX.index_select(1, place_BS.view(-1))
+    if place_BS.shape[0] == 1:
+        return mask_QN.view(1, 1, *mask_QN.shape)
+    return mask_QN.view(-1, *place_BS.shape).transpose(0, 1).contiguous()[:, None]
 
 
 def block_mask(layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, sliding_window: int | None = None) -> BlockMask:

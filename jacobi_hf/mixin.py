@@ -342,13 +342,14 @@ class _Forward:
         column_S: torch.Tensor,
         keep_BN: torch.Tensor | None,
     ) -> dict[str, Any]:
-        """What the model is called with."""
+        """What the model is called with, the cache's step being open."""
         lengths_B = self._cache.lengths_B
+        position_BQ = self._cache.slot_BQ if layout.is_chain else lengths_B[:, None] + layout.depth_Q
         return {
             "input_ids": None if token_BQ is None else token_BQ.to(self._device),
             "inputs_embeds": embeds_BQH,
             "attention_mask": self._masks.of_step(layout, lengths_B, column_S),
-            "position_ids": (lengths_B[:, None] + layout.depth_Q).clamp(max=self._last).to(self._device),
+            "position_ids": position_BQ.clamp(max=self._last).to(self._device),
             "past_key_values": self._cache,
             "use_cache": True,
             "logits_to_keep": 0 if keep_BN is None else keep_BN.to(self._device),

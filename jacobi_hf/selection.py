@@ -26,8 +26,8 @@ SCORE_ONLY = tuple(
         "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     )
 )  # fmt: skip
-# Of a vocabulary of so many ids or more, the greatest score is looked for in blocks.
-BLOCKED_FROM, BLOCK = 16384, 128
+# Among so many scores or more, the greatest of each slot is looked for in blocks.
+BLOCKED_FROM, BLOCK = 1 << 15, 128
 # Attributes of theirs that only enter arithmetic, and those that matter for prompts alone.
 VALUES = ("temperature", "penalty", "top_p", "min_p", "mass", "epsilon")
 OF_PROMPTS = ("prompt_ignore_length", "logits_indices", "cu_seq_lens_q")
@@ -103,11 +103,10 @@ class FixedNoise:
 def best(scores: torch.Tensor) -> torch.Tensor:
     """Index of the first largest score along the last dimension, as `argmax` gives it.
 
-    On the CPU `argmax` and `max` with indices go through a vocabulary one by one, `amax` does not: of a large one the block with the
-    largest score is found first, in a sixth of the time.
+    On the CPU `argmax` and `max` with indices go through a vocabulary one by one, `amax` does not: where there are many scores the block
+    with the largest one is found first, in down to a sixth of the time.
     """
-    size = scores.shape[-1]
-    if scores.device.type != "cpu" or size < BLOCKED_FROM or size % BLOCK or torch.compiler.is_compiling():
+    if scores.device.type != "cpu" or scores.numel() < BLOCKED_FROM or scores.shape[-1] % BLOCK or torch.compiler.is_compiling():
         return scores.max(-1).indices  # in bfloat16 on the CPU six times as fast as argmax
     blocks = scores.unflatten(-1, (-1, BLOCK))
     block = blocks.amax(-1).max(-1, keepdim=True).indices
@@ -280,15 +279,15 @@ def confirmed(
         length_BS: valid guesses of each segment.
 
     Returns:
-        `(agrees_BSD, accepted_BS)`: agreement of each segment's guess at depths 1..D, and the length of its confirmed prefix.
+        `(agrees_BSD, accepted_BS)`: agreement of each segment's guess at depths 1..D, valid or not, and the length of its confirmed
+        prefix of valid guesses.
     """
     if layout.is_chain:
-        guess_BSD, chosen_BSD = token_BQ[:, None, 1:], choice_BQ[:, None, :-1]
+        agrees_BSD = (token_BQ[:, 1:] == choice_BQ[:, :-1])[:, None]
     else:
-        guess_BSD, chosen_BSD = token_BQ[:, layout.path_SD[:, 1:]], choice_BQ[:, layout.path_SD[:, :-1]]
-    agrees_BSD = (guess_BSD == chosen_BSD) & (layout.offset_D[1:] <= length_BS[..., None])
-    if not agrees_BSD.shape[-1]:
+        agrees_BSD = token_BQ[:, layout.path_SD[:, 1:]] == choice_BQ[:, layout.path_SD[:, :-1]]
+    deepest = agrees_BSD.shape[-1]
+    if not deepest:
         return agrees_BSD, torch.zeros_like(length_BS)
     # The place of the first guess that does not agree; behind the last one where all do.
-    place_D = layout.offset_D[:-1].expand_as(agrees_BSD)
-    return agrees_BSD, place_D.masked_fill(agrees_BSD, layout.offset_D.shape[0] - 1).amin(-1)
+    return agrees_BSD, torch.minimum(torch.where(agrees_BSD, deepest, layout.offset_D[:-1]).amin(-1), length_BS)

@@ -85,7 +85,7 @@ class Verdict:
 
     Attributes:
         choice_BQ: the model's token at every slot.
-        agrees_BSD, accepted_BS: as `selection.confirmed` returns them.
+        agrees_BSD, accepted_BS: as `selection.confirmed` returns them; in_window_B: accepted in the window.
         best_B: the segment that each row follows.
         path_BD: its slots by depth.
         run_BD: the choices along it, of which the first `count_B` are committed.
@@ -97,6 +97,7 @@ class Verdict:
     choice_BQ: torch.Tensor
     agrees_BSD: torch.Tensor
     accepted_BS: torch.Tensor
+    in_window_B: torch.Tensor
     best_B: torch.Tensor
     path_BD: torch.Tensor
     run_BD: torch.Tensor
@@ -139,13 +140,13 @@ class Step:
         halted_B: rows behind their end token.
         text_BL: prompt and new tokens without pads, of which `length_B` count; new ones begin at `start_B`, the last one is pending.
         width_B, token_BCL, length_BC: valid guesses of the window; tokens and valid lengths of the branches, per source.
-        report_BN: what the host is told after a step: new tokens, guesses of the next window, whether the row's last token ends it,
-            tokens committed, segment followed, guesses confirmed in the window, whether sampling broke, valid tokens of each branch.
+        report_N: what the host is told after a step, a number for each row of: new tokens, guesses of the next window, whether the row's
+            last token ends it, segment followed, guesses confirmed in the window, whether sampling broke, valid tokens of each branch.
         names, starts: of each branch, its source and the guesses of the window that it follows.
         depths: D of the greatest step.
     """
 
-    REPORTED = 7  # columns of a report before those of the branches
+    REPORTED = 6  # kinds of numbers in a report before those of the branches
 
     def __init__(self, config: JacobiConfig, cache: JacobiStaticCache, columns: int) -> None:
         device, batch = cache.lengths_B.device, len(cache.lengths_B)
@@ -164,7 +165,7 @@ class Step:
         self.text_BL = zeros(batch, columns + self.depths)
         self._branches = [(zeros(batch, s.branches, s.length), zeros(batch, s.branches)) for s in self.sources]
         self._limit, self._last, self._pad, self._eos_E, self._fills = zeros(), zeros(), zeros(), zeros(0), False
-        self.report_BN = zeros(batch, self.REPORTED + len(self.names))
+        self.report_N = zeros((self.REPORTED + len(self.names)) * batch)
 
     def open(self, prompt: Prompt, limit: int, pad: int, eos_E: torch.Tensor, *, fills: bool) -> None:
         """Begin a call.
@@ -189,7 +190,7 @@ class Step:
     @property
     def pending_B1(self) -> torch.Tensor:
         """The last token of each row, which the cache does not hold yet."""
-        return self.text_BL.gather(1, self.length_B[:, None] - 1)
+        return self.window.front_BX[:, :1]
 
     @property
     def kind(self) -> tuple[int, int, bool]:
@@ -198,28 +199,28 @@ class Step:
 
     def run(
         self, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
-        text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False,
+        text_columns: int | None = None, *, some_over: bool = True, may_look: bool = False,
     ) -> None:  # fmt: skip
         """A whole step of a call that wants its tokens alone.
 
         Args:
             forward, layout, column_S: as in `Decoder`, for `widths.layout`.
             selector: vectorised; with the noise of every slot's new-token index, to sample.
-            text_columns, some_halted, may_look: as in `advance`.
+            text_columns, some_over, may_look: as in `advance`.
         """
         slots = self.slots(widths, layout)
         scores_BQV = forward(slots.token_BQ, None, layout, column_S, None)
         if selector.processors:
             scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
         noise_BQV = None if selector.noise is None else selector.noise.at(self.generated_B[:, None] + layout.depth_Q)
-        verdict = self.accept(slots, scores_BQV, noise_BQV, some_halted=some_halted)
-        self.advance(slots, verdict, text_columns, some_halted=some_halted, may_look=may_look)
+        verdict = self.accept(slots, scores_BQV, noise_BQV, some_over=some_over)
+        self.advance(slots, verdict, text_columns, some_over=some_over, may_look=may_look)
         selector.commit(verdict.run_BD, verdict.count_B)
 
     def slots(self, widths: Widths, layout: Layout) -> Slots:
-        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.layout`."""
-        draft_BW = self.window.draft_BW
-        tokens = [self.pending_B1, draft_BW[:, : widths.window]]
+        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.layout`. May be a view of the window."""
+        front_BX = self.window.front_BX
+        tokens = [front_BX[:, : 1 + widths.window]]
         lengths = [self.width_B.clamp(max=widths.window) if widths.noisy else self.width_B]
         branches = [(token_BCL[:, c], length_BC[:, c]) for token_BCL, length_BC in self._branches for c in range(token_BCL.shape[1])]
         for (token_BL, length_B), used in zip(branches, widths.branches, strict=True):
@@ -227,19 +228,23 @@ class Step:
                 tokens.append(token_BL[:, :used])
                 lengths.append(length_B)
         if widths.noisy:
-            tokens.append(draft_BW[:, : widths.noisy])
+            tokens.append(front_BX[:, 1 : 1 + widths.noisy])
             lengths.append(self.width_B)
-        return Slots(layout, torch.cat(tokens, 1), torch.stack(lengths, 1) if len(lengths) > 1 else self.width_B[:, None])
+        if len(tokens) == 1:
+            return Slots(layout, tokens[0], self.width_B[:, None])
+        return Slots(layout, torch.cat(tokens, 1), torch.stack(lengths, 1))
 
-    def accept(self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_halted: bool = True) -> Verdict:
+    def accept(self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_over: bool = True) -> Verdict:
         """All slots at once; the segment with the longest confirmed prefix wins."""
         layout = slots.layout
         choice_BQ, broken_BQ, merit_BQV = pick(scores_BQV, noise_BQV)
-        if some_halted:
+        if some_over:
             choice_BQ = torch.where(self.halted_B[:, None], self._pad, choice_BQ)
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
+        in_window_B = accepted_BS[:, 0]
         if layout.contenders == 1:
-            best_B, path_BD, accepted_B = self._none_B, layout.path_SD[:1], accepted_BS[:, 0]
+            best_B, accepted_B = self._none_B, in_window_B
+            path_BD = layout.path_SD if layout.is_chain else layout.path_SD[:1]
             run_BD = choice_BQ if layout.is_chain else choice_BQ[:, layout.path_SD[0]]
         else:
             # Of equals the window wins: nothing has to be moved.
@@ -248,20 +253,21 @@ class Step:
             path_BD = layout.path_SD[best_B]
             run_BD = choice_BQ.gather(1, path_BD)
             accepted_B = accepted_BS.gather(1, best_B[:, None])[:, 0]
-        count_B, at_eos_B = self._cut(run_BD, accepted_B + 1, layout.offset_D, some_halted=some_halted)
+        count_B, at_eos_B = self._cut(run_BD, accepted_B + 1, layout.offset_D, some_over=some_over)
         broken_B = None
         if broken_BQ is not None:
             broken_BD = broken_BQ.gather(1, path_BD.expand_as(run_BD)) & (layout.offset_D < count_B[:, None])
             broken_B = broken_BD.long().amax(1)
-        return Verdict(choice_BQ, agrees_BSD, accepted_BS, best_B, path_BD, run_BD, count_B, at_eos_B, merit_BQV, broken_B)
+        return Verdict(choice_BQ, agrees_BSD, accepted_BS, in_window_B, best_B, path_BD, run_BD, count_B, at_eos_B, merit_BQV, broken_B)
 
     def _cut(
-        self, run_BD: torch.Tensor, count_B: torch.Tensor, offset_D: torch.Tensor, *, some_halted: bool
+        self, run_BD: torch.Tensor, count_B: torch.Tensor, offset_D: torch.Tensor, *, some_over: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """End the run behind its first end token and at the limit; finished rows stand still unless they are to be filled."""
-        count_B = torch.minimum(count_B, self._limit - self.generated_B)
+        if some_over:  # of rows that are not, no guess reaches beyond the limit; see `measure`
+            count_B = torch.minimum(count_B, self._limit - self.generated_B)
         at_eos_B = self.halted_B
-        if len(self._eos_E):
+        if self._eos_E.numel():
             first, *others = self._eos_E.unbind()
             is_end_BD = run_BD == first
             for end in others:
@@ -269,22 +275,22 @@ class Step:
             # Reductions of integers: inductor writes those of bools in C++ that does not compile (torch 2.13).
             first_B = torch.where(is_end_BD, offset_D, offset_D.shape[0]).amin(1)
             ends_B = first_B < count_B
-            if some_halted:
+            if some_over:
                 ends_B = ends_B & ~self.halted_B
             count_B = torch.where(ends_B, first_B + 1, count_B)
             at_eos_B = at_eos_B | ends_B
-        if some_halted and not self._fills:
+        if some_over and not self._fills:
             count_B = count_B.masked_fill(self.halted_B, 0)
         return count_B, at_eos_B
 
     def advance(
-        self, slots: Slots, verdict: Verdict, text_columns: int | None = None, *, some_halted: bool = True, may_look: bool = False
+        self, slots: Slots, verdict: Verdict, text_columns: int | None = None, *, some_over: bool = True, may_look: bool = False
     ) -> None:
         """Make the run part of every row, draft anew, and report.
 
         Args:
             text_columns: how much of the text may be in use; all of it by default.
-            some_halted: False where the host knows that no row has halted before this step.
+            some_over: False where the host knows that before this step no row had halted, or had all its tokens.
             may_look: whether the host may be asked for a value in between, where that saves work.
         """
         run_BD, count_B = verdict.run_BD, verdict.count_B
@@ -296,40 +302,43 @@ class Step:
         generated_B = self.generated_B + count_B
         self._redraft(slots, verdict, generated_B, text_columns)
         self.generated_B.copy_(generated_B)
-        self.halted_B.copy_(verdict.at_eos_B)
-        self.measure(some_halted=some_halted)
+        if verdict.at_eos_B is not self.halted_B:
+            self.halted_B.copy_(verdict.at_eos_B)
+        self.measure(some_over=some_over)
         self._report(verdict)
 
     def _redraft(self, slots: Slots, verdict: Verdict, generated_B: torch.Tensor, text_columns: int | None) -> None:
         """The next window and the next branches."""
         window, layout = self.window, slots.layout
         drafting, width = layout.drafting, layout.lengths[layout.drafting]
-        window.append_blocks(self.generated_B, generated_B, verdict.agrees_BSD[:, drafting])
-        if layout.noisy:
-            path_W1 = layout.path_SD[drafting, : width + 1]
-            draft_BW1, choice_BW1 = slots.token_BQ[:, path_W1], verdict.choice_BQ[:, path_W1]
-        else:
-            draft_BW1, choice_BW1 = slots.token_BQ[:, : width + 1], verdict.choice_BQ[:, : width + 1]
-        drafted_B = slots.length_BS[:, drafting]
-        choices = [(choice_BW1, drafted_B)]
-        if layout.contenders > 1:
-            # The branch that was followed knows better than the window what comes behind it: the window's guesses were refuted.
+        drafted_B1 = slots.length_BS if layout.is_chain else slots.length_BS[:, drafting : drafting + 1]
+        agrees_BD = verdict.agrees_BSD[:, drafting] & (layout.offset_D[:-1] < drafted_B1) if window.waits else None
+        window.append_blocks(self.generated_B, generated_B, agrees_BD)
+        path_W1 = layout.path_SD[drafting, : width + 1] if layout.noisy else slice(width + 1)
+        choice_BW1 = verdict.choice_BQ if layout.is_chain else verdict.choice_BQ[:, path_W1]
+        choices = [(choice_BW1, drafted_B1)]
+        if layout.contenders > 1 or layout.noisy:
+            # The branch that was followed knows better than the window what comes behind it: the window's guesses were refuted. Where the
+            # window was followed, a drafter has the word behind the tokens that the model itself chose.
             known_B = slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0]
             if layout.noisy:
-                known_B = torch.where(verdict.best_B > 0, known_B, -1)  # where the window was followed, the drafter has the word
-            choices = [(verdict.run_BD, known_B), *choices]
+                known_B = torch.where(verdict.best_B > 0, known_B, verdict.count_B - 1)
+            choices = [(verdict.run_BD, known_B[:, None]), *choices]
+        if self.sources and width:
+            learnt_BW1 = choice_BW1
+            if layout.noisy:
+                # What follows a refuted guess is for the model to say, as far as it was asked; behind that the drafter's word stands.
+                verified_BW1 = layout.offset_D[: width + 1] <= slots.length_BS[:, :1]
+                learnt_BW1 = torch.where(verified_BW1, verdict.choice_BQ[:, layout.path_SD[0, : width + 1]], choice_BW1)
+            rejection = Rejection(slots.token_BQ[:, path_W1], learnt_BW1, verdict.in_window_B, drafted_B1[:, 0])
+            for source in self.sources:  # now, since the slots' tokens may be those of the window itself
+                source.learn(rejection)
+        window.redraft(generated_B, verdict.count_B, choices, self.text_BL, self.length_B)
+        if not self.sources:
+            return
         text = Text(self.text_BL if text_columns is None else self.text_BL[:, :text_columns], self.length_B)
-        window.redraft(generated_B, verdict.count_B, choices, text.ids_BL, text.length_B)
-        learnt_BW1 = choice_BW1
-        if layout.noisy and self.sources:
-            # What follows a refuted guess is for the model to say, as far as it was asked; behind that the drafter's word stands.
-            verified_BW1 = layout.offset_D[: width + 1] <= slots.length_BS[:, :1]
-            learnt_BW1 = torch.where(verified_BW1, verdict.choice_BQ[:, layout.path_SD[0, : width + 1]], choice_BW1)
-        rejection = Rejection(draft_BW1, learnt_BW1, verdict.accepted_BS[:, 0], drafted_B)
         drafts = self._drafts(slots, verdict) if any(isinstance(source, OtherChoices) for source in self.sources) else None
         for source, (token_BCL, length_BC) in zip(self.sources, self._branches, strict=True):
-            if width:
-                source.learn(rejection)
             tokens, lengths = source.propose(text, drafts)
             token_BCL.copy_(tokens)
             length_BC.copy_(lengths)
@@ -345,17 +354,19 @@ class Step:
         known_B = (slots.length_BS[:, layout.drafting] + 1 - verdict.count_B).clamp(min=0)
         return Drafts(draft_BW, likeliest_BSK[..., 1:], known_B)
 
-    def measure(self, *, some_halted: bool = True) -> None:
+    def measure(self, *, some_over: bool = True) -> None:
         """Clip window and branches to what the limit leaves room for; guesses of rows that have halted are pads."""
-        window, halted_B1 = self.window, self.halted_B[:, None]
-        width_B = (torch.minimum(window.end_B, self._last) - self.generated_B).clamp(min=0)
-        if not some_halted and not self.sources:
-            self.width_B.copy_(width_B)
+        window = self.window
+        width_B = torch.minimum(window.end_B, self._last) - self.generated_B
+        if not some_over and not self.sources:
+            torch.clamp(width_B, min=0, out=self.width_B)
             return
+        width_B, halted_B1 = width_B.clamp(min=0), self.halted_B[:, None]
         room_B = (self._last - self.generated_B).clamp(min=0)
-        if some_halted:
-            window.draft_BW.copy_(torch.where(halted_B1, self._pad, window.draft_BW))
-            width_B = torch.where(self.halted_B, room_B.clamp(max=window.draft_BW.shape[1]), width_B)
+        if some_over:
+            draft_BW = window.draft_BW
+            draft_BW.copy_(torch.where(halted_B1, self._pad, draft_BW))
+            width_B = torch.where(self.halted_B, room_B.clamp(max=draft_BW.shape[1]), width_B)
         self.width_B.copy_(width_B)
         for source, (_, length_BC) in zip(self.sources, self._branches, strict=True):
             length_BC.copy_(torch.minimum(length_BC, room_B[:, None]).masked_fill(halted_B1, 0))
@@ -363,9 +374,14 @@ class Step:
                 start_C = torch.arange(source.branches, device=room_B.device) // source.PER_GUESS
                 length_BC.masked_fill_(torch.minimum(self.width_B, room_B)[:, None] < start_C, 0)
 
+    def take_back(self, row: int, tokens: int) -> None:
+        """Halt a row in front of its last `tokens` tokens. Call `measure` behind this."""
+        for lengths_B in (self.cache.lengths_B, self.length_B, self.generated_B):
+            lengths_B[row] -= tokens
+        self.halted_B[row] = True
+        self.window.front_BX[row, 0] = self.text_BL[row, self.length_B[row] - 1]
+
     def _report(self, verdict: Verdict) -> None:
         broken_B = self._none_B if verdict.broken_B is None else verdict.broken_B
-        columns = [self.generated_B, self.width_B, self.halted_B, verdict.count_B, verdict.best_B, verdict.accepted_BS[:, 0], broken_B]
-        report_BN = torch.stack(columns, 1)
-        branches = [length_BC for _, length_BC in self._branches]
-        self.report_BN.copy_(torch.cat([report_BN, *branches], 1) if branches else report_BN)
+        numbers = [self.generated_B, self.width_B, self.halted_B.long(), verdict.best_B, verdict.in_window_B, broken_B]
+        self.report_N.copy_(torch.cat([*numbers, *(length_BC.T.flatten() for _, length_BC in self._branches)]))

@@ -18,37 +18,47 @@ class Window:
     """Guesses of a batch and the rule by which blocks are appended.
 
     Attributes:
-        draft_BW: guesses, the first for index `generated_B`; `W = K * n`.
+        front_BX: what a forward begins with, `X = 1 + W`, `W = K * n`: the pending token, then guesses, the first for index `generated_B`.
         end_B: first index behind the guesses.
+        waits: whether a block is appended only when enough of the newest one agrees.
 
-    Both keep their address. `columns` is the most new tokens of a row.
+    Both tensors keep their address. `columns` is the most new tokens of a row.
     """
 
     def __init__(self, config: JacobiConfig, batch_size: int, columns: int, device: torch.device) -> None:
         width = config.window_width
-        self._restarts = config.decoding == JACOBI
-        self._block = config.jacobi_block_size
-        self._blocks = width // self._block
-        self._needed = math.ceil(config.jacobi_activation_ratio * self._block)
-        self._offset_W, self._offset_n = torch.arange(width, device=device), torch.arange(self._block, device=device)
-        self.scattered_T = scattered(torch.arange(columns + width, device=device))
-        self.draft_BW = torch.zeros(batch_size, len(self._offset_W), dtype=torch.long, device=device)
+        self._block = n = config.jacobi_block_size
+        self._blocks = width // n
+        self._needed = math.ceil(config.jacobi_activation_ratio * n)
+        restarts = config.decoding == JACOBI
+        self.waits = bool(self._needed and self._blocks and not restarts)
+        self._offset_X, self._offset_n = torch.arange(-1, width, device=device), torch.arange(n, device=device)
+        index_T = torch.arange(columns + width, device=device)
+        self.scattered_T = scattered(index_T)
+        # The end by the number of tokens. Where decoding restarts, a finished block is followed by the next one only when the first
+        # token of that is verified.
+        self.end_T = -(-index_T // n) * n if restarts else (index_T // n + self._blocks) * n
+        self.front_BX = torch.zeros(batch_size, 1 + width, dtype=torch.long, device=device)
         self.end_B = torch.zeros(batch_size, dtype=torch.long, device=device)
 
-    def append_blocks(self, before_B: torch.Tensor, generated_B: torch.Tensor, agrees_BD: torch.Tensor) -> None:
+    @property
+    def draft_BW(self) -> torch.Tensor:
+        """The guesses, a view."""
+        return self.front_BX[:, 1:]
+
+    def append_blocks(self, before_B: torch.Tensor, generated_B: torch.Tensor, agrees_BD: torch.Tensor | None) -> None:
         """Move `end_B` on after a step that brought a row from `before_B` to `generated_B` tokens.
 
         Args:
-            agrees_BD: whether the window's guess for index `before_B + d - 1` equalled the model's choice, d = 1..D.
+            agrees_BD: whether the window's guess for index `before_B + d - 1` was there and equalled the model's choice, d = 1..D; may
+                be None unless this window `waits`.
         """
+        if not self.waits:
+            torch.index_select(self.end_T, 0, generated_B, out=self.end_B)
+            return
+        assert agrees_BD is not None
         n = self._block
-        if self._restarts:  # a finished block is followed by the next one only when the first token of that is verified
-            self.end_B.copy_(-(-generated_B // n) * n)
-            return
         front_B = generated_B // n * n
-        if self._needed == 0 or not self._blocks:
-            torch.add(front_B, self._blocks * n, out=self.end_B)
-            return
         end_B = torch.maximum(self.end_B, front_B)
         end_B = torch.where(end_B == front_B, end_B + n, end_B)
         index_Bn = end_B[:, None] - n + self._offset_n
@@ -72,19 +82,17 @@ class Window:
         """The Jacobi update: every guess becomes the model's newest choice, and what has none an id of the text so far.
 
         Args:
-            count_B: tokens committed in this step.
-            choices: `(choice_BD, length_B)`, best first: `choice_BD[:, d]` is the choice for the d-th token behind the former
-                pending one, and there is one for `d <= length_B` (in rows that still draft; the others' guesses are never used).
+            generated_B, count_B: new tokens of each row by now, and those of them that were committed in this step.
+            choices: `(choice_BD, length_B1)`, best first: `choice_BD[:, d]` is the choice for the d-th token behind the former
+                pending one, and there is one for `d <= length_B1`. That for `count_B - 1` is the new pending token; it is there in all
+                rows that have not halted (the others' are never used).
         """
-        if not len(self._offset_W):
-            return
-        depth_BW = count_B[:, None] + self._offset_W
-        draft_BW = text_BL.gather(1, self.scattered_T.take(generated_B[:, None] + self._offset_W) % text_length_B[:, None])
-        for choice_BD, length_B in reversed(choices):
-            last = choice_BD.shape[1] - 1
-            known_BW = depth_BW <= length_B[:, None]
-            draft_BW = torch.where(known_BW, choice_BD.gather(1, depth_BW.clamp(max=last)), draft_BW)
-        self.draft_BW.copy_(draft_BW)
+        depth_BX = count_B[:, None] + self._offset_X
+        front_BX = text_BL.gather(1, self.scattered_T.take(generated_B[:, None] + self._offset_X) % text_length_B[:, None])
+        for choice_BD, length_B1 in reversed(choices):
+            known_BX = depth_BX <= length_B1
+            front_BX = torch.where(known_BX, choice_BD.gather(1, depth_BX.clamp(0, choice_BD.shape[1] - 1)), front_BX)
+        self.front_BX.copy_(front_BX)
 
 
 def ids_of_the_text(index_BW: torch.Tensor, text_BL: torch.Tensor, text_length_BW: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def timed_steps(
         column_S = cache.columns(width, context)
         synchronize(device)
         started = time.perf_counter()
-        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, context + 1, some_halted=False)
+        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, context + 1, some_over=False)
         returned = time.perf_counter()
         synchronize(device)
         return time.perf_counter() - started, returned - started

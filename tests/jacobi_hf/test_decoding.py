@@ -15,14 +15,14 @@ from tests.models import fresh_model, tiny_model
 class Watched(Eager):
     """Steps as they stand, each of which finds what it needs: the host has to prepare it without knowing where rows are."""
 
-    def run(self, step, forward, selector, widths, layout, column_S, text_columns, *, some_halted):
+    def run(self, step, forward, selector, widths, layout, column_S, text_columns, *, some_over):
         deepest, new = len(layout.offset_D) - 1, int(step.generated_B.max())
         assert len(column_S) >= int(step.cache.lengths_B.max()) + layout.slots
         assert widths.window >= int(step.width_B.max())
         if selector.noise is not None:
             assert selector.noise._drawn > new + deepest
             assert len(selector.noise.ring_IBV) > new + deepest - int(step.generated_B.min())
-        super().run(step, forward, selector, widths, layout, column_S, text_columns, some_halted=some_halted)
+        super().run(step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over)
         assert text_columns >= int(step.length_B.max())
 
 

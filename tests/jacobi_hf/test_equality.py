@@ -45,7 +45,7 @@ def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict
         redraft(self, generated_B, *rest)
         index = generated_B[:, None] + torch.arange(self.draft_BW.shape[1])
         spoilt = torch.rand(index.shape, generator=generator) >= share
-        self.draft_BW = torch.where(spoilt, (truth.gather(1, index) + 1) % VOCAB, truth.gather(1, index))
+        self.draft_BW.copy_(torch.where(spoilt, (truth.gather(1, index) + 1) % VOCAB, truth.gather(1, index)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Window, "redraft", replay)

@@ -4,6 +4,7 @@ import copy
 import gc
 import shutil
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import jacobi_hf
+from jacobi_hf import execution
 from jacobi_hf.execution import cannot_compile
 from tests.models import VOCAB, fresh_model, tiny_model
 
@@ -115,6 +117,57 @@ def test_other_knobs_and_other_switches_of_the_model_are_other_steps():
     assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
     with torch.inference_mode():
         assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
+
+
+def double(name):
+    def change(layer):
+        setattr(layer.self_attn, name, 2 * getattr(layer.self_attn, name))
+
+    return change
+
+
+def patch(layer):
+    layer.mlp.forward = lambda hidden: -hidden
+
+
+def replace_module(layer):
+    layer.mlp = torch.nn.Tanh()
+
+
+def replace_weight(layer):
+    layer.mlp.up_proj.weight = torch.nn.Parameter(-2 * layer.mlp.up_proj.weight.detach())
+
+
+@pytest.mark.parametrize("change", [double("scaling"), patch, replace_module, replace_weight], ids=["number", "method", "module", "weight"])
+def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
+    """Guards on its modules are not checked in every step."""
+    model, ids = fresh_model("qwen3"), prompt(1, 5)
+    arguments, traced = {"do_sample": False, **SETTINGS["lookup alone"]}, CompileConfig(backend="eager", mode=None)
+    before = generate(model, ids, **arguments, compile_config=traced)
+    for layer in model.model.layers:
+        change(layer)
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    assert torch.equal(plain.sequences, output.sequences)
+    assert not torch.equal(before.sequences, output.sequences)
+
+
+def test_guards_on_modules_are_left_out(monkeypatch):
+    """In every step they would take longer than what is behind the forward. Their names are the compiler's: here we learn of others."""
+    guards, choose = [], execution._checked_in_every_step
+
+    def noting(found):
+        guards.extend(zip(found, choose(found), strict=True))
+        return choose(found)
+
+    monkeypatch.setattr(execution, "_checked_in_every_step", noting)
+    generate(fresh_model("qwen3"), prompt(1, 5), do_sample=False, **SETTINGS["window"], compile_config=TRACED)
+    kinds = Counter((guard.guard_type, checked) for guard, checked in guards if "self_attn" in guard.name and "hooks" not in guard.name)
+    for kind in ("TENSOR_MATCH", "TYPE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "CONSTANT_MATCH"):
+        assert kinds[kind, False] > 10 * kinds[kind, True]
+    # Of our own buffers, the cache and the compiler's global state all are checked.
+    assert {"GLOBAL_STATE", "GRAD_MODE", "SHAPE_ENV"} <= {guard.guard_type for guard, checked in guards if checked}
+    assert all(checked for guard, checked in guards if "_model" not in guard.name)
+    assert all(checked for guard, checked in guards if ".config" in guard.name)
 
 
 def test_what_is_kept_belongs_to_one_model_and_goes_with_it():

@@ -82,6 +82,7 @@ def test_redraft_takes_the_newest_choice_and_else_ids_of_the_text():
     window = make(4, 2, 0.0)
     best, plain = torch.tensor([[10, 11, 12, 12]]), torch.tensor([[20, 21, 22, 23, 24]])
     text = torch.tensor([[7, 8, 9, 0, 0]])
-    window.redraft(torch.tensor([3]), torch.tensor([2]), [(best, torch.tensor([2])), (plain, torch.tensor([4]))], text, torch.tensor([3]))
-    assert window.draft_BW[0, :3].tolist() == [12, 23, 24]
+    choices = [(best, torch.tensor([[2]])), (plain, torch.tensor([[4]]))]
+    window.redraft(torch.tensor([3]), torch.tensor([2]), choices, text, torch.tensor([3]))
+    assert window.front_BX[0, :4].tolist() == [11, 12, 23, 24]
     assert set(window.draft_BW[0, 3:].tolist()) <= {7, 8, 9}
