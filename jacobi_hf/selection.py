@@ -27,7 +27,7 @@ SCORE_ONLY = tuple(
     )
 )  # fmt: skip
 # Among so many scores or more, the greatest of each slot is looked for in blocks.
-BLOCKED_FROM, BLOCK = 1 << 15, 128
+BLOCKED_FROM, BLOCK = 1 << 16, 128
 # Attributes of theirs that only enter arithmetic, and those that matter for prompts alone.
 VALUES = ("temperature", "penalty", "top_p", "min_p", "mass", "epsilon")
 OF_PROMPTS = ("prompt_ignore_length", "logits_indices", "cu_seq_lens_q")
