@@ -5,6 +5,8 @@
 Drafts are replaced by the true continuation, so that every guess is confirmed and each step does all the work it ever does. The
 bare forward is the same module called with the very arguments of the step (tokens, mask, positions, cache) right before it, alternating
 with steps in one process; beside the compiled step, it is compiled in the same way. No candidates: their slots would be part of both.
+The overhead is the median over the steps of what each took more than its own bare forward, in parts of that: the clock of a machine that
+others share may change between two steps, seldom within one.
 """
 
 from __future__ import annotations
@@ -141,7 +143,7 @@ def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_token
         extra={
             "ms_per_step": round(step, 4),
             "ms_bare_forward": round(alone, 4),
-            "overhead": round(step / alone - 1, 4),
+            "overhead": round(statistics.median(s / b for s, b in zip(steps, bare, strict=True)) - 1, 4),
             "steps_timed": len(steps),
         },
     )

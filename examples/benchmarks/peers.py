@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/peers.py
 
 `autotune` sees other prompts of the domain than those that are timed. All ways run in one process, in turn on every prompt, several times
-over; a way's seconds are the sum of its medians per prompt. Uncompiled ways are compared with uncompiled ones, compiled with compiled.
+over; a way's seconds are the sum of its medians per prompt. Uncompiled ways are compared with uncompiled ones, compiled with compiled, and
+ours uncompiled with compiled `generate` too. The document is written after every domain of a model; `--resume` goes on where it ends.
 The draft of assisted decoding has 1.1 M parameters and was trained by the same script on the same texts (examples/tiny_qwen3/README.md).
 """
 
@@ -144,7 +145,8 @@ def measured(way: Way, contenders: list[Way], model: str, domain: str, max_new_t
     """What a way came to, and over each of transformers' own ways that runs as it does."""
     reference = contenders[0].outputs
     different = [i for i, (a, b) in enumerate(zip(reference, way.outputs, strict=True)) if a != b]
-    peers = [p for p in contenders if not p.ours and p is not way and p.decoder.compiled == way.decoder.compiled]
+    theirs = [p for p in contenders if not p.ours and p is not way]
+    peers = [p for p in theirs if p.decoder.compiled == way.decoder.compiled or (way.ours and p.decoder.name == "generate-compiled")]
     tokens = sum(map(len, way.outputs))
     return Measurement(
         decoder=way.decoder,
@@ -165,6 +167,19 @@ def measured(way: Way, contenders: list[Way], model: str, domain: str, max_new_t
     )  # fmt: skip
 
 
+def kept(path: Path, document: Results) -> list[Measurement]:
+    """What a document of an interrupted run holds.
+
+    Raises:
+        typer.BadParameter: it was measured otherwise than `document` is going to be.
+    """
+    found = Results.read(path)
+    for name in ("software", "hardware", "threads", "dtype", "device"):
+        if getattr(found, name) != getattr(document, name):
+            raise typer.BadParameter(f"{path.name} has another {name}, {getattr(found, name)}: start anew without --resume.")
+    return found.measurements
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "peers.json",
     draft: Annotated[Path, typer.Option(help="The draft model of assisted decoding.")] = common.TINY / "draft",
@@ -173,10 +188,12 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     models: Annotated[str | None, typer.Option(help="Of base, forced, base + drafter; separated by commas.")] = None,
     domains: Annotated[str | None, typer.Option(help="Domains, separated by commas.")] = None,
+    resume: Annotated[bool, typer.Option(help="Keep what the document holds, by the same code on the same machine.")] = False,
 ) -> None:
     """All models and domains, or some."""
     assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
-    measurements = []
+    document = Results.start("Ours against transformers' own ways", common.load(None)[0], "tiny")
+    measurements = kept(output, document) if resume else []
     folders = {**common.MODELS, WITH_DRAFTER: common.CHECKPOINT}
     for name in models.split(",") if models else folders:
         folder = folders[name]
@@ -185,14 +202,15 @@ def main(
             jacobi_hf.load_drafter(model, common.TINY / "drafter")
         assistant.to(model.device)
         for domain in domains.split(",") if domains else common.prompts(1):
+            if any((m.model, m.prompts.domain) == (name, domain) for m in measurements):
+                continue
             measurements += compare(model, tokenizer, assistant, name, domain, count, max_new_tokens, repeats)
+            document.with_measurements(measurements).write(output)
             for m in measurements[-9:]:
                 ahead = " ".join(f"{s.baseline} {s.factor:.2f}" for s in m.speedups)
                 equal, setting = m.agreement.identical if m.agreement else 0, m.extra.get("setting", "")
                 speed = f"{m.tokens_per_second:7.1f} tok/s TPF {m.tokens_per_forward} identical {equal}"
                 print(f"{m.model:6s} {m.prompts.domain:10s} {m.decoder.name:20s} {speed} {setting} | {ahead}")
-    model, _, _ = common.load(None)
-    Results.start("Ours against transformers' own ways", model, "tiny").with_measurements(measurements).write(output)
     print(output)
 
 
