@@ -158,7 +158,8 @@ def overhead(results: Results) -> str:
     ]
     return (
         f"## What a step costs beside its forward\n\n{setting(results)}\nDrafts replayed from the true continuation, so that every guess is confirmed; "
-        "the bare forward is the same module with the same arguments, compiled too beside the compiled step, alternating with the steps.\n\n"
+        "the bare forward is the same module with the same arguments, compiled too beside the compiled step, alternating with the steps. "
+        "Times are medians; the overhead is the median of what each step took more than its own bare forward.\n\n"
         + table(["n", "step", "mean slots", "ms per step", "ms bare forward", "overhead"], rows)
     )
 
