@@ -214,11 +214,15 @@ class GatedForcingTrainer(JacobiForcingTrainer):
             return self._measured(self._trained.base)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A drafter's folder; in checkpoints, what resuming needs as well."""
+        """A drafter's folder; in checkpoints, what resuming needs as well. Pushes where the arguments say so, as `Trainer` does."""
         if _internal_call:
             Trainer.save_model(self, output_dir, _internal_call)
+        self._save_for_others(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_for_others(self, folder: Path) -> None:
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             self._trained.drafter.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)

@@ -43,7 +43,7 @@ class Publishing:
         """Nothing is sent before `push_to_hub`.
 
         Raises:
-            ValueError: `hub_strategy` would send checkpoints while the training goes on.
+            ValueError: `hub_strategy` would send checkpoints while the training goes on, or there is no name to send to.
         """
         strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
         if self.args.push_to_hub and strategy != "end":
@@ -51,6 +51,8 @@ class Publishing:
                 f"hub_strategy={strategy!r} would send every checkpoint, the trainer's pickled state with it: use hub_strategy='end', "
                 "and call trainer.push_to_hub() when the training is over."
             )
+        if self.args.push_to_hub:
+            self._repository(None)
         self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
 
     def create_model_card(
@@ -122,8 +124,7 @@ class Publishing:
         if is_first:
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        # An internal call pushes nothing itself; of a drafter it would save what resuming needs too.
-        self.save_model(str(folder), _internal_call=self.args.method != "gated")  # type: ignore[attr-defined]
+        self._save_for_others(folder)
         if not is_first:
             return None
         try:
@@ -143,6 +144,10 @@ class Publishing:
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _save_for_others(self, folder: Path) -> None:
+        """What decoding needs, and nothing that only this run needs."""
+        self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
 
     def _repository(self, repo_id: str | None) -> str:
         name = repo_id or self.args.hub_model_id

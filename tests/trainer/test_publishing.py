@@ -103,13 +103,29 @@ def test_an_adapter(tmp_path):
     assert "pip install peft" in (folder / "README.md").read_text()  # ours, not the one that PEFT writes
 
 
-def test_a_drafter(tmp_path):
+def trained_drafter(tmp_path, **options):
     model = fresh_model("qwen3")
-    mine = JacobiForcingTrainer(
-        model=model, args=gated_config(tmp_path / "out", max_steps=1, **REPO), train_dataset=answers(model),
+    trainer = JacobiForcingTrainer(
+        model=model, args=gated_config(tmp_path / "out", max_steps=1, **REPO, **options), train_dataset=answers(model),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     )  # fmt: skip
-    mine.train()
+    trainer.train()
+    return trainer
+
+
+def test_saving_a_drafter_pushes_it_where_the_arguments_say_so(tmp_path, monkeypatch):
+    mine = trained_drafter(tmp_path, push_to_hub=True, hub_strategy="end")
+    sent = []
+    monkeypatch.setattr("jacobi_hf.trainer.publishing.push_to_hub", lambda folder, repo_id, **_: sent.append((files(folder), repo_id)))
+    monkeypatch.setattr("jacobi_hf.hub_cards.metadata._card_of", lambda base: ModelCard("---\nlicense: mit\n---\n"))
+    mine._base().config._name_or_path = "user/base"
+    mine.save_model()
+    assert sent == [({CONFIG_FILE, WEIGHTS_FILE}, "user/forced")]
+    assert {CONFIG_FILE, WEIGHTS_FILE} <= files(tmp_path / "out")
+
+
+def test_a_drafter(tmp_path):
+    mine = trained_drafter(tmp_path)
     pushed = mine.push_to_hub(dry_run=tmp_path / "published", **ABOUT)
     folder = tmp_path / "published"
     assert pushed.staged.kind == "drafter"
@@ -127,6 +143,8 @@ def test_a_drafter(tmp_path):
 def test_what_is_told_before_anything_is_saved(tmp_path):
     with pytest.raises(ValueError, match="hub_strategy='every_save' would send every checkpoint"):
         trained(tmp_path, push_to_hub=True)
+    with pytest.raises(ValueError, match="which repository"):  # not after hours of training
+        trained(tmp_path, push_to_hub=True, hub_strategy="end", hub_model_id=None)
     trainer = trained(tmp_path, hub_model_id=None)
     with pytest.raises(ValueError, match="which repository"):
         trainer.push_to_hub(**ABOUT)
