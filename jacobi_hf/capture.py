@@ -148,25 +148,24 @@ def switches_of(model: Any) -> tuple[Any, ...]:
 
 
 def _switches(module: torch.nn.Module) -> tuple[Any, ...]:
-    """What a module's attributes are, as far as they are no modules, and the kinds of its weights."""
-    own = [(name, _told(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    """The kinds of a module's weights, and its attributes, as far as `told` tells them."""
+    own = [(name, told(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
     weights = [_kind_of(weight) for weight in (*module._parameters.values(), *module._buffers.values())]
     return type(module), module.training, repr(own), repr(weights)
 
 
-def _told(value: Any) -> Any:
-    """Numbers, strings and the like as they are, also in collections (the names of active adapters, their scales); which function, where
-    one was put in a method's place; of anything else what kind of thing it is.
+def told(value: Any, depth: int = 4) -> Any:
+    """Numbers, strings and the like as they are, also in collections (the names of active adapters, their scales); which function it is,
+    where one was put in a method's place; `UNTOLD` of anything else.
     """
     if value is None or isinstance(value, _PLAIN):
         return value
-    if isinstance(value, dict):
-        return [(_told(key), _told(part)) for key, part in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value), [_told(part) for part in value]
-    if isinstance(value, torch.Tensor):
-        return _kind_of(value)
-    return id(value) if isinstance(value, _FUNCTIONS) else type(value)
+    if type(value) not in (dict, list, tuple, set, frozenset):
+        return id(value) if isinstance(value, _FUNCTIONS) else UNTOLD
+    if not depth:
+        return UNTOLD
+    parts = [told(part, depth - 1) for part in (value.items() if isinstance(value, dict) else value)]
+    return UNTOLD if any(part is UNTOLD for part in parts) else (type(value), parts)
 
 
 def _kind_of(weight: torch.Tensor | None) -> Any:
@@ -176,6 +175,7 @@ def _kind_of(weight: torch.Tensor | None) -> Any:
     return type(weight), weight.dtype, tuple(weight.shape), weight.layout, strides, weight.device, weight.requires_grad
 
 
+UNTOLD = "..."
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 _PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device)
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from jacobi_hf.arena import kept_for
-from jacobi_hf.capture import GRAPHS, Captured, switches_of
+from jacobi_hf.capture import GRAPHS, UNTOLD, Captured, switches_of, told
 from jacobi_hf.step import Widths, candidate_sources
 
 if TYPE_CHECKING:
@@ -123,18 +123,21 @@ class Compiled(WholeSteps):
         model: whose steps these are.
         config: how drafts are made, for the shapes.
         backend, mode, options: of `torch.compile`; a step is always one graph.
+        is_alone: whether no code but ours and transformers' runs between two steps, which might change the model.
 
     Attributes:
         compiled: steps that this call compiled.
     """
 
     def __init__(
-        self, model: Any, config: JacobiConfig, backend: Any = "inductor", mode: str | None = None, options: dict[str, Any] | None = None
-    ) -> None:
+        self, model: Any, config: JacobiConfig, backend: Any = "inductor", mode: str | None = None, options: dict[str, Any] | None = None,
+        *, is_alone: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(config)
+        self._model, self._is_alone = model, is_alone
         self._how, self._known, self._is_marked = {"backend": backend, "mode": mode, "options": options}, kept_for(model).compiled, False
         # What is not told apart here, torch.compile would tell apart itself, and give up after some.
-        under = config, switches_of(model), torch.is_inference_mode_enabled(), repr(self._how)
+        under = config, switches_of(model), is_alone, torch.is_inference_mode_enabled(), repr(self._how)
         self._under = hash(under)  # once, not in every step
 
     def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
@@ -146,26 +149,30 @@ class Compiled(WholeSteps):
         text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
         """One step."""
-        kind = self.kind(step, selector, widths)
+        kind, before = self.kind(step, selector, widths), None
         if kind not in self._known:
             for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
                 del self._known[oldest]
-            function = of_its_own(_whole_step)
-            self._known[kind] = torch.compile(function, **_with_fewer_guards(**self._how), fullgraph=True, dynamic=False)
+            how = _with_fewer_guards(**self._how) if self._is_alone else self._how
+            self._known[kind] = torch.compile(of_its_own(_whole_step), **how, fullgraph=True, dynamic=False)
             self.compiled += 1
+            before = switches_of(self._model) if self._is_alone else None
         if not self._is_marked:
             _mark_lengths(step)
             self._is_marked = True
         column_S = column_S.view(-1)
         torch._dynamo.mark_dynamic(column_S, 0)
         self._known[kind](step, forward, selector, widths, layout, column_S)
+        if before is not None and switches_of(self._model) != before:  # a model that changes itself has all its guards checked
+            self._known[kind] = torch.compile(of_its_own(_whole_step), **self._how, fullgraph=True, dynamic=False)
 
 
 def _with_fewer_guards(backend: Any, mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments of `torch.compile` that ask for the same, with `_checked_in_every_step` where it can be told."""
-    if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe") or (mode is not None and backend != "inductor"):
+    cannot = not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe")
+    if cannot or (mode is not None and (backend != "inductor" or options is not None)):
         return {"backend": backend, "mode": mode, "options": options}
-    # Mode and options cannot both be given, and a mode is a name for some options.
+    # A filter is an option, and of mode and options only one can be given; but a mode is a name for some options.
     of_mode = torch._inductor.list_mode_options(mode) if mode is not None else {}
     return {"backend": backend, "options": {"guard_filter_fn": _checked_in_every_step, **of_mode, **(options or {})}}
 
@@ -175,19 +182,25 @@ def _checked_in_every_step(guards: Sequence[Any]) -> Sequence[bool]:
 
     They are a third of them and take more than half of the time of all, which is more than all that is behind the forward takes.
     """
-    return [not (guard.guard_type in _OF_SWITCHES and _SWITCH.fullmatch(guard.name)) for guard in guards]
+    return [not (guard.guard_type in _OF_SWITCHES and _is_switch(guard)) for guard in guards]
+
+
+def _is_switch(guard: Any) -> bool:
+    if _MODULE_OR_WEIGHT.fullmatch(guard.name):
+        return True
+    return bool(_ATTRIBUTE.fullmatch(guard.name)) and guard.has_value and told(guard.value) is not UNTOLD
 
 
 _OF_SWITCHES = {"TYPE_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "TENSOR_MATCH"}
-# By name: a module of the model, one of its weights, or an attribute and what is in it, but for what hangs on other objects.
-_WEIGHT, _ATTRIBUTE = r"\._(parameters|buffers)\['\w+'\]", r"\.(?!config\b|_\w*hooks\b)\w+(\[[^.]+\])*"
-_SWITCH = re.compile(rf"(L\['forward'\]|forward)\._model(\._modules\['\w+'\])*({_WEIGHT}|{_ATTRIBUTE})?")
+_MODULE = r"(L\['forward'\]|forward)\._model(\._modules\['\w+'\])*"
+_MODULE_OR_WEIGHT = re.compile(_MODULE + r"(\._modules|\._(parameters|buffers)(\['\w+'\])?)?")
+_ATTRIBUTE = re.compile(_MODULE + r"\.(?!config\b|_\w*hooks\b)\w+")
 MOST_COMPILED = 128  # steps that are kept for a model
 # Modes of inductor in which it captures CUDA graphs, and what they are without: we capture the whole step ourselves.
 CAPTURING_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def whole_steps(model: Any, config: JacobiConfig, wanted: CompileConfig, arena: Arena) -> WholeSteps | Captured:
+def whole_steps(model: Any, config: JacobiConfig, wanted: CompileConfig, arena: Arena, *, is_alone: bool = True) -> WholeSteps | Captured:
     """The execution that a `CompileConfig` asks for.
 
     Where the device can record graphs (CUDA), the modes in which inductor would are taken for that, and backend "cudagraphs" for
@@ -197,8 +210,9 @@ def whole_steps(model: Any, config: JacobiConfig, wanted: CompileConfig, arena: 
         if wanted.backend == "cudagraphs":
             return Captured(model, WholeSteps(config), arena)
         if wanted.mode in CAPTURING_MODES:
-            return Captured(model, Compiled(model, config, wanted.backend, CAPTURING_MODES[wanted.mode], wanted.options), arena)
-    return Compiled(model, config, wanted.backend, wanted.mode, wanted.options)
+            mode = CAPTURING_MODES[wanted.mode]
+            return Captured(model, Compiled(model, config, wanted.backend, mode, wanted.options, is_alone=is_alone), arena)
+    return Compiled(model, config, wanted.backend, wanted.mode, wanted.options, is_alone=is_alone)
 
 
 def _whole_step(step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:

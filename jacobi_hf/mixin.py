@@ -213,9 +213,11 @@ class _Call:
         arena.step.open(prompt, self._limit, frontier.pad, arena.hold("end tokens", frontier.eos_E), fills=fills)
         last_position = arena.hold("last position", torch.tensor(prompt.total + self._limit - 1, device=input_BP.device))
         drafter = self._drafter
+        called = [type(each).__module__ for each in (*self._criteria, streamer) if each is not None]
+        is_alone = all(module.startswith(("transformers.", "jacobi_hf.")) for module in called)
         try:
             with _our_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
-                forward, execution = _Forward(self._model, arena.cache, last_position, drafter), self._execution(wanted, arena)
+                forward, execution = _Forward(self._model, arena.cache, last_position, drafter), self._execution(wanted, arena, is_alone)
                 decoder = Decoder(
                     forward, arena.step, selector, frontier, scores, logits, fills, execution, drafts_apart=drafter is not None
                 )  # fmt: skip
@@ -249,8 +251,8 @@ class _Call:
             return None
         return wanted
 
-    def _execution(self, wanted: CompileConfig | None, arena: Arena) -> Execution:
-        return Eager() if wanted is None else whole_steps(self._model, self._config, wanted, arena)
+    def _execution(self, wanted: CompileConfig | None, arena: Arena, is_alone: bool) -> Execution:
+        return Eager() if wanted is None else whole_steps(self._model, self._config, wanted, arena, is_alone=is_alone)
 
 
 _switched: dict[int, tuple[str, int]] = {}  # by the config's id: two models may share one

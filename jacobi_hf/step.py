@@ -218,7 +218,7 @@ class Step:
         selector.commit(verdict.run_BD, verdict.count_B)
 
     def slots(self, widths: Widths, layout: Layout) -> Slots:
-        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.layout`. May be a view of the window."""
+        """Pending token, window and branches, cut to `widths`; the layout is that of `widths.layout`."""
         front_BX = self.window.front_BX
         tokens = [front_BX[:, : 1 + widths.window]]
         lengths = [self.width_B.clamp(max=widths.window) if widths.noisy else self.width_B]
@@ -231,7 +231,7 @@ class Step:
             tokens.append(front_BX[:, 1 : 1 + widths.noisy])
             lengths.append(self.width_B)
         if len(tokens) == 1:
-            return Slots(layout, tokens[0], self.width_B[:, None])
+            return Slots(layout, tokens[0].clone(), self.width_B[:, None])
         return Slots(layout, torch.cat(tokens, 1), torch.stack(lengths, 1))
 
     def accept(self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_over: bool = True) -> Verdict:
@@ -331,7 +331,7 @@ class Step:
                 verified_BW1 = layout.offset_D[: width + 1] <= slots.length_BS[:, :1]
                 learnt_BW1 = torch.where(verified_BW1, verdict.choice_BQ[:, layout.path_SD[0, : width + 1]], choice_BW1)
             rejection = Rejection(slots.token_BQ[:, path_W1], learnt_BW1, verdict.in_window_B, drafted_B1[:, 0])
-            for source in self.sources:  # now, since the slots' tokens may be those of the window itself
+            for source in self.sources:
                 source.learn(rejection)
         window.redraft(generated_B, verdict.count_B, choices, self.text_BL, self.length_B)
         if not self.sources:

@@ -4,13 +4,13 @@ import copy
 import gc
 import shutil
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, StoppingCriteria
 
 import jacobi_hf
 from jacobi_hf import execution
@@ -142,13 +142,91 @@ def replace_weight(layer):
 def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     """Guards on its modules are not checked in every step."""
     model, ids = fresh_model("qwen3"), prompt(1, 5)
-    arguments, traced = {"do_sample": False, **SETTINGS["lookup alone"]}, CompileConfig(backend="eager", mode=None)
+    arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    traced = CompileConfig(backend="eager", mode=None)
     before = generate(model, ids, **arguments, compile_config=traced)
     for layer in model.model.layers:
         change(layer)
     plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
     assert torch.equal(plain.sequences, output.sequences)
     assert not torch.equal(before.sequences, output.sequences)
+
+
+class Wrapped(torch.nn.Module):
+    """A module with an attribute by which it decides."""
+
+    def __init__(self, inner, value, decide, counts):
+        super().__init__()
+        self.inner, self.value, self._decide, self._counts = inner, value, decide, counts
+        self.runs = 0
+
+    def forward(self, hidden):
+        if self._counts:
+            self.runs = (self.runs + 1) % 2
+        return self.inner(hidden) * (-3.0 if self._decide(self.value, self.runs) else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "decide"),
+    [
+        (b"a", b"b", lambda v, _: v == b"b"),
+        (deque([1]), deque([2]), lambda v, _: v[0] == 2),
+        ([[1], {"a": 2}], [[1], {"a": 3}], lambda v, _: v[1]["a"] == 3),
+    ],
+    ids=["bytes", "deque", "nested"],
+)
+def test_an_attribute_of_any_type_counts(before, after, decide):
+    model, ids = fresh_model("qwen3"), prompt(1, 5)
+    arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    traced = CompileConfig(backend="eager", mode=None)
+    for layer in model.model.layers:
+        layer.mlp = Wrapped(layer.mlp, before, decide, counts=False)
+    first = generate(model, ids, **arguments, compile_config=traced)
+    for layer in model.model.layers:
+        layer.mlp.value = after
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    assert torch.equal(plain.sequences, output.sequences)
+    assert not torch.equal(first.sequences, output.sequences)
+
+
+def test_a_model_that_changes_itself_and_one_that_is_changed_on_the_way():
+    arguments, ids = {**SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
+    traced = CompileConfig(backend="eager", mode=None)
+
+    class Turns(StoppingCriteria):
+        def __init__(self, model):
+            self.model, self.calls = model, 0
+
+        def __call__(self, input_ids, scores, **_):
+            self.calls += 1
+            if self.calls == 3:
+                self.model.model.layers[0].self_attn.scaling *= -4
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    outputs = []
+    for compile_config in (None, traced):
+        model = fresh_model("qwen3")
+        changed = generate(model, ids, do_sample=False, **arguments, compile_config=compile_config, stopping_criteria=[Turns(model)])
+        model = fresh_model("qwen3")
+        model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda _, runs: runs == 0, counts=True)
+        outputs.append((changed, generate(model, ids, do_sample=False, **arguments, compile_config=compile_config)))
+    for plain, output in zip(*outputs, strict=True):
+        assert torch.equal(plain.sequences, output.sequences)
+
+
+def test_what_a_model_remembers_of_a_call_compiles_nothing():
+    model, columns = fresh_model("qwen3"), []
+    notes = []
+    notes.append(notes)
+    model.notes = notes
+    for length in (5, 6, 7):
+        model.last_prompt = torch.ones(1, length)
+        output = generate(
+            model, prompt(1, 5), do_sample=False, **SETTINGS["lookup alone"], compile_config=CompileConfig(backend="eager", mode=None)
+        )
+        columns.append(output.jacobi_stats.compiled_steps)
+    assert columns[0] > 0
+    assert columns[1:] == [0, 0]
 
 
 def test_guards_on_modules_are_left_out(monkeypatch):
