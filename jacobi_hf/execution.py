@@ -149,7 +149,8 @@ class Compiled(WholeSteps):
         text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
         """One step."""
-        kind, before = self.kind(step, selector, widths), None
+        kind = self.kind(step, selector, widths)
+        before: tuple[Any, ...] | None = None
         if kind not in self._known:
             for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
                 del self._known[oldest]

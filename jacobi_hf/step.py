@@ -314,7 +314,7 @@ class Step:
         drafted_B1 = slots.length_BS if layout.is_chain else slots.length_BS[:, drafting : drafting + 1]
         agrees_BD = verdict.agrees_BSD[:, drafting] & (layout.offset_D[:-1] < drafted_B1) if window.waits else None
         window.append_blocks(self.generated_B, generated_B, agrees_BD)
-        path_W1 = layout.path_SD[drafting, : width + 1] if layout.noisy else slice(width + 1)
+        path_W1: torch.Tensor | slice = layout.path_SD[drafting, : width + 1] if layout.noisy else slice(width + 1)
         choice_BW1 = verdict.choice_BQ if layout.is_chain else verdict.choice_BQ[:, path_W1]
         choices = [(choice_BW1, drafted_B1)]
         if layout.contenders > 1 or layout.noisy:
