@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from jacobi_hf.arena import rounded_up
+from jacobi_hf.switches import switches_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,46 +138,6 @@ class Captured:
 def baked_in(model: Any) -> tuple[Any, ...]:
     """What a recorded step has taken from a model for good: where its weights lie, and what its modules decide by."""
     return switches_of(model), [_address(weight) for weight in (*model.parameters(), *model.buffers())]
-
-
-def switches_of(model: Any) -> tuple[Any, ...]:
-    """What a model's modules decide by, so that steps under other switches are other steps."""
-    attention = str(model.config.get_text_config(decoder=True)._attn_implementation)
-    return attention, model.dtype, *(_switches(module) for module in model.modules())
-
-
-def _switches(module: torch.nn.Module) -> tuple[Any, ...]:
-    """The kinds of a module's weights, and its attributes, as far as `told` tells them."""
-    own = [(name, told(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
-    weights = [_kind_of(weight) for weight in (*module._parameters.values(), *module._buffers.values())]
-    return type(module), module.training, repr(own), repr(weights)
-
-
-def told(value: Any, depth: int = 4) -> Any:
-    """Numbers, strings and the like as they are, also in collections (the names of active adapters, their scales); which function it is,
-    where one was put in a method's place; `UNTOLD` of anything else.
-    """
-    if value is None or isinstance(value, _PLAIN):
-        return value
-    if type(value) not in (dict, list, tuple, set, frozenset):
-        return id(value) if isinstance(value, _FUNCTIONS) else UNTOLD
-    if not depth:
-        return UNTOLD
-    parts = [told(part, depth - 1) for part in (value.items() if isinstance(value, dict) else value)]
-    return UNTOLD if any(part is UNTOLD for part in parts) else (type(value), parts)
-
-
-def _kind_of(weight: torch.Tensor | None) -> Any:
-    if weight is None:
-        return None
-    strides = weight.stride() if weight.layout == torch.strided else None
-    return type(weight), weight.dtype, tuple(weight.shape), weight.layout, strides, weight.device, weight.requires_grad
-
-
-UNTOLD = "..."
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
-_PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device)
-_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial)
 
 
 def _address(weight: torch.Tensor) -> int:

@@ -196,7 +196,7 @@ class Decoder:
         names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
         drafts = drafts_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
         if self._wants_tokens_alone:
-            some_over, text_columns = bool(self._lag) or self._some_over(), self._text_columns(layout)
+            some_over, text_columns = self._some_over(), self._text_columns(layout)
             self._draw(layout)
             self._execution.run(self._step, self._forward, self._selector, widths, layout, column_S, text_columns, some_over=some_over)
         else:
@@ -232,8 +232,8 @@ class Decoder:
         return [row for row, halted in enumerate(self._plan.at_eos) if self._fills or not halted]
 
     def _some_over(self) -> bool:
-        """Whether a row has halted, or has all its tokens."""
-        return any(self._plan.at_eos) or max(self._plan.generated) >= self._frontier.limit
+        """Whether a row has halted, or has all its tokens, for all that the host knows."""
+        return bool(self._lag) or any(self._plan.at_eos) or max(self._plan.generated) >= self._frontier.limit
 
     def _untold(self) -> int:
         """Tokens that a row may have more than the host knows of."""

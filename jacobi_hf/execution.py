@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from jacobi_hf.arena import kept_for
-from jacobi_hf.capture import GRAPHS, UNTOLD, Captured, switches_of, told
+from jacobi_hf.capture import GRAPHS, Captured
 from jacobi_hf.step import Widths, candidate_sources
+from jacobi_hf.switches import switches_of, with_fewer_guards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import CompileConfig
 
     from jacobi_hf.arena import Arena
@@ -154,7 +152,7 @@ class Compiled(WholeSteps):
         if kind not in self._known:
             for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
                 del self._known[oldest]
-            how = _with_fewer_guards(**self._how) if self._is_alone else self._how
+            how = with_fewer_guards(**self._how) if self._is_alone else self._how
             self._known[kind] = torch.compile(of_its_own(_whole_step), **how, fullgraph=True, dynamic=False)
             self.compiled += 1
             before = switches_of(self._model) if self._is_alone else None
@@ -168,34 +166,6 @@ class Compiled(WholeSteps):
             self._known[kind] = torch.compile(of_its_own(_whole_step), **self._how, fullgraph=True, dynamic=False)
 
 
-def _with_fewer_guards(backend: Any, mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments of `torch.compile` that ask for the same, with `_checked_in_every_step` where it can be told."""
-    cannot = not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe")
-    if cannot or (mode is not None and (backend != "inductor" or options is not None)):
-        return {"backend": backend, "mode": mode, "options": options}
-    # A filter is an option, and of mode and options only one can be given; but a mode is a name for some options.
-    of_mode = torch._inductor.list_mode_options(mode) if mode is not None else {}
-    return {"backend": backend, "options": {"guard_filter_fn": _checked_in_every_step, **of_mode, **(options or {})}}
-
-
-def _checked_in_every_step(guards: Sequence[Any]) -> Sequence[bool]:
-    """Which guards of a compiled step stay: all but those on modules and weights that `switches_of` tells apart once in a call.
-
-    They are a third of them and take more than half of the time of all, which is more than all that is behind the forward takes.
-    """
-    return [not (guard.guard_type in _OF_SWITCHES and _is_switch(guard)) for guard in guards]
-
-
-def _is_switch(guard: Any) -> bool:
-    if _MODULE_OR_WEIGHT.fullmatch(guard.name):
-        return True
-    return bool(_ATTRIBUTE.fullmatch(guard.name)) and guard.has_value and told(guard.value) is not UNTOLD
-
-
-_OF_SWITCHES = {"TYPE_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "TENSOR_MATCH"}
-_MODULE = r"(L\['forward'\]|forward)\._model(\._modules\['\w+'\])*"
-_MODULE_OR_WEIGHT = re.compile(_MODULE + r"(\._modules|\._(parameters|buffers)(\['\w+'\])?)?")
-_ATTRIBUTE = re.compile(_MODULE + r"\.(?!config\b|_\w*hooks\b)\w+")
 MOST_COMPILED = 128  # steps that are kept for a model
 # Modes of inductor in which it captures CUDA graphs, and what they are without: we capture the whole step ourselves.
 CAPTURING_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}

@@ -320,10 +320,11 @@ class Step:
         if layout.contenders > 1 or layout.noisy:
             # The branch that was followed knows better than the window what comes behind it: the window's guesses were refuted. Where the
             # window was followed, a drafter has the word behind the tokens that the model itself chose.
-            known_B = slots.length_BS.gather(1, verdict.best_B[:, None])[:, 0]
+            best_B1 = verdict.best_B[:, None]
+            known_B1 = slots.length_BS.gather(1, best_B1)
             if layout.noisy:
-                known_B = torch.where(verdict.best_B > 0, known_B, verdict.count_B - 1)
-            choices = [(verdict.run_BD, known_B[:, None]), *choices]
+                known_B1 = torch.where(best_B1 > 0, known_B1, verdict.count_B[:, None] - 1)
+            choices = [(verdict.run_BD, known_B1), *choices]
         if self.sources and width:
             learnt_BW1 = choice_BW1
             if layout.noisy:

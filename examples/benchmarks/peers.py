@@ -193,7 +193,7 @@ def main(
     """All models and domains, or some."""
     assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     document = Results.start("Ours against transformers' own ways", common.load(None)[0], "tiny")
-    measurements = kept(output, document) if resume else []
+    measurements = kept(output, document) if resume and output.exists() else []
     folders = {**common.MODELS, WITH_DRAFTER: common.CHECKPOINT}
     for name in models.split(",") if models else folders:
         folder = folders[name]

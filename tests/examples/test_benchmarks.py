@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from jacobi_hf.results import Results
 from jacobi_hf.trainer.evaluation import is_looping
@@ -34,6 +36,18 @@ def test_compare_writes_a_results_document(tmp_path):
     assert {m.prompts.domain for m in results.measurements} == {"code", "arithmetic", "prose"}
     assert all(m.agreement and m.agreement.identical == 1 for m in results.measurements)
     assert all((m.tokens_per_forward or 0) >= 1 for m in results.measurements)
+
+
+def test_peers_goes_on_only_where_the_same_code_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    peers = importlib.import_module("peers")
+    document = Results.start("a test", tiny_model("qwen3"), "tiny")
+    measurements = Results.read(BENCHMARKS / "results" / "peers.json").measurements
+    document.with_measurements(measurements).write(tmp_path / "peers.json")
+    assert peers.kept(tmp_path / "peers.json", document) == measurements
+    other = document.model_copy(update={"software": document.software.model_copy(update={"git_revision": "another"})})
+    with pytest.raises(typer.BadParameter, match="has another software"):
+        peers.kept(tmp_path / "peers.json", other)
 
 
 def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):

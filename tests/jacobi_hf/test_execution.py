@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StoppingCriteria
 
 import jacobi_hf
-from jacobi_hf import execution
+from jacobi_hf import switches
 from jacobi_hf.execution import cannot_compile
 from tests.models import VOCAB, fresh_model, tiny_model
 
@@ -231,13 +231,13 @@ def test_what_a_model_remembers_of_a_call_compiles_nothing():
 
 def test_guards_on_modules_are_left_out(monkeypatch):
     """In every step they would take longer than what is behind the forward. Their names are the compiler's: here we learn of others."""
-    guards, choose = [], execution._checked_in_every_step
+    guards, choose = [], switches.checked_in_every_step
 
     def noting(found):
         guards.extend(zip(found, choose(found), strict=True))
         return choose(found)
 
-    monkeypatch.setattr(execution, "_checked_in_every_step", noting)
+    monkeypatch.setattr(switches, "checked_in_every_step", noting)
     generate(fresh_model("qwen3"), prompt(1, 5), do_sample=False, **SETTINGS["window"], compile_config=TRACED)
     kinds = Counter((guard.guard_type, checked) for guard, checked in guards if "self_attn" in guard.name and "hooks" not in guard.name)
     for kind in ("TENSOR_MATCH", "TYPE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "CONSTANT_MATCH"):
