@@ -13,8 +13,9 @@ from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.step import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from jacobi_hf.compiled import CompiledStep, UncompiledStep
     from jacobi_hf.config import JacobiConfig
 
 
@@ -49,12 +50,12 @@ class Kept:
     """What is kept for a model.
 
     Attributes:
-        compiled: steps by what distinguishes them.
+        compiled: steps, each of which knows for what it is good.
         arenas: those that no call is using, with what distinguishes them, the last used at the end.
     """
 
     def __init__(self) -> None:
-        self.compiled: dict[Any, Callable[..., None]] = {}
+        self.compiled: list[CompiledStep | UncompiledStep] = []
         self.arenas: list[tuple[Any, Arena]] = []
 
 
@@ -90,7 +91,9 @@ def borrowed(model: Any, config: JacobiConfig, rows: int, capacity: int, device:
     kept = kept_for(model)
     # Under inference mode tensors are made that nobody else may write to.
     context = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    kind = config, rows, device, model.dtype, context
+    text = model.config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers, text.num_key_value_heads, getattr(text, "head_dim", None)
+    kind = config, rows, device, model.dtype, layers, context
     with _keeping:
         mine = [arena for other, arena in kept.arenas if other == kind]
         arena = next((a for a in reversed(mine) if a.cache.capacity >= capacity), None)

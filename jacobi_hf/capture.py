@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from jacobi_hf.arena import rounded_up
-from jacobi_hf.switches import switches_of
+from jacobi_hf.switches import Switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,12 +98,8 @@ class Captured:
     """
 
     def __init__(self, model: Any, steps: WholeSteps, arena: Arena) -> None:
-        self._steps, self.captured = steps, 0
-        state, known = baked_in(model), arena.recordings
-        if known is None or known.model_state != state:
-            device = arena.cache.lengths_B.device
-            known = arena.recordings = Recordings(GRAPHS[device.type](device), state)
-        self._recordings: Recordings = known
+        self._model, self._steps, self._arena, self.captured = model, steps, arena, 0
+        self._recordings: Recordings | None = None
 
     @property
     def compiled(self) -> int:
@@ -122,6 +118,8 @@ class Captured:
         column_S = step.cache.column_C[: rounded_up(len(column_S))]
         kind = len(column_S), self._steps.kind(step, selector, widths)
         work = partial(self._steps.run, step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over)
+        if self._recordings is None:
+            self._recordings = self._kept()  # not before, since a prefill may set what a model decides by
         known = self._recordings
         if kind not in known.replays:
             known.graphs.warm_up(work)
@@ -134,10 +132,18 @@ class Captured:
         replay, _ = recording
         replay()
 
+    def _kept(self) -> Recordings:
+        """What the arena has, if it holds good for the model as it is."""
+        state, known = baked_in(self._model), self._arena.recordings
+        if known is None or known.model_state != state:
+            device = self._arena.cache.lengths_B.device
+            known = self._arena.recordings = Recordings(GRAPHS[device.type](device), state)
+        return known
+
 
 def baked_in(model: Any) -> tuple[Any, ...]:
     """What a recorded step has taken from a model for good: where its weights lie, and what its modules decide by."""
-    return switches_of(model), [_address(weight) for weight in (*model.parameters(), *model.buffers())]
+    return Switches(model).of(), [_address(weight) for weight in (*model.parameters(), *model.buffers())]
 
 
 def _address(weight: torch.Tensor) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from types import FunctionType
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from jacobi_hf.arena import kept_for
 from jacobi_hf.capture import GRAPHS, Captured
+from jacobi_hf.compiled import CompiledStep, UncompiledStep
 from jacobi_hf.step import Widths, candidate_sources
-from jacobi_hf.switches import switches_of, with_fewer_guards
+from jacobi_hf.switches import Switches
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import CompileConfig
 
     from jacobi_hf.arena import Arena
@@ -28,12 +31,27 @@ def cannot_compile(model: Any) -> str | None:
         return "the model is spread over several devices"
     if (getattr(model, "tp_size", None) or 1) > 1:
         return "the model is split over several processes"
-    hooks = (hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
     # Those of a drafter are there while another call drafts, and are traced with the rest.
-    if any(not getattr(hook, "is_drafters", False) for hook in hooks) or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "a module of the model has forward hooks"
+    if any(not getattr(hook, "is_drafters", False) for hook in _hooks(model)) or any(hasattr(m, "_hf_hook") for m in model.modules()):
+        return "a module of the model has hooks"
+    if any(_hooks_of_all_modules()):
+        return "there are hooks for all modules"
     quantizer = getattr(model, "hf_quantizer", None)
     return "its quantisation cannot be compiled" if quantizer is not None and not quantizer.is_compileable else None
+
+
+def _hooks(model: Any) -> Iterator[Any]:
+    for module in model.modules():
+        for name in _HOOKS:
+            yield from getattr(module, name).values()
+
+
+def _hooks_of_all_modules() -> Iterator[Any]:
+    for name in _HOOKS:
+        yield from getattr(torch.nn.modules.module, f"_global{name}", {}).values()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Execution(Protocol):
@@ -120,7 +138,8 @@ class Compiled(WholeSteps):
     Args:
         model: whose steps these are.
         config: how drafts are made, for the shapes.
-        backend, mode, options: of `torch.compile`; a step is always one graph.
+        backend, mode, options: of `torch.compile`.
+        fullgraph: whether a step that cannot be compiled is an error. If not, it runs uncompiled, with a warning.
         is_alone: whether no code but ours and transformers' runs between two steps, which might change the model.
 
     Attributes:
@@ -129,14 +148,16 @@ class Compiled(WholeSteps):
 
     def __init__(
         self, model: Any, config: JacobiConfig, backend: Any = "inductor", mode: str | None = None, options: dict[str, Any] | None = None,
-        *, is_alone: bool = True,
+        *, fullgraph: bool = False, is_alone: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self._model, self._is_alone = model, is_alone
-        self._how, self._known, self._is_marked = {"backend": backend, "mode": mode, "options": options}, kept_for(model).compiled, False
-        # What is not told apart here, torch.compile would tell apart itself, and give up after some.
-        under = config, switches_of(model), is_alone, torch.is_inference_mode_enabled(), repr(self._how)
-        self._under = hash(under)  # once, not in every step
+        self._model, self._fullgraph, self._is_alone, self._kept = model, fullgraph, is_alone, kept_for(model)
+        self._how = {"backend": backend, "mode": mode, "options": options}
+        # What is not told apart here, torch.compile would tell apart itself, and give up after some. A number, once, not in every step.
+        self._under = hash((config, is_alone, torch.is_inference_mode_enabled(), repr(self._how)))
+        self._switches: Switches | None = None
+        self._ready: dict[Any, CompiledStep | UncompiledStep] = {}  # what this call has found or compiled
+        self._own: list[CompiledStep] = []
 
     def kind(self, step: Step, selector: Selector, widths: Widths) -> tuple[Any, ...]:
         """What makes a step another one than the next, beside the lengths."""
@@ -146,24 +167,76 @@ class Compiled(WholeSteps):
         self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor,
         text_columns: int, *, some_over: bool,
     ) -> None:  # fmt: skip
-        """One step."""
-        kind = self.kind(step, selector, widths)
-        before: tuple[Any, ...] | None = None
-        if kind not in self._known:
-            for oldest in list(self._known)[: max(0, len(self._known) + 1 - MOST_COMPILED)]:
-                del self._known[oldest]
-            how = with_fewer_guards(**self._how) if self._is_alone else self._how
-            self._known[kind] = torch.compile(of_its_own(_whole_step), **how, fullgraph=True, dynamic=False)
-            self.compiled += 1
-            before = switches_of(self._model) if self._is_alone else None
-        if not self._is_marked:
+        """One step.
+
+        Raises:
+            torch._dynamo.exc.TorchDynamoException: it cannot be compiled as one graph, and `fullgraph` says that it must.
+        """
+        if self._switches is None:
+            self._switches = Switches(self._model)  # as the prefill has left them
             _mark_lengths(step)
-            self._is_marked = True
         column_S = column_S.view(-1)
         torch._dynamo.mark_dynamic(column_S, 0)
-        self._known[kind](step, forward, selector, widths, layout, column_S)
-        if before is not None and switches_of(self._model) != before:  # a model that changes itself has all its guards checked
-            self._known[kind] = torch.compile(of_its_own(_whole_step), **self._how, fullgraph=True, dynamic=False)
+        kind = self.kind(step, selector, widths)
+        ready = self._ready.get(kind)
+        if ready is None:
+            ready = self._ready[kind] = self._find(kind, self._switches)
+        before = self._switches if ready.is_settled else Switches(self._model)
+        try:
+            ready(step, forward, selector, widths, layout, column_S)
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:  # nothing of the step has run
+            ready = self._ready[kind] = self._instead(ready, error)
+            self.run(step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over)
+            return
+        if isinstance(ready, CompiledStep) and not ready.is_settled:
+            self._ready[kind] = self._settled(ready, before)
+
+    def _find(self, kind: Any, switches: Switches) -> CompiledStep | UncompiledStep:
+        """The kept step of this kind, or one to be compiled."""
+        for ready in self._kept.compiled:
+            if ready.kind == kind and ready.fits(switches):
+                if ready.why_not:
+                    _warn_uncompiled(ready.why_not)
+                return ready
+        return self._new(kind, all_guards=not self._is_alone)
+
+    def _new(self, kind: Any, *, all_guards: bool) -> CompiledStep:
+        self._own.append(CompiledStep(kind, self._how, all_guards=all_guards))
+        return self._own[-1]
+
+    def _settled(self, ready: CompiledStep, before: Switches) -> CompiledStep:
+        """A step that was compiled just now, to be kept; of a model that changes itself, one with all guards to be compiled instead."""
+        if ready.settle(before, Switches(self._model)) or ready.has_all_guards:
+            if ready not in self._kept.compiled:
+                self.compiled += 1
+                self._kept.compiled = [*self._kept.compiled, ready][-MOST_COMPILED:]
+            return ready
+        self._drop(ready)
+        return self._new(ready.kind, all_guards=True)
+
+    def _instead(self, failed: CompiledStep | UncompiledStep, error: Exception) -> CompiledStep | UncompiledStep:
+        """What runs instead of a step that could not be compiled, or not again."""
+        self._drop(failed)
+        too_often = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+        if too_often and failed not in self._own:  # over many calls
+            return self._new(failed.kind, all_guards=not self._is_alone)
+        if self._fullgraph:
+            raise error
+        switches = Switches(self._model)
+        if too_often:
+            step = UncompiledStep(failed.kind, "what the model decides by changes from step to step", switches, names=())
+        else:
+            step = UncompiledStep(failed.kind, str(error).partition("\n")[0], switches)
+        self._kept.compiled = [*self._kept.compiled, step][-MOST_COMPILED:]
+        _warn_uncompiled(step.why_not)
+        return step
+
+    def _drop(self, step: CompiledStep | UncompiledStep) -> None:
+        self._kept.compiled = [other for other in self._kept.compiled if other is not step]
+
+
+def _warn_uncompiled(reason: str) -> None:
+    warnings.warn(f"compile_config is without effect on some steps: {reason}. They run uncompiled.", UserWarning, stacklevel=2)
 
 
 MOST_COMPILED = 128  # steps that are kept for a model
@@ -182,12 +255,9 @@ def whole_steps(model: Any, config: JacobiConfig, wanted: CompileConfig, arena: 
             return Captured(model, WholeSteps(config), arena)
         if wanted.mode in CAPTURING_MODES:
             mode = CAPTURING_MODES[wanted.mode]
-            return Captured(model, Compiled(model, config, wanted.backend, mode, wanted.options, is_alone=is_alone), arena)
-    return Compiled(model, config, wanted.backend, wanted.mode, wanted.options, is_alone=is_alone)
-
-
-def _whole_step(step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:
-    step.run(forward, selector, widths, layout, column_S)
+            compiled = Compiled(model, config, wanted.backend, mode, wanted.options, fullgraph=wanted.fullgraph, is_alone=is_alone)
+            return Captured(model, compiled, arena)
+    return Compiled(model, config, wanted.backend, wanted.mode, wanted.options, fullgraph=wanted.fullgraph, is_alone=is_alone)
 
 
 def _mark_lengths(step: Step) -> None:
@@ -199,8 +269,3 @@ def _mark_lengths(step: Step) -> None:
     for layer in step.cache.layers:
         torch._dynamo.mark_dynamic(layer.keys, 2)
         torch._dynamo.mark_dynamic(layer.values, 2)
-
-
-def of_its_own(function: Any) -> Any:
-    """A copy with a code object of its own: torch.compile keeps what it compiled, and limits and searches it, by code object."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__)

@@ -213,8 +213,7 @@ class _Call:
         arena.step.open(prompt, self._limit, frontier.pad, arena.hold("end tokens", frontier.eos_E), fills=fills)
         last_position = arena.hold("last position", torch.tensor(prompt.total + self._limit - 1, device=input_BP.device))
         drafter = self._drafter
-        called = [type(each).__module__ for each in (*self._criteria, streamer) if each is not None]
-        is_alone = all(module.startswith(("transformers.", "jacobi_hf.")) for module in called)
+        is_alone = all(_is_known(each) for each in (*self._criteria, streamer) if each is not None)
         try:
             with _our_attention(self._model), drafter.attached(self._model) if drafter else contextlib.nullcontext():
                 forward, execution = _Forward(self._model, arena.cache, last_position, drafter), self._execution(wanted, arena, is_alone)
@@ -253,6 +252,12 @@ class _Call:
 
     def _execution(self, wanted: CompileConfig | None, arena: Arena, is_alone: bool) -> Execution:
         return Eager() if wanted is None else whole_steps(self._model, self._config, wanted, arena, is_alone=is_alone)
+
+
+def _is_known(caller: Any) -> bool:
+    """Whether what is called between steps is transformers' code or ours: by its class, and with none of its methods replaced."""
+    kind, own = type(caller), getattr(caller, "__dict__", {})
+    return kind.__module__.startswith(("transformers.", "jacobi_hf.")) and not any(callable(getattr(kind, name, None)) for name in own)
 
 
 _switched: dict[int, tuple[str, int]] = {}  # by the config's id: two models may share one

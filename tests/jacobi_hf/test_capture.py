@@ -256,6 +256,6 @@ def test_steps_are_compiled_and_then_captured(monkeypatch):
 def test_hooks_switch_capturing_off():
     model, ids = fresh_model("qwen3"), prompt(1, 5)
     model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
         output = generate(model, ids, do_sample=False, **BOTH, compile_config=CAPTURED)
     assert output.jacobi_stats.captured_steps == 0

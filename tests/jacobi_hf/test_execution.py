@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StoppingCriteria
 
 import jacobi_hf
-from jacobi_hf import switches
+from jacobi_hf import arena, capture, execution, switches
 from jacobi_hf.execution import cannot_compile
+from tests.jacobi_hf.tapes import TapeGraphs
 from tests.models import VOCAB, fresh_model, tiny_model
 
 # Traces and functionalises as inductor does, without the minutes of a C++ compiler.
@@ -138,12 +139,40 @@ def replace_weight(layer):
     layer.mlp.up_proj.weight = torch.nn.Parameter(-2 * layer.mlp.up_proj.weight.detach())
 
 
-@pytest.mark.parametrize("change", [double("scaling"), patch, replace_module, replace_weight], ids=["number", "method", "module", "weight"])
+def swap_slots(layer):
+    layer.mlp.first, layer.mlp.second = None, layer.mlp.first
+
+
+class Slots(torch.nn.Module):
+    """A module with two optional ones."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_module("first", torch.nn.Tanh())
+        self.register_module("second", None)
+
+    def forward(self, hidden):
+        hidden = self.inner(hidden)
+        if self.first is not None:
+            hidden = self.first(hidden)
+        return hidden if self.second is None else -3 * self.second(hidden)
+
+
+CHANGES = {
+    "number": double("scaling"), "method": patch, "module": replace_module, "weight": replace_weight, "slots": swap_slots,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     """Guards on its modules are not checked in every step."""
     model, ids = fresh_model("qwen3"), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     traced = CompileConfig(backend="eager", mode=None)
+    if change is swap_slots:
+        for layer in model.model.layers:
+            layer.mlp = Slots(layer.mlp)
     before = generate(model, ids, **arguments, compile_config=traced)
     for layer in model.model.layers:
         change(layer)
@@ -220,7 +249,7 @@ def test_what_a_model_remembers_of_a_call_compiles_nothing():
     notes.append(notes)
     model.notes = notes
     for length in (5, 6, 7):
-        model.last_prompt = torch.ones(1, length)
+        model.last_prompt, model.last_length = torch.ones(1, length), length
         output = generate(
             model, prompt(1, 5), do_sample=False, **SETTINGS["lookup alone"], compile_config=CompileConfig(backend="eager", mode=None)
         )
@@ -229,15 +258,137 @@ def test_what_a_model_remembers_of_a_call_compiles_nothing():
     assert columns[1:] == [0, 0]
 
 
+class ByLength(torch.nn.Module):
+    """A module that decides by the length of the prompt, as rotary embeddings do that are scaled for long ones."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.mode = inner, "short"
+
+    def forward(self, hidden):
+        if hidden.shape[1] > 8:  # not so in a step
+            self.mode = "long" if hidden.shape[1] > 16 else "short"
+        return self.inner(hidden) * (1.0 if self.mode == "short" else -2.0)
+
+
+@pytest.mark.parametrize("tapes", [False, True], ids=["compiled", "captured"])
+def test_what_a_prefill_decides_counts(tapes, monkeypatch):
+    monkeypatch.setitem(capture.GRAPHS, "cpu", TapeGraphs)
+    model, arguments = fresh_model("qwen3"), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    model.model.layers[0].mlp = ByLength(model.model.layers[0].mlp)
+    how = CompileConfig(backend="cudagraphs") if tapes else CompileConfig(backend="eager", mode=None)
+    plain = {length: generate(model, prompt(1, length), **arguments).sequences for length in (10, 30)}
+    for length in (10, 30, 10, 10, 30, 30, 10):
+        assert torch.equal(plain[length], generate(model, prompt(1, length), **arguments, compile_config=how).sequences)
+
+
+def test_an_interrupted_compilation_leaves_nothing_behind():
+    interrupts = [KeyboardInterrupt]
+
+    def backend(graph, _):
+        if interrupts:
+            raise interrupts.pop()
+        return graph.forward
+
+    arguments, ids = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 24}, prompt(1, 5)
+    model = fresh_model("qwen3")
+    mlp = model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda _, runs: runs == 1, counts=True)
+    plain = generate(model, ids, **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, **arguments, compile_config=CompileConfig(backend=backend, mode=None))
+    mlp.runs = 0
+    output = generate(model, ids, **arguments, compile_config=CompileConfig(backend=backend, mode=None))
+    assert torch.equal(plain.sequences, output.sequences)
+
+
+def test_steps_that_are_no_longer_kept_are_freed(monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(weakref.ref(graph))
+        return graph.forward
+
+    def alive():
+        gc.collect()
+        return sum(graph() is not None for graph in graphs)
+
+    monkeypatch.setattr(execution, "MOST_COMPILED", 1)
+    model, arguments = fresh_model("qwen3"), {"do_sample": False, "jacobi_max_blocks": 0, "jacobi_pool_size": 0, "max_new_tokens": 6}
+    for length in (2, 3, 4):
+        how = CompileConfig(backend=backend, mode=None)
+        assert generate(model, prompt(1, 4), **arguments, jacobi_lookup_tokens=length, compile_config=how).jacobi_stats.compiled_steps > 0
+        assert alive() == len(arena.kept_for(model).compiled) == 1 < len(graphs)
+    jacobi_hf.clear_graphs(model)
+    assert alive() == 0
+
+
+class Counting(torch.nn.Module):
+    """A module that counts its forwards and reads a setting."""
+
+    def __init__(self, inner, config, counts):
+        super().__init__()
+        self.inner, self.config, self._counts, self.forwards = inner, config, counts, 0
+
+    def forward(self, hidden):
+        self.forwards += self._counts
+        return self.inner(hidden) * (self.config.steering - self.forwards % 3)
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_what_would_be_compiled_again_and_again_is_not():
+    """A model that is another one in every step runs uncompiled; one that is another one in every call begins anew."""
+    arguments, ids = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
+    traced = CompileConfig(backend="eager", mode=None)
+    for counts, settings in ((True, (1, 1)), (False, (1, 2, 3, 4))):
+        model = fresh_model("qwen3")
+        mlp = model.model.layers[0].mlp = Counting(model.model.layers[0].mlp, model.config, counts)
+        for call, setting in enumerate(settings):
+            model.config.steering, mlp.forwards = setting, 0
+            plain, mlp.forwards = generate(model, ids, **arguments), 0
+            if counts:
+                with pytest.warns(
+                    UserWarning, match="some steps: what the model decides by changes from step to step. They run uncompiled"
+                ):
+                    output = generate(model, ids, **arguments, compile_config=traced)
+                assert call == 0 or output.jacobi_stats.compiled_steps == 0
+            else:
+                output = generate(model, ids, **arguments, compile_config=traced)
+            assert torch.equal(plain.sequences, output.sequences)
+
+
+def test_a_step_that_is_no_graph_runs_uncompiled():
+    model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda *_: torch._dynamo.graph_break(), counts=False)
+    plain = generate(model, ids, **arguments)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="compile_config is without effect on some steps: "):
+            output = generate(model, ids, **arguments, compile_config=CompileConfig(backend="eager", mode=None))
+        assert torch.equal(plain.sequences, output.sequences)
+        assert output.jacobi_stats.compiled_steps == 0
+    model = fresh_model("qwen3")
+    model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda *_: torch._dynamo.graph_break(), counts=False)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        generate(model, ids, **arguments, compile_config=CompileConfig(backend="eager", mode=None, fullgraph=True))
+
+
+def test_a_model_with_fewer_layers_has_other_buffers():
+    model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    traced = CompileConfig(backend="eager", mode=None)
+    generate(model, ids, **arguments, compile_config=traced)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    assert torch.equal(plain.sequences, output.sequences)
+
+
 def test_guards_on_modules_are_left_out(monkeypatch):
     """In every step they would take longer than what is behind the forward. Their names are the compiler's: here we learn of others."""
-    guards, choose = [], switches.checked_in_every_step
+    guards, choose = [], switches.LeftOut.__call__
 
-    def noting(found):
-        guards.extend(zip(found, choose(found), strict=True))
-        return choose(found)
+    def noting(self, found):
+        guards.extend(zip(found, choose(self, found), strict=True))
+        return choose(self, found)
 
-    monkeypatch.setattr(switches, "checked_in_every_step", noting)
+    monkeypatch.setattr(switches.LeftOut, "__call__", noting)
     generate(fresh_model("qwen3"), prompt(1, 5), do_sample=False, **SETTINGS["window"], compile_config=TRACED)
     kinds = Counter((guard.guard_type, checked) for guard, checked in guards if "self_attn" in guard.name and "hooks" not in guard.name)
     for kind in ("TENSOR_MATCH", "TYPE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "CONSTANT_MATCH"):
@@ -274,7 +425,7 @@ def test_hooks_and_disable_compile_leave_steps_as_they_are():
     output = generate(model, ids, **arguments, compile_config=TRACED, disable_compile=True)
     assert output.jacobi_stats.compiled_steps == 0
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
         output = generate(model, ids, **arguments, compile_config=TRACED)
     handle.remove()
     assert output.jacobi_stats.compiled_steps == 0
@@ -294,6 +445,17 @@ def test_why_a_model_cannot_be_compiled(attribute, value, reason):
     assert cannot_compile(model) is None
     setattr(model, attribute, value)
     assert cannot_compile(model) == reason
+
+
+def test_hooks_of_all_kinds_forbid_compiling():
+    model = fresh_model("qwen3")
+    handle = model.model.layers[0].register_full_backward_hook(lambda *_: None)
+    assert cannot_compile(model) == "a module of the model has hooks"
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert cannot_compile(model) == "there are hooks for all modules"
+    handle.remove()
+    assert cannot_compile(model) is None
 
 
 def test_who_wants_more_than_tokens_gets_it_uncompiled():

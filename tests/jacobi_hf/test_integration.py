@@ -207,7 +207,7 @@ def test_a_device_map_on_one_device_says_why_it_is_not_compiled(tmp_path, prompt
     fresh_model("qwen3").save_pretrained(tmp_path)
     hooked = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=torch.float32)
     dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
         output = hooked.generate(**prompt, max_new_tokens=12, compile_config=CompileConfig(), **KNOBS)
     assert torch.equal(output, hooked.generate(**prompt, max_new_tokens=12))
 

@@ -111,7 +111,7 @@ def test_what_is_compiled_is_part_of_the_time_and_of_the_answer():
 def test_a_model_that_cannot_be_compiled_is_tuned_uncompiled():
     model = fresh_model("qwen3")
     model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has forward hooks"):
+    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
         tuning = autotune(model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=CompileConfig())
     assert tuning.knobs == {"decoding": None}
     assert len(tuning.untried) == 12
