@@ -181,6 +181,17 @@ def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     assert not torch.equal(before.sequences, output.sequences)
 
 
+def test_a_class_that_was_changed_between_calls_is_compiled_as_it_is(monkeypatch):
+    """Which torch.compile alone would not see."""
+    model, ids = fresh_model("qwen3"), prompt(1, 5)
+    arguments, traced = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}, CompileConfig(backend="eager", mode=None)
+    generate(model, ids, **arguments, compile_config=traced)
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, hidden: -hidden)
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    assert torch.equal(plain.sequences, output.sequences)
+    assert output.jacobi_stats.compiled_steps > 0
+
+
 class Wrapped(torch.nn.Module):
     """A module with an attribute by which it decides."""
 
