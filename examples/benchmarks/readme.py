@@ -139,7 +139,10 @@ def table() -> str:
         for way in ways()
     ]  # fmt: skip
     lines = [" | ".join(row).strip() for row in (head, ["---", *["---:"] * len(DOMAINS), "---", "---:", "---"], *rows)]
-    return BEGIN + "".join(f"| {line} |\n" for line in lines) + END
+    peers = document("peers")
+    (prompts,) = {m.prompts.count for m in peers.measurements}
+    source = f"Speeds: {prompts} held-out prompts per domain, {peers.hardware.cpu}, {peers.created[:10]}.\n"
+    return BEGIN + "".join(f"| {line} |\n" for line in lines) + "\n" + source + END
 
 
 def bars() -> dict[str, dict[str, dict[str, float]]]:
