@@ -20,6 +20,8 @@ from tests.models import VOCAB, fresh_model, tiny_model
 
 # Traces and functionalises as inductor does, without the minutes of a C++ compiler.
 TRACED = CompileConfig(backend="aot_eager", mode=None)
+# Traces alone.
+PLAIN = CompileConfig(backend="eager", mode=None)
 BOTH = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 2, "jacobi_branch_length": 3}
 SETTINGS = {
     "jacobi": {"decoding": "jacobi", "jacobi_block_size": 4},
@@ -87,7 +89,7 @@ def test_inductor_gives_the_same_tokens():
 def test_other_lengths_and_prompts_compile_nothing():
     """Over calls of many lengths, with two batch sizes, each shape of a step is compiled once, whatever is in it."""
     model = tiny_model("qwen3")
-    arguments = {"do_sample": False, "compile_config": TRACED, **SETTINGS["window"]}
+    arguments = {"do_sample": False, "compile_config": PLAIN, **SETTINGS["window"]}
     shapes = set()
     for call in range(40):
         rows = 1 + call % 2
@@ -102,12 +104,12 @@ def test_other_lengths_and_prompts_compile_nothing():
     assert counters["stats"]["unique_graphs"] <= len(shapes)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_other_knobs_and_other_switches_of_the_model_are_other_steps():
     """More of them than torch.compile would tell apart by itself; each is counted."""
     model, ids = fresh_model("qwen3"), prompt(1, 4)
-    plain = CompileConfig(backend="eager", mode=None)
-    arguments = {"do_sample": False, "compile_config": plain, "max_new_tokens": 6}
-    for length in range(2, 11):
+    arguments = {"do_sample": False, "compile_config": PLAIN, "max_new_tokens": 6}
+    for length in range(2, 6):
         output = generate(model, ids, **arguments, jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length)
         assert output.jacobi_stats.compiled_steps > 0
     setting = {"jacobi_max_blocks": 0, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 2}
@@ -169,14 +171,13 @@ def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     """Guards on its modules are not checked in every step."""
     model, ids = fresh_model("qwen3"), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
-    traced = CompileConfig(backend="eager", mode=None)
     if change is swap_slots:
         for layer in model.model.layers:
             layer.mlp = Slots(layer.mlp)
-    before = generate(model, ids, **arguments, compile_config=traced)
+    before = generate(model, ids, **arguments, compile_config=PLAIN)
     for layer in model.model.layers:
         change(layer)
-    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
     assert torch.equal(plain.sequences, output.sequences)
     assert not torch.equal(before.sequences, output.sequences)
 
@@ -184,10 +185,10 @@ def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
 def test_a_class_that_was_changed_between_calls_is_compiled_as_it_is(monkeypatch):
     """Which torch.compile alone would not see."""
     model, ids = fresh_model("qwen3"), prompt(1, 5)
-    arguments, traced = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}, CompileConfig(backend="eager", mode=None)
-    generate(model, ids, **arguments, compile_config=traced)
+    arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    generate(model, ids, **arguments, compile_config=PLAIN)
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, hidden: -hidden)
-    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
     assert torch.equal(plain.sequences, output.sequences)
     assert output.jacobi_stats.compiled_steps > 0
 
@@ -218,20 +219,18 @@ class Wrapped(torch.nn.Module):
 def test_an_attribute_of_any_type_counts(before, after, decide):
     model, ids = fresh_model("qwen3"), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
-    traced = CompileConfig(backend="eager", mode=None)
     for layer in model.model.layers:
         layer.mlp = Wrapped(layer.mlp, before, decide, counts=False)
-    first = generate(model, ids, **arguments, compile_config=traced)
+    first = generate(model, ids, **arguments, compile_config=PLAIN)
     for layer in model.model.layers:
         layer.mlp.value = after
-    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
     assert torch.equal(plain.sequences, output.sequences)
     assert not torch.equal(first.sequences, output.sequences)
 
 
 def test_a_model_that_changes_itself_and_one_that_is_changed_on_the_way():
     arguments, ids = {**SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
-    traced = CompileConfig(backend="eager", mode=None)
 
     class Turns(StoppingCriteria):
         def __init__(self, model):
@@ -244,7 +243,7 @@ def test_a_model_that_changes_itself_and_one_that_is_changed_on_the_way():
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     outputs = []
-    for compile_config in (None, traced):
+    for compile_config in (None, PLAIN):
         model = fresh_model("qwen3")
         changed = generate(model, ids, do_sample=False, **arguments, compile_config=compile_config, stopping_criteria=[Turns(model)])
         model = fresh_model("qwen3")
@@ -261,9 +260,7 @@ def test_what_a_model_remembers_of_a_call_compiles_nothing():
     model.notes = notes
     for length in (5, 6, 7):
         model.last_prompt, model.last_length = torch.ones(1, length), length
-        output = generate(
-            model, prompt(1, 5), do_sample=False, **SETTINGS["lookup alone"], compile_config=CompileConfig(backend="eager", mode=None)
-        )
+        output = generate(model, prompt(1, 5), do_sample=False, **SETTINGS["lookup alone"], compile_config=PLAIN)
         columns.append(output.jacobi_stats.compiled_steps)
     assert columns[0] > 0
     assert columns[1:] == [0, 0]
@@ -287,7 +284,7 @@ def test_what_a_prefill_decides_counts(tapes, monkeypatch):
     monkeypatch.setitem(capture.GRAPHS, "cpu", TapeGraphs)
     model, arguments = fresh_model("qwen3"), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     model.model.layers[0].mlp = ByLength(model.model.layers[0].mlp)
-    how = CompileConfig(backend="cudagraphs") if tapes else CompileConfig(backend="eager", mode=None)
+    how = CompileConfig(backend="cudagraphs") if tapes else PLAIN
     plain = {length: generate(model, prompt(1, length), **arguments).sequences for length in (10, 30)}
     for length in (10, 30, 10, 10, 30, 30, 10):
         assert torch.equal(plain[length], generate(model, prompt(1, length), **arguments, compile_config=how).sequences)
@@ -349,7 +346,6 @@ class Counting(torch.nn.Module):
 def test_what_would_be_compiled_again_and_again_is_not():
     """A model that is another one in every step runs uncompiled; one that is another one in every call begins anew."""
     arguments, ids = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
-    traced = CompileConfig(backend="eager", mode=None)
     for counts, settings in ((True, (1, 1)), (False, (1, 2, 3, 4))):
         model = fresh_model("qwen3")
         mlp = model.model.layers[0].mlp = Counting(model.model.layers[0].mlp, model.config, counts)
@@ -360,10 +356,10 @@ def test_what_would_be_compiled_again_and_again_is_not():
                 with pytest.warns(
                     UserWarning, match="some steps: what the model decides by changes from step to step. They run uncompiled"
                 ):
-                    output = generate(model, ids, **arguments, compile_config=traced)
+                    output = generate(model, ids, **arguments, compile_config=PLAIN)
                 assert call == 0 or output.jacobi_stats.compiled_steps == 0
             else:
-                output = generate(model, ids, **arguments, compile_config=traced)
+                output = generate(model, ids, **arguments, compile_config=PLAIN)
             assert torch.equal(plain.sequences, output.sequences)
 
 
@@ -373,7 +369,7 @@ def test_a_step_that_is_no_graph_runs_uncompiled():
     plain = generate(model, ids, **arguments)
     for _ in range(2):
         with pytest.warns(UserWarning, match="compile_config is without effect on some steps: "):
-            output = generate(model, ids, **arguments, compile_config=CompileConfig(backend="eager", mode=None))
+            output = generate(model, ids, **arguments, compile_config=PLAIN)
         assert torch.equal(plain.sequences, output.sequences)
         assert output.jacobi_stats.compiled_steps == 0
     model = fresh_model("qwen3")
@@ -384,10 +380,9 @@ def test_a_step_that_is_no_graph_runs_uncompiled():
 
 def test_a_model_with_fewer_layers_has_other_buffers():
     model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
-    traced = CompileConfig(backend="eager", mode=None)
-    generate(model, ids, **arguments, compile_config=traced)
+    generate(model, ids, **arguments, compile_config=PLAIN)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
-    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=traced)
+    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
     assert torch.equal(plain.sequences, output.sequences)
 
 
@@ -417,12 +412,12 @@ def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     arguments = {"do_sample": False, **SETTINGS["window"]}
     for model in (first, second):
-        assert generate(model, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps > 0
-        assert generate(model, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps == 0
-        assert torch.equal(generate(model, ids, **arguments).sequences, generate(model, ids, **arguments, compile_config=TRACED).sequences)
+        assert generate(model, ids, **arguments, compile_config=PLAIN).jacobi_stats.compiled_steps > 0
+        assert generate(model, ids, **arguments, compile_config=PLAIN).jacobi_stats.compiled_steps == 0
+        assert torch.equal(generate(model, ids, **arguments).sequences, generate(model, ids, **arguments, compile_config=PLAIN).sequences)
     jacobi_hf.clear_graphs(first)
-    assert generate(first, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps > 0
-    assert generate(second, ids, **arguments, compile_config=TRACED).jacobi_stats.compiled_steps == 0
+    assert generate(first, ids, **arguments, compile_config=PLAIN).jacobi_stats.compiled_steps > 0
+    assert generate(second, ids, **arguments, compile_config=PLAIN).jacobi_stats.compiled_steps == 0
     copy.deepcopy(first)
     gone = weakref.ref(second)
     del second, model
