@@ -33,8 +33,7 @@ class CompiledStep:
         self.kind, self.has_all_guards = kind, all_guards
         self._left_out, self._known_names = LeftOut(), -1
         self._under: Any = None
-        # By code object torch.compile keeps what it compiled, limits and searches it, until told otherwise.
-        own = FunctionType(whole_step.__code__.replace(), whole_step.__globals__, whole_step.__name__)
+        own = of_its_own(whole_step)
         weakref.finalize(self, torch._dynamo.reset_code, own.__code__).atexit = False  # type: ignore[attr-defined]
         self._run = torch.compile(own, **(how if all_guards else with_filter(**how, stays=self._left_out)), fullgraph=True, dynamic=False)
 
@@ -91,3 +90,8 @@ class UncompiledStep:
 def whole_step(step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:
     """What is compiled."""
     step.run(forward, selector, widths, layout, column_S)
+
+
+def of_its_own(function: Any) -> Any:
+    """A copy with a code object of its own: by that torch.compile keeps what it compiled, limits and searches it."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__)

@@ -23,7 +23,7 @@ from transformers import CompileConfig
 
 import jacobi_hf
 from jacobi_hf import mixin
-from jacobi_hf.execution import of_its_own
+from jacobi_hf.compiled import of_its_own
 from jacobi_hf.results import Measurement, Prompts, Results
 from jacobi_hf.window import Window
 

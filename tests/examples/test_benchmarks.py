@@ -91,6 +91,12 @@ def test_the_page_of_results_is_what_the_documents_say():
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == report.page()
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_script_finds_what_it_uses_of_the_package(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    assert importlib.import_module(name).__doc__
+
+
 def _readme_script():
     sys.path.insert(0, str(BENCHMARKS))
     try:
