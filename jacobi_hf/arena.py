@@ -92,7 +92,7 @@ def borrowed(model: Any, config: JacobiConfig, rows: int, capacity: int, device:
     # Under inference mode tensors are made that nobody else may write to.
     context = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     text = model.config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers, text.num_key_value_heads, getattr(text, "head_dim", None)
+    layers = [getattr(text, name, None) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
     kind = config, rows, device, model.dtype, layers, context
     with _keeping:
         mine = [arena for other, arena in kept.arenas if other == kind]

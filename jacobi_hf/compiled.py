@@ -35,7 +35,9 @@ class CompiledStep:
         self._under: Any = None
         own = of_its_own(whole_step)
         weakref.finalize(self, torch._dynamo.reset_code, own.__code__).atexit = False  # type: ignore[attr-defined]
-        self._run = torch.compile(own, **(how if all_guards else with_filter(**how, stays=self._left_out)), fullgraph=True, dynamic=False)
+        self._run = torch.compile(
+            own, **(how if all_guards else with_filter(**how, left_out=self._left_out)), fullgraph=True, dynamic=False
+        )
 
     def __call__(self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor) -> None:
         """One step.

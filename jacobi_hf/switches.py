@@ -36,7 +36,9 @@ class Switches:
 
     def of(self, names: Iterable[str] | None = None) -> tuple[Any, ...]:
         """What a step depends on that looks at the attributes of these names; by default at any."""
-        return self.structure, self.attributes if names is None else {name: self.attributes.get(name) for name in names}
+        if names is None:
+            return self.structure, self.attributes
+        return self.structure, {name: self.attributes.get(name) for name in tuple(names)}  # to which another thread may add
 
 
 def _structure(module: torch.nn.Module, places: dict[int, int]) -> tuple[Any, ...]:
@@ -115,11 +117,11 @@ _MODULE_OR_WEIGHT = re.compile(_MODULE + r"(\._modules|\._(parameters|buffers)(\
 _ATTRIBUTE = re.compile(_MODULE + r"\.(?!config\b|_\w*hooks\b)(?P<name>\w+)")
 
 
-def with_filter(backend: Any, mode: str | None, options: dict[str, Any] | None, stays: LeftOut) -> dict[str, Any]:
+def with_filter(backend: Any, mode: str | None, options: dict[str, Any] | None, left_out: LeftOut) -> dict[str, Any]:
     """Arguments of `torch.compile` that ask for the same, and for the guards that stay, where it takes such a filter."""
     takes_filter = hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe")  # came with the option
     if not takes_filter or (mode is not None and (backend != "inductor" or options is not None)):
         return {"backend": backend, "mode": mode, "options": options}
     # A filter is an option, and of mode and options only one can be given; but a mode is a name for some options.
     of_mode = torch._inductor.list_mode_options(mode) if mode is not None else {}
-    return {"backend": backend, "options": {"guard_filter_fn": stays, **of_mode, **(options or {})}}
+    return {"backend": backend, "options": {"guard_filter_fn": left_out, **of_mode, **(options or {})}}

@@ -57,9 +57,9 @@ for name in ${PARTS:-tests steps peers growth}; do
             fi
             ;;
         peers)
-            settings="--models forced --domains arithmetic --count 4 --repeats 3"
-            [ "$dry" = 1 ] && settings="--models forced --domains arithmetic --count 1 --repeats 1 --max-new-tokens 8"
-            part peers 60 "$python" $benchmarks/peers.py $settings --output "$out/peers.json"
+            settings="--count 4 --repeats 3"
+            [ "$dry" = 1 ] && settings="--count 1 --repeats 1 --max-new-tokens 8"
+            part peers 60 "$python" $benchmarks/peers.py --models forced --domains arithmetic $settings --output "$out/peers.json"
             ;;
         growth)
             settings="--repeats 1"
