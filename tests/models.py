@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -29,7 +31,7 @@ _SHAPE = {
 _SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 TINY = ("qwen2", "qwen2-sliding", "qwen3", "qwen3-sliding")
-OTHERS = ("llama", "mistral", "qwen2-moe", "qwen3-moe")
+OTHERS = ("llama", "mistral", "gpt-neox", "qwen2-moe", "qwen3-moe")
 
 
 def _build(kind: str):
@@ -42,6 +44,8 @@ def _build(kind: str):
             return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **_SHAPE))
         case "qwen3-sliding":
             return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **_SHAPE, **_SLIDING))
+        case "gpt-neox":  # has no heads for keys and values alone, in its config neither
+            return GPTNeoXForCausalLM(GPTNeoXConfig(**{k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"}))
         case "llama":
             return LlamaForCausalLM(LlamaConfig(**_SHAPE))
         case "mistral":
