@@ -19,10 +19,11 @@ from typing import Annotated, Literal
 import typer
 
 from jacobi_hf._version import __version__
+from jacobi_hf.integration.compat import OLDEST_SUPPORTED
 
 FOLDER = "custom_generate"
 # One comparison a line: transformers checks no more than that.
-REQUIREMENTS = ("torch>=2.6", "transformers>=5.23", "transformers<5.24")
+REQUIREMENTS = ("torch>=2.6", f"transformers>={OLDEST_SUPPORTED}")
 _ROOT, _ENTRY = "by_default", "generate"
 _HEAD = """\
 # Jacobi decoding for transformers: several tokens per forward, the same text. A copy of jacobi_hf {version}, made by
@@ -69,7 +70,7 @@ def build(kind: Kind = "model", base_model: str | None = None, base_revision: st
     revision = "" if base_revision is None else f", revision {base_revision!a}"
     made_for = "" if base_model is None else f"# Made for {base_model!a}{revision}.\n"
     modules = _modules()
-    sections = [f"# {'-' * 20} jacobi_hf/{name}.py\n\n{_without_own_imports(name, text)}" for name, text in modules.items()]
+    sections = [f"# {'-' * 20} jacobi_hf/{_file_of(name)}\n\n{_without_own_imports(name, text)}" for name, text in modules.items()]
     _check_names(modules)
     last = f"# {'-' * 20} what transformers calls\n\n{_ENTRY} = entry({json.dumps(kind)})\n"
     text = "\n\n".join([_HEAD.format(version=__version__, made_for=made_for), *sections, last])
@@ -82,7 +83,7 @@ def _modules() -> dict[str, str]:
     found: dict[str, str] = {}
 
     def visit(name: str) -> None:
-        text = resources.files("jacobi_hf").joinpath(f"{name}.py").read_text(encoding="utf-8")
+        text = resources.files("jacobi_hf").joinpath(_file_of(name)).read_text(encoding="utf-8")
         for node in ast.parse(text).body:
             if (imported := _own_module(node)) and imported not in found:
                 visit(imported)
@@ -90,6 +91,11 @@ def _modules() -> dict[str, str]:
 
     visit(_ROOT)
     return found
+
+
+def _file_of(module: str) -> str:
+    """Return the file of a module of jacobi_hf, relative to the package: `integration/compat.py`."""
+    return f"{module.replace('.', '/')}.py"
 
 
 def _own_module(node: ast.stmt) -> str | None:
@@ -113,7 +119,7 @@ def _without_own_imports(name: str, text: str) -> str:
     kept = re.sub(r"\n{3,}", "\n\n\n", "\n".join(lines)).strip() + "\n"
     renamed = [node for node in ast.parse(text).body if _own_module(node) and " as " in ast.unparse(node)]
     if odd := [*renamed, *filter(_imports_sibling, ast.walk(ast.parse(kept)))]:
-        raise ValueError(f"jacobi_hf/{name}.py imports a sibling in a way that one file cannot: {ast.unparse(odd[0])}")
+        raise ValueError(f"jacobi_hf/{_file_of(name)} imports a sibling in a way that one file cannot: {ast.unparse(odd[0])}")
     return kept
 
 

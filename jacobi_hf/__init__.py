@@ -5,6 +5,7 @@ Importing this package gives Qwen2 and Qwen3 models `generate(..., decoding="jac
 
 from pathlib import Path as _Path
 
+import jacobi_hf.integration  # noqa: F401  # isort: skip  (first: it refuses releases of transformers that are too old)
 from jacobi_hf._version import __version__
 from jacobi_hf.arena import clear_graphs
 from jacobi_hf.config import JacobiConfig

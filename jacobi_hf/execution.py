@@ -10,6 +10,7 @@ import torch
 from jacobi_hf.arena import kept_for
 from jacobi_hf.capture import GRAPHS, Captured
 from jacobi_hf.compiled import CompiledStep, UncompiledStep
+from jacobi_hf.integration.compat import OUTPUT_CAPTURING
 from jacobi_hf.step import Widths, candidate_sources
 from jacobi_hf.switches import Switches
 
@@ -31,13 +32,21 @@ def cannot_compile(model: Any) -> str | None:
         return "the model is spread over several devices"
     if (getattr(model, "tp_size", None) or 1) > 1:
         return "the model is split over several processes"
-    # Those of a drafter are there while another call drafts, and are traced with the rest.
-    if any(not getattr(hook, "is_drafters", False) for hook in _hooks(model)) or any(hasattr(m, "_hf_hook") for m in model.modules()):
+    if any(not _can_be_traced(hook) for hook in _hooks(model)) or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "a module of the model has hooks"
     if any(_hooks_of_all_modules()):
         return "there are hooks for all modules"
     quantizer = getattr(model, "hf_quantizer", None)
     return "its quantisation cannot be compiled" if quantizer is not None and not quantizer.is_compileable else None
+
+
+def _can_be_traced(hook: Any) -> bool:
+    """Return whether a hook is compiled together with the model's forward.
+
+    A drafter's hooks are there while another call drafts. Transformers' own are left on the layers by a forward with
+    `output_hidden_states=True` or `output_attentions=True`, and do nothing in other forwards.
+    """
+    return getattr(hook, "is_drafters", False) or getattr(hook, "__module__", "") == OUTPUT_CAPTURING
 
 
 def _hooks(model: Any) -> Iterator[Any]:

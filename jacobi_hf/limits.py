@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation import GenerationMode
 
 from jacobi_hf.attention import LAYER_TYPES, cannot_attend, layer_types
+from jacobi_hf.integration.compat import is_checkpointing
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -42,7 +43,7 @@ def unserved_in(model: Any, generation_config: GenerationConfig, *, own_position
         return "prefill_chunk_size"
     if _frequencies_depend_on_length(model.config.get_text_config(decoder=True)):
         return "rotary embeddings whose frequencies depend on the length (rope_type 'dynamic' and 'longrope')"
-    if model.training and getattr(model, "is_activation_checkpointing", False):
+    if model.training and is_checkpointing(model):
         return "a model that is being trained with gradient checkpointing (which drops the cache)"
     if "prepare_inputs_for_generation" in vars(model):
         return "a prompt-learning adapter (PEFT replaced prepare_inputs_for_generation)"

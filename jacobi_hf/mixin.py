@@ -23,6 +23,7 @@ from jacobi_hf.decoding import Decoder
 from jacobi_hf.drafters import drafter_of
 from jacobi_hf.execution import Eager, cannot_compile, whole_steps
 from jacobi_hf.frontier import Frontier, Scores, token_limit
+from jacobi_hf.integration.compat import CACHE, CACHE_NAMES, is_tested, kept_logits, logits_to_keep, parameters_of
 from jacobi_hf.limits import contradiction_in, unserved_in
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.prompt import read_prompt
@@ -44,7 +45,7 @@ _REQUEST = "_jacobi_request"
 _HANDLED = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *CACHE_NAMES,
     "use_cache",
     "logits_to_keep",
     "inputs_embeds",
@@ -55,11 +56,17 @@ _HANDLED = {
 
 @dataclass(frozen=True)
 class _Request:
-    """A wish for Jacobi decoding, and whether the call itself expressed it (or a saved generation config)."""
+    """A request for Jacobi decoding.
+
+    Attributes:
+        in_call: whether it came from the call's arguments rather than from a saved generation config.
+        own_positions, own_cache: whether the caller gave position ids, or a cache.
+    """
 
     config: JacobiConfig
     in_call: bool
     own_positions: bool
+    own_cache: bool
 
 
 class JacobiGenerationMixin:
@@ -82,7 +89,9 @@ class JacobiGenerationMixin:
             raise ValueError("jacobi_verify_width is for drafters, and none is in use: call jacobi_hf.load_drafter, or drop it.")
         if config is not None:
             reject_misspelt(name for name in vars(self.generation_config) if name.startswith("jacobi_"))  # type: ignore[attr-defined]
-            setattr(prepared, _REQUEST, _Request(config, in_call, kwargs.get("position_ids") is not None))
+            own_positions = kwargs.get("position_ids") is not None
+            own_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+            setattr(prepared, _REQUEST, _Request(config, in_call, own_positions, own_cache))
         return prepared, model_kwargs
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any) -> None:
@@ -118,7 +127,7 @@ class JacobiGenerationMixin:
             )  # fmt: skip
         model: Any = self
         try:
-            call = _Call(model, request.config, generation_config, input_ids, model_kwargs, stopping_criteria)
+            call = _Call(model, request, generation_config, input_ids, model_kwargs, stopping_criteria)
         except ValueError as error:
             if request.in_call:
                 raise
@@ -138,16 +147,17 @@ class _Call:
     def __init__(
         self,
         model: PreTrainedModel,
-        config: JacobiConfig,
+        request: _Request,
         generation_config: GenerationConfig,
         input_ids: torch.Tensor,
         model_kwargs: dict[str, Any],
         criteria: StoppingCriteriaList,
     ) -> None:
-        self._model, self._config, self._generation_config, self._input_BP = model, config, generation_config, input_ids.long()
+        self._model, self._config, self._generation_config, self._input_BP = model, request.config, generation_config, input_ids.long()
         self._criteria, self._drafter = criteria, drafter_of(model)
-        self._target: Cache | None = model_kwargs.get("past_key_values")
-        past = _past_length(self._target, len(input_ids), model.config.get_text_config(decoder=True).num_hidden_layers)
+        self._target: Cache | None = model_kwargs.get(CACHE)
+        self._own_cache = self._target if request.own_cache else None
+        past = _past_length(self._own_cache, len(input_ids), model.config.get_text_config(decoder=True).num_hidden_layers)
         embeddings = model.get_input_embeddings()
         vocab_size = getattr(embeddings, "num_embeddings", model.config.get_text_config(decoder=True).vocab_size)
         self._prompt = read_prompt(
@@ -163,13 +173,12 @@ class _Call:
 
     def _check_room(self) -> None:
         """A StaticCache of the caller's has to hold the whole call."""
-        if isinstance(self._target, StaticCache) and getattr(self._target, "_is_user_defined", False):
+        if isinstance(self._own_cache, StaticCache):
             needed = self._prompt.total + self._limit - 1
-            room = min((int(layer.max_cache_len) for layer in self._target.layers if not layer.is_sliding), default=needed)
+            room = min((int(layer.max_cache_len) for layer in self._own_cache.layers if not layer.is_sliding), default=needed)
             if needed > room:
                 raise ValueError(
-                    f"past_key_values holds {room} tokens, but prompt and new tokens need {needed}: "
-                    "give a larger cache or fewer new tokens."
+                    f"{CACHE} holds {room} tokens, but prompt and new tokens need {needed}: give a larger cache or fewer new tokens."
                 )
 
     def decode(
@@ -208,7 +217,7 @@ class _Call:
         frontier = Frontier(input_BP, self._criteria, streamer, self._limit, pad, scores, one_by_one=one_by_one)
         if prompt.past and self._target is not None:
             arena.cache.load(self._target, prompt.pad_B)
-        hands_out_cache = wants_dict or getattr(self._target, "_is_user_defined", False)
+        hands_out_cache = wants_dict or self._own_cache is not None
         fills = bool(hands_out_cache or scores or logits or one_by_one)
         arena.step.open(prompt, self._limit, frontier.pad, arena.hold("end tokens", frontier.eos_E), fills=fills)
         last_position = arena.hold("last position", torch.tensor(prompt.total + self._limit - 1, device=input_BP.device))
@@ -235,8 +244,8 @@ class _Call:
             sequences=frontier.sequences,
             scores=None if scores is None else tuple(scores.steps[: frontier.generated]),
             logits=None if logits is None else tuple(logits.steps[: frontier.generated]),
-            past_key_values=self._target,
             jacobi_stats=decoder.stats,
+            **{CACHE: self._target},
         )
 
     def _compile_config(self) -> CompileConfig | None:
@@ -287,18 +296,18 @@ def _our_attention(model: Any) -> Iterator[None]:
 
 def _past_length(cache: Cache | None, batch_size: int, layers: int) -> int:
     """Tokens in a cache of the caller's, checked to be one that this call can continue."""
-    if cache is None or not getattr(cache, "_is_user_defined", False):
+    if cache is None:
         return 0
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded."
+            f"{CACHE} is a {type(cache).__name__}; Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded."
         )
     past = int(cache.get_seq_length())
     held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
     if held and held[0] != batch_size and (past or isinstance(cache, StaticCache)):
-        raise ValueError(f"past_key_values holds a batch of {held[0]} rows, the prompt has {batch_size}.")
+        raise ValueError(f"{CACHE} holds a batch of {held[0]} rows, the prompt has {batch_size}.")
     if len(cache.layers) not in (0, layers):
-        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {layers}: it belongs to another model.")
+        raise ValueError(f"{CACHE} has {len(cache.layers)} layers, the model {layers}: it belongs to another model.")
     return past
 
 
@@ -335,7 +344,7 @@ class _Forward:
         else:
             outputs = self._model(**arguments)
         logits: torch.Tensor = outputs.logits.to(self._cache.lengths_B.device)
-        return logits
+        return kept_logits(logits, keep_BN, layout.slots)
 
     def needs_mask(self, slots: int, *, without_past: bool) -> bool:
         """Whether a chain of `slots` slots has a mask as large as their square; see `StepMasks.is_causal`."""
@@ -357,9 +366,9 @@ class _Forward:
             "inputs_embeds": embeds_BQH,
             "attention_mask": self._masks.of_step(layout, lengths_B, column_S),
             "position_ids": position_BQ.clamp(max=self._last).to(self._device),
-            "past_key_values": self._cache,
+            CACHE: self._cache,
             "use_cache": True,
-            "logits_to_keep": 0 if keep_BN is None else keep_BN.to(self._device),
+            "logits_to_keep": logits_to_keep(None if keep_BN is None else keep_BN.to(self._device), layout.slots),
             "return_dict": True,
         }
 
@@ -374,12 +383,11 @@ def check_can_decode(model_class: type) -> None:
         TypeError: it is not a causal language model of transformers whose forward takes what a Jacobi step needs.
     """
     forward = getattr(model_class, "forward", None)
-    names = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
     if not issubclass(model_class, GenerationMixin) or not issubclass(model_class, PreTrainedModel) or forward is None:
         raise TypeError(
             f"{model_class.__name__} is not a transformers model that generates: it needs PreTrainedModel and GenerationMixin as bases."
         )
-    missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(names.co_varnames if names else ())
+    missing = {CACHE, "position_ids", "logits_to_keep"} - parameters_of(forward)
     if missing:
         raise TypeError(f"{model_class.__name__}.forward does not take {', '.join(sorted(missing))}, which Jacobi decoding passes.")
     if not getattr(model_class, "_supports_attention_backend", False):
@@ -420,6 +428,15 @@ def registered() -> list[type]:
 
 
 def register_defaults() -> None:
-    """Register Qwen2 and Qwen3, as importing jacobi_hf does."""
-    register(Qwen2ForCausalLM)
-    register(Qwen3ForCausalLM)
+    """Register Qwen2 and Qwen3, as importing jacobi_hf does.
+
+    On a release of transformers that is newer than the tests, a class that cannot be registered is left out with a
+    warning, so that the import succeeds.
+    """
+    for model_class in (Qwen2ForCausalLM, Qwen3ForCausalLM):
+        try:
+            register(model_class)
+        except TypeError as error:
+            if is_tested():
+                raise
+            warnings.warn(f"{model_class.__name__} is not registered: {error}", UserWarning, stacklevel=2)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from jacobi_hf.integration.compat import CACHE
+
 
 @dataclass
 class JacobiStats:
@@ -76,8 +78,14 @@ class JacobiStats:
 class JacobiDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """`GenerateDecoderOnlyOutput` with the statistics of the decoding.
 
+    It answers to both names of the cache, `cache` (transformers 5.24 on) and `past_key_values`.
+
     Attributes:
         jacobi_stats: counts of forwards, tokens and guesses.
     """
 
     jacobi_stats: JacobiStats | None = None
+
+
+if CACHE != "cache":  # from 5.24 on it is a field, and transformers answers to the old name
+    JacobiDecoderOnlyOutput.cache = property(lambda output: output.past_key_values)  # type: ignore[attr-defined]

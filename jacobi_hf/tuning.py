@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from jacobi_hf.config import KNOBS, MULTIBLOCK, JacobiConfig
 from jacobi_hf.drafters import drafter_of
 from jacobi_hf.execution import cannot_compile
+from jacobi_hf.integration.compat import CACHE_NAMES
 from jacobi_hf.trial import ASSISTED, Setting, Stopwatch, Trial, Way, describe, knobs_of, sources_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ASSISTED", "Setting", "Tuning", "Way", "autotune", "describe", "sources_of"]
 
-_OURS_TO_GIVE = ("attention_mask", "input_ids", "inputs", "inputs_embeds", "past_key_values", "position_ids", "streamer")
+_OURS_TO_GIVE = ("attention_mask", "input_ids", "inputs", "inputs_embeds", *CACHE_NAMES, "position_ids", "streamer")
 
 
 @dataclass(frozen=True)

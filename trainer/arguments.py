@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
+from jacobi_hf.integration.compat import MUON, CheckpointingArguments
 from jacobi_hf.trainer.collator import LAYOUTS
 from jacobi_hf.trainer.dataset import ON_BAD_ROW, TOO_LONG
 from jacobi_hf.trainer.drafting import TARGETS
 from jacobi_hf.trainer.losses import REDUCTIONS
 from jacobi_hf.trainer.mask import window_of
+from jacobi_hf.trainer.optimizer import NO_MUON
 from jacobi_hf.trainer.options import option
 
 METHODS = ("full", "gated")
 
 
 @dataclass
-class JacobiForcingConfig(TrainingArguments):
+class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
     """`TrainingArguments` for Jacobi Forcing (arXiv 2512.14681).
 
     Losses, context and replay default to one consistent set, that of the tiny model's recipe, which its ablations led to
@@ -139,6 +141,8 @@ class JacobiForcingConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.muon_learning_rate is not None and self.muon_learning_rate < 0:
             raise ValueError(f"muon_learning_rate={self.muon_learning_rate} must not be negative.")
+        if self.muon_learning_rate is not None and MUON is None:
+            raise ValueError(NO_MUON)
         for name in (
             "loss_chunk_numbers", "eval_max_new_tokens", "eval_prompt_count", "gated_width", "gated_windows", "gated_visits",
         ):  # fmt: skip

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from jacobi_hf.attention import MaskBuilder
+from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.selection import best
 from jacobi_hf.trainer.at_head import AtHead
 from jacobi_hf.window import ids_of_the_text
@@ -240,7 +241,7 @@ class DraftedModel(torch.nn.Module):
             return torch.zeros_like(ids_BL).masked_scatter(asked_BL, choice_N), hidden_RH
 
         (choice_BL, hidden_RH), _ = self._at_head(
-            lambda: self.base(input_ids=ids_BL, past_key_values=cache, use_cache=True, return_dict=True), choices
+            lambda: self.base(input_ids=ids_BL, use_cache=True, return_dict=True, **{CACHE: cache}), choices
         )
         return CleanText(ids_BL, prompt_B, length_B, choice_BL, cache, hidden_RH.view(*ids_BL.shape, -1))
 
@@ -281,9 +282,9 @@ class DraftedModel(torch.nn.Module):
                 input_ids=draft_BQ,
                 position_ids=windows.position_BMW.reshape(batch, slots).clamp(max=last),
                 attention_mask=self._masks(lambda sliding: window_mask(windows, columns, sliding), device),
-                past_key_values=BehindText(text.cache),
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: BehindText(text.cache)},
             )
 
     def forward(

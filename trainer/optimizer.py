@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from jacobi_hf.integration.compat import MUON
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from transformers import TrainingArguments
+
+
+NO_MUON = (
+    f"muon_learning_rate needs torch.optim.Muon, which torch {torch.__version__} does not have: leave it out, or pip install 'torch>=2.9'"
+)
 
 
 class JointOptimizer(Optimizer):
@@ -62,6 +69,9 @@ def muon_and_adamw(
         muon_learning_rate: of the matrices.
         decayed: names of the weights that decay.
         outside: modules whose matrices AdamW trains too: embeddings and LM head.
+
+    Raises:
+        ValueError: torch is older than 2.9.
     """
     left_out = {id(p) for module in outside for p in module.parameters()}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -79,7 +89,9 @@ def muon_and_adamw(
 
     parts: list[Optimizer] = []
     if matrices := of(matrices=True):
-        parts.append(Muon(matrices, lr=muon_learning_rate, adjust_lr_fn="match_rms_adamw"))
+        if MUON is None:
+            raise ValueError(NO_MUON)
+        parts.append(MUON(matrices, lr=muon_learning_rate, adjust_lr_fn="match_rms_adamw"))
     if others := of(matrices=False):
         parts.append(AdamW(others, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, fused=True))
     return JointOptimizer(parts)

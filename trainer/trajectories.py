@@ -24,6 +24,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 
 from jacobi_hf.attention import LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
 from jacobi_hf.cache import JacobiStaticCache
+from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.selection import best, generator_state, set_generator_state
 from jacobi_hf.window import ids_of_the_text
 
@@ -284,8 +285,8 @@ def _answer(model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: A
     clean = DynamicCache()  # of no config, so that sliding layers keep everything too
     with torch.no_grad(), _bare(model):
         ids_BL = model.generate(
-            **_left_padded(model, prompts), generation_config=answers.generation_config(model), past_key_values=clean, decoding=None
-        )
+            **_left_padded(model, prompts), generation_config=answers.generation_config(model), decoding=None, **{CACHE: clean}
+        )  # fmt: skip
     ends, width = end_ids(model), max(map(len, prompts))
     return [_cut(row[width:].tolist(), ends) for row in ids_BL], clean
 
@@ -429,7 +430,7 @@ class _Blocks:
 
         outputs = self.model(
             input_ids=self._state_BTn.view(len(index_BQ), -1).gather(1, index_BQ),
-            attention_mask=self._masks(mask, self.model.device), position_ids=position_BQ, past_key_values=self._cache, use_cache=True,
+            attention_mask=self._masks(mask, self.model.device), position_ids=position_BQ, use_cache=True, **{CACHE: self._cache},
         )  # fmt: skip
         logits: torch.Tensor = outputs.logits
         return logits

@@ -32,6 +32,7 @@ from transformers.generation import BaseStreamer
 from jacobi_hf import JacobiConfig, clear_graphs, mixin
 from jacobi_hf.arena import Arena
 from jacobi_hf.execution import Eager, whole_steps
+from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.layout import build_layout
 from jacobi_hf.prompt import Prompt
 from jacobi_hf.results import Decoder, Measurement, Prompts, Results, Speedup
@@ -195,7 +196,7 @@ def ordinary(model: Any, context: int, tokens: int, compile_config: CompileConfi
     ids = torch.randint(2, config.vocab_size, (1, context + 1), device=model.device)
     gaps, options = Gaps(), {} if compile_config is None else {"compile_config": compile_config}
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=gaps, **options
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=gaps, **{CACHE: cache}, **options
     )  # fmt: skip
     return statistics.median(b - a for a, b in zip(gaps.times[3:], gaps.times[4:], strict=False))
 

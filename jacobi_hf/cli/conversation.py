@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import DynamicCache
 
 from jacobi_hf.cli.answers import Answer, room_of, write
+from jacobi_hf.integration.compat import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +69,7 @@ class Conversation:
         if not ids or room < 1:
             raise ValueError(f"the conversation has {len(ids)} tokens, the model {room_of(self._model)} positions: /clear begins anew.")
         self._keep_prefix(ids)
-        limits = {"max_new_tokens": int(min(arguments["max_new_tokens"], room)), "past_key_values": self._cache}
+        limits = {"max_new_tokens": int(min(arguments["max_new_tokens"], room)), CACHE: self._cache}
         try:
             answer = write(self._model, self._tokenizer, ids, arguments | limits, show=show, stop=stop)
         except BaseException:  # an interrupt too: some layers may be a token ahead
@@ -96,7 +97,7 @@ class Conversation:
         if kept < len(self._cached):
             try:
                 self._cache.crop(kept - len(self._cached))
-            except RuntimeError:  # a sliding window has dropped what would be needed
+            except (RuntimeError, ValueError):  # a sliding window has dropped what would be needed
                 self._forget()
                 kept = 0
         self.prefilled = len(ids) - kept

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
+from jacobi_hf.integration.compat import require_release
 
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
@@ -37,6 +38,7 @@ def serve(
     from jacobi_hf.cli.loading import check_knobs, decoding_of, load
 
     with errors_in_one_line("serve"):
+        require_release("jacobi-hf serve", "5.15")
         _check_extra()
         check_knobs(knobs)
         at = listener(host, port)  # before the model is loaded, which takes long

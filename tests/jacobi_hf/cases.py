@@ -11,6 +11,7 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
+from jacobi_hf.integration.compat import CACHE
 from tests.models import TINY, VOCAB, tiny_model
 
 TOLERANCE = 2e-4  # fp32 rounding between matrix shapes, on logits of about 10
@@ -165,7 +166,7 @@ def _cache_differences(case: Case, reference: Any, output: Any) -> list[str]:
     tokens = reference.sequences.shape[1] - 1
     mask = torch.ones(len(case.lengths), tokens, dtype=torch.bool)
     mask[:, : max(case.lengths)] = case.inputs()["attention_mask"].bool()[:, :tokens]
-    for a, b in zip(reference.past_key_values.layers, output.past_key_values.layers, strict=True):
+    for a, b in zip(reference[CACHE].layers, output[CACHE].layers, strict=True):
         if a.keys.shape != b.keys.shape or a.get_seq_length() != b.get_seq_length():
             return ["cache length"]
         kept = mask[:, tokens - a.keys.shape[2] :]

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from jacobi_hf import attention, mixin, register, unregister
 from jacobi_hf import kernels as jacobi_kernels
 from jacobi_hf.attention import FLASH, FLEX, GROUPED_SLOTS, OURS, SDPA, StepMasks, step_attention, usable_kernels
+from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.layout import attention_mask, build_layout, chain_layout
 from tests.models import VOCAB, fresh_model, tiny_model
 
@@ -229,8 +230,8 @@ def test_to_everybody_else_it_is_sdpa(kind, columns):
     for implementation in ("sdpa", OURS[SDPA]):
         model.set_attn_implementation(implementation)
         cache = DynamicCache(config=model.config)
-        first = model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache).logits
-        outputs.append(torch.cat([first, model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits], 1)[mask.bool()])
+        first = model(ids[:, :-1], attention_mask=mask[:, :-1], **{CACHE: cache}).logits
+        outputs.append(torch.cat([first, model(ids[:, -1:], attention_mask=mask, **{CACHE: cache}).logits], 1)[mask.bool()])
     assert torch.equal(*outputs)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from jacobi_hf.cache import JacobiStaticCache
+from jacobi_hf.integration.compat import CACHE
 from tests.models import VOCAB, tiny_model
 
 
@@ -90,9 +91,9 @@ def test_a_conversation_continues_in_the_callers_cache(kind, make, turns, sample
         text, other = torch.cat([text, addition], 1), torch.cat([other, addition], 1)
         arguments = {"max_new_tokens": new, "do_sample": sampled, "pad_token_id": 0, "attention_mask": torch.ones_like(text)}
         torch.manual_seed(turn)
-        text = model.generate(text, past_key_values=ordinary, **arguments)
+        text = model.generate(text, **{CACHE: ordinary}, **arguments)
         torch.manual_seed(turn)
-        other = model.generate(other, past_key_values=jacobi, decoding="jacobi_multiblock", jacobi_block_size=4, **arguments)
+        other = model.generate(other, **{CACHE: jacobi}, decoding="jacobi_multiblock", jacobi_block_size=4, **arguments)
         assert torch.equal(text, other)
         assert int(jacobi.get_seq_length()) == int(ordinary.get_seq_length()) == text.shape[1] - 1
         for a, b in zip(ordinary.layers, jacobi.layers, strict=True):
@@ -106,7 +107,7 @@ def test_a_padded_batch_continues_in_the_callers_cache(kind):
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     outputs = []
     for cache, knobs in zip(caches, ({}, {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}), strict=True):
-        arguments = {"do_sample": False, "pad_token_id": 0, "past_key_values": cache, **knobs}
+        arguments = {"do_sample": False, "pad_token_id": 0, CACHE: cache, **knobs}
         mask = (ids != 0).long()
         first = model.generate(ids, attention_mask=mask, max_new_tokens=7, **arguments)
         mask = torch.cat([mask, torch.ones(3, 7 + 2, dtype=torch.long)], 1)
@@ -120,12 +121,12 @@ def test_new_ids_alone_may_be_given_with_a_full_mask():
     outputs = []
     for knobs in ({}, {"decoding": "jacobi_multiblock"}):
         cache = DynamicCache(config=model.config)
-        model(torch.tensor([[5, 6, 7, 8]]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([[5, 6, 7, 8]]), **{CACHE: cache}, use_cache=True)
         outputs.append(
             model.generate(
                 torch.tensor([[9, 3]]),
                 attention_mask=torch.ones(1, 6, dtype=torch.long),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=9,
                 do_sample=False,
                 pad_token_id=0,
@@ -140,8 +141,8 @@ def test_the_cache_afterwards_is_that_of_a_plain_prefill_of_the_output(any_model
     ids = torch.randint(1, VOCAB, (3, 6), generator=torch.Generator().manual_seed(4))
     output = any_model.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=0, decoding=decoding, return_dict_in_generate=True)
     plain = DynamicCache(config=any_model.config)
-    any_model(output.sequences[:, :-1], past_key_values=plain, use_cache=True)
-    for a, b in zip(plain.layers, output.past_key_values.layers, strict=True):
+    any_model(output.sequences[:, :-1], **{CACHE: plain}, use_cache=True)
+    for a, b in zip(plain.layers, output[CACHE].layers, strict=True):
         assert a.keys.shape == b.keys.shape
         assert torch.allclose(a.keys, b.keys, atol=2e-4)
         assert torch.allclose(a.values, b.values, atol=2e-4)

@@ -15,6 +15,7 @@ from jacobi_hf import JacobiConfig, arena, capture
 from jacobi_hf.capture import Captured
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.execution import Compiled, WholeSteps, whole_steps
+from jacobi_hf.integration.compat import CACHE
 from tests.jacobi_hf.tapes import TapeGraphs
 from tests.jacobi_hf.test_execution import BOTH, CALLS, SETTINGS, counts, generate, prompt
 from tests.models import VOCAB, fresh_model, tiny_model
@@ -36,7 +37,7 @@ def assert_same(plain, other, *, lag=0):
     assert rest == other_rest
     # Wider steps have a row's pads sooner.
     assert other_forwards == forwards + lag or (other_forwards < forwards + lag and len(set(rest[0])) > 1)
-    for a, b in zip(plain.past_key_values.layers, other.past_key_values.layers, strict=True):
+    for a, b in zip(plain[CACHE].layers, other[CACHE].layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
 
@@ -147,11 +148,11 @@ def test_calls_that_overlap_share_no_buffers():
 def test_what_is_handed_out_is_the_callers():
     model, ids, arguments = tiny_model("qwen3"), prompt(2, 5), {"do_sample": False, **BOTH}
     output = generate(model, ids, **arguments, compile_config=CAPTURED)
-    sequences, keys = output.sequences.clone(), [layer.keys.clone() for layer in output.past_key_values.layers]
+    sequences, keys = output.sequences.clone(), [layer.keys.clone() for layer in output[CACHE].layers]
     generate(model, prompt(2, 5, seed=3), **arguments, compile_config=CAPTURED)
     jacobi_hf.clear_graphs(model)
     assert torch.equal(output.sequences, sequences)
-    assert all(torch.equal(layer.keys, before) for layer, before in zip(output.past_key_values.layers, keys, strict=True))
+    assert all(torch.equal(layer.keys, before) for layer, before in zip(output[CACHE].layers, keys, strict=True))
 
 
 def test_a_conversation_goes_on_in_captured_steps():
@@ -159,9 +160,9 @@ def test_a_conversation_goes_on_in_captured_steps():
     texts = [prompt(1, 4, alphabet=VOCAB)] * 2
     for turn in range(4):
         for number, options in enumerate(({}, {"compile_config": CAPTURED})):
-            cache = {} if caches[number] is None else {"past_key_values": caches[number]}
+            cache = {} if caches[number] is None else {CACHE: caches[number]}
             output = generate(model, texts[number], do_sample=False, **BOTH, **options, **cache, max_new_tokens=11)
-            caches[number] = output.past_key_values
+            caches[number] = output[CACHE]
             texts[number] = torch.cat([output.sequences, prompt(1, 3, seed=turn, alphabet=VOCAB)], 1)
         assert torch.equal(*texts)
 

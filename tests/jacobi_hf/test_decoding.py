@@ -8,6 +8,7 @@ import torch
 from jacobi_hf.cache import JacobiStaticCache
 from jacobi_hf.decoding import Decoder
 from jacobi_hf.execution import Eager
+from jacobi_hf.integration.compat import CACHE
 from tests.jacobi_hf.test_execution import CALLS, SETTINGS, counts, generate, prompt
 from tests.models import fresh_model, tiny_model
 
@@ -55,7 +56,7 @@ def test_a_host_that_lags_decodes_the_same(setting, call, rows, lagging):
         assert rest == other_rest
         assert more_forwards == forwards + (forwards > 1) or (call == "ends" and more_forwards <= forwards)  # pads come sooner
         assert lagged.jacobi_stats.slots_by_width.total() == more_forwards - 1
-        for a, b in zip(plain.past_key_values.layers, lagged.past_key_values.layers, strict=True):
+        for a, b in zip(plain[CACHE].layers, lagged[CACHE].layers, strict=True):
             torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
 
 

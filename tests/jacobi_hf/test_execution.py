@@ -15,6 +15,7 @@ from transformers import CompileConfig, StoppingCriteria
 import jacobi_hf
 from jacobi_hf import arena, capture, execution, switches
 from jacobi_hf.execution import cannot_compile
+from jacobi_hf.integration.compat import CACHE
 from tests.jacobi_hf.tapes import TapeGraphs
 from tests.models import VOCAB, fresh_model, tiny_model
 
@@ -72,7 +73,7 @@ def test_compiled_steps_give_the_same_tokens_statistics_and_cache(kind, setting,
     assert counts(plain.jacobi_stats) == counts(compiled.jacobi_stats)
     assert plain.jacobi_stats.compiled_steps == 0
     assert compiled.jacobi_stats.compiled_steps > 0
-    for a, b in zip(plain.past_key_values.layers, compiled.past_key_values.layers, strict=True):
+    for a, b in zip(plain[CACHE].layers, compiled[CACHE].layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
 
@@ -423,6 +424,26 @@ def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
     del second, model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_forward_with_hidden_states_forbids_no_compiling(when):
+    """Transformers leaves hooks on the layers that do nothing in other forwards."""
+    model, ids = fresh_model("qwen3"), prompt(1, 6)
+    arguments = {"do_sample": False, "compile_config": CompileConfig(backend="aot_eager", mode=None, fullgraph=True), **SETTINGS["window"]}
+    reference = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    if when == "between":
+        assert generate(model, ids, **arguments).jacobi_stats.compiled_steps > 0
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+    assert cannot_compile(model) is None
+    output = generate(model, ids, **arguments)
+    assert when == "between" or output.jacobi_stats.compiled_steps > 0
+    assert torch.equal(output.sequences, reference)
+    with torch.no_grad():
+        again = model(ids, output_hidden_states=True).hidden_states
+    assert len(again) == len(states)
+    assert all(torch.equal(a, b) for a, b in zip(states, again, strict=True))
 
 
 def test_hooks_and_disable_compile_leave_steps_as_they_are():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
+from jacobi_hf.integration.compat import CACHE
 from tests.models import TINY, VOCAB, tiny_model
 
 
@@ -84,7 +85,7 @@ def test_call_sequences_are_those_of_sample(
     if scores:
         assert len(a.scores) == len(b.scores)
         assert all(torch.allclose(x, y, atol=2e-4) for x, y in zip(a.scores, b.scores, strict=True))
-    for x, y in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
+    for x, y in zip(a[CACHE].layers, b[CACHE].layers, strict=True):
         assert torch.allclose(x.keys, y.keys, atol=2e-4)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Dyn
 
 from jacobi_hf import mixin
 from jacobi_hf.decoding import Decoder
+from jacobi_hf.integration.compat import CACHE
 from tests.jacobi_hf.cases import Case, differences
 from tests.models import TINY, VOCAB, fresh_model, tiny_model
 from tests.tiny import CHECKPOINT
@@ -45,8 +46,8 @@ def test_grad_modes(context, model, prompt):
 def test_cache_implementations(cache, any_model, prompt):
     same(any_model, prompt, max_new_tokens=20, cache_implementation=cache)
     output = any_model.generate(**prompt, max_new_tokens=20, cache_implementation=cache, return_dict_in_generate=True, **KNOBS)
-    assert type(output.past_key_values) is (StaticCache if cache == "static" else DynamicCache)
-    assert int(output.past_key_values.get_seq_length()) == output.sequences.shape[1] - 1
+    assert type(output[CACHE]) is (StaticCache if cache == "static" else DynamicCache)
+    assert int(output[CACHE].get_seq_length()) == output.sequences.shape[1] - 1
 
 
 def test_num_return_sequences(any_model, prompt):

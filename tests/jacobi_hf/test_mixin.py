@@ -27,6 +27,7 @@ from transformers import (
 
 import jacobi_hf
 from jacobi_hf import JacobiConfig, JacobiGenerationMixin, register, unregister
+from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.mixin import _is_known, register_defaults
 from tests.models import OTHERS, fresh_model, tiny_model
 
@@ -204,17 +205,17 @@ def test_bad_inputs_raise_before_any_forward(inputs, message, model):
 
 def test_caches_that_do_not_fit_are_refused_and_left_alone(model):
     small, ids = StaticCache(config=model.config, max_cache_len=8), torch.tensor([[5, 6, 7, 8]])
-    with pytest.raises(ValueError, match="past_key_values holds 8 tokens, but prompt and new tokens need 23"):
-        model.generate(ids, past_key_values=small, max_new_tokens=20, do_sample=False, pad_token_id=0, decoding="jacobi")
+    with pytest.raises(ValueError, match=f"{CACHE} holds 8 tokens, but prompt and new tokens need 23"):
+        model.generate(ids, **{CACHE: small}, max_new_tokens=20, do_sample=False, pad_token_id=0, decoding="jacobi")
     assert int(small.get_seq_length()) == 0
     other = DynamicCache(config=model.config)
-    model(torch.tensor([[5, 6], [7, 8]]), past_key_values=other, use_cache=True)
+    model(torch.tensor([[5, 6], [7, 8]]), **{CACHE: other}, use_cache=True)
     with pytest.raises(ValueError, match="holds a batch of 2 rows, the prompt has 1"):
-        model.generate(ids, past_key_values=other, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi")
+        model.generate(ids, **{CACHE: other}, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi")
     assert other.get_seq_length() == 2
     with pytest.raises(ValueError, match="at least one new token"):
         model.generate(
-            torch.tensor([[5, 6], [7, 8]]), past_key_values=other, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi"
+            torch.tensor([[5, 6], [7, 8]]), **{CACHE: other}, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi"
         )  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def test_a_static_cache_made_for_another_batch_is_refused_and_left_alone(model, 
     cache = StaticCache(config=model.config, max_cache_len=64)
     cache.early_initialization(3, 2, 8, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="holds a batch of 3 rows, the prompt has 2"):
-        model.generate(**prompt, max_new_tokens=4, past_key_values=cache, decoding="jacobi")
+        model.generate(**prompt, max_new_tokens=4, **{CACHE: cache}, decoding="jacobi")
     assert int(cache.get_seq_length()) == 0
 
 
@@ -243,9 +244,9 @@ def test_what_a_persisted_decoding_cannot_serve_is_decoded_ordinarily(prompt):
     reference = model.generate(**prompt, max_new_tokens=6)
     JacobiConfig().save_defaults(model)
     with pytest.warns(UserWarning, match="MyCache"):
-        assert torch.equal(model.generate(**prompt, max_new_tokens=6, past_key_values=MyCache(config=model.config)), reference)
+        assert torch.equal(model.generate(**prompt, max_new_tokens=6, **{CACHE: MyCache(config=model.config)}), reference)
     with pytest.raises(ValueError, match="MyCache"):
-        model.generate(**prompt, max_new_tokens=6, past_key_values=MyCache(config=model.config), decoding="jacobi")
+        model.generate(**prompt, max_new_tokens=6, **{CACHE: MyCache(config=model.config)}, decoding="jacobi")
 
 
 def test_a_base_class_may_be_registered_after_its_subclass():

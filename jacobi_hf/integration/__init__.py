@@ -1,0 +1,5 @@
+"""What depends on the internals of transformers, each item pinned by a test."""
+
+from jacobi_hf.integration.compat import check_release
+
+check_release()

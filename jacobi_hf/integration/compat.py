@@ -1,0 +1,141 @@
+"""Differences between the supported releases of transformers and torch, and nothing else.
+
+Each difference is named after the release that brought it. Code elsewhere in the package is written for the newest
+release; this module makes older releases look like it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.generation import GenerateDecoderOnlyOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OLDEST_SUPPORTED = "5.5"
+NEWEST_TESTED = "5.24"
+INSTALL = "pip install 'transformers>=5.5,<5.25'"
+
+# 5.24 renamed the cache in the arguments of forwards and of `generate`, and in the fields of their outputs.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+# torch 2.9 brought Muon; None before.
+MUON = getattr(torch.optim, "Muon", None)
+
+# Module of the hooks with which transformers collects hidden states and attentions.
+OUTPUT_CAPTURING = "transformers.utils.output_capturing"
+
+
+def installed() -> Version:
+    """Return the installed release of transformers."""
+    return Version(transformers.__version__)
+
+
+def is_tested() -> bool:
+    """Return whether the installed transformers is in the range that the tests run with."""
+    return Version(OLDEST_SUPPORTED) <= installed() and _minor(installed()) <= _minor(Version(NEWEST_TESTED))
+
+
+def check_release() -> None:
+    """Refuse a transformers that is too old, and warn about one that is newer than the tests.
+
+    Raises:
+        ImportError: transformers is older than `OLDEST_SUPPORTED`.
+    """
+    if _minor(installed()) < _minor(Version(OLDEST_SUPPORTED)):
+        raise ImportError(f"jacobi_hf needs transformers {OLDEST_SUPPORTED} or newer, but {installed()} is installed: {INSTALL}")
+    if not is_tested():
+        warnings.warn(
+            f"jacobi_hf is tested with transformers {OLDEST_SUPPORTED} to {NEWEST_TESTED}, and {installed()} is installed. "
+            f"If something fails: {INSTALL}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def require_release(feature: str, release: str) -> None:
+    """Refuse a feature for which the installed transformers is too old.
+
+    Raises:
+        ValueError: transformers is older than `release`; the message names `feature` and what to install.
+    """
+    if _minor(installed()) < _minor(Version(release)):
+        raise ValueError(
+            f"{feature} needs transformers {release} or newer, but {installed()} is installed: pip install 'transformers>={release}'"
+        )
+
+
+def _minor(version: Version) -> tuple[int, int]:
+    return version.major, version.minor
+
+
+def parameters_of(forward: Callable[..., Any]) -> set[str]:
+    """Return the names of a forward's parameters, below all decorators (5.24 added a second one)."""
+    return set(inspect.signature(inspect.unwrap(forward)).parameters)
+
+
+def logits_to_keep(keep_BN: torch.Tensor | None, slots: int) -> torch.Tensor | int:
+    """Return the `logits_to_keep` with which a forward over `slots` slots computes at least the slots `keep_BN`.
+
+    From 5.21 on the argument may differ from row to row. Before, it is one list for all rows: the slots of all rows
+    together, or every slot where that is less work.
+    """
+    if keep_BN is None:
+        return 0
+    if TAKES_SLOTS_BY_ROW:
+        return keep_BN
+    return keep_BN.flatten() if keep_BN.numel() <= slots else 0
+
+
+def kept_logits(logits: torch.Tensor, keep_BN: torch.Tensor | None, slots: int) -> torch.Tensor:
+    """Return the logits `(B, N, V)` of the slots `keep_BN` from a forward that was given `logits_to_keep(...)`."""
+    if keep_BN is None or TAKES_SLOTS_BY_ROW:
+        return logits
+    if keep_BN.numel() > slots:
+        return logits.take_along_dim(keep_BN[..., None].to(logits.device), 1)
+    # (B, B*N, V): each row has the slots of all rows; its own lie on the diagonal.
+    return logits.unflatten(1, keep_BN.shape).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+
+
+TAKES_SLOTS_BY_ROW = hasattr(transformers.modeling_utils, "slice_logits_to_keep")
+
+
+# 5.23 renamed gradient checkpointing to activation checkpointing, in models and in training arguments.
+_RENAMED_CHECKPOINTING = hasattr(transformers.PreTrainedModel, "is_activation_checkpointing")
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Return whether a model recomputes activations in training."""
+    name = "is_activation_checkpointing" if _RENAMED_CHECKPOINTING else "is_gradient_checkpointing"
+    return bool(getattr(model, name, False))
+
+
+if _RENAMED_CHECKPOINTING:
+
+    class CheckpointingArguments:
+        """Base of training arguments; empty, since `TrainingArguments` has `activation_checkpointing` itself."""
+
+else:
+
+    @dataclass
+    class CheckpointingArguments:  # type: ignore[no-redef]
+        """Base of training arguments that adds `activation_checkpointing` to releases without it."""
+
+        activation_checkpointing: bool | None = None
+        activation_checkpointing_kwargs: dict[str, Any] | str | None = None
+
+        def __post_init__(self) -> None:
+            """Pass the new names on to the old ones, then continue with the next class."""
+            self.activation_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)  # type: ignore[has-type]
+            self.gradient_checkpointing = self.activation_checkpointing
+            kwargs = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs  # type: ignore[has-type]
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
+            super().__post_init__()  # type: ignore[misc]
