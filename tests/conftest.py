@@ -17,8 +17,12 @@ from tests.models import TINY, tiny_model
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background; Ctrl-C is tested all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
-hypothesis.settings.register_profile("jacobi", deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
-hypothesis.settings.load_profile("jacobi")
+# `make test` draws the same cases every time; `make test-deep` many more, and others each time.
+_ANY_SPEED = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+CASES = os.environ.get("JACOBI_HF_CASES")
+hypothesis.settings.register_profile("fixed", max_examples=int(CASES or 100), derandomize=True, **_ANY_SPEED)
+hypothesis.settings.register_profile("deep", max_examples=int(CASES or 2000), database=None, **_ANY_SPEED)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(params=TINY, scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -83,9 +84,37 @@ def test_the_docs_say_which_releases_of_transformers_are_supported():
 def test_workflows_run_what_is_there(workflow):
     jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
     commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(INSTALLED)", ".venv/.installed")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name, value in re.findall(r"^(\w+) := ([^#\n]*)", makefile, re.MULTILINE):
+        makefile = makefile.replace(f"$({name})", value)
     targets = re.findall(r"^([\w/. ]+):", makefile, re.MULTILINE)
     assert set(re.findall(r"^\s*make (\S+)", commands, re.MULTILINE)) <= {name for line in targets for name in line.split()}
     named = re.findall(r"(?:bash|python|pytest) (?:-\S+ )*((?:\.ci|tests|examples)\S*)", commands) + re.findall(r"\stests/\S+", commands)
     assert all((ROOT / path.strip()).exists() for path in named)
     assert all(job.get("timeout-minutes") for job in jobs.values())
+
+
+def test_ci_tests_the_oldest_and_the_newest_release_and_the_docs_show_what_came_out():
+    from tests import versions
+
+    numbers = [[int(n) for n in release.split(".")] for release in versions.RELEASES]
+    assert numbers == sorted(numbers)
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (tested,) = re.findall(r'make test-versions ARGS="([^"]*)"', ci)
+    assert {versions.RELEASES[0], versions.RELEASES[-1]} <= set(tested.split()) <= set(versions.RELEASES)
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\ntransformers=={versions.RELEASES[-1]}\n" in pinned
+    results = json.loads(versions.RESULTS.read_text(encoding="utf-8"))
+    assert set(versions.RELEASES) <= {result["transformers"] for result in results}
+    assert f"{versions.BEGIN}\n{versions.table(results)}\n{versions.END}" in versions.PAGE.read_text(encoding="utf-8")
+
+
+def test_every_tested_node_exists_and_is_counted_in_its_column():
+    from tests import versions
+
+    for column, names in versions.TESTS.items():
+        for name in names:
+            path, _, function = name.partition("::")
+            assert (ROOT / path).exists()
+            assert not function or f"def {function}(" in (ROOT / path).read_text(encoding="utf-8")
+            assert versions.column_of(path.removesuffix(".py")) == column

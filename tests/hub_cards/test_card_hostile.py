@@ -8,7 +8,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -16,6 +16,7 @@ from jacobi_hf.hub_cards import escape, generate_dataset_card, generate_model_ca
 from jacobi_hf.hub_cards.cells import FORMATS, resolve
 from jacobi_hf.results import Decoder, Measurement, Prompts
 from tests.hub_cards.documents import document, outline, words
+from tests.properties import at_most
 
 HOSTILE = [
     "a\n---\nlicense: evil\n---\n", "---", "--- ", "\n---\n", "```", "````\n# x\n````", "`code`", "``a`b``", "a|b", "\\|", "a\\",
@@ -91,7 +92,7 @@ def test_no_hostile_input_gets_through(place):
     assert len(HOSTILE) * len(PLACES) >= 200
 
 
-@settings(max_examples=40)
+@at_most(40)
 @given(text=st.text() | st.lists(st.sampled_from(HOSTILE), max_size=3).map("".join))
 def test_no_string_of_a_document_gets_through(text):
     assert_harmless(str(generate_model_card(document(text), **FIXED)), str(generate_model_card(document("plain"), **FIXED)))
@@ -138,7 +139,7 @@ MEASUREMENTS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@at_most(40)
 @given(measurements=MEASUREMENTS)
 def test_any_measurements_make_a_card_whose_cells_resolve(measurements):
     results = document(measurements=measurements)

@@ -1,5 +1,6 @@
 """Run by test_integration.py on two gloo processes: one model split over both, decoded ordinarily and ours."""
 
+import inspect
 import json
 import sys
 import warnings
@@ -17,8 +18,10 @@ import jacobi_hf  # noqa: E402, F401
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config = DistributedConfig(tp_plan="auto")
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, distributed_config=config).eval()
+    split = {"tp_plan": "auto"}
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:  # not in the oldest releases
+        split = {"distributed_config": DistributedConfig(**split)}
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, **split).eval()
     ids = torch.randint(2, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     reference = model.generate(ids, **arguments)

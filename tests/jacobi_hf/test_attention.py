@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 from types import ModuleType, SimpleNamespace
 
-import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +20,7 @@ from jacobi_hf.attention import FLASH, FLEX, GROUPED_SLOTS, OURS, SDPA, StepMask
 from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.layout import attention_mask, build_layout, chain_layout
 from tests.models import VOCAB, fresh_model, tiny_model
+from tests.properties import at_most
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def kernels(monkeypatch):
     cached=st.lists(st.integers(0, 9) | st.sampled_from([127, 140]), min_size=1, max_size=3),
     window=st.none() | st.integers(1, 6) | st.just(130), groups=st.integers(1, 4), heads=st.integers(1, 2), seed=st.integers(0, 10**6),
 )  # fmt: skip
-@hypothesis.settings(max_examples=50)
+@at_most(50)
 def test_every_kernel_is_dense_attention(kernels, own, lengths, cached, window, groups, heads, seed):
     """Ragged rows, trees, sliding windows; what is behind a row's slots is never read."""
     torch.manual_seed(seed)

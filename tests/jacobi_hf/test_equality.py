@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tests.jacobi_hf.cases import Case, cases, check_thousands, differences, knobs
 from tests.models import TINY, VOCAB, tiny_model
+from tests.properties import at_most
 
 
 @hypothesis.given(case=cases())
-@hypothesis.settings(max_examples=400)
 def test_same_as_generate(case: Case) -> None:
     assert differences(case) == []
 
@@ -29,7 +29,7 @@ def test_same_as_generate_in_thousands_of_cases() -> None:
     setting=knobs(),
     tokens=st.integers(1, 40),
 )
-@hypothesis.settings(max_examples=80)
+@at_most(80)
 def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict, tokens: int) -> None:
     """Drafts are replaced by the true continuation, each token spoilt with probability 1 - share, at every step."""
     from jacobi_hf.window import Window
@@ -61,7 +61,7 @@ def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict
 
 
 @hypothesis.given(case=cases())
-@hypothesis.settings(max_examples=60)
+@at_most(60)
 def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
     arguments = {**case.arguments, "do_sample": False}
     for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"):
@@ -79,7 +79,7 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
 
 
 @hypothesis.given(case=cases())
-@hypothesis.settings(max_examples=40)
+@at_most(40)
 def test_a_step_accepts_at_least_what_its_window_alone_would(case: Case) -> None:
     from jacobi_hf.step import Step
 

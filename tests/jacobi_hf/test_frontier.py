@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
 from jacobi_hf.integration.compat import CACHE
 from tests.models import TINY, VOCAB, tiny_model
+from tests.properties import at_most
 
 
 class Recorder(BaseStreamer):
@@ -61,7 +62,6 @@ class Counting(LogitsProcessor):
     at_once=st.none() | st.integers(1, 20), streams=st.booleans(), processes=st.booleans(), samples=st.booleans(),
     scores=st.booleans(), penalty=st.sampled_from([None, 1.3]), block=st.sampled_from([2, 5, 16]),
 )  # fmt: skip
-@settings(max_examples=150)
 def test_call_sequences_are_those_of_sample(
     kind, seed, batch, new, end, stops, at_once, streams, processes, penalty, samples, scores, block
 ):
@@ -122,7 +122,7 @@ def test_statistics_do_not_depend_on_who_watches(model, end):
     stops=st.lists(st.integers(1, VOCAB - 1), max_size=3), processes=st.booleans(),
 )  # fmt: skip
 @example(seed=491, batch=3, new=5, end=None, stops=[20], processes=False)  # a row stops within what an earlier step accepted
-@settings(max_examples=60)
+@at_most(60)
 def test_statistics_add_up(seed, batch, new, end, stops, processes):
     ids = torch.randint(1, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(seed))
     stats = tiny_model("qwen3").generate(

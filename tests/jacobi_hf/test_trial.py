@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CompileConfig
 
@@ -18,6 +18,7 @@ from jacobi_hf.output import JacobiStats
 from jacobi_hf.trial import ASSISTED, Run, Stopwatch, Trial, describe, sources_of
 from jacobi_hf.tuning import COMPILED, Grid, search
 from tests.models import fresh_model
+from tests.properties import at_most
 
 WINDOW = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
 BATCH = {"input_ids": torch.tensor([[3, 4, 5]])}
@@ -49,7 +50,6 @@ class World:
         return search(self.trial, [ASSISTED], grid or Grid())
 
 
-@settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 10**6), batches=st.integers(1, 9), budget=st.integers(0, 4000), drafted=st.booleans())
 def test_the_answer_is_the_fastest_on_the_prompts_it_shares_with_any_other(seed, batches, budget, drafted):
     """Whenever the time ends, in the middle of a round too."""
@@ -69,7 +69,7 @@ def test_the_answer_is_the_fastest_on_the_prompts_it_shares_with_any_other(seed,
     assert set(map(len, world.begun.values())) <= set(range(1, batches + 1))
 
 
-@settings(max_examples=50, deadline=None)
+@at_most(50)
 @given(seed=st.integers(0, 10**6), drafted=st.booleans())
 def test_the_better_half_goes_on_and_the_best_of_all_wins(seed, drafted):
     world = World(seed, 8, 10**9, varied=False, drafted=drafted)

@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import jacobi_hf
 from tests.jacobi_hf.drafters import drafting, random_drafter
 from tests.models import VOCAB, tiny_model
+from tests.properties import at_most
 
 
 class Recorder(jacobi_hf.StepStreamer):
@@ -59,7 +60,7 @@ def generated(model, seed, new=25, **arguments):
         "jacobi_topk_branches": st.integers(0, 3), "jacobi_max_blocks": st.integers(0, 2),
     }),
 )  # fmt: skip
-@settings(max_examples=80)
+@at_most(80)
 def test_steps_are_forwards_and_their_tokens_the_output(seed, new, end, stops, processes, scores, knobs):
     if not knobs["jacobi_max_blocks"]:
         knobs["jacobi_topk_branches"] = 0

@@ -1,10 +1,14 @@
-"""Run by test_trainer.py, alone and on two gloo processes: five steps of training, then the weights of the first process.
+"""Five steps of training in each of several ways, and the weights that come out.
 
-    python tests/trainer/distributed.py OUT.pt BATCH_SIZE {plain,fsdp,gated}
+test_trainer.py calls `train` itself, and runs this file once on two gloo processes:
 
-`plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard` (accelerate shards on accelerators only) and goes through
-`compute_loss` and SGD step by step. `gated` trains a drafter.
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/trainer/distributed.py FOLDER
+
+`plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard` (accelerate shards on accelerators only)
+and goes through `compute_loss` and SGD step by step. `drafter` trains a drafter.
 """
+
+from __future__ import annotations
 
 import sys
 import tempfile
@@ -18,17 +22,39 @@ sys.path.insert(0, str(ROOT))
 
 from jacobi_hf.trainer import JacobiForcingTrainer  # noqa: E402
 from jacobi_hf.trainer.collator import counts_of  # noqa: E402
+from jacobi_hf.trainer.shards import processes  # noqa: E402
 from tests.models import VOCAB, fresh_model  # noqa: E402
 from tests.trainer.records import records  # noqa: E402
 from tests.trainer.test_trainer import config  # noqa: E402
 
+WAYS = ("plain", "fsdp", "drafter")
+ROWS_PER_STEP = 4
 
-def step_by_step(args, data):
-    """Five steps over `data` in its order, each process with its part of every batch of four."""
+
+def train(way: str, folder: Path) -> dict:
+    """Return the weights after five steps with four rows each, shared by all processes, and whether they were sharded."""
+    batch = ROWS_PER_STEP // (dist.get_world_size() if dist.is_initialized() else 1)
+    # Chunks of ten rows, each with a backward of its own through the sharded head.
+    options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
+    if way == "drafter":
+        options = {"method": "gated", "gated_width": 4, "gated_windows": 2}
+    args = config(folder, per_device_train_batch_size=batch, **options)
+    trainer = JacobiForcingTrainer(fresh_model("qwen3"), args, records(20, 4, seed=1))
+    if way == "fsdp":
+        step_by_step(trainer)
+    else:
+        trainer.train()
+    parameters = list(trainer.model.parameters())
+    sharded = any(hasattr(p, "full_tensor") for p in parameters)
+    weights = torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in parameters])
+    return {"weights": weights, "processes": args.world_size, "sharded": sharded}
+
+
+def step_by_step(trainer: JacobiForcingTrainer) -> None:
+    """Take five steps over the rows in their order, each process with its part of every batch."""
     from torch.distributed.fsdp import fully_shard
 
-    model = fresh_model("qwen3")
-    trainer = JacobiForcingTrainer(model, args, data)
+    model, args = trainer.model, trainer.args
     size, rank, part = trainer.accelerator.num_processes, trainer.accelerator.process_index, args.per_device_train_batch_size
     if size > 1:
         for layer in model.model.layers:
@@ -37,39 +63,27 @@ def step_by_step(args, data):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
     model.train()
     for step in range(5):
-        whole = [trainer.train_dataset[i] for i in range(4 * step, 4 * step + 4)]
+        whole = [trainer.train_dataset[ROWS_PER_STEP * step + i] for i in range(ROWS_PER_STEP)]
         counts = counts_of(trainer.data_collator(whole))
         batch = trainer.data_collator(whole[rank * part : (rank + 1) * part])
         trainer.compute_loss(model, batch, num_items_in_batch=counts).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        # Chunks of ten rows, each with a backward of its own through the sharded head.
-        options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
-        args = config(Path(folder), per_device_train_batch_size=int(sys.argv[2]), **options)
-        data = records(20, 4, seed=1)
-        if sys.argv[3] == "gated":
-            args = config(Path(folder), per_device_train_batch_size=int(sys.argv[2]), method="gated", gated_width=4, gated_windows=2)
-        if sys.argv[3] == "fsdp":
-            model = step_by_step(args, data)
-        else:
-            trainer = JacobiForcingTrainer(fresh_model("qwen3"), args, data)
-            trainer.train()
-            model = trainer.model
-        sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-        weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-        flat = torch.cat([p.detach().flatten() for p in weights])
-        if args.world_size > 1 and not sharded:
-            others = [torch.empty_like(flat) for _ in range(args.world_size)]
-            dist.all_gather(others, flat)
-            assert all(torch.equal(flat, other) for other in others)
-        if args.process_index == 0:
-            torch.save({"weights": flat, "processes": args.world_size, "sharded": sharded}, sys.argv[1])
-        if dist.is_initialized():
-            dist.barrier()  # a process that leaves while another still sends makes that one abort
-            dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    known = processes()
+    Path(sys.argv[1], f"process {known.process_index} of {known.num_processes}").touch()
+    for way in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = train(way, Path(folder))
+        if not found["sharded"]:
+            others = [torch.empty_like(found["weights"]) for _ in range(found["processes"])]
+            dist.all_gather(others, found["weights"])
+            assert all(torch.equal(found["weights"], other) for other in others)
+        if dist.get_rank() == 0:
+            torch.save(found, Path(sys.argv[1], f"{way}.pt"))
+    dist.barrier()  # a process that leaves while another still sends makes that one abort
+    dist.destroy_process_group()

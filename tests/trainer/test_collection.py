@@ -324,17 +324,6 @@ def test_the_command_is_killed_and_goes_on_and_two_processes_share_the_work(job,
     assert load_trajectories(tmp_path / "two").to_list() == load_trajectories(tmp_path / "killed").to_list()
 
 
-def test_processes_know_of_each_other(tmp_path):
-    script = tmp_path / "who.py"
-    script.write_text(
-        "from pathlib import Path\nfrom jacobi_hf.trainer.shards import processes\np = processes()\n"
-        "Path(__file__).with_name(f'{p.process_index} of {p.num_processes}').touch()"
-    )  # files, since lines of two processes may run into each other
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(launcher, check=True, capture_output=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0 of 2", "1 of 2", "who.py"]
-
-
 def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, tmp_path):
     for name, rows in (("code", ROWS), ("math", ROWS[:4])):
         collect(tiny, tokenizer, settings(tmp_path, output_dir=str(tmp_path / name), name=name, max_new_tokens=16), rows)

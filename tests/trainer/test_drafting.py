@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.drafter import Drafter
@@ -19,6 +19,7 @@ from jacobi_hf.trainer.drafting import (
 )
 from tests.jacobi_hf.drafters import drafting, random_drafter
 from tests.models import TINY, VOCAB, fresh_model
+from tests.properties import at_most
 
 PROMPTS = ([3, 4, 5, 6, 3, 4], [7, 8, 9])
 
@@ -110,7 +111,7 @@ def test_the_mask_of_windows(pending, width, sliding):
 @given(
     rows=st.integers(1, 9), chunk=st.integers(1, 5), soft=st.booleans(), seed=st.integers(0, 1000)
 )  # fmt: skip
-@settings(max_examples=40)
+@at_most(40)
 def test_the_loss_by_chunks_is_the_plain_one(rows, chunk, soft, seed):
     torch.manual_seed(seed)
     head, hidden = torch.nn.Linear(6, 11), torch.randn(rows, 6, requires_grad=True)

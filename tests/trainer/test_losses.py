@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.trainer import JacobiForcingCollator
@@ -16,6 +16,7 @@ from jacobi_hf.trainer.collator import counts_of
 from jacobi_hf.trainer.losses import IGNORE, Reference, Targets, chunked_losses, plain_losses
 from jacobi_hf.trainer.mask import Slots, dense_mask
 from tests.models import VOCAB, fresh_model, tiny_model
+from tests.properties import at_most
 from tests.trainer.records import END, random_record, records
 
 
@@ -32,7 +33,7 @@ def random_targets(rng, rows):
     return Targets(label, weights, teacher, torch.rand(rows, generator=generator), rng.random()), generator
 
 
-@settings(max_examples=40)
+@at_most(40)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 40), st.sampled_from([1.0, 0.5, 3.0]), st.booleans())
 def test_chunked_equals_plain(seed, rows, rows_per_chunk, temperature, with_kl):
     targets, generator = random_targets(random.Random(seed), rows)
@@ -136,7 +137,7 @@ def test_packed_rows_and_the_loop_agree(kind, views, context, window):
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40)
+@at_most(40)
 @given(st.integers(0, 10**6), st.integers(2, 5), st.integers(1, 5))
 def test_counts_are_those_of_the_loop(seed, n, count):
     rng = random.Random(seed)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.trainer.collator import JacobiForcingCollator
 from jacobi_hf.trainer.mask import CONTEXTS, Slots, dense_mask, draw, mask_mod, sample_slots, window_of
+from tests.properties import at_most
 
 
 def roles(prompt, blocks, n):
@@ -41,7 +42,7 @@ def sees(query, key, context, window):
 samples = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=3)
 
 
-@settings(max_examples=60)
+@at_most(60)
 @given(samples, st.integers(2, 3), st.sampled_from(CONTEXTS), st.integers(1, 3), st.integers(0, 3), st.none() | st.integers(1, 9))
 def test_dense_mask_is_the_table(parts, n, context, window, padding, sliding):
     owners, table = [], []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.trainer import trajectories
 from jacobi_hf.trainer.trajectories import AnswerConfig, collect_trajectories, record_trajectories
 from tests.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
+from tests.properties import at_most
 
 PROMPTS = [[5, 6, 7], [9, 3, 4, 9, 3, 4, 11], [2], [8, 8, 1, 20, 21, 3, 3, 3, 19, 4, 6]]
 
@@ -65,7 +66,7 @@ def _small_groups():
     trajectories.GROUP = former
 
 
-@settings(max_examples=60)
+@at_most(60)
 @given(cases)
 def test_collected_equals_recorded_equals_generate(case):
     model, n = tiny_model(case["kind"]), case["n"]
@@ -85,7 +86,7 @@ def test_collected_equals_recorded_equals_generate(case):
         check_invariants(trajectory, answer, n, 0)
 
 
-@settings(max_examples=30)
+@at_most(30)
 @given(cases, st.data())
 def test_blocks_that_begin_within_the_answer(case, data):
     """Equal those of prompts that end there: greedy row by row, sampled when all rows have used up as much noise."""
@@ -109,7 +110,7 @@ def test_blocks_that_begin_within_the_answer(case, data):
         assert trajectory.blocks == other.blocks[: len(trajectory.blocks)]
 
 
-@settings(max_examples=30)
+@at_most(30)
 @given(cases, st.data())
 def test_answers_that_end_keep_their_end_behind_a_start(case, data):
     model, n = tiny_model(case["kind"]), case["n"]
