@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/peers.py
 
-Transformers' prompt lookup and assisted decoding also run with a static cache and a compiled forward, which it offers since 5.24. A way of its
-own that an installed release cannot run is left out, and named on standard error.
+Transformers' prompt lookup and assisted decoding also run with a static cache and a compiled forward, which it offers since 5.24.
+A way of transformers' own that fails in the installed release is left out, and named on standard error.
 
 `autotune` sees other prompts of the domain than those that are timed. All ways run in one process, in turn on every prompt, several times
 over; a way's seconds are the sum of its medians per prompt. Uncompiled ways are compared with uncompiled ones, compiled with compiled, and
