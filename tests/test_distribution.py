@@ -107,6 +107,7 @@ def test_the_sdist_builds_the_same_wheel_and_carries_no_tests_or_examples(built)
     assert tops == {*PACKAGES, *files, "jacobi_hf.egg-info"}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_what_was_installed(elsewhere):
     program = (
         "import json, sys, importlib.metadata as m, jacobi_hf, jacobi_hf.trainer as t, jacobi_hf.hub_cards as h; "
@@ -121,6 +122,7 @@ def test_what_is_imported_is_what_was_installed(elsewhere):
     assert str(ROOT) not in path
 
 
+@pytest.mark.slow
 def test_help_names_every_verb(elsewhere):
     from jacobi_hf.cli import app
 
@@ -130,6 +132,7 @@ def test_help_names_every_verb(elsewhere):
         assert f" {command.name or command.callback.__name__} " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_without_the_repository_says_what_to_pass(elsewhere):
     done = elsewhere.jacobi_hf("demo")
     assert done.returncode == 2
@@ -138,6 +141,7 @@ def test_the_demo_without_the_repository_says_what_to_pass(elsewhere):
     assert "--prompt" in done.stderr
 
 
+@pytest.mark.slow
 def test_info_says_what_is_installed(elsewhere):
     done = elsewhere.jacobi_hf("info", TINY / "checkpoint", "--json")
     assert done.returncode == 0, done.stderr
@@ -145,6 +149,7 @@ def test_info_says_what_is_installed(elsewhere):
     assert "Qwen3ForCausalLM" in done.stdout
 
 
+@pytest.mark.slow
 def test_generate_writes_with_a_checkpoint_folder(elsewhere):
     done = elsewhere.jacobi_hf(
         "generate", "--model", TINY / "checkpoint", "--dtype", "float32", "--max-new-tokens", 8, "--compare", "--json", "def"

@@ -7,7 +7,7 @@
 
 Each release gets an environment of its own under build/versions: the packages of this environment, and over them the
 release with the dependencies that it asks for. With `--record` the counts go to
-examples/benchmarks/results/versions.json, and the table of docs/compatibility.md is written from that file.
+tests/versions.json, and the table of docs/compatibility.md is written from that file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "versions"
-RESULTS = ROOT / "examples" / "benchmarks" / "results" / "versions.json"
+RESULTS = ROOT / "tests" / "versions.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- written by make test-versions ARGS=--record -->", "<!-- end -->"
 RELEASES = ("5.5.4", "5.10.4", "5.17.0", "5.19.0", "5.23.0", "5.24.0")

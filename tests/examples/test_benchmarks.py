@@ -28,6 +28,7 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_compare_writes_a_results_document(tmp_path):
     out = tmp_path / "compare.json"
     printed = run(BENCHMARKS / "decode.py", "compare", "--prompts", 1, "--max-new-tokens", 8, "--no-compiled", "--output", out)
@@ -50,6 +51,7 @@ def test_peers_goes_on_only_where_the_same_code_measured(tmp_path, monkeypatch):
         peers.kept(tmp_path / "peers.json", other)
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
     """Tests, step_cost.py and growth.py at tiny shapes; a part that fails is told, and takes nothing from the others."""
     environment = {**os.environ, "DRY": "1", "PARTS": "tests steps growth", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

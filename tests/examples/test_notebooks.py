@@ -19,6 +19,7 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert not [cell for cell in cells if cell.outputs or cell.execution_count is not None]
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_and_shows_what_it_says():
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", 4)
     NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()

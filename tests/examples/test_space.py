@@ -48,6 +48,7 @@ def space(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_starts_and_shows_the_page(space):
     with listener("127.0.0.1", 0) as at:
         port = at.getsockname()[1]

@@ -51,6 +51,7 @@ def test_training_and_held_out_problems_are_apart(corpus):
     assert {p.template for p in held_out}.isdisjoint(corpus.arithmetic.HELD_OUT_TEMPLATES)
 
 
+@pytest.mark.slow
 def test_held_out_modules_are_in_no_training_text(corpus):
     held_out, training = corpus.code_texts(held_out=True), corpus.code_texts(held_out=False)
     assert len(held_out) >= 20
@@ -94,6 +95,7 @@ def test_tokenizer_gives_back_what_it_was_given(trained):
     assert chat == "Question: 1 + 1?\nAnswer:"
 
 
+@pytest.mark.slow
 def test_checkpoint_solves_what_its_report_says(trained, corpus):
     """On a sample: no more than 15 points below the share of right answers in training.json."""
     model, tokenizer = trained
@@ -129,6 +131,7 @@ def test_the_forced_checkpoint_was_made_by_the_recipes(report, recipe):
     assert {name: used[name] for name in shared} == {name: asked[name] for name in shared}
 
 
+@pytest.mark.slow
 def test_forcing_paid(trained, corpus):
     """On held-out problems: the window alone of the forced model takes less than half the forwards of the base's, and writes its text."""
     from jacobi_hf import JacobiConfig

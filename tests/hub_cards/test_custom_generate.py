@@ -35,7 +35,7 @@ def test_the_file_is_the_package_s_modules_and_the_same_every_time(tmp_path):
     assert [*write_custom_generate(tmp_path, "drafter", "user/base", "abc")] == written
     assert written[0].read_text(encoding="utf-8") == text
     # Each definition of each module, as it is there; and nothing beside them but the entry.
-    sections = re.findall(r"^# -+ jacobi_hf/(\w+)\.py$", text, re.MULTILINE)
+    sections = re.findall(r"^# -+ jacobi_hf/([\w/]+)\.py$", text, re.MULTILINE)
     defined = {ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     theirs = set()
     for name in sections:
@@ -76,7 +76,8 @@ def test_requirements_are_those_of_the_package(tmp_path):
     lines = (tmp_path / "custom_generate" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert lines == list(REQUIREMENTS)
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    wanted = {re.match(r"[\w-]+", line)[0]: set(re.findall(r"[<>=!~]=?[\d.]+", line)) for line in declared}
+    # No upper bound: with a release that is newer than the tests, the copy warns and decodes if it can, as the package does.
+    wanted = {re.match(r"[\w-]+", line)[0]: set(re.findall(r">=[\d.]+", line)) for line in declared}
     for package in ("torch", "transformers"):
         assert {line.removeprefix(package) for line in lines if line.startswith(package)} == wanted[package]
 
@@ -142,6 +143,7 @@ def _run(hub, tmp_path, *arguments, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_without_the_package(published, tmp_path):
     """Everything in one process, in which jacobi_hf cannot be imported; each entry is an output beside that of plain `generate`."""
     seen = _run(published, tmp_path, "without", tmp_path / "drafter")
@@ -178,6 +180,7 @@ def test_without_the_package(published, tmp_path):
     assert len(fetched) == 1
 
 
+@pytest.mark.slow
 def test_where_the_package_is_installed_it_decodes_and_says_when_versions_differ(published, tmp_path):
     seen = _run(published, tmp_path, "installed", PYTHONPATH=str(ROOT))
     assert seen.pop("told") == [f"jacobi_hf {jacobi_hf.__version__} is installed and decodes; the repository's own copy is version 0.0.1."]

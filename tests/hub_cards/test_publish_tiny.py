@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -45,6 +46,7 @@ def adapter(folder, base):
     return target
 
 
+@pytest.mark.slow
 def test_published_models_do_what_their_cards_say(hub, tmp_path):
     said = run(hub, tmp_path, SCRIPT, "someone", "--drafter", PYTHONPATH=str(ROOT))
     assert sorted(hub.repos) == [f"someone/tiny-qwen3{kind}" for kind in ("", "-drafter", "-forced")]

@@ -108,6 +108,7 @@ def pushed(tmp_path_factory):
         yield Run(hub, path, folders, oid, run(hub, path, steps))
 
 
+@pytest.mark.slow
 def test_push_again_branch_and_pull_request(pushed):
     hub, seen, (first, second, third) = pushed.hub, pushed.seen, (pushed.folders[name] for name in ("first", "second", "third"))
     assert seen["new"].startswith(f"{hub.url}/user/a/commit/")
@@ -130,6 +131,7 @@ def test_push_again_branch_and_pull_request(pushed):
     assert all(TOKEN.encode() not in content for files in hub.repos.values() for r in files.values() for content in r.values())
 
 
+@pytest.mark.slow
 def test_what_the_hub_may_answer(pushed):
     """Retried where the library retries; otherwise an error that says what to do, and a repository as it was."""
     hub, seen, first = pushed.hub, pushed.seen, pushed.folders["first"]

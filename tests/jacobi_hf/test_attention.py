@@ -159,6 +159,7 @@ def prompts():
         yield {"input_ids": rows, "attention_mask": (rows != 0).long(), "pad_token_id": 0, "do_sample": False}
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_an_sdpa_model_run_flex(kernels, monkeypatch):
     """Each shape once, whatever the lengths: one block of columns or more, full ones or none."""
     model, compiler = fresh_model("qwen3"), CompileConfig(backend="eager", mode=None)

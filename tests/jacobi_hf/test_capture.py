@@ -232,6 +232,7 @@ def test_what_a_compile_config_asks_for(backend, mode, steps, inner_mode, captur
     assert (execution._how["backend"], execution._how["mode"]) == (backend, mode)
 
 
+@pytest.mark.slow
 def test_steps_are_compiled_and_then_captured(monkeypatch):
     """A graph of a compiled step is emulated by calling it with what it was called with."""
 

@@ -180,6 +180,7 @@ def test_calls_in_other_threads_are_not_drafted():
     assert all(torch.equal(a, b) for a, b in zip(alone, outputs, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_steps():
     model, ids = fresh_model("qwen3"), torch.randint(1, 6, (2, 7), generator=torch.Generator().manual_seed(0))
     arguments = {

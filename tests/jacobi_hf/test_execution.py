@@ -62,8 +62,11 @@ def counts(stats):
 @pytest.mark.parametrize(
     ("kind", "setting", "call"),
     [
-        ("qwen3", "window", "sampled"), ("qwen2-sliding", "both", "greedy"), ("qwen3", "lookup alone", "ends"),
-        ("qwen2-sliding", "jacobi", "ends"), ("qwen3", "late blocks", "sampled"),
+        pytest.param("qwen3", "window", "sampled", marks=pytest.mark.slow),
+        pytest.param("qwen2-sliding", "both", "greedy", marks=pytest.mark.slow),
+        ("qwen3", "lookup alone", "ends"),
+        ("qwen2-sliding", "jacobi", "ends"),
+        pytest.param("qwen3", "late blocks", "sampled", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_compiled_steps_give_the_same_tokens_statistics_and_cache(kind, setting, call):
@@ -78,6 +81,7 @@ def test_compiled_steps_give_the_same_tokens_statistics_and_cache(kind, setting,
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_tokens():
     model, ids = tiny_model("qwen3"), prompt(1, 7)
@@ -87,6 +91,7 @@ def test_inductor_gives_the_same_tokens():
     )
 
 
+@pytest.mark.slow
 def test_other_lengths_and_prompts_compile_nothing():
     """Over calls of many lengths, with two batch sizes, each shape of a step is compiled once, whatever is in it."""
     model = tiny_model("qwen3")
@@ -105,10 +110,11 @@ def test_other_lengths_and_prompts_compile_nothing():
     assert counters["stats"]["unique_graphs"] <= len(shapes)
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_other_knobs_and_other_switches_of_the_model_are_other_steps():
     """More of them than torch.compile would tell apart by itself; each is counted."""
-    model, ids = fresh_model("qwen3"), prompt(1, 4)
+    model, ids = fresh_model("qwen3", layers=1), prompt(1, 4)
     arguments = {"do_sample": False, "compile_config": PLAIN, "max_new_tokens": 6}
     for length in range(2, 6):
         output = generate(model, ids, **arguments, jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length)
@@ -167,10 +173,12 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "change", [pytest.param(change, id=name, marks=[pytest.mark.slow] * (name != "module")) for name, change in CHANGES.items()]
+)
 def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     """Guards on its modules are not checked in every step."""
-    model, ids = fresh_model("qwen3"), prompt(1, 5)
+    model, ids = fresh_model("qwen3", layers=1), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     if change is swap_slots:
         for layer in model.model.layers:
@@ -183,9 +191,10 @@ def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     assert not torch.equal(before.sequences, output.sequences)
 
 
+@pytest.mark.slow
 def test_a_class_that_was_changed_between_calls_is_compiled_as_it_is(monkeypatch):
     """Which torch.compile alone would not see."""
-    model, ids = fresh_model("qwen3"), prompt(1, 5)
+    model, ids = fresh_model("qwen3", layers=1), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     generate(model, ids, **arguments, compile_config=PLAIN)
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, hidden: -hidden)
@@ -211,14 +220,14 @@ class Wrapped(torch.nn.Module):
 @pytest.mark.parametrize(
     ("before", "after", "decide"),
     [
-        (b"a", b"b", lambda v, _: v == b"b"),
-        (deque([1]), deque([2]), lambda v, _: v[0] == 2),
+        pytest.param(b"a", b"b", lambda v, _: v == b"b", marks=pytest.mark.slow),
+        pytest.param(deque([1]), deque([2]), lambda v, _: v[0] == 2, marks=pytest.mark.slow),
         ([[1], {"a": 2}], [[1], {"a": 3}], lambda v, _: v[1]["a"] == 3),
     ],
     ids=["bytes", "deque", "nested"],
 )
 def test_an_attribute_of_any_type_counts(before, after, decide):
-    model, ids = fresh_model("qwen3"), prompt(1, 5)
+    model, ids = fresh_model("qwen3", layers=1), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     for layer in model.model.layers:
         layer.mlp = Wrapped(layer.mlp, before, decide, counts=False)
@@ -230,6 +239,7 @@ def test_an_attribute_of_any_type_counts(before, after, decide):
     assert not torch.equal(first.sequences, output.sequences)
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_itself_and_one_that_is_changed_on_the_way():
     arguments, ids = {**SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
 
@@ -245,9 +255,9 @@ def test_a_model_that_changes_itself_and_one_that_is_changed_on_the_way():
 
     outputs = []
     for compile_config in (None, PLAIN):
-        model = fresh_model("qwen3")
+        model = fresh_model("qwen3", layers=1)
         changed = generate(model, ids, do_sample=False, **arguments, compile_config=compile_config, stopping_criteria=[Turns(model)])
-        model = fresh_model("qwen3")
+        model = fresh_model("qwen3", layers=1)
         model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda _, runs: runs == 0, counts=True)
         outputs.append((changed, generate(model, ids, do_sample=False, **arguments, compile_config=compile_config)))
     for plain, output in zip(*outputs, strict=True):
@@ -255,7 +265,7 @@ def test_a_model_that_changes_itself_and_one_that_is_changed_on_the_way():
 
 
 def test_what_a_model_remembers_of_a_call_compiles_nothing():
-    model, columns = fresh_model("qwen3"), []
+    model, columns = fresh_model("qwen3", layers=1), []
     notes = []
     notes.append(notes)
     model.notes = notes
@@ -280,10 +290,10 @@ class ByLength(torch.nn.Module):
         return self.inner(hidden) * (1.0 if self.mode == "short" else -2.0)
 
 
-@pytest.mark.parametrize("tapes", [False, True], ids=["compiled", "captured"])
+@pytest.mark.parametrize("tapes", [pytest.param(False, id="compiled", marks=pytest.mark.slow), pytest.param(True, id="captured")])
 def test_what_a_prefill_decides_counts(tapes, monkeypatch):
     monkeypatch.setitem(capture.GRAPHS, "cpu", TapeGraphs)
-    model, arguments = fresh_model("qwen3"), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    model, arguments = fresh_model("qwen3", layers=1), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     model.model.layers[0].mlp = ByLength(model.model.layers[0].mlp)
     how = CompileConfig(backend="cudagraphs") if tapes else PLAIN
     plain = {length: generate(model, prompt(1, length), **arguments).sequences for length in (10, 30)}
@@ -291,6 +301,7 @@ def test_what_a_prefill_decides_counts(tapes, monkeypatch):
         assert torch.equal(plain[length], generate(model, prompt(1, length), **arguments, compile_config=how).sequences)
 
 
+@pytest.mark.slow
 def test_an_interrupted_compilation_leaves_nothing_behind():
     interrupts = [KeyboardInterrupt]
 
@@ -300,7 +311,7 @@ def test_an_interrupted_compilation_leaves_nothing_behind():
         return graph.forward
 
     arguments, ids = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 24}, prompt(1, 5)
-    model = fresh_model("qwen3")
+    model = fresh_model("qwen3", layers=1)
     mlp = model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda _, runs: runs == 1, counts=True)
     plain = generate(model, ids, **arguments)
     with pytest.raises(KeyboardInterrupt):
@@ -310,6 +321,7 @@ def test_an_interrupted_compilation_leaves_nothing_behind():
     assert torch.equal(plain.sequences, output.sequences)
 
 
+@pytest.mark.slow
 def test_steps_that_are_no_longer_kept_are_freed(monkeypatch):
     graphs = []
 
@@ -322,11 +334,15 @@ def test_steps_that_are_no_longer_kept_are_freed(monkeypatch):
         return sum(graph() is not None for graph in graphs)
 
     monkeypatch.setattr(execution, "MOST_COMPILED", 1)
-    model, arguments = fresh_model("qwen3"), {"do_sample": False, "jacobi_max_blocks": 0, "jacobi_pool_size": 0, "max_new_tokens": 6}
+    model, arguments = (
+        fresh_model("qwen3", layers=1),
+        {"do_sample": False, "jacobi_max_blocks": 0, "jacobi_pool_size": 0, "max_new_tokens": 6},
+    )
     for length in (2, 3, 4):
         how = CompileConfig(backend=backend, mode=None)
         assert generate(model, prompt(1, 4), **arguments, jacobi_lookup_tokens=length, compile_config=how).jacobi_stats.compiled_steps > 0
-        assert alive() == len(arena.kept_for(model).compiled) == 1 < len(graphs)
+        assert alive() == len(arena.kept_for(model).compiled) == 1
+    assert len(graphs) > 1
     jacobi_hf.clear_graphs(model)
     assert alive() == 0
 
@@ -343,12 +359,13 @@ class Counting(torch.nn.Module):
         return self.inner(hidden) * (self.config.steering - self.forwards % 3)
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_what_would_be_compiled_again_and_again_is_not():
     """A model that is another one in every step runs uncompiled; one that is another one in every call begins anew."""
     arguments, ids = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
     for counts, settings in ((True, (1, 1)), (False, (1, 2, 3, 4))):
-        model = fresh_model("qwen3")
+        model = fresh_model("qwen3", layers=1)
         mlp = model.model.layers[0].mlp = Counting(model.model.layers[0].mlp, model.config, counts)
         for call, setting in enumerate(settings):
             model.config.steering, mlp.forwards = setting, 0
@@ -365,7 +382,11 @@ def test_what_would_be_compiled_again_and_again_is_not():
 
 
 def test_a_step_that_is_no_graph_runs_uncompiled():
-    model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
+    model, ids, arguments = (
+        fresh_model("qwen3", layers=1),
+        prompt(1, 5),
+        {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10},
+    )
     model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda *_: torch._dynamo.graph_break(), counts=False)
     plain = generate(model, ids, **arguments)
     for _ in range(2):
@@ -373,12 +394,13 @@ def test_a_step_that_is_no_graph_runs_uncompiled():
             output = generate(model, ids, **arguments, compile_config=PLAIN)
         assert torch.equal(plain.sequences, output.sequences)
         assert output.jacobi_stats.compiled_steps == 0
-    model = fresh_model("qwen3")
+    model = fresh_model("qwen3", layers=1)
     model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp, None, lambda *_: torch._dynamo.graph_break(), counts=False)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         generate(model, ids, **arguments, compile_config=CompileConfig(backend="eager", mode=None, fullgraph=True))
 
 
+@pytest.mark.slow
 def test_a_model_with_fewer_layers_has_other_buffers():
     model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     generate(model, ids, **arguments, compile_config=PLAIN)
@@ -387,6 +409,7 @@ def test_a_model_with_fewer_layers_has_other_buffers():
     assert torch.equal(plain.sequences, output.sequences)
 
 
+@pytest.mark.slow
 def test_guards_on_modules_are_left_out(monkeypatch):
     """In every step they would take longer than what is behind the forward. Their names are the compiler's: here we learn of others."""
     guards, choose = [], switches.LeftOut.__call__
@@ -396,8 +419,12 @@ def test_guards_on_modules_are_left_out(monkeypatch):
         return choose(self, found)
 
     monkeypatch.setattr(switches.LeftOut, "__call__", noting)
-    generate(fresh_model("qwen3"), prompt(1, 5), do_sample=False, **SETTINGS["window"], compile_config=TRACED)
-    kinds = Counter((guard.guard_type, checked) for guard, checked in guards if "self_attn" in guard.name and "hooks" not in guard.name)
+    generate(fresh_model("qwen3", layers=1), prompt(1, 5), do_sample=False, **SETTINGS["window"], compile_config=TRACED)
+    kinds = Counter(
+        (guard.guard_type, checked)
+        for guard, checked in guards
+        if "self_attn" in guard.name and "hooks" not in guard.name and "__dict__" not in guard.name
+    )
     for kind in ("TENSOR_MATCH", "TYPE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "CONSTANT_MATCH"):
         assert kinds[kind, False] > 10 * kinds[kind, True]
     # Of our own buffers, the cache and the compiler's global state all are checked.
@@ -406,8 +433,9 @@ def test_guards_on_modules_are_left_out(monkeypatch):
     assert all(checked for guard, checked in guards if ".config" in guard.name)
 
 
+@pytest.mark.slow
 def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
-    first, second, ids = fresh_model("qwen3"), fresh_model("qwen3"), prompt(1, 5)
+    first, second, ids = fresh_model("qwen3", layers=1), fresh_model("qwen3", layers=1), prompt(1, 5)
     with torch.no_grad():
         for parameter in second.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -426,10 +454,10 @@ def test_what_is_kept_belongs_to_one_model_and_goes_with_it():
     assert gone() is None
 
 
-@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("when", ["before", pytest.param("between", marks=pytest.mark.slow)])
 def test_a_forward_with_hidden_states_forbids_no_compiling(when):
     """Transformers leaves hooks on the layers that do nothing in other forwards."""
-    model, ids = fresh_model("qwen3"), prompt(1, 6)
+    model, ids = fresh_model("qwen3", layers=1), prompt(1, 6)
     arguments = {"do_sample": False, "compile_config": CompileConfig(backend="aot_eager", mode=None, fullgraph=True), **SETTINGS["window"]}
     reference = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
     if when == "between":
@@ -447,7 +475,7 @@ def test_a_forward_with_hidden_states_forbids_no_compiling(when):
 
 
 def test_hooks_and_disable_compile_leave_steps_as_they_are():
-    model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["window"]}
+    model, ids, arguments = fresh_model("qwen3", layers=1), prompt(1, 5), {"do_sample": False, **SETTINGS["window"]}
     plain = generate(model, ids, **arguments)
     output = generate(model, ids, **arguments, compile_config=TRACED, disable_compile=True)
     assert output.jacobi_stats.compiled_steps == 0
@@ -468,14 +496,14 @@ def test_hooks_and_disable_compile_leave_steps_as_they_are():
     ],
 )
 def test_why_a_model_cannot_be_compiled(attribute, value, reason):
-    model = fresh_model("qwen3")
+    model = fresh_model("qwen3", layers=1)
     assert cannot_compile(model) is None
     setattr(model, attribute, value)
     assert cannot_compile(model) == reason
 
 
 def test_hooks_of_all_kinds_forbid_compiling():
-    model = fresh_model("qwen3")
+    model = fresh_model("qwen3", layers=1)
     handle = model.model.layers[0].register_full_backward_hook(lambda *_: None)
     assert cannot_compile(model) == "a module of the model has hooks"
     handle.remove()

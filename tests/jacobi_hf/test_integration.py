@@ -259,6 +259,8 @@ def test_synced_gpus_runs_idle_forwards_until_the_peers_are_done(prompt, monkeyp
     assert len(calls) == output.jacobi_stats.forwards + 3
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_model_split_over_two_processes(tmp_path):
     """Tensor parallelism (gloo): the same tokens, and steps are not compiled."""
     script, out = Path(__file__).parent / "tensor_parallel.py", tmp_path / "report.json"

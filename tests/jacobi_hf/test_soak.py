@@ -105,6 +105,8 @@ def soaked(way):
     return after.growth_since(before), compiled, graphs
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.parametrize("way", WAYS)
 def test_hundreds_of_calls_leave_nothing_behind_and_compile_nothing_anew(way):
     """In a process of its own: what other tests have imported, started or left to be collected is not counted."""
@@ -114,6 +116,8 @@ def test_hundreds_of_calls_leave_nothing_behind_and_compile_nothing_anew(way):
     assert (compiled, graphs) == (0, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_leak_of_one_tensor_a_call_is_seen():
     kept = []
     before, after, _, _ = soak(small_model(), 2 * CYCLE, lambda output: kept.append(output.sequences), **WAYS["eager"])

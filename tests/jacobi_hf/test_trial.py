@@ -184,6 +184,7 @@ def test_calls_that_compile_or_record_do_not_count():
     assert len(model.calls) == 3
 
 
+@pytest.mark.slow
 def test_no_way_is_timed_while_it_compiles():
     """Ordinary decoding neither, nor steps of the same widths under another config."""
     torch.compiler.reset()  # what other tests have compiled

@@ -270,6 +270,8 @@ def collect_with_own_lock(*arguments):
     collect(*arguments)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_path, tiny, tokenizer):
     """kill -9 at 20 random moments of a forked collector, sampled answers; then to the end."""
     import multiprocessing
@@ -308,6 +310,8 @@ def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_p
     assert not list((tmp_path / "killed").glob(".*.part"))
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_the_command_is_killed_and_goes_on_and_two_processes_share_the_work(job, tmp_path):
     process = run(command(job, tmp_path / "killed"))
     deadline = time.monotonic() + 120

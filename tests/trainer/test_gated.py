@@ -39,6 +39,7 @@ def trainer(model, folder, **options):
     return JacobiForcingTrainer(model=model, args=config(folder, **options), **given)
 
 
+@pytest.mark.slow
 def test_the_same_trainer_trains_a_drafter_and_nothing_else(tmp_path):
     model = fresh_model("qwen3")
     before = {name: value.clone() for name, value in model.state_dict().items()}

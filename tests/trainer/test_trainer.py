@@ -118,6 +118,7 @@ def test_every_reduction_survives_accumulation(tmp_path, reduction):
     torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layouts_and_chunks_train_alike(tmp_path):
     data = records(20, N, seed=4)
     options = {"context": "window", "window": 2, "kl_loss_weight": 2.0}
@@ -171,6 +172,7 @@ def test_kl_has_a_reference_of_its_own(tmp_path, given):
     assert trainer.model.training
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing(tmp_path, monkeypatch):
     """Both forwards, trained and frozen; traced only, which is what could go wrong here."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments writes it and leaves it
@@ -270,7 +272,7 @@ def test_lora_leaves_the_base_untouched(tmp_path):
         assert torch.equal(value, after[name]), name
 
 
-@pytest.mark.parametrize("muon_learning_rate", [None, 0.01])
+@pytest.mark.parametrize("muon_learning_rate", [None, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_resuming_gives_the_same_curve(tmp_path, muon_learning_rate):
     data, replay = records(24, N, seed=8), [{"input_ids": list(range(2, 12))}, {"input_ids": list(range(5, 20))}]
     options = {"max_steps": 6, "replay_dataset": replay, "replay_ratio": 0.5, "lr_scheduler_type": "linear"}
@@ -359,6 +361,7 @@ def test_evaluation_reports_losses_and_decoding(tmp_path):
     assert {"consistency_loss", "agreement", "kept_positions", "slots_per_second"} <= logged[0].keys()
 
 
+@pytest.mark.slow
 def test_overfitting_eight_samples(tmp_path):
     """Windows of a memorised text come true: agreement above 0.95, more than three tokens a forward."""
     model = fresh_model("qwen3")
@@ -446,6 +449,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.serial
 @pytest.mark.parametrize("way", ["plain", "fsdp", "drafter"])
 def test_two_processes_equal_one(two_processes, tmp_path, way):
@@ -464,6 +468,7 @@ def test_two_processes_equal_one(two_processes, tmp_path, way):
         torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.serial
 def test_processes_know_of_each_other(two_processes):
     assert sorted(path.name for path in two_processes.glob("process *")) == ["process 0 of 2", "process 1 of 2"]

@@ -66,6 +66,7 @@ def _small_groups():
     trajectories.GROUP = former
 
 
+@pytest.mark.slow
 @at_most(60)
 @given(cases)
 def test_collected_equals_recorded_equals_generate(case):
@@ -86,6 +87,7 @@ def test_collected_equals_recorded_equals_generate(case):
         check_invariants(trajectory, answer, n, 0)
 
 
+@pytest.mark.slow
 @at_most(30)
 @given(cases, st.data())
 def test_blocks_that_begin_within_the_answer(case, data):

@@ -119,6 +119,7 @@ def test_stop_strings_of_a_file_end_the_text(tmp_path):
     assert ordinary.new_tokens < 40
 
 
+@pytest.mark.slow
 def test_a_task_of_the_harness_by_name(monkeypatch):
     """gsm8k as the harness defines it, with data in the form that its own has."""
     rows = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(6)]

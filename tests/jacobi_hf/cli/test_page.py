@@ -228,6 +228,7 @@ def visitor(address):
         browser.quit()
 
 
+@pytest.mark.slow
 def test_in_a_browser(visitor):
     visitor.generate("All texts are the same. n = 16, K = 2")
     panes, per_forward = visitor.panes(), visitor.counts("tokens per forward")

@@ -37,6 +37,7 @@ def asked(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_repository(folder, tmp_path):
     with LoopbackHub() as hub:
         command = [sys.executable, "-m", "jacobi_hf.cli", "push", str(folder), "user/name", "--private", "--json"]

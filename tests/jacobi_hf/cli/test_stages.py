@@ -242,6 +242,7 @@ def test_several_sets_have_their_own_folders(tmp_path):
     assert "have to be sections by name" in refused("collect", "--config", path)
 
 
+@pytest.mark.slow
 def test_launchers_start_it_as_a_module(tmp_path):
     command = [sys.executable, "-m", "jacobi_hf.cli", "collect", "--model", CHECKPOINT, "--dataset", tmp_path / "none.jsonl"]
     failed = subprocess.run([*map(str, command), "--output_dir", tmp_path / "out"], capture_output=True, text=True, check=False)
