@@ -19,13 +19,12 @@ demo: $(if $(findstring --web,$(ARGS)),$(PAGE),$(READY))
 
 # Lint, types, and every test that is quick.
 test: lint types
-	$(PYTEST) -n $(JOBS) -m "not slow and not serial and not deep" $(ARGS)
-	$(PYTEST) -m "serial and not slow and not deep" $(ARGS)
+	$(PYTEST) -n $(JOBS) -m "not slow and not deep" $(ARGS)
 
 # The tests that `make test` leaves out: minutes of compiling, training, installing, and many processes.
 test-slow: $(TOOLS)
-	$(PYTEST) -n $(JOBS) -m "slow and not serial and not deep" $(ARGS)
-	$(PYTEST) -m "slow and serial and not deep" $(ARGS)
+	$(PYTEST) -n $(JOBS) -m "slow and not serial" $(ARGS)
+	$(PYTEST) -m "slow and serial" $(ARGS)
 
 # Every property with thousands of random cases: JACOBI_HF_CASES each (default 2000), ten thousand of equality.
 test-deep: $(TOOLS)
@@ -43,7 +42,7 @@ lint: $(TOOLS)
 types: $(TOOLS)
 	rm -rf build/types && mkdir -p build/types
 	cp -r jacobi_hf build/types/jacobi_hf && cp -r trainer build/types/jacobi_hf/trainer && cp -r hub_cards build/types/jacobi_hf/hub_cards
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

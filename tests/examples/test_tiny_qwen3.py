@@ -59,6 +59,7 @@ def test_held_out_modules_are_in_no_training_text(corpus):
     assert set(corpus.prose_texts(held_out=True)).isdisjoint(corpus.prose_texts(held_out=False))
 
 
+@pytest.mark.slow
 def test_stored_prompts_are_held_out(corpus):
     stored = json.loads((EXAMPLE / "prompts.json").read_text(encoding="utf-8"))["prompts"]
     assert {domain: len(texts) for domain, texts in stored.items()} == dict.fromkeys(corpus.DOMAINS, 64)

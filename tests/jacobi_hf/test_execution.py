@@ -64,7 +64,7 @@ def counts(stats):
     [
         pytest.param("qwen3", "window", "sampled", marks=pytest.mark.slow),
         pytest.param("qwen2-sliding", "both", "greedy", marks=pytest.mark.slow),
-        ("qwen3", "lookup alone", "ends"),
+        pytest.param("qwen3", "lookup alone", "ends", marks=pytest.mark.slow),
         ("qwen2-sliding", "jacobi", "ends"),
         pytest.param("qwen3", "late blocks", "sampled", marks=pytest.mark.slow),
     ],

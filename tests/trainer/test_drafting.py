@@ -125,6 +125,7 @@ def test_the_loss_by_chunks_is_the_plain_one(rows, chunk, soft, seed):
     assert torch.equal(choice, logits.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["hard", "soft"])
 def test_learning_on_a_text_makes_its_drafts_come_true(targets):
     """And only the drafter changes; rows of a batch and windows of a row do not disturb each other."""

@@ -112,6 +112,7 @@ def test_blocks_that_begin_within_the_answer(case, data):
         assert trajectory.blocks == other.blocks[: len(trajectory.blocks)]
 
 
+@pytest.mark.slow
 @at_most(30)
 @given(cases, st.data())
 def test_answers_that_end_keep_their_end_behind_a_start(case, data):

@@ -215,6 +215,7 @@ def test_bad_options_fail_before_anything_is_generated(change, message, monkeypa
         run(Evaluation(**{"model": FORCED, "task_files": [str(TASK)], **change}), quiet=True)
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_be_run_are_refused():
     with pytest.raises(ValueError, match=r"no task 'gsm8kk' \(did you mean 'gsm8k"):
         load_tasks(["gsm8kk"], [])
