@@ -106,7 +106,6 @@ def soaked(way):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize("way", WAYS)
 def test_hundreds_of_calls_leave_nothing_behind_and_compile_nothing_anew(way):
     """In a process of its own: what other tests have imported, started or left to be collected is not counted."""
@@ -117,7 +116,6 @@ def test_hundreds_of_calls_leave_nothing_behind_and_compile_nothing_anew(way):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_leak_of_one_tensor_a_call_is_seen():
     kept = []
     before, after, _, _ = soak(small_model(), 2 * CYCLE, lambda output: kept.append(output.sequences), **WAYS["eager"])

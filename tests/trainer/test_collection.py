@@ -271,7 +271,6 @@ def collect_with_own_lock(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_path, tiny, tokenizer):
     """kill -9 at 20 random moments of a forked collector, sampled answers; then to the end."""
     import multiprocessing
@@ -311,7 +310,6 @@ def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_command_is_killed_and_goes_on_and_two_processes_share_the_work(job, tmp_path):
     process = run(command(job, tmp_path / "killed"))
     deadline = time.monotonic() + 120
