@@ -286,6 +286,10 @@ def peers(results: Results) -> str:
             )  # fmt: skip
     first = results.measurements[0]
     others = ", ".join(dict.fromkeys(m.decoder.name for m in results.measurements if not m.decoder.name.startswith("autotuned")))
+    if any(m.decoder.name == "assisted-compiled" for m in results.measurements):
+        title, compiles = " on transformers 5.24", "which compiles the forwards of prompt lookup and assisted decoding too"
+    else:
+        title, compiles = "", "where transformers compiles ordinary decoding alone"
     head = [
         "model",
         "domain",
@@ -299,9 +303,9 @@ def peers(results: Results) -> str:
         "identical to generate",
     ]
     return (
-        f"## Against transformers' own ways\n\n{setting(results)}\nThe setting that `jacobi_hf.autotune` found on 12 other prompts of the domain, against "
+        f"## Against transformers' own ways{title}\n\n{setting(results)}\nThe setting that `jacobi_hf.autotune` found on 12 other prompts of the domain, against "
         f"all of {others}, on {first.prompts.count} prompts, {first.prompts.max_new_tokens} new tokens, batch 1; eager against eager, compiled against "
-        "compiled, where transformers compiles ordinary decoding alone. Assisted decoding has a draft model of 1.1 M parameters, which autotune was given too. `generate` is ordinary decoding, whatever the checkpoint is saved with. "
+        f"compiled, {compiles}. Assisted decoding has a draft model of 1.1 M parameters, which autotune was given too. `generate` is ordinary decoding, whatever the checkpoint is saved with. "
         "Every ratio is in the JSON.\n\n" + table(head, rows)
     )
 
@@ -446,7 +450,7 @@ def page() -> str:
     parts = [HEAD]
     for name, sections in {
         "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,),
-        "growth": (growth,), "acceptance": (acceptance,), "peers": (peers,), **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))}, "training": (costs,),
+        "growth": (growth,), "acceptance": (acceptance,), "peers": (peers,), "peers-5.24": (peers,), **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))}, "training": (costs,),
     }.items():  # fmt: skip
         path = HERE / "results" / f"{name}.json"
         if path.is_file():
