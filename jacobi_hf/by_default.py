@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 from jacobi_hf._version import __version__
 from jacobi_hf.config import MULTIBLOCK
 from jacobi_hf.drafters import using_source
+from jacobi_hf.integration.compat import check_release
 from jacobi_hf.mixin import JacobiGenerationMixin, check_can_decode
 
 if TYPE_CHECKING:
@@ -66,10 +67,15 @@ def generate_with_drafter(*args: Any, model: Any, **kwargs: Any) -> Any:
 
 
 def entry(kind: Literal["model", "drafter"]) -> Callable[..., Any]:
-    """The function of a repository: that of the jacobi_hf that is installed, else that of this copy of it."""
+    """Return the function of a repository: that of the jacobi_hf that is installed, else that of this copy of it.
+
+    Raises:
+        ImportError: this copy is used, and transformers is too old for it.
+    """
     function: Callable[..., Any] = generate_with_drafter if kind == "drafter" else generate_by_default
     found = importlib.util.find_spec("jacobi_hf")
     if found is None or found.origin is None:  # a folder of that name is no package
+        check_release()
         return function
     installed = importlib.import_module("jacobi_hf.by_default")
     if installed.__version__ != __version__:

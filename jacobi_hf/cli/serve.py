@@ -38,7 +38,7 @@ def serve(
     from jacobi_hf.cli.loading import check_knobs, decoding_of, load
 
     with errors_in_one_line("serve"):
-        require_release("jacobi-hf serve", "5.15")
+        require_release("serving", "5.15")
         _check_extra()
         check_knobs(knobs)
         at = listener(host, port)  # before the model is loaded, which takes long

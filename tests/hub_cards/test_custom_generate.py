@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -141,6 +142,21 @@ def _run(hub, tmp_path, *arguments, **environment):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("release", "raised", "match"),
+    [("5.4.0", ImportError, "needs transformers 5.5 or newer, but 5.4.0 is installed"), ("5.99.0", UserWarning, "5.99.0 is installed")],
+)
+def test_the_copy_looks_at_the_release_of_transformers(monkeypatch, release, raised, match):
+    """Where the package is not installed; an error for one that is too old, a warning for one that is newer than the tests."""
+    copy = ModuleType("a_copy")
+    monkeypatch.setitem(sys.modules, "a_copy", copy)
+    exec(compile(build(), "generate.py", "exec"), vars(copy))
+    monkeypatch.setattr(copy.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(copy.transformers, "__version__", release)
+    with pytest.warns(raised, match=match) if issubclass(raised, Warning) else pytest.raises(raised, match=match):
+        copy.entry("model")
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_the_server_refuses_releases_without_its_parts_in_one_line(monkeypatch):
     done = CliRunner().invoke(app, ["serve", "no-model"])
     assert done.exit_code == 2
     assert done.stderr.splitlines() == [
-        "jacobi-hf serve: jacobi-hf serve needs transformers 5.15 or newer, but 5.10.4 is installed: pip install 'transformers>=5.15'"
+        "jacobi-hf serve: serving needs transformers 5.15 or newer, but 5.10.4 is installed: pip install 'transformers>=5.15'"
     ]
 
 
