@@ -146,13 +146,16 @@ class Frontier:
                     self.ended[row] = tokens
             self.generated = max(available if self.done else [0]) if not self.pads else max(end or 0 for end in self.ended)
             return []
-        stopped: list[int] = []
+        stopped, available = list[int](), list(available)
         # A criterion that is given scores is given those of finished rows too.
         waits_for_all = not self.pads or self._scores is not None
         while not self.done and self.generated < min(
             a for a, end in zip(available, self.ended, strict=True) if end is None or waits_for_all
         ):
-            stopped += [row for row in self._one_token() if available[row] > self.generated or not at_eos[row]]
+            void = [row for row in self._one_token() if available[row] > self.generated or not at_eos[row]]
+            for row in void:
+                available[row] = self.generated  # scores of what it has after its end are computed anew, after pads
+            stopped += void
         return stopped
 
     def _one_token(self) -> list[int]:

@@ -62,6 +62,10 @@ class Counting(LogitsProcessor):
     at_once=st.none() | st.integers(1, 20), streams=st.booleans(), processes=st.booleans(), samples=st.booleans(),
     scores=st.booleans(), penalty=st.sampled_from([None, 1.3]), block=st.sampled_from([2, 5, 16]),
 )  # fmt: skip
+@example(  # the second row has a token after the one that its criterion stops at
+    kind="qwen3", seed=1, batch=2, new=6, end=1, stops=[8], at_once=None, streams=False, processes=False, samples=True,
+    scores=True, penalty=None, block=2,
+)  # fmt: skip
 def test_call_sequences_are_those_of_sample(
     kind, seed, batch, new, end, stops, at_once, streams, processes, penalty, samples, scores, block
 ):
