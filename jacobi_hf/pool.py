@@ -117,12 +117,12 @@ class NgramPool:
         slot_W1 = torch.arange(rejection.token_BW1.shape[1], device=self._key_BP.device)
         width_B1 = rejection.width_B[:, None]
         rejected_BW1 = (slot_W1 > rejection.accepted_B[:, None]) & (slot_W1 <= width_B1)
-        place_BW1 = (self._learnt_B[:, None] + rejected_BW1.long().cumsum(1) - 1) % self.capacity
-        place_BW1 = torch.where(rejected_BW1, place_BW1, self.capacity)
+        number_BW1 = self._learnt_B[:, None] + rejected_BW1.long().cumsum(1)  # of all that the row has learnt, from 1 on
+        place_BW1 = torch.where(rejected_BW1, (number_BW1 - 1) % self.capacity, self.capacity)
         following_W1L = (slot_W1[:, None] + torch.arange(self.length, device=slot_W1.device)).clamp(max=len(slot_W1) - 1)
         self._gram_BPL.scatter_(1, place_BW1[..., None].expand(-1, -1, self.length), rejection.choice_BW1[:, following_W1L])
         self._length_BP.scatter_(1, place_BW1, (width_B1 - slot_W1 + 1).clamp(0, self.length))
-        self._age_BP.scatter_(1, place_BW1, self._learnt_B[:, None] + slot_W1 + 1)
+        self._age_BP.scatter_(1, place_BW1, number_BW1)
         self._key_BP.scatter_(1, place_BW1, rejection.token_BW1)
         self._key_BP[:, -1].fill_(-1)
         self._learnt_B += rejected_BW1.sum(1)

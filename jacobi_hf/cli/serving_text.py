@@ -25,10 +25,11 @@ class StopCutter:
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        ends = [at + len(stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:  # the stop string that is complete first ends the text, though another one may begin before it
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            done = text[: min(ends)]
+            return done[: min(at for stop in self._stops if (at := done.find(stop)) >= 0)]
         beginnings = (n for stop in self._stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
         held = max(beginnings, default=0)
         self._held = text[len(text) - held :]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jacobi_hf.pool import Drafts, NgramLookup, NgramPool, OtherChoices, Rejection, Text
@@ -68,6 +68,9 @@ class PlainPool:
         st.tuples(st.lists(ids, min_size=1, max_size=6), st.lists(ids, min_size=6, max_size=6), st.integers(0, 5), ids), max_size=8
     ),
     branches=st.integers(1, 3), length=st.integers(1, 4),
+)  # fmt: skip
+@example(  # the last guess of a wide step was learnt before those of the step after it
+    steps=[([0], [0] * 6, 0, 0), ([0] * 6, [0, 0, 0, 0, 0, 1], 1, 0), ([0, 0], [0] * 6, 0, 0)], branches=1, length=1,
 )  # fmt: skip
 def test_pool_is_as_defined(steps, branches, length):
     pool = NgramPool(branches, length, 1, torch.device("cpu"), capacity=8)

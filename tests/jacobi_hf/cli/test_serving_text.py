@@ -10,6 +10,7 @@ letters = st.text("ab", max_size=4)
 
 @given(st.lists(letters, max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 @example(["a", "b", "a"], ["abb", "ba"])
+@example(["aba"], ["b", "aba"])
 def test_pieces_add_up_to_the_text_before_the_first_stop_string(pieces, stops):
     text, cutter = "".join(pieces), StopCutter(stops)
     out = [cutter.feed(piece) for piece in pieces]
