@@ -24,7 +24,7 @@ def on_startup(**_: Any) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for source, name in PACKAGES.items():
         shutil.copytree(ROOT / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    config, arguments = target / "jacobi_hf" / "config.py", target / "jacobi_hf" / "trainer" / "arguments.py"
+    config, arguments = target / "jacobi_hf" / "config.py", target / "jacobi_hf" / "trainer" / "forcing" / "config.py"
     config.write_text(KNOB.sub(r"= \1", config.read_text(encoding="utf-8")), encoding="utf-8")
     *opening, docstring, rest = arguments.read_text(encoding="utf-8").split('"""', 4)  # the module's, the class's
     arguments.write_text('"""'.join([*opening, ARGUMENT.sub(r"\1- **\2**: ", docstring), rest]), encoding="utf-8")
@@ -33,7 +33,9 @@ def on_startup(**_: Any) -> None:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that lie at the root of the repository."""
     for source, name in PAGES.items():
-        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")))
+        files.append(
+            File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8").replace("](docs/", "]("))
+        )
     return files
 
 

@@ -44,7 +44,11 @@ def publish(kind: str, user: str, dry_run: Path | None, **options: Any) -> None:
     base, repo_id = f"{user}/tiny-qwen3", f"{user}/tiny-qwen3" + ("" if kind == "checkpoint" else f"-{kind}")
     inputs: dict[str, Any] = {"card": BASE_CARD.format(user=user)}
     if kind != "checkpoint":
-        inputs = {"card": card(kind, repo_id=repo_id, base_model=base), "results": INPUTS[kind]["results"], "base_model": base}
+        inputs = {
+            "card": card(kind, repo_id=repo_id, base_model=base),
+            "results": INPUTS[kind]["results"],
+            "base_model": base,
+        }
     target = None if dry_run is None else dry_run / repo_id.rpartition("/")[2]
     pushed = push_to_hub(HERE / kind, repo_id, plots=PLOTS.get(kind, ()), dry_run=target, **inputs, **options)
     typer.echo(f"{repo_id}: {pushed.url or target}\n{pushed.staged.summary()}")
@@ -53,7 +57,9 @@ def publish(kind: str, user: str, dry_run: Path | None, **options: Any) -> None:
 def main(
     user: Annotated[str, typer.Argument(help="Whose repositories they become: a user or an organisation.")],
     drafter: Annotated[bool, typer.Option("--drafter", help="The drafter as well.")] = False,
-    dry_run: Annotated[Path | None, typer.Option(help="Write the repositories into this folder instead of sending them.")] = None,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Write the repositories into this folder instead of sending them.")
+    ] = None,
     private: Annotated[bool | None, typer.Option(help="Whether repositories that are made are private.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead of committing.")] = False,
 ) -> None:

@@ -20,7 +20,15 @@ _MODULE_OF = {
     "push_to_hub": "push",
 }
 
-__all__ = ["FolderError", "PushError", "Pushed", "generate_dataset_card", "generate_model_card", "model_card_cells", "push_to_hub"]
+__all__ = [
+    "FolderError",
+    "PushError",
+    "Pushed",
+    "generate_dataset_card",
+    "generate_model_card",
+    "model_card_cells",
+    "push_to_hub",
+]
 
 
 def __getattr__(name: str) -> Any:

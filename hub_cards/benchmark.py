@@ -13,12 +13,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from jacobi_hf.hub_cards.cells import Cell, Document
-    from jacobi_hf.results import Measurement
+    from jacobi_hf.results.schema import Measurement
 
 _HEAD = (
-    "domain", "decoding", "prompts x tokens", "base quality", "AR quality", "Jacobi quality", "AR tok/s", "Jacobi tok/s",
-    "speed-up, eager", "speed-up, compiled", "TPF", "acceptance", "identical",
-)  # fmt: skip
+    "domain",
+    "decoding",
+    "prompts x tokens",
+    "base quality",
+    "AR quality",
+    "Jacobi quality",
+    "AR tok/s",
+    "Jacobi tok/s",
+    "speed-up, eager",
+    "speed-up, compiled",
+    "TPF",
+    "acceptance",
+    "identical",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,9 @@ def places(documents: Sequence[Document], names: Collection[str] | None) -> list
     for document in documents:
         here = [place for place in found if place.document is document]
         if len({place.model for place in here}) > 1:
-            raise ValueError(f"{document.name} holds several models: say by measured_as which is the card's: {_listed(here)}.")
+            raise ValueError(
+                f"{document.name} holds several models: say by measured_as which is the card's: {_listed(here)}."
+            )
     return found
 
 
@@ -119,7 +132,11 @@ def benchmark(documents: Sequence[Document], selection: Selection) -> Table:
     for place in found:
         if place.it.prompts.domain not in shown and place.it.decoder.kind == "generate" and place.quality():
             shown.add(place.it.prompts.domain)
-            label: list[Cell | str | None] = [place.cell("text", "prompts", "domain"), place.cell("decoder", "decoder"), None]
+            label: list[Cell | str | None] = [
+                place.cell("text", "prompts", "domain"),
+                place.cell("decoder", "decoder"),
+                None,
+            ]
             qualities = [_quality_of(base, place), place.quality()]
             rows.append([*label, *qualities, *[None] * (len(_HEAD) - 5)])
     return Table(_HEAD, rows, labels=3, numbers=True)
@@ -131,9 +148,11 @@ def _row(place: Place, found: Sequence[Place], base: Sequence[Place]) -> list[Ce
     beside = [
         one
         for one in found
-        if one.document is place.document and one.model == place.model and one.it.prompts == place.it.prompts
+        if one.document is place.document
+        and one.model == place.model
+        and one.it.prompts == place.it.prompts
         and one.it.decoder.kind == ordinary
-    ]  # fmt: skip
+    ]
     return [
         place.cell("text", "prompts", "domain"),
         place.cell("decoder", "decoder"),
@@ -154,7 +173,11 @@ def _row(place: Place, found: Sequence[Place], base: Sequence[Place]) -> list[Ce
 def _qualities(found: Sequence[Place], place: Place, decoder: str | None) -> Iterator[Cell]:
     """Scores, then losses, of the place's domain: of a decoder by name, or of ordinary decoding."""
     same = [one for one in found if one.it.prompts.domain == place.it.prompts.domain]
-    mine = [one for one in same if (one.it.decoder.kind == "generate" if decoder is None else one.it.decoder.name == decoder)]
+    mine = [
+        one
+        for one in same
+        if (one.it.decoder.kind == "generate" if decoder is None else one.it.decoder.name == decoder)
+    ]
     mine.sort(key=lambda one: one.document is not place.document)
     for format, field in (("quality", "quality"), ("loss", "held_out_loss")):  # noqa: A001
         yield from (cell for one in mine if (cell := one.cell(format, field)))
@@ -192,11 +215,17 @@ def _factor(place: Place, kind: str) -> float:
 
 
 _SETTING = (
-    ("what", "text", "what"), ("parameters", "million", "parameters"), ("dtype", "text", "dtype"),
-    ("hardware", "hardware", "hardware"), ("threads", "integer", "threads"), ("attention", "text", "attention"),
-    ("versions", "packages", "software", "packages"), ("revision of jacobi-hf", "text", "software", "git_revision"),
-    ("day", "day", "created"), ("command", "code", "command"),
-)  # fmt: skip
+    ("what", "text", "what"),
+    ("parameters", "million", "parameters"),
+    ("dtype", "text", "dtype"),
+    ("hardware", "hardware", "hardware"),
+    ("threads", "integer", "threads"),
+    ("attention", "text", "attention"),
+    ("versions", "packages", "software", "packages"),
+    ("revision of jacobi-hf", "text", "software", "git_revision"),
+    ("day", "day", "created"),
+    ("command", "code", "command"),
+)
 
 
 def setting(documents: Sequence[Document]) -> Table:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
-    from jacobi_hf.results import Results
+    from jacobi_hf.results.schema import Results
 
     Source = Sequence[str | Path | Results] | str | Path | Results
 
@@ -34,7 +34,7 @@ def generate_model_card(
     *,
     repo_id: str,
     base_model: str | None = None,
-    license: str | None = None,  # noqa: A002 (the Hub's word)
+    license: str | None = None,
     language: str | Iterable[str] | None = None,
     datasets: Iterable[str] = (),
     drafter: bool = False,
@@ -67,8 +67,13 @@ def generate_model_card(
     """
     check_repo_id(repo_id)
     if drafter and base_model is None:
-        raise ValueError("base_model is missing: a drafter works beside the model that it was made for, and the card has to name it.")
-    documents, selection = read_documents(results), _selection(measured_as, base_measured_as, decoders, drafter=drafter)
+        raise ValueError(
+            "base_model is missing: a drafter works beside the model that it was made for, and the card has to name it."
+        )
+    documents, selection = (
+        read_documents(results),
+        _selection(measured_as, base_measured_as, decoders, drafter=drafter),
+    )
     mine = places(documents, selection.names)
     data = model_metadata(
         repo_id=repo_id,
@@ -107,7 +112,10 @@ def model_card_cells(
     drafter: bool = False,
 ) -> list[Cell]:
     """The cells of the card that `generate_model_card` makes of the same arguments, in the order of the card."""
-    documents, selection = read_documents(results), _selection(measured_as, base_measured_as, decoders, drafter=drafter)
+    documents, selection = (
+        read_documents(results),
+        _selection(measured_as, base_measured_as, decoders, drafter=drafter),
+    )
     said = [cell for _, in_sentence in highlights(documents, selection) for cell in in_sentence]
     return [*said, *recipe(documents), *benchmark(documents, selection), *setting(documents)]
 
@@ -120,8 +128,12 @@ def render(template: str, **values: Any) -> str:
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     return ImmutableSandboxedEnvironment(
-        loader=FunctionLoader(_template), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )  # fmt: skip
+        loader=FunctionLoader(_template),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
 
 
 def _template(name: str) -> str:
@@ -129,7 +141,11 @@ def _template(name: str) -> str:
 
 
 def _selection(
-    measured_as: str | Collection[str] | None, base: str | Collection[str], decoders: Collection[str] | None, *, drafter: bool
+    measured_as: str | Collection[str] | None,
+    base: str | Collection[str],
+    decoders: Collection[str] | None,
+    *,
+    drafter: bool,
 ) -> Selection:
     names = (measured_as,) if isinstance(measured_as, str) else measured_as
     return Selection(names, (base,) if isinstance(base, str) else base, decoders, drafter)
@@ -137,7 +153,9 @@ def _selection(
 
 def _python(value: str) -> str:
     """A string as it is written in an example: on one line, whatever it holds."""
-    return (json.dumps(value) if value.isascii() else ascii(value)).replace("`", r"\x60")  # three of them would end the example
+    return (json.dumps(value) if value.isascii() else ascii(value)).replace(
+        "`", r"\x60"
+    )  # three of them would end the example
 
 
 def _link(name: str) -> str:
@@ -147,5 +165,9 @@ def _link(name: str) -> str:
 def _dtype(documents: Sequence[Document], selection: Selection) -> str | None:
     """In which texts were found identical to those of ordinary decoding."""
     compared = [place for place in rows_of(places(documents, selection.names), selection) if place.it.agreement]
-    dtypes = [place.document.results.dtype for place in compared if place.document.results.dtype in ("float32", "bfloat16", "float16")]
+    dtypes = [
+        place.document.results.dtype
+        for place in compared
+        if place.document.results.dtype in ("float32", "bfloat16", "float16")
+    ]
     return "float32" if "float32" in dtypes else next(iter(dtypes), None)

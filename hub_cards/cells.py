@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from jacobi_hf.hub_cards import escape
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,7 +62,9 @@ class Document:
         try:
             return Cell(self.name, path, format, FORMATS[format](node))
         except (TypeError, ValueError, KeyError, OverflowError) as error:
-            raise ValueError(f"{self.name} has {node!r} at {'.'.join(map(str, path))}, which is no {format}.") from error
+            raise ValueError(
+                f"{self.name} has {node!r} at {'.'.join(map(str, path))}, which is no {format}."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ class Table:
     def __str__(self) -> str:
         rows = [row for row in self.rows if any(cell is not None for cell in row[self.labels :])]
         kept = [at for at in range(len(self.head)) if any(row[at] is not None for row in rows)]
-        lines = [[self.head[at] for at in kept], ["---:" if self.numbers and at >= self.labels else "---" for at in kept]]
+        lines = [
+            [self.head[at] for at in kept],
+            ["---:" if self.numbers and at >= self.labels else "---" for at in kept],
+        ]
         lines += [["-" if row[at] is None else str(row[at]) for at in kept] for row in rows]
         return "\n".join("| " + " | ".join(shown) + " |" for shown in lines) if rows else ""
 
@@ -119,7 +124,9 @@ def _read(path: Path) -> Results:
     try:
         return Results.read(path)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors()[:5])
+        wrong = "; ".join(
+            f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors()[:5]
+        )
         raise ValueError(f"{path} is no document of results that this version knows: {wrong}.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no document of results: it is not UTF-8 text.") from None
@@ -132,8 +139,18 @@ def _mean_length(counts: dict[str, int]) -> str:
 
 def _decoder(decoder: dict[str, Any]) -> str:
     """Its name and knobs."""
-    shown = {"block_size": "n", "max_blocks": "K", "activation_ratio": "r", "pool_size": "pool ", "lookup_tokens": "lookup "}
-    knobs = [f"{label}{'' if label.endswith(' ') else '='}{decoder[field]:g}" for field, label in shown.items() if decoder.get(field)]
+    shown = {
+        "block_size": "n",
+        "max_blocks": "K",
+        "activation_ratio": "r",
+        "pool_size": "pool ",
+        "lookup_tokens": "lookup ",
+    }
+    knobs = [
+        f"{label}{'' if label.endswith(' ') else '='}{decoder[field]:g}"
+        for field, label in shown.items()
+        if decoder.get(field)
+    ]
     return escape.code(decoder["name"]) + (f" ({', '.join(knobs)})" if knobs else "")
 
 
@@ -144,7 +161,9 @@ def _quality(quality: dict[str, Any]) -> str:
 
 def _data(data: list[dict[str, Any]]) -> str:
     """Sources and samples."""
-    return ", ".join(escape.text(one["name"]) + (f" ({one['samples']:,} samples)" if "samples" in one else "") for one in data)
+    return ", ".join(
+        escape.text(one["name"]) + (f" ({one['samples']:,} samples)" if "samples" in one else "") for one in data
+    )
 
 
 def _strategy(strategy: dict[str, Any]) -> str:
@@ -173,7 +192,8 @@ def _batch(batch: dict[str, int]) -> str:
 
 def _weights(weights: dict[str, float]) -> str:
     return ", ".join(
-        f"{name} {weights[field]:g}" for field, name in (("consistency", "consistency"), ("ar", "AR"), ("replay", "replay"), ("kl", "KL"))
+        f"{name} {weights[field]:g}"
+        for field, name in (("consistency", "consistency"), ("ar", "AR"), ("replay", "replay"), ("kl", "KL"))
     )
 
 
@@ -186,7 +206,11 @@ def _time(minutes: float) -> str:
 
 
 def _method(method: str) -> str:
-    return {"forcing": "Jacobi Forcing", "gated": "gated: a drafter beside the frozen model", "sft": "supervised finetuning"}[method]
+    return {
+        "forcing": "Jacobi Forcing",
+        "gated": "gated: a drafter beside the frozen model",
+        "sft": "supervised finetuning",
+    }[method]
 
 
 def _packages(packages: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """The `custom_generate/` folder of a repository: Jacobi decoding for machines where jacobi_hf is not installed.
 
 `model.generate(**inputs, custom_generate="user/repo", trust_remote_code=True)` runs the repository's `custom_generate/generate.py`.
-That file is jacobi_hf's own modules one after the other, those that `jacobi_hf.by_default` needs, without their imports of each other:
+That file is jacobi_hf's own modules one after the other, those that `jacobi_hf.integration.custom_generate` needs, without their imports of each other:
 transformers then fetches one file, and finds ordinary code in it. What keeps this simple is that no name means two things in them,
 which is checked.
 """
@@ -24,7 +24,7 @@ from jacobi_hf.integration.compat import OLDEST_SUPPORTED
 FOLDER = "custom_generate"
 # One comparison a line: transformers checks no more than that.
 REQUIREMENTS = ("torch>=2.6", f"transformers>={OLDEST_SUPPORTED}")
-_ROOT, _ENTRY = "by_default", "generate"
+_ROOT, _ENTRY = "integration.custom_generate", "generate"
 _HEAD = """\
 # Jacobi decoding for transformers: several tokens per forward, the same text. A copy of jacobi_hf {version}, made by
 # jacobi_hf.hub_cards.custom_generate. Where jacobi_hf is installed, that decodes instead.
@@ -40,7 +40,7 @@ Kind = Literal["model", "drafter"]
 
 def write_custom_generate(
     folder: Path, kind: Kind = "model", base_model: str | None = None, base_revision: str | None = None
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Write `custom_generate/generate.py` and `custom_generate/requirements.txt` into the folder of a repository.
 
     Args:
@@ -70,7 +70,10 @@ def build(kind: Kind = "model", base_model: str | None = None, base_revision: st
     revision = "" if base_revision is None else f", revision {base_revision!a}"
     made_for = "" if base_model is None else f"# Made for {base_model!a}{revision}.\n"
     modules = _modules()
-    sections = [f"# {'-' * 20} jacobi_hf/{_file_of(name)}\n\n{_without_own_imports(name, text)}" for name, text in modules.items()]
+    sections = [
+        f"# {'-' * 20} jacobi_hf/{_file_of(name)}\n\n{_without_own_imports(name, text)}"
+        for name, text in modules.items()
+    ]
     _check_names(modules)
     last = f"# {'-' * 20} what transformers calls\n\n{_ENTRY} = entry({json.dumps(kind)})\n"
     text = "\n\n".join([_HEAD.format(version=__version__, made_for=made_for), *sections, last])
@@ -113,13 +116,19 @@ def _without_own_imports(name: str, text: str) -> str:
     """A module's text without what only a module of its own needs: imports of its siblings, of `annotations`, and for type checkers."""
     lines = text.splitlines()
     for node in ast.parse(text).body:
-        if _own_module(node) or _is_for_types(node) or (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
+        if (
+            _own_module(node)
+            or _is_for_types(node)
+            or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+        ):
             for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                 lines[number] = ""
     kept = re.sub(r"\n{3,}", "\n\n\n", "\n".join(lines)).strip() + "\n"
     renamed = [node for node in ast.parse(text).body if _own_module(node) and " as " in ast.unparse(node)]
     if odd := [*renamed, *filter(_imports_sibling, ast.walk(ast.parse(kept)))]:
-        raise ValueError(f"jacobi_hf/{_file_of(name)} imports a sibling in a way that one file cannot: {ast.unparse(odd[0])}")
+        raise ValueError(
+            f"jacobi_hf/{_file_of(name)} imports a sibling in a way that one file cannot: {ast.unparse(odd[0])}"
+        )
     return kept
 
 
@@ -131,7 +140,9 @@ def _imports_sibling(node: ast.AST) -> bool:
 
 def _check_names(modules: dict[str, str]) -> None:
     """Refuse modules in which a global name means two things, since they come to share one namespace."""
-    meanings: dict[str, tuple[str, str]] = {name: ("builtins", name) for name in dir(builtins) if not name.startswith("__")}
+    meanings: dict[str, tuple[str, str]] = {
+        name: ("builtins", name) for name in dir(builtins) if not name.startswith("__")
+    }
     meanings[_ENTRY] = ("what transformers calls", _ENTRY)
     for module, text in modules.items():
         for name, meaning in _globals_of(module, ast.parse(text)).items():
@@ -149,7 +160,10 @@ def _globals_of(module: str, tree: ast.Module) -> dict[str, tuple[str, str]]:
         if isinstance(node, ast.ImportFrom):
             bound |= {one.asname or one.name: (node.module or "", one.name) for one in node.names}
         elif isinstance(node, ast.Import):
-            bound |= {one.asname or one.name.split(".")[0]: (one.name if one.asname else one.name.split(".")[0], "") for one in node.names}
+            bound |= {
+                one.asname or one.name.split(".")[0]: (one.name if one.asname else one.name.split(".")[0], "")
+                for one in node.names
+            }
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound[node.name] = (f"jacobi_hf.{module}", node.name)
         else:

@@ -12,20 +12,26 @@ from jacobi_hf.hub_cards import escape
 from jacobi_hf.hub_cards.card import WHOLE, render
 from jacobi_hf.hub_cards.cells import Table
 from jacobi_hf.hub_cards.metadata import check_repo_id, checked_language, checked_license, is_repo_id
-from jacobi_hf.trainer.shards import ManifestError, read_manifest
+from jacobi_hf.trainer.data.shards import ManifestError, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
+_SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+)
 
 
 def generate_dataset_card(
     source: str | Path | Mapping[str, Any],
     *,
     repo_id: str,
-    license: str,  # noqa: A002 (the Hub's word)
+    license: str,
     language: str | Iterable[str] | None = None,
     description: str | None = None,
 ) -> DatasetCard:
@@ -65,7 +71,13 @@ def generate_dataset_card(
         description=escape.text(description) if description else "",
         models=", ".join(dict.fromkeys(escape.path(one.get("model", "")) for one in sources)),
         sources=str(_sources(sources)),
-        counts=str(Table(("count", "number"), [(escape.text(name), f"{number:,}") for name, number in counts.items()], numbers=True)),
+        counts=str(
+            Table(
+                ("count", "number"),
+                [(escape.text(name), f"{number:,}") for name, number in counts.items()],
+                numbers=True,
+            )
+        ),
         settings=str(_settings(settings)),
         license=escape.text(license),
         version=escape.text(__version__),
@@ -95,11 +107,26 @@ def _totals(shards: Mapping[str, Any]) -> Counter[str]:
 def _repositories(sources: Iterable[Mapping[str, Any]], field: str) -> list[str] | None:
     """Names that the Hub could know."""
     names = dict.fromkeys(str(one.get(field, "")) for one in sources)
-    return [name for name in names if "/" in name and is_repo_id(name) and not name.endswith((".jsonl", ".json", ".parquet"))] or None
+    return [
+        name
+        for name in names
+        if "/" in name and is_repo_id(name) and not name.endswith((".jsonl", ".json", ".parquet"))
+    ] or None
 
 
 def _sources(sources: Iterable[Mapping[str, Any]]) -> Table:
-    fields = ("name", "model", "revision", "dataset", "split", "prompts", "block_size", "max_new_tokens", "do_sample", "temperature")
+    fields = (
+        "name",
+        "model",
+        "revision",
+        "dataset",
+        "split",
+        "prompts",
+        "block_size",
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+    )
     rows = [[None if one.get(field) is None else escape.path(one[field]) for field in fields] for one in sources]
     return Table([field.replace("_", " ") for field in fields], rows)
 

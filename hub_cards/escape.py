@@ -32,7 +32,9 @@ def code(value: object) -> str:
 def path(value: object) -> str:
     """A name or path as a code span; of a path from the root, which says more of a machine than of a model, the last part."""
     shown = line(value)
-    return code(shown.replace("\\", "/").rstrip("/").rpartition("/")[2] if re.match(r"[/~\\]|[A-Za-z]:", shown) else shown)
+    return code(
+        shown.replace("\\", "/").rstrip("/").rpartition("/")[2] if re.match(r"[/~\\]|[A-Za-z]:", shown) else shown
+    )
 
 
 def _reference(character: str) -> str:

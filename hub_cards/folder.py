@@ -17,10 +17,10 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
-from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE
+from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.hub_cards.custom_generate import FOLDER, write_custom_generate
 from jacobi_hf.hub_cards.metadata import is_repo_id
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,25 +36,74 @@ WEIGHTS: dict[Kind, tuple[str, ...]] = {
     "drafter": (WEIGHTS_FILE,),
 }
 _BESIDE = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "results/*.json", "plots/*.png", "plots/*.svg", CARD,
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "results/*.json",
+    "plots/*.png",
+    "plots/*.svg",
+    CARD,
+)
 _BASE_FIELD: dict[Kind, tuple[str, str]] = {
     "adapter": ("base_model_name_or_path", "revision"),
     "drafter": ("base_model", "base_revision"),
 }
 _SKIPPED_FOLDERS = ("checkpoint-*", "runs", ".git", ".cache", "__pycache__")
 _TRAINER_STATE = (
-    "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "training_args.bin", "rng_state*.pth",
-    "random_states_*.pkl", "trainer_state.json",
-)  # fmt: skip
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scheduler.bin",
+    "scaler.pt",
+    "training_args.bin",
+    "rng_state*.pth",
+    "random_states_*.pkl",
+    "trainer_state.json",
+)
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _SECRET_NAMES = (
-    ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.keystore", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc",
-    "_netrc", ".pypirc", ".npmrc", ".git-credentials", "credentials", "credentials.json", "secret*", "kubeconfig", "token", "token.*",
-    ".token", "*.token", "*_token", "*_token.txt", "stored_tokens",
-)  # fmt: skip
+    ".env",
+    ".env.*",
+    "*.env",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.keystore",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    ".netrc",
+    "_netrc",
+    ".pypirc",
+    ".npmrc",
+    ".git-credentials",
+    "credentials",
+    "credentials.json",
+    "secret*",
+    "kubeconfig",
+    "token",
+    "token.*",
+    ".token",
+    "*.token",
+    "*_token",
+    "*_token.txt",
+    "stored_tokens",
+)
 # A word begins behind no letter, or behind what JSON writes a control character as: its last letter is none of the word.
 _SECRET_TEXT = re.compile(
     rb"(?:(?<!\w)|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4}))"
@@ -118,12 +167,16 @@ class Staged:
         """
         for name, content in self.files.items():
             if secret.encode() in _text_of(name, content):
-                raise FolderError(f"{name} holds the token that it would be pushed with: take it out. Nothing was sent.")
+                raise FolderError(
+                    f"{name} holds the token that it would be pushed with: take it out. Nothing was sent."
+                )
 
     def summary(self) -> str:
         """One line a file with its size, then what is left out and why."""
         lines = [f"{size:>15,}  {name}" for name, size in self.sizes.items()]
-        return "\n".join([*lines, *(f"{'left out':>15}  {name} ({why})" for name, why in sorted(self.left_out.items()))])
+        return "\n".join(
+            [*lines, *(f"{'left out':>15}  {name} ({why})" for name, why in sorted(self.left_out.items()))]
+        )
 
 
 def stage(
@@ -182,7 +235,9 @@ def kind_of(source: str | Path) -> Kind:
     if len(kinds) != 1:
         names = ", ".join(CONFIG[kind] for kind in kinds or CONFIG)
         if kinds:
-            raise FolderError(f"{source} holds {names}: a model, an adapter and a drafter each need a folder of their own.")
+            raise FolderError(
+                f"{source} holds {names}: a model, an adapter and a drafter each need a folder of their own."
+            )
         raise FolderError(f"{source} holds none of {names}: give the folder that the finished model was saved to.")
     return kinds[0]
 
@@ -203,7 +258,9 @@ def _listed(source: Path) -> tuple[dict[str, Path], dict[str, str]]:
         if any(fnmatchcase(path.name, pattern) for pattern in _TRAINER_STATE):
             left_out[name] = "the trainer's own"
         elif path.suffix.lower() in _PICKLED or _is_pickled(path):
-            raise FolderError(f"{name} is pickled, which runs code when it is read: save the weights as safetensors. Nothing was sent.")
+            raise FolderError(
+                f"{name} is pickled, which runs code when it is read: save the weights as safetensors. Nothing was sent."
+            )
         elif name.partition("/")[0] != FOLDER:  # that is written anew
             found[name] = path
     return dict(sorted(found.items())), left_out
@@ -229,9 +286,13 @@ def _walk(source: Path, left_out: dict[str, str]) -> Iterator[Path]:
         for path in (Path(parent) / name for name in [*folders, *names]):
             name = path.relative_to(source).as_posix()
             if path.is_symlink() and not path.resolve().is_relative_to(source.resolve()):
-                raise FolderError(f"{name} is a link that leaves the folder: put the file itself there. Nothing was sent.")
+                raise FolderError(
+                    f"{name} is a link that leaves the folder: put the file itself there. Nothing was sent."
+                )
             if path.is_symlink() and not path.is_file():
-                raise FolderError(f"{name} is a link, but not to a file: put the files themselves there. Nothing was sent.")
+                raise FolderError(
+                    f"{name} is a link, but not to a file: put the files themselves there. Nothing was sent."
+                )
         skipped = [name for name in folders if any(fnmatchcase(name, pattern) for pattern in _SKIPPED_FOLDERS)]
         left_out |= {(Path(parent) / name).relative_to(source).as_posix() + "/": "never sent" for name in skipped}
         folders[:] = [name for name in folders if name not in skipped]
@@ -252,9 +313,13 @@ def _check_weights(kind: Kind, files: dict[str, Content]) -> None:
     if kind == "model":
         _check_parts(files)
     if kind != "drafter" and "tokenizer_config.json" not in files:
-        raise FolderError(f"there is no tokenizer (tokenizer_config.json): save it beside the {kind}, tokenizer.save_pretrained(folder).")
+        raise FolderError(
+            f"there is no tokenizer (tokenizer_config.json): save it beside the {kind}, tokenizer.save_pretrained(folder)."
+        )
     if "auto_map" in _object(files[CONFIG[kind]]):
-        raise FolderError(f"{CONFIG[kind]} names code of its own (auto_map), which is not sent: a model of transformers' classes can be.")
+        raise FolderError(
+            f"{CONFIG[kind]} names code of its own (auto_map), which is not sent: a model of transformers' classes can be."
+        )
 
 
 def _check_parts(files: dict[str, Content]) -> None:
@@ -288,7 +353,9 @@ def base_named(source: str | Path, base_model: str | None = None) -> str | None:
         return None
     base = base_model or str(_object(Path(source) / CONFIG[kind]).get(_BASE_FIELD[kind][0]) or "")
     if not base or not is_repo_id(base):
-        raise FolderError(f"{CONFIG[kind]} names the base model {base!r}, which is no repository of the Hub: say which with base_model.")
+        raise FolderError(
+            f"{CONFIG[kind]} names the base model {base!r}, which is no repository of the Hub: say which with base_model."
+        )
     return base
 
 
@@ -306,7 +373,11 @@ def _results(results: Iterable[str | Path | Results]) -> dict[str, Content]:
     files: dict[str, Content] = {}
     for number, one in enumerate(results, 1):
         if isinstance(one, Results):
-            _add(files, f"results/results-{number}.json", (one.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
+            _add(
+                files,
+                f"results/results-{number}.json",
+                (one.model_dump_json(indent=1, exclude_none=True) + "\n").encode(),
+            )
             continue
         path = Path(one)
         try:
@@ -340,7 +411,9 @@ def _custom_generate(kind: Kind, base: str | None) -> dict[str, Content]:
 
 def _check_card(files: dict[str, Content]) -> None:
     if CARD not in files:
-        raise FolderError(f"there is no card: give one with card, or write {CARD} into the folder (generate_model_card makes one).")
+        raise FolderError(
+            f"there is no card: give one with card, or write {CARD} into the folder (generate_model_card makes one)."
+        )
     try:
         text = _bytes_of(files[CARD]).decode()
         ModelCard(text)
@@ -374,4 +447,6 @@ def _text_of(name: str, content: Content) -> bytes:
 
 def _refuse_secrets(name: str, content: Content) -> None:
     if _SECRET_TEXT.search(_text_of(name, content)):
-        raise FolderError(f"{name} holds what looks like a secret (a token or a private key): take it out. Nothing was sent.")
+        raise FolderError(
+            f"{name} holds what looks like a secret (a token or a private key): take it out. Nothing was sent."
+        )

@@ -53,7 +53,7 @@ def model_metadata(
     *,
     repo_id: str,
     base_model: str | None,
-    license: str | None,  # noqa: A002 (the Hub's word)
+    license: str | None,
     language: str | Iterable[str] | None,
     datasets: Iterable[str],
     relation: str,
@@ -86,7 +86,9 @@ def checked_license(name: str) -> str:
         ValueError: it is no identifier of a license.
     """
     if not isinstance(name, str) or not _LICENSE.fullmatch(name):
-        raise ValueError(f"license={name!a} is no identifier of a license as the Hub has them, such as 'apache-2.0' or 'other'.")
+        raise ValueError(
+            f"license={name!a} is no identifier of a license as the Hub has them, such as 'apache-2.0' or 'other'."
+        )
     return name
 
 
@@ -107,7 +109,9 @@ def _license(given: str | None, base_model: str | None) -> dict[str, Any]:
     if given is not None:
         return {"license": checked_license(given)}
     if base_model is None:
-        raise ValueError("license is missing: give one, such as license='apache-2.0', or base_model, whose card says it.")
+        raise ValueError(
+            "license is missing: give one, such as license='apache-2.0', or base_model, whose card says it."
+        )
     try:
         inherited = _card_of(base_model).data
         found: dict[str, Any] = {field: inherited.get(field) for field in ("license", "license_name", "license_link")}
@@ -138,12 +142,18 @@ def eval_results(rows: Sequence[Place], qualities: Sequence[Place]) -> list[Eval
             found.append(_result("Quality", place, escape.line(quality.metric), quality.value))
     for place in rows:
         speeds = {"tokens_per_forward": place.it.tokens_per_forward, "tokens_per_second": place.it.tokens_per_second}
-        found += [_result("Decoding speed", place, name, value) for name, value in speeds.items() if value and math.isfinite(value)]
+        found += [
+            _result("Decoding speed", place, name, value)
+            for name, value in speeds.items()
+            if value and math.isfinite(value)
+        ]
     return found
 
 
 def _result(task: str, place: Place, metric: str, value: float) -> EvalResult:
-    domain, source, decoder = (escape.line(one) for one in (place.it.prompts.domain, place.it.prompts.source, place.it.decoder.name))
+    domain, source, decoder = (
+        escape.line(one) for one in (place.it.prompts.domain, place.it.prompts.source, place.it.decoder.name)
+    )
     return EvalResult(
         task_type="text-generation",
         task_name=task,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import CommitInfo, ModelCard
 
-    from jacobi_hf.results import Results
+    from jacobi_hf.results.schema import Results
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def push_to_hub(
     results: Iterable[str | Path | Results] = (),
     plots: Iterable[str | Path] = (),
     base_model: str | None = None,
-    license: str | None = None,  # noqa: A002 (the Hub's word)
+    license: str | None = None,
     language: str | None = None,
     datasets: Iterable[str] = (),
     private: bool | None = None,
@@ -102,14 +102,22 @@ def push_to_hub(
     if card is None and not _has_card(Path(folder)):
         kind, base = kind_of(folder), base_named(folder, base_model) or base_model
         card = generate_model_card(
-            results, repo_id=repo_id, base_model=base, license=license, language=language, datasets=datasets,
-            drafter=kind == "drafter", adapter=kind == "adapter",
-        )  # fmt: skip
+            results,
+            repo_id=repo_id,
+            base_model=base,
+            license=license,
+            language=language,
+            datasets=datasets,
+            drafter=kind == "drafter",
+            adapter=kind == "adapter",
+        )
     staged = stage(folder, card=card, results=results, plots=plots, base_model=base_model)
     token = token.strip() if isinstance(token, str) else token
     secret = token if isinstance(token, str) else None if token is False else get_token()
     if secret and not re.fullmatch(r"[!-~]+", secret):
-        raise ValueError("the token holds a space, line break or other character that no token has: was it copied whole?")
+        raise ValueError(
+            "the token holds a space, line break or other character that no token has: was it copied whole?"
+        )
     if secret and len(secret) >= _SHORTEST_SECRET:
         staged.refuse(secret)
     if dry_run is not None:
@@ -139,23 +147,36 @@ def _has_card(folder: Path) -> bool:
 
 
 def _commit(
-    api: HfApi, staged: Staged, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, message: str | None
-) -> CommitInfo:  # fmt: skip
+    api: HfApi,
+    staged: Staged,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+) -> CommitInfo:
     """Make the repository where it is missing, and commit. `HfApi.upload_folder` may split what it sends into several commits."""
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     info = api.model_info(repo_id, revision=revision)
     if private and info.private is False:
-        raise PushError(f"{repo_id} is there already and public, which private=True does not change: make it private first, or rename.")
+        raise PushError(
+            f"{repo_id} is there already and public, which private=True does not change: make it private first, or rename."
+        )
     there = {file.rfilename for file in info.siblings or ()}
     if others := [name for kind, name in CONFIG.items() if kind != staged.kind and name in there]:
-        raise PushError(f"{repo_id} holds {others[0]}, so it is not the repository of a {staged.kind}: push to one of its own.")
+        raise PushError(
+            f"{repo_id} holds {others[0]}, so it is not the repository of a {staged.kind}: push to one of its own."
+        )
     ours = (*WEIGHTS[staged.kind], "results/*.json", "plots/*", f"{FOLDER}/*")
     stale = sorted(name for name in there - staged.files.keys() if any(matches(name, pattern) for pattern in ours))
     return api.create_commit(
         repo_id,
-        [*(CommitOperationDelete(name) for name in stale), *(CommitOperationAdd(name, file) for name, file in staged.files.items())],
+        [
+            *(CommitOperationDelete(name) for name in stale),
+            *(CommitOperationAdd(name, file) for name, file in staged.files.items()),
+        ],
         commit_message=message or f"Upload {staged.kind} with Jacobi decoding",
         revision=revision,
         create_pr=create_pr,

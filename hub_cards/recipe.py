@@ -43,5 +43,8 @@ def recipe(documents: Sequence[Document]) -> Table:
         return Table(("", "training"), ())
     stages = range(len(document.results.training))
     head = ["", *(f"stage {at + 1}" if len(stages) > 1 else "training" for at in stages)]
-    rows = [[name, *(document.cell(how, "training", at, *([field] if field else [])) for at in stages)] for name, how, field in _ROWS]
+    rows = [
+        [name, *(document.cell(how, "training", at, *([field] if field else [])) for at in stages)]
+        for name, how, field in _ROWS
+    ]
     return Table(head, rows)

@@ -7,14 +7,14 @@ from pathlib import Path as _Path
 
 import jacobi_hf.integration  # noqa: F401  # isort: skip  (first: it refuses releases of transformers that are too old)
 from jacobi_hf._version import __version__
-from jacobi_hf.arena import clear_graphs
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.drafter import Drafter, DrafterError
-from jacobi_hf.drafters import load_drafter, set_drafter, unload_drafter
-from jacobi_hf.mixin import JacobiGenerationMixin, register, register_defaults, unregister
+from jacobi_hf.drafts.loading import load_drafter, set_drafter, unload_drafter
+from jacobi_hf.drafts.lora import Drafter, DrafterError
+from jacobi_hf.execution.buffers import clear_graphs
+from jacobi_hf.integration.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
-from jacobi_hf.tuning import Tuning, autotune
-from jacobi_hf.watching import Draft, SeenStep, StepStreamer
+from jacobi_hf.streaming import Draft, SeenStep, StepStreamer
+from jacobi_hf.tuning.autotune import Tuning, autotune
 
 __all__ = [
     "Draft",

@@ -53,12 +53,16 @@ class JacobiConfig:
     decoding: str = MULTIBLOCK
     jacobi_block_size: int = _knob(16, 2, 1024, "positions of a block (n)")
     jacobi_max_blocks: int = _knob(2, 0, 64, "blocks in flight (K), 0 = lookup alone")
-    jacobi_activation_ratio: float = _knob(0.0, 0.0, 1.0, "share of a block that must agree before the next one starts (r)")
+    jacobi_activation_ratio: float = _knob(
+        0.0, 0.0, 1.0, "share of a block that must agree before the next one starts (r)"
+    )
     jacobi_pool_size: int = _knob(2, 0, 64, "branches from recycled n-grams, 0 = off")
     jacobi_lookup_tokens: int = _knob(16, 0, 1024, "length of the n-gram lookup branch, 0 = off")
     jacobi_branch_length: int = _knob(8, 1, 256, "tokens of a branch from the pool")
     jacobi_topk_branches: int = _knob(0, 0, 32, "branches from the model's second and third choices, 0 = off")
-    jacobi_verify_width: int = _knob(0, 0, 65_536, "guesses that are verified at a time beside a drafter, 0 = as acceptance suggests")
+    jacobi_verify_width: int = _knob(
+        0, 0, 65_536, "guesses that are verified at a time beside a drafter, 0 = as acceptance suggests"
+    )
 
     def __post_init__(self) -> None:
         if self.decoding not in DECODINGS:
@@ -75,9 +79,13 @@ class JacobiConfig:
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
             plain: Any = value
-            object.__setattr__(self, knob.name, int(plain) if integral else float(plain))  # numpy's numbers do not serialise
+            object.__setattr__(
+                self, knob.name, int(plain) if integral else float(plain)
+            )  # numpy's numbers do not serialise
         if self.decoding == MULTIBLOCK and not self.jacobi_max_blocks and not self.jacobi_lookup_tokens:
-            raise ValueError("jacobi_max_blocks=0 with jacobi_lookup_tokens=0 leaves nothing to draft from; that is decoding=None.")
+            raise ValueError(
+                "jacobi_max_blocks=0 with jacobi_lookup_tokens=0 leaves nothing to draft from; that is decoding=None."
+            )
         if self.jacobi_verify_width > self.window_width:
             raise ValueError(
                 f"jacobi_verify_width={self.jacobi_verify_width} is more than the window's {self.window_width} guesses "
@@ -92,7 +100,13 @@ class JacobiConfig:
     @classmethod
     def paper(cls) -> Self:
         """The setting that arXiv 2512.14681 recommends: n=64, K=2, r=0.85, a pool of 4, no lookup."""
-        return cls(jacobi_block_size=64, jacobi_max_blocks=2, jacobi_activation_ratio=0.85, jacobi_pool_size=4, jacobi_lookup_tokens=0)
+        return cls(
+            jacobi_block_size=64,
+            jacobi_max_blocks=2,
+            jacobi_activation_ratio=0.85,
+            jacobi_pool_size=4,
+            jacobi_lookup_tokens=0,
+        )
 
     @classmethod
     def from_knobs(cls, knobs: Mapping[str, Any]) -> Self | None:
@@ -134,14 +148,18 @@ def reject_misspelt(names: Iterable[str]) -> None:
     for name in names:
         close = difflib.get_close_matches(name, KNOBS, 1, cutoff=0.9)
         if name not in KNOBS and (name.startswith("jacobi_") or close):
-            raise ValueError(f"{name!r} is not a knob of Jacobi decoding{_nearest(name, KNOBS)}; the knobs are {', '.join(KNOBS)}.")
+            raise ValueError(
+                f"{name!r} is not a knob of Jacobi decoding{_nearest(name, KNOBS)}; the knobs are {', '.join(KNOBS)}."
+            )
 
 
 def reject_pointless(given: Mapping[str, Any], config: JacobiConfig | None) -> None:
     """Raise `ValueError` for `given` knobs of a call that nothing would listen to; `config` is what the call comes to."""
     set_knobs = [name for name in given if name != "decoding" and given[name] is not None]
     if config is None and set_knobs:
-        raise ValueError(f"{', '.join(set_knobs)} given without decoding: add decoding='jacobi_multiblock' or drop it.")
+        raise ValueError(
+            f"{', '.join(set_knobs)} given without decoding: add decoding='jacobi_multiblock' or drop it."
+        )
     if config is not None and config.decoding == JACOBI:
         idle = [name for name in set_knobs if name != "jacobi_block_size"]
         if idle:

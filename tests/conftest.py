@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import jacobi_hf  # noqa: F401  (registers Qwen2 and Qwen3)
-from tests.models import TINY, tiny_model
+from tests.helpers.models import TINY, tiny_model
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background; Ctrl-C is tested all the same
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # so a shell starts what it runs in the background; Ctrl-C is tested all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # `make test` draws the same cases every time; `make test-deep` many more, and others each time.
 _ANY_SPEED = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}

@@ -40,7 +40,11 @@ def _run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def built(tmp_path_factory) -> Built:
     """Built from a copy of the tree: setuptools writes beside the sources, and takes what an earlier build left there."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     folder = tmp_path_factory.mktemp("dist")
     for name in filter(None, listed.split("\0")):
@@ -50,7 +54,11 @@ def built(tmp_path_factory) -> Built:
     for options in (["--outdir", folder / "dist"], ["--wheel", "--outdir", folder / "direct"]):
         done = _run(sys.executable, "-m", "build", "--no-isolation", *options, "tree", cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,), (sdist,), (direct,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz"), (folder / "direct").glob("*.whl")
+    (wheel,), (sdist,), (direct,) = (
+        (folder / "dist").glob("*.whl"),
+        (folder / "dist").glob("*.tar.gz"),
+        (folder / "direct").glob("*.whl"),
+    )
     return Built(wheel, sdist, direct)
 
 
@@ -71,7 +79,16 @@ def elsewhere(built, tmp_path_factory) -> Elsewhere:
     folder = tmp_path_factory.mktemp("elsewhere")
     _run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder).check_returncode()
     python = folder / "venv" / "bin" / "python"
-    install = ("--python", python, "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", built.wheel)
+    install = (
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--disable-pip-version-check",
+        built.wheel,
+    )
     done = _run(sys.executable, "-m", "pip", *install, cwd=folder)
     assert done.returncode == 0, done.stderr
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
@@ -152,7 +169,16 @@ def test_info_says_what_is_installed(elsewhere):
 @pytest.mark.slow
 def test_generate_writes_with_a_checkpoint_folder(elsewhere):
     done = elsewhere.jacobi_hf(
-        "generate", "--model", TINY / "checkpoint", "--dtype", "float32", "--max-new-tokens", 8, "--compare", "--json", "def"
+        "generate",
+        "--model",
+        TINY / "checkpoint",
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        8,
+        "--compare",
+        "--json",
+        "def",
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -21,7 +21,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def test_every_package_is_listed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "jacobi_hf").rglob("__init__.py")}
     for beside in ("trainer", "hub_cards"):
-        found |= {".".join(("jacobi_hf", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / beside).rglob("__init__.py")}
+        found |= {
+            ".".join(("jacobi_hf", *path.parent.relative_to(ROOT).parts))
+            for path in (ROOT / beside).rglob("__init__.py")
+        }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
@@ -29,7 +32,7 @@ def test_every_package_is_listed():
 def test_the_trainer_is_one_module_wherever_one_stands(folder):
     program = (
         "import sys, jacobi_hf.trainer as t; [getattr(t, n) for n in t.__all__]; assert 'trainer' not in sys.modules; "
-        "assert sorted(m for m in sys.modules if m.endswith('.losses')) == ['jacobi_hf.trainer.losses']; print(t.__file__)"
+        "assert sorted(m for m in sys.modules if m.endswith('.losses')) == ['jacobi_hf.trainer.forcing.losses']; print(t.__file__)"
     )
     found = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == ROOT / "trainer" / "__init__.py"
@@ -47,7 +50,9 @@ def test_public_names_of_the_trainer_exist_and_have_docstrings():
 @pytest.mark.parametrize("package", ["trainer", "hub_cards"])
 def test_inside_a_package_everything_is_imported_by_its_full_name(package):
     for path in (ROOT / package).rglob("*.py"):
-        assert not re.search(rf"^\s*(from|import) ({package}|\.)", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
+        assert not re.search(rf"^\s*(from|import) ({package}|\.)", path.read_text(encoding="utf-8"), re.MULTILINE), (
+            path.name
+        )
 
 
 def test_public_names_exist_and_have_docstrings():
@@ -58,8 +63,15 @@ def test_public_names_exist_and_have_docstrings():
 
 
 def test_constraints_pin_what_the_project_declares():
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    declared = [*PROJECT["project"]["dependencies"], *(d for extra in PROJECT["project"]["optional-dependencies"].values() for d in extra)]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    declared = [
+        *PROJECT["project"]["dependencies"],
+        *(d for extra in PROJECT["project"]["optional-dependencies"].values() for d in extra),
+    ]
     names = {requirement.split(">")[0].split("<")[0].split("[")[0].strip().lower() for requirement in declared}
     assert names - {"jacobi-hf"} <= pinned
 
@@ -80,7 +92,9 @@ def test_the_docs_say_which_releases_of_transformers_are_supported():
         assert f"`{declared}`" in page.read_text(encoding="utf-8"), page.name
 
 
-@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem
+)
 def test_workflows_run_what_is_there(workflow):
     jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
     commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
@@ -88,8 +102,12 @@ def test_workflows_run_what_is_there(workflow):
     for name, value in 2 * re.findall(r"^(\w+) := ([^#\n]*)", makefile, re.MULTILINE):  # values name others
         makefile = makefile.replace(f"$({name})", value)
     targets = re.findall(r"^([\w/. -]+):(?!=)", makefile, re.MULTILINE)
-    assert set(re.findall(r"^\s*make (\S+)", commands, re.MULTILINE)) <= {name for line in targets for name in line.split()}
-    named = re.findall(r"(?:bash|python|pytest) (?:-\S+ )*((?:\.ci|tests|examples)\S*)", commands) + re.findall(r"\stests/\S+", commands)
+    assert set(re.findall(r"^\s*make (\S+)", commands, re.MULTILINE)) <= {
+        name for line in targets for name in line.split()
+    }
+    named = re.findall(r"(?:bash|python|pytest) (?:-\S+ )*((?:\.ci|tests|examples)\S*)", commands) + re.findall(
+        r"\stests/\S+", commands
+    )
     assert all((ROOT / path.strip()).exists() for path in named)
     assert all(job.get("timeout-minutes") for job in jobs.values())
 

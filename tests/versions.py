@@ -35,16 +35,25 @@ EQUALITY_CASES = 300
 # What runs on each release, by the column of the table that counts it.
 TESTS = {
     "equality": ("tests/jacobi_hf/test_equality.py::test_same_as_generate",),
-    "hooks": ("tests/jacobi_hf/integration", "tests/jacobi_hf/test_mixin.py", "tests/jacobi_hf/test_cache.py"),
-    "drafter": ("tests/jacobi_hf/test_drafter.py::test_save_load_and_unload", "tests/jacobi_hf/test_drafter.py::test_compiled_steps"),
+    "hooks": (
+        "tests/jacobi_hf/integration",
+        "tests/jacobi_hf/integration/test_mixin.py",
+        "tests/jacobi_hf/decoding/test_cache.py",
+    ),
+    "drafter": (
+        "tests/jacobi_hf/drafts/test_lora.py::test_save_load_and_unload",
+        "tests/jacobi_hf/drafts/test_lora.py::test_compiled_steps",
+    ),
     "trainer": (
-        "tests/trainer/test_trainer.py::test_gradient_checkpointing_changes_nothing",
-        "tests/trainer/test_trainer.py::test_lora_leaves_the_base_untouched",
-        "tests/trainer/test_trainer.py::test_the_checkpoint_is_plain_and_decodes_as_it_says",
-        "tests/trainer/test_gated.py::test_the_same_trainer_trains_a_drafter_and_nothing_else",
+        "tests/trainer/forcing/test_trainer.py::test_gradient_checkpointing_changes_nothing",
+        "tests/trainer/forcing/test_trainer.py::test_lora_leaves_the_base_untouched",
+        "tests/trainer/forcing/test_trainer.py::test_the_checkpoint_is_plain_and_decodes_as_it_says",
+        "tests/trainer/drafter/test_trainer.py::test_the_same_trainer_trains_a_drafter_and_nothing_else",
     ),
 }
-_VERSIONS = "import json, torch, transformers, peft; print(json.dumps([m.__version__ for m in (transformers, torch, peft)]))"
+_VERSIONS = (
+    "import json, torch, transformers, peft; print(json.dumps([m.__version__ for m in (transformers, torch, peft)]))"
+)
 
 
 def environment(release: str) -> Path:
@@ -86,7 +95,9 @@ def run(release: str) -> dict[str, Any]:
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT).returncode
     if code not in (0, 1):
-        raise SystemExit(f"the tests did not run with transformers {release}:\n{log.read_text(encoding='utf-8')[-4000:]}")
+        raise SystemExit(
+            f"the tests did not run with transformers {release}:\n{log.read_text(encoding='utf-8')[-4000:]}"
+        )
     versions = dict(zip(("transformers", "torch", "peft"), json.loads(found.stdout.splitlines()[-1]), strict=True))
     return {**versions, **counts(report)}
 
@@ -103,7 +114,11 @@ def counts(report: Path) -> dict[str, list[int]]:
 
 def column_of(module: str) -> str:
     """Return the column that counts a test module, `tests/jacobi_hf/test_mixin`."""
-    return next(column for column, names in TESTS.items() if any(module.startswith(re.split(r"\.py|::", name)[0]) for name in names))
+    return next(
+        column
+        for column, names in TESTS.items()
+        if any(module.startswith(re.split(r"\.py|::", name)[0]) for name in names)
+    )
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -127,7 +142,9 @@ def record(results: list[dict[str, Any]]) -> None:
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     fresh = {(result["transformers"], result["torch"]) for result in results}
     kept = [result for result in known if (result["transformers"], result["torch"]) not in fresh]
-    every = sorted([*kept, *results], key=lambda result: ([int(n) for n in result["transformers"].split(".")], result["torch"]))
+    every = sorted(
+        [*kept, *results], key=lambda result: ([int(n) for n in result["transformers"].split(".")], result["torch"])
+    )
     RESULTS.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{table(every)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
@@ -136,7 +153,9 @@ def record(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the tests on several releases; the exit status is 1 where one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("releases", nargs="*", default=RELEASES, help=f"of transformers; default: {' '.join(RELEASES)}")
+    parser.add_argument(
+        "releases", nargs="*", default=RELEASES, help=f"of transformers; default: {' '.join(RELEASES)}"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="releases at the same time")
     parser.add_argument("--record", action="store_true", help="write the results and the table of the docs")
     options = parser.parse_args()

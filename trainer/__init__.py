@@ -4,26 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jacobi_hf.trainer.arguments import JacobiForcingConfig
-    from jacobi_hf.trainer.collator import JacobiForcingCollator
-    from jacobi_hf.trainer.dataset import BadRecordError, load_packed
-    from jacobi_hf.trainer.schedule import NoiseSchedule, pack
-    from jacobi_hf.trainer.trainer import JacobiForcingTrainer
-    from jacobi_hf.trainer.trajectories import AnswerConfig, Trajectory, collect_trajectories, record_trajectories
+    from jacobi_hf.trainer.data.collator import JacobiForcingCollator
+    from jacobi_hf.trainer.data.loading import BadRecordError, load_packed
+    from jacobi_hf.trainer.data.schedule import NoiseSchedule, pack
+    from jacobi_hf.trainer.data.trajectories import AnswerConfig, Trajectory, collect_trajectories, record_trajectories
+    from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
+    from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer
 
-# Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.trainer.mask) and imports stay quick.
+# Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.trainer.forcing.mask) and imports stay quick.
 _MODULE_OF = {
-    "AnswerConfig": "trajectories",
-    "BadRecordError": "dataset",
-    "JacobiForcingCollator": "collator",
-    "JacobiForcingConfig": "arguments",
-    "JacobiForcingTrainer": "trainer",
-    "NoiseSchedule": "schedule",
-    "Trajectory": "trajectories",
-    "collect_trajectories": "trajectories",
-    "load_packed": "dataset",
-    "pack": "schedule",
-    "record_trajectories": "trajectories",
+    "AnswerConfig": "data.trajectories",
+    "BadRecordError": "data.loading",
+    "JacobiForcingCollator": "data.collator",
+    "JacobiForcingConfig": "forcing.config",
+    "JacobiForcingTrainer": "forcing.trainer",
+    "NoiseSchedule": "data.schedule",
+    "Trajectory": "data.trajectories",
+    "collect_trajectories": "data.trajectories",
+    "load_packed": "data.loading",
+    "pack": "data.schedule",
+    "record_trajectories": "data.trajectories",
 }
 
 __all__ = [

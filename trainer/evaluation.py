@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Quality
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,7 +52,9 @@ class DecodingReport:
     def loop_free(self) -> float | None:
         """Tokens per forward of the other prompts together; None when there are none."""
         looping = set(self.looping)
-        free = [(t, f) for i, (t, f) in enumerate(zip(self.new_tokens, self.forwards, strict=True)) if i not in looping]
+        free = [
+            (t, f) for i, (t, f) in enumerate(zip(self.new_tokens, self.forwards, strict=True)) if i not in looping
+        ]
         return sum(t for t, _ in free) / sum(f for _, f in free) if free else None
 
 
@@ -81,9 +83,13 @@ def measure_decoding(
     for prompt in track(prompts, what):
         ids = torch.tensor([list(prompt)], device=model.device)
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-            return_dict_in_generate=True, **config.to_knobs(),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **config.to_knobs(),
+        )
         stats = output.jacobi_stats
         tokens.append(stats.new_tokens[0])
         forwards.append(stats.forwards)
@@ -98,7 +104,11 @@ def ordinary_outputs(model: PreTrainedModel, prompts: Iterable[Sequence[int]], m
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
         sequence = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, decoding=None
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            decoding=None,
         )
         outputs.append(sequence[0, ids.shape[1] :].tolist())
     return outputs
@@ -138,15 +148,20 @@ def measurements(
             different = [i for i, (a, b) in enumerate(zip(report.outputs, references, strict=True)) if a != b]
             measured.append(
                 Measurement(
-                    decoder=Decoder.of(name, config, drafter), prompts=described,
-                    new_tokens=sum(report.new_tokens), forwards=sum(report.forwards),
-                    tokens_per_forward=report.tokens_per_forward, tokens_per_forward_loop_free=report.loop_free,
-                    per_prompt_tokens_per_forward=report.per_prompt, looping=report.looping, mean_slots=report.mean_slots,
+                    decoder=Decoder.of(name, config, drafter),
+                    prompts=described,
+                    new_tokens=sum(report.new_tokens),
+                    forwards=sum(report.forwards),
+                    tokens_per_forward=report.tokens_per_forward,
+                    tokens_per_forward_loop_free=report.loop_free,
+                    per_prompt_tokens_per_forward=report.per_prompt,
+                    looping=report.looping,
+                    mean_slots=report.mean_slots,
                     agreement=Agreement(
                         baseline="generate", identical=len(ids) - len(different), total=len(ids), different=different
                     ),
                 )
-            )  # fmt: skip
+            )
     return measured
 
 
@@ -190,9 +205,17 @@ def right_answers(
     right = 0
     for start in track(range(0, len(problems), batch_size), "problems"):
         part = problems[start : start + batch_size]
-        inputs = tokenizer([p["prompt"] for p in part], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+        inputs = tokenizer(
+            [p["prompt"] for p in part],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            return_token_type_ids=False,
+        )
         inputs = inputs.to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, decoding=None)[:, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, decoding=None)[
+            :, inputs["input_ids"].shape[1] :
+        ]
         for text, problem in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), part, strict=True):
             found = re.search(pattern, text)
             right += found is not None and found.group(1) == str(problem["answer"])

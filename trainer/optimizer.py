@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-NO_MUON = (
-    f"muon_learning_rate needs torch.optim.Muon, which torch {torch.__version__} does not have: leave it out, or pip install 'torch>=2.9'"
-)
+NO_MUON = f"muon_learning_rate needs torch.optim.Muon, which torch {torch.__version__} does not have: leave it out, or pip install 'torch>=2.9'"
 
 
 class JointOptimizer(Optimizer):
@@ -93,5 +91,7 @@ def muon_and_adamw(
             raise ValueError(NO_MUON)
         parts.append(MUON(matrices, lr=muon_learning_rate, adjust_lr_fn="match_rms_adamw"))
     if others := of(matrices=False):
-        parts.append(AdamW(others, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, fused=True))
+        parts.append(
+            AdamW(others, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, fused=True)
+        )
     return JointOptimizer(parts)

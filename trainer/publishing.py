@@ -15,9 +15,9 @@ from jacobi_hf.hub_cards.card import generate_model_card
 from jacobi_hf.hub_cards.folder import CARD, FolderError
 from jacobi_hf.hub_cards.metadata import is_repo_id
 from jacobi_hf.hub_cards.push import push_to_hub
-from jacobi_hf.results import Hardware, Results, TrainingData
-from jacobi_hf.trainer.facts import stages_of, training_facts
-from jacobi_hf.trainer.trajectories import base_of
+from jacobi_hf.results.schema import Hardware, Results, TrainingData
+from jacobi_hf.trainer.data.trajectories import base_of
+from jacobi_hf.trainer.run_record import stages_of, training_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
     from jacobi_hf.hub_cards.push import Pushed
-    from jacobi_hf.results import Training
+    from jacobi_hf.results.schema import Training
 
 # Arguments of `TrainingArguments` that a card's reader may ask for; never all of them, the Hub's token is one.
 _TOLD = ("weight_decay", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -61,7 +61,7 @@ class Publishing:
         repo_id: str | None = None,
         results: Iterable[str | Path | Results] = (),
         base_model: str | None = None,
-        license: str | None = None,  # noqa: A002 (the Hub's word)
+        license: str | None = None,
         language: str | None = None,
         datasets: Iterable[str] = (),
     ) -> ModelCard | None:
@@ -82,7 +82,9 @@ class Publishing:
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return None
         datasets = tuple(datasets)
-        card = self._card(repo_id, [self._run(base_model, datasets), *results], base_model, license, language, datasets)
+        card = self._card(
+            repo_id, [self._run(base_model, datasets), *results], base_model, license, language, datasets
+        )
         path = Path(self.args.output_dir) / CARD
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(card), encoding="utf-8", newline="\n")
@@ -96,7 +98,7 @@ class Publishing:
         results: Iterable[str | Path | Results] = (),
         plots: Iterable[str | Path] = (),
         base_model: str | None = None,
-        license: str | None = None,  # noqa: A002 (the Hub's word)
+        license: str | None = None,
         language: str | None = None,
         datasets: Iterable[str] = (),
         private: bool | None = None,
@@ -152,13 +154,20 @@ class Publishing:
     def _repository(self, repo_id: str | None) -> str:
         name = repo_id or self.args.hub_model_id
         if name is None:
-            raise ValueError("which repository? Give repo_id='user/name', or hub_model_id='user/name' in the JacobiForcingConfig.")
+            raise ValueError(
+                "which repository? Give repo_id='user/name', or hub_model_id='user/name' in the JacobiForcingConfig."
+            )
         return str(name)
 
     def _card(
-        self, repo_id: str | None, results: list[Any], base_model: str | None, license: str | None, language: str | None,  # noqa: A002
+        self,
+        repo_id: str | None,
+        results: list[Any],
+        base_model: str | None,
+        license: str | None,
+        language: str | None,
         datasets: Iterable[str],
-    ) -> ModelCard:  # fmt: skip
+    ) -> ModelCard:
         gated, adapter = self.args.method == "gated", _rank(self._trained_model()) is not None
         base = base_model or _repository_of(self._base())
         if base is None and (gated or adapter):
@@ -166,9 +175,15 @@ class Publishing:
                 f"the base model was loaded from {_name_of(self._base())!r}, which is no repository: say which with base_model."
             )
         return generate_model_card(
-            results, repo_id=self._repository(repo_id), base_model=base, license=license, language=language, datasets=datasets,
-            drafter=gated, adapter=adapter and not gated,
-        )  # fmt: skip
+            results,
+            repo_id=self._repository(repo_id),
+            base_model=base,
+            license=license,
+            language=language,
+            datasets=datasets,
+            drafter=gated,
+            adapter=adapter and not gated,
+        )
 
     def _trained_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -193,12 +208,20 @@ class Publishing:
         ended: dict[str, Any] = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
         own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
         stage = training_facts(
-            args, base_model=base_model, train_dataset="", steps=self.state.global_step, epochs=float(self.state.epoch or 0),
+            args,
+            base_model=base_model,
+            train_dataset="",
+            steps=self.state.global_step,
+            epochs=float(self.state.epoch or 0),
             arguments={name: getattr(args, name) for name in (*sorted(own), *_TOLD)},
-            slots=int(sum(entry.get("slots", 0) for entry in log)), minutes=round(ended.get("train_runtime", 0.0) / 60, 2),
+            slots=int(sum(entry.get("slots", 0) for entry in log)),
+            minutes=round(ended.get("train_runtime", 0.0) / 60, 2),
             weights_dtype=str(next(p for p in trained.parameters() if p.requires_grad).dtype).removeprefix("torch."),
-            lora_rank=_rank(trained), threads=torch.get_num_threads(), hardware=Hardware.of(args.device), loss=ended.get("train_loss"),
-        )  # fmt: skip
+            lora_rank=_rank(trained),
+            threads=torch.get_num_threads(),
+            hardware=Hardware.of(args.device),
+            loss=ended.get("train_loss"),
+        )
         records = self._records  # type: ignore[attr-defined]
         samples = len(records) if isinstance(records, Sized) else None
         data = [TrainingData(name="packed records", source=", ".join(datasets) or "not named", samples=samples)]

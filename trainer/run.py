@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
-from jacobi_hf.results import Hardware
-from jacobi_hf.trainer.arguments import JacobiForcingConfig
-from jacobi_hf.trainer.dataset import load_packed
+from jacobi_hf.results.schema import Hardware
+from jacobi_hf.trainer.data.loading import load_packed
+from jacobi_hf.trainer.data.shards import differences
+from jacobi_hf.trainer.data.texts import read_jsonl, read_prompts
 from jacobi_hf.trainer.evaluation import prompt_ids
-from jacobi_hf.trainer.facts import stages_of, training_facts
+from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
+from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer, last_finished_checkpoint
 from jacobi_hf.trainer.options import option
-from jacobi_hf.trainer.shards import differences
-from jacobi_hf.trainer.texts import read_jsonl, read_prompts
-from jacobi_hf.trainer.trainer import JacobiForcingTrainer, last_finished_checkpoint
+from jacobi_hf.trainer.run_record import stages_of, training_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,26 +83,48 @@ def train(data: TrainData, args: JacobiForcingConfig, command: str) -> Finished:
     except RuntimeError as error:
         if "inline_container" not in str(error):  # of torch.save, where a write failed
             raise
-        raise OSError(f"a checkpoint could not be written to {args.output_dir}: is the disk full? The same command goes on.") from error
+        raise OSError(
+            f"a checkpoint could not be written to {args.output_dir}: is the disk full? The same command goes on."
+        ) from error
     arguments = {name: value for name, value in started.items() if name not in {*asdict(data), "packed"}}
     slots = sum(entry.get("slots", 0) for entry in trainer.state.log_history)
     stage = training_facts(
-        args, base_model=data.model, train_dataset=data.train_dataset, packed=started["packed"], replay_dataset=data.replay_dataset,
-        arguments=arguments, command=command, reference_model=data.ref_model, steps=trainer.state.global_step,
-        epochs=trainer.state.epoch or 0.0, slots=slots, minutes=round(run.minutes, 2), weights_dtype=data.dtype,
-        lora_rank=data.lora_r or (64 if args.method == "gated" else None), threads=torch.get_num_threads(),
-        hardware=Hardware.of(args.device), loss=output.training_loss,
-    )  # fmt: skip
+        args,
+        base_model=data.model,
+        train_dataset=data.train_dataset,
+        packed=started["packed"],
+        replay_dataset=data.replay_dataset,
+        arguments=arguments,
+        command=command,
+        reference_model=data.ref_model,
+        steps=trainer.state.global_step,
+        epochs=trainer.state.epoch or 0.0,
+        slots=slots,
+        minutes=round(run.minutes, 2),
+        weights_dtype=data.dtype,
+        lora_rank=data.lora_r or (64 if args.method == "gated" else None),
+        threads=torch.get_num_threads(),
+        hardware=Hardware.of(args.device),
+        loss=output.training_loss,
+    )
     report = {
         "training": [one.model_dump(exclude_none=True) for one in (*stages_of(data.model), stage)],
         "command": command,
         "data": asdict(data),
         "arguments": arguments,
         "packed": started["packed"],
-        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps, "seed": args.seed},
-        "slots": slots, "minutes": stage.minutes, "threads": torch.get_num_threads(), "steps": stage.steps,
-        "train_metrics": output.metrics, "log": trainer.state.log_history,
-    }  # fmt: skip
+        "batch": {
+            "per_device": args.per_device_train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
+            "seed": args.seed,
+        },
+        "slots": slots,
+        "minutes": stage.minutes,
+        "threads": torch.get_num_threads(),
+        "steps": stage.steps,
+        "train_metrics": output.metrics,
+        "log": trainer.state.log_history,
+    }
     save_final(trainer, final, getattr(torch, data.save_dtype), report)
     return Finished(final, stage.steps, stage.minutes)
 
@@ -127,11 +149,19 @@ def _trainer(data: TrainData, args: JacobiForcingConfig, run: Run) -> JacobiForc
         options["attn_implementation"] = data.attn_implementation
     holds = args.kl_loss_weight and args.method == "full"
     return JacobiForcingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(data.model, **options).eval(), args=args, train_dataset=train_dataset,
-        eval_dataset=eval_dataset, eval_prompts=prompts, replay_dataset=replay, processing_class=tokenizer, peft_config=peft_config,
-        ref_model=AutoModelForCausalLM.from_pretrained(data.ref_model, **options).eval() if data.ref_model and holds else None,
+        model=AutoModelForCausalLM.from_pretrained(data.model, **options).eval(),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        eval_prompts=prompts,
+        replay_dataset=replay,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        ref_model=AutoModelForCausalLM.from_pretrained(data.ref_model, **options).eval()
+        if data.ref_model and holds
+        else None,
         callbacks=[run],
-    )  # fmt: skip
+    )
 
 
 class Run(TrainerCallback):
@@ -173,7 +203,9 @@ class Run(TrainerCallback):
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         part = self._file.with_suffix(".part")
-        part.write_text(json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8")
+        part.write_text(
+            json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8"
+        )
         part.replace(self._file)
 
 
@@ -193,7 +225,9 @@ def check_origin(data: TrainData) -> None:
         return
     collected = packed.get("of")
     if collected is None:
-        raise ValueError(f"{data.train_dataset} holds trajectories: pack them first, and train on the folder that pack wrote.")
+        raise ValueError(
+            f"{data.train_dataset} holds trajectories: pack them first, and train on the folder that pack wrote."
+        )
     others = sorted({one["model"] for one in collected.values() if not same_model(one["model"], data.model)})
     if others:
         raise ValueError(
@@ -205,12 +239,28 @@ def check_origin(data: TrainData) -> None:
 def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
     """Everything that decides what a run comes to, but for rounding."""
     other = (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_steps", "num_train_epochs", "seed", "data_seed",
-        "learning_rate", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_epsilon", "max_grad_norm",
-        "bf16", "fp16",
-    )  # fmt: skip
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "max_steps",
+        "num_train_epochs",
+        "seed",
+        "data_seed",
+        "learning_rate",
+        "warmup_steps",
+        "optim",
+        "optim_args",
+        "weight_decay",
+        "adam_beta1",
+        "adam_epsilon",
+        "max_grad_norm",
+        "bf16",
+        "fp16",
+    )
     mine = {name: getattr(args, name) for name in (*JacobiForcingConfig.__annotations__, *other)}
-    plain: dict[str, Any] = json.loads(json.dumps({**asdict(data), **mine, "packed": _packed_settings(data)}, default=str))
+    plain: dict[str, Any] = json.loads(
+        json.dumps({**asdict(data), **mine, "packed": _packed_settings(data)}, default=str)
+    )
     return plain
 
 

@@ -16,15 +16,23 @@ import torch
 import typer
 from rich.progress import track
 
-from jacobi_hf.results import Agreement, Measurement, Prompts, Results
+from jacobi_hf.results.schema import Agreement, Measurement, Prompts, Results
 
 
-def outputs(model: Any, tokenizer: Any, texts: list[str], batch_size: int, max_new_tokens: int, **knobs: Any) -> list[list[int]]:
+def outputs(
+    model: Any, tokenizer: Any, texts: list[str], batch_size: int, max_new_tokens: int, **knobs: Any
+) -> list[list[int]]:
     """Greedy continuations, in batches padded on the left."""
     found: list[list[int]] = []
-    for start in track(range(0, len(texts), batch_size), description=f"batch {batch_size} {knobs.get('decoding', 'generate')}"):
-        inputs = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True, return_token_type_ids=False)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **knobs)[:, inputs["input_ids"].shape[1] :]
+    for start in track(
+        range(0, len(texts), batch_size), description=f"batch {batch_size} {knobs.get('decoding', 'generate')}"
+    ):
+        inputs = tokenizer(
+            texts[start : start + batch_size], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **knobs)[
+            :, inputs["input_ids"].shape[1] :
+        ]
         end = model.generation_config.eos_token_id
         found += [row[: row.index(end) + 1] if end in row else row for row in ids.tolist()]
     return found
@@ -36,7 +44,9 @@ def until_difference(first: list[int], second: list[int]) -> int:
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "bf16.json",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -45,7 +55,12 @@ def main(
     loaded, tokenizer, name = common.load(model, torch.bfloat16)
     results = Results.start("Equality in bf16: decoders against generate at batch 1", loaded, name)
     multiblock = common.jacobi("jacobi_multiblock")
-    contenders = [(common.jacobi("jacobi", decoding="jacobi"), 1), (multiblock, 1), (common.ordinary(), 4), (multiblock, 4)]
+    contenders = [
+        (common.jacobi("jacobi", decoding="jacobi"), 1),
+        (multiblock, 1),
+        (common.ordinary(), 4),
+        (multiblock, 4),
+    ]
     measurements = []
     for domain, texts in common.prompts(prompts).items():
         reference = outputs(loaded, tokenizer, texts, 1, max_new_tokens)
@@ -64,12 +79,23 @@ def main(
                         batch_size=batch,
                     ),
                     agreement=Agreement(
-                        baseline="generate, batch 1", identical=len(texts) - len(different), total=len(texts), different=different
+                        baseline="generate, batch 1",
+                        identical=len(texts) - len(different),
+                        total=len(texts),
+                        different=different,
                     ),
-                    extra={"mismatches_per_1000_tokens": round(1000 * len(different) / compared, 4), "tokens_compared": compared},
+                    extra={
+                        "mismatches_per_1000_tokens": round(1000 * len(different) / compared, 4),
+                        "tokens_compared": compared,
+                    },
                 )
             )
-            print(domain, measurements[-1].decoder.name, f"{len(different)} of {len(texts)} differ", measurements[-1].extra)
+            print(
+                domain,
+                measurements[-1].decoder.name,
+                f"{len(different)} of {len(texts)} differ",
+                measurements[-1].extra,
+            )
     results.with_measurements(measurements).write(output)
     print(output)
 

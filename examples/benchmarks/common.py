@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 import jacobi_hf
 from jacobi_hf.output import JacobiStats
-from jacobi_hf.results import Decoder
+from jacobi_hf.results.schema import Decoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 TINY = EXAMPLES / "tiny_qwen3"
@@ -112,7 +112,9 @@ def sampled(contender: Contender) -> Contender:
 
 def compiled(room: int) -> Contender:
     """`generate` with a StaticCache for `room` tokens and a compiled forward."""
-    config = CompileConfig(mode="default", fullgraph=False)  # the stopwatch breaks the graph once, in front of the forward
+    config = CompileConfig(
+        mode="default", fullgraph=False
+    )  # the stopwatch breaks the graph once, in front of the forward
     config._compile_all_devices = True
     arguments = {"cache_implementation": "static", "max_cache_len": room, "compile_config": config}
     return Contender(Decoder(name="generate-static-compiled", kind="generate-static-compiled"), arguments)
@@ -143,9 +145,13 @@ def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_t
     return Run(tokens, len(watch.starts), ended - started, watch.milliseconds(ended))
 
 
-def stats_of(model: Any, inputs: dict[str, torch.Tensor], arguments: dict[str, Any], max_new_tokens: int) -> JacobiStats:
+def stats_of(
+    model: Any, inputs: dict[str, torch.Tensor], arguments: dict[str, Any], max_new_tokens: int
+) -> JacobiStats:
     """The statistics of a greedy continuation by a decoder of ours. Apart from the clock: who asks for them is handed a cache too."""
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **arguments)
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **arguments
+    )
     stats: JacobiStats = output.jacobi_stats
     return stats
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from jacobi_hf import JacobiConfig
-from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Software
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Software
 
 ROOT = common.EXAMPLES.parent
 sys.path.append(str(ROOT))
@@ -38,15 +38,24 @@ def environment(folder: Path) -> Path:
     """The interpreter of a new virtual environment that has transformers and torch."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
-    subprocess.run([*install, "torch", "transformers"], check=True)  # noqa: S603
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        ROOT / "constraints.txt",
+    ]
+    subprocess.run([*install, "torch", "transformers"], check=True)
     return python
 
 
 def publish(hub: LoopbackHub, home: Path) -> None:
     """The three repositories."""
     command = [sys.executable, ROOT / "examples" / "publish_tiny.py", USER, "--drafter"]
-    subprocess.run(command, env=hub.environment(home), stdout=subprocess.DEVNULL, check=True)  # noqa: S603
+    subprocess.run(command, env=hub.environment(home), stdout=subprocess.DEVNULL, check=True)
 
 
 def measurement(run: dict[str, Any], config: JacobiConfig, max_new_tokens: int) -> Measurement:
@@ -61,13 +70,17 @@ def measurement(run: dict[str, Any], config: JacobiConfig, max_new_tokens: int) 
         forwards=sum(forwards),
         tokens_per_forward=sum(tokens) / sum(forwards),
         per_prompt_tokens_per_forward=[round(new / used, 4) for new, used in zip(tokens, forwards, strict=True)],
-        agreement=Agreement(baseline="generate", identical=count - len(run["different"]), total=count, different=run["different"]),
+        agreement=Agreement(
+            baseline="generate", identical=count - len(run["different"]), total=count, different=run["different"]
+        ),
     )
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Document to write.")] = common.RESULTS / "custom_generate.json",
-    python: Annotated[Path | None, typer.Option(help="Interpreter with torch and transformers alone, in place of a new one.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Interpreter with torch and transformers alone, in place of a new one.")
+    ] = None,
     forced_prompts: Annotated[int, typer.Option(help="Prompts of each domain for the forced model.")] = 32,
     drafter_prompts: Annotated[int, typer.Option(help="Prompts of each domain for the base with its drafter.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an output.")] = 128,
@@ -82,7 +95,9 @@ def main(
         client = [python, Path(__file__).with_name("custom_generate_client.py"), USER, common.PROMPTS]
         counts = map(str, (forced_prompts, drafter_prompts, max_new_tokens))
         variables = {name: value for name, value in hub.environment(work / "home").items() if name != "PYTHONPATH"}
-        done = subprocess.run([*client, *counts], env=variables, cwd=work, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+        done = subprocess.run(
+            [*client, *counts], env=variables, cwd=work, stdout=subprocess.PIPE, text=True, check=True
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     results = Results.start("custom_generate without jacobi_hf, from a Hub on the loopback interface", model, "tiny")
     packages = {name: found["versions"][name] for name in REPORTED}

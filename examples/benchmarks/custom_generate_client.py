@@ -25,9 +25,13 @@ def load(name: str, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **kwargs).eval()
 
 
-def compare(plain: Any, usages: dict[str, Any], tokenizer: Any, prompts: dict[str, list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
+def compare(
+    plain: Any, usages: dict[str, Any], tokenizer: Any, prompts: dict[str, list[str]], max_new_tokens: int
+) -> list[dict[str, Any]]:
     """Each usage on each prompt beside the plain model's own `generate`."""
-    found = {(usage, domain): {"tokens": [], "forwards": [], "different": []} for usage in usages for domain in prompts}
+    found = {
+        (usage, domain): {"tokens": [], "forwards": [], "different": []} for usage in usages for domain in prompts
+    }
     for domain, texts in prompts.items():
         for number, text in enumerate(texts):
             inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
@@ -50,7 +54,11 @@ def main() -> None:
     forced_count, drafter_count, max_new_tokens = map(int, counts)
     prompts: dict[str, list[str]] = json.loads(Path(prompts_file).read_text(encoding="utf-8"))["prompts"]
 
-    plain, trusting, tokenizer = load(forced_name), load(forced_name, **TRUST), AutoTokenizer.from_pretrained(forced_name)
+    plain, trusting, tokenizer = (
+        load(forced_name),
+        load(forced_name, **TRUST),
+        AutoTokenizer.from_pretrained(forced_name),
+    )
     usages = {
         "by name": lambda inputs, asked: plain.generate(**inputs, **asked, custom_generate=forced_name, **TRUST),
         "from_pretrained": lambda inputs, asked: trusting.generate(inputs["input_ids"], **asked),
@@ -58,7 +66,9 @@ def main() -> None:
     chosen = {domain: texts[:forced_count] for domain, texts in prompts.items()}
     runs = compare(plain, usages, tokenizer, chosen, max_new_tokens)
     base = load(base_name)
-    with_drafter = {"drafter": lambda inputs, asked: base.generate(**inputs, **asked, custom_generate=drafter_name, **TRUST)}
+    with_drafter = {
+        "drafter": lambda inputs, asked: base.generate(**inputs, **asked, custom_generate=drafter_name, **TRUST)
+    }
     chosen = {domain: texts[:drafter_count] for domain, texts in prompts.items()}
     runs += compare(base, with_drafter, tokenizer, chosen, max_new_tokens)
     versions = {one.metadata["Name"]: one.version for one in distributions()}

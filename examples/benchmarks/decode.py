@@ -7,7 +7,7 @@
 `compare` runs the settings that the documentation quotes on 64 prompts of each domain; `grid` sweeps n, K, r, pool and lookup on a
 few; `acceptance` counts how many tokens each forward yields, on the base and on the forced checkpoint, without a clock. All decoders run
 in one process, prompt by prompt in turn; seconds are medians of the repeats. The last line on stdout is the path of the JSON document
-that was written (schema: jacobi_hf/results.py).
+that was written (schema: jacobi_hf/results/schema.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jacobi_hf.output import JacobiStats
-from jacobi_hf.results import Agreement, Measurement, Prompts, Results, Speedup
+from jacobi_hf.results.schema import Agreement, Measurement, Prompts, Results, Speedup
 from jacobi_hf.trainer.evaluation import is_looping
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
@@ -57,7 +57,10 @@ def measure(
                     runs[c.decoder.name][-1].append(common.run(model, tokenizer, c, text, max_new_tokens))
         reference = runs[contenders[0].decoder.name]
         looping = [i for i, one in enumerate(reference[0]) if is_looping(one.tokens)]
-        seconds = {name: statistics.median(sum(one.seconds for one in repeat) for repeat in mine) for name, mine in runs.items()}
+        seconds = {
+            name: statistics.median(sum(one.seconds for one in repeat) for repeat in mine)
+            for name, mine in runs.items()
+        }
         for c in contenders:
             name, mine = c.decoder.name, runs[c.decoder.name]
             first = mine[0]
@@ -78,10 +81,14 @@ def measure(
                     new_tokens=tokens,
                     forwards=sum(one.forwards for one in first),
                     tokens_per_forward=round(tokens / sum(one.forwards for one in first), 4),
-                    tokens_per_forward_loop_free=round(sum(len(o.tokens) for o in free) / sum(o.forwards for o in free), 4)
+                    tokens_per_forward_loop_free=round(
+                        sum(len(o.tokens) for o in free) / sum(o.forwards for o in free), 4
+                    )
                     if free
                     else None,
-                    per_prompt_tokens_per_forward=[round(len(one.tokens) / one.forwards, 3) for one in first] if with_times else None,
+                    per_prompt_tokens_per_forward=[round(len(one.tokens) / one.forwards, 3) for one in first]
+                    if with_times
+                    else None,
                     looping=looping,
                     mean_slots=round(statistics.mean(slots), 2) if slots else 0.0,
                     seconds=round(seconds[name], 4),
@@ -89,18 +96,25 @@ def measure(
                     tokens_per_second=round(tokens / seconds[name], 2),
                     speedups=[Speedup(baseline=b, factor=round(seconds[b] / seconds[name], 4)) for b in baselines],
                     agreement=Agreement(
-                        baseline=contenders[0].decoder.name, identical=len(texts) - len(different), total=len(texts), different=different
+                        baseline=contenders[0].decoder.name,
+                        identical=len(texts) - len(different),
+                        total=len(texts),
+                        different=different,
                     ),
                     accepted_lengths=common.accepted_lengths(stats(model, tokenizer, c, texts, max_new_tokens))
                     if with_times and c.decoder.kind.startswith("jacobi")
                     else None,
-                    ms_per_forward=common.medians_by_width([one for repeat in mine for one in repeat]) if with_times else None,
+                    ms_per_forward=common.medians_by_width([one for repeat in mine for one in repeat])
+                    if with_times
+                    else None,
                 )
             )
     return measurements
 
 
-def stats(model: Any, tokenizer: Any, contender: common.Contender, texts: list[str], max_new_tokens: int) -> list[JacobiStats]:
+def stats(
+    model: Any, tokenizer: Any, contender: common.Contender, texts: list[str], max_new_tokens: int
+) -> list[JacobiStats]:
     """What our decoder counted on each prompt."""
     encoded = [tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device) for text in texts]
     return [common.stats_of(model, inputs, contender.arguments, max_new_tokens) for inputs in encoded]
@@ -156,7 +170,9 @@ def compare(
         common.jacobi("multiblock-lookup", jacobi_pool_size=0),
         common.jacobi("multiblock-both"),
         common.jacobi("multiblock-both-pool4", jacobi_pool_size=4),
-        common.jacobi("paper", **{k: v for k, v in common.jacobi_hf.JacobiConfig.paper().to_knobs().items() if k != "decoding"}),
+        common.jacobi(
+            "paper", **{k: v for k, v in common.jacobi_hf.JacobiConfig.paper().to_knobs().items() if k != "decoding"}
+        ),
     ]
     if compiled:
         contenders.insert(1, common.compiled(512))
@@ -176,7 +192,9 @@ def grid(
     """N in {4, 8, 16, 32}, K in {1, 2, 3}, r in {0, .5, .85}, pool in {0, 2, 4}, lookup on and off."""
     loaded, tokenizer, name = common.load(model)
     contenders = [common.ordinary(), common.jacobi("jacobi", decoding="jacobi")]
-    for n, blocks, ratio, pool, lookup in itertools.product((4, 8, 16, 32), (1, 2, 3), (0.0, 0.5, 0.85), (0, 2, 4), (0, 16)):
+    for n, blocks, ratio, pool, lookup in itertools.product(
+        (4, 8, 16, 32), (1, 2, 3), (0.0, 0.5, 0.85), (0, 2, 4), (0, 16)
+    ):
         contenders.append(
             common.jacobi(
                 f"n{n}-K{blocks}-r{ratio:g}-pool{pool}-lookup{lookup}",
@@ -191,7 +209,9 @@ def grid(
     measurements = measure(loaded, tokenizer, contenders, prompts, max_new_tokens, 1, with_times=False)
     best = sorted(measurements, key=lambda m: (m.prompts.domain, -(m.tokens_per_second or 0)))
     results.with_measurements(measurements).write(output or common.RESULTS / "decode_grid.json")
-    show([m for domain in ("arithmetic", "code", "prose") for m in [b for b in best if b.prompts.domain == domain][:12]])
+    show(
+        [m for domain in ("arithmetic", "code", "prose") for m in [b for b in best if b.prompts.domain == domain][:12]]
+    )
     print(output or common.RESULTS / "decode_grid.json")
 
 
@@ -217,7 +237,10 @@ def acceptance(
                     decoder=c.decoder,
                     model=name,
                     prompts=Prompts(
-                        domain=domain, source="examples/tiny_qwen3/prompts.json", count=len(texts), max_new_tokens=max_new_tokens
+                        domain=domain,
+                        source="examples/tiny_qwen3/prompts.json",
+                        count=len(texts),
+                        max_new_tokens=max_new_tokens,
                     ),
                     new_tokens=tokens,
                     forwards=forwards,

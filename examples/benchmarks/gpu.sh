@@ -49,8 +49,8 @@ failed=0
 for name in ${PARTS:-tests steps peers growth}; do
     case $name in
         tests)
-            files="tests/jacobi_hf/test_cuda.py tests/jacobi_hf/test_selection.py tests/jacobi_hf/test_attention.py"
-            [ "$dry" = 1 ] && files="tests/jacobi_hf/test_cuda.py tests/jacobi_hf/test_layout.py"
+            files="tests/jacobi_hf/test_cuda.py tests/jacobi_hf/decoding/test_selection.py tests/jacobi_hf/attention/test_attention.py"
+            [ "$dry" = 1 ] && files="tests/jacobi_hf/test_cuda.py tests/jacobi_hf/decoding/test_layout.py"
             part tests 90 "$python" -m pytest $files
             ;;
         steps)

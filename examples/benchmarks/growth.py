@@ -37,13 +37,14 @@ from rich.progress import track
 from step_cost import synchronize
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from jacobi_hf import JacobiConfig, mixin
-from jacobi_hf.cache import JacobiStaticCache
-from jacobi_hf.execution import Eager
-from jacobi_hf.pool import NgramLookup, NgramPool
-from jacobi_hf.results import Measurement, Prompts, Results
-from jacobi_hf.step import Step, Widths, candidate_sources
-from jacobi_hf.window import Window
+from jacobi_hf import JacobiConfig
+from jacobi_hf.decoding.cache import JacobiStaticCache
+from jacobi_hf.decoding.step import Step, Widths, candidate_sources
+from jacobi_hf.drafts.base import NgramLookup, NgramPool
+from jacobi_hf.drafts.window import Window
+from jacobi_hf.execution.base import Eager
+from jacobi_hf.integration import mixin
+from jacobi_hf.results.schema import Measurement, Prompts, Results
 
 PARTS = {
     "mask": [(mixin._Forward, "arguments")],
@@ -90,9 +91,19 @@ def random_model(device: torch.device) -> Qwen3ForCausalLM:
     """Two layers of 4 heads on 2 key/value heads of 32."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=2 * MOST, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2 * MOST,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return Qwen3ForCausalLM(config).eval().to(device)
 
 
@@ -117,8 +128,13 @@ class Steps:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Time one call."""
-        originals = [(owner, name, getattr(owner, name), part) for part, places in PARTS.items() for owner, name in places]
-        hooks = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True), self.model.register_forward_hook(self._end)]
+        originals = [
+            (owner, name, getattr(owner, name), part) for part, places in PARTS.items() for owner, name in places
+        ]
+        hooks = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.model.register_forward_hook(self._end),
+        ]
         for owner, name, original, part in originals:
             setattr(owner, name, self._timed(original, part))
         self._last = None
@@ -144,7 +160,9 @@ class Steps:
         if self._last is not None:
             cached, width, started = self._last
             whole = now - started
-            self.found.append((cached, width, {**self._parts, "step": whole, "rest": whole - sum(self._parts.values())}))
+            self.found.append(
+                (cached, width, {**self._parts, "step": whole, "rest": whole - sum(self._parts.values())})
+            )
         self._parts.clear()
         cached, width = int(kwargs["position_ids"][:, 0].min()), kwargs["input_ids"].shape[1]
         self._last = (cached, width, self.now())
@@ -174,7 +192,9 @@ def forget_peak(device: torch.device) -> int:
 def decode(model: Any, call: tuple[int, int, int], arguments: dict[str, Any]) -> None:
     """Continue random ids."""
     rows, prompt, tokens = call
-    ids = torch.randint(1, model.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(prompt)).to(model.device)
+    ids = torch.randint(
+        1, model.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(prompt)
+    ).to(model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **arguments)
 
 
@@ -210,7 +230,9 @@ def milliseconds(steps: list[tuple[int, int, dict[str, float]]]) -> dict[str, fl
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "growth.json",
-    most: Annotated[int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to an eighth of it.")] = MOST,
+    most: Annotated[
+        int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to an eighth of it.")
+    ] = MOST,
     repeats: Annotated[int, typer.Option(min=1)] = 2,
     memory: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
@@ -232,7 +254,7 @@ def main(
                 decode(model, call, contender.arguments)
     command = [sys.executable, __file__, "--most", str(most), "--memory"]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout  # noqa: S603
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     held = json.loads(printed.splitlines()[-1])
     measurements = []
     for point in planned:
@@ -243,7 +265,10 @@ def main(
                 Measurement(
                     decoder=contender.decoder,
                     prompts=Prompts(
-                        domain=point.axis, source=f"random ids, {point.prompt} a row", count=point.rows, max_new_tokens=point.tokens,
+                        domain=point.axis,
+                        source=f"random ids, {point.prompt} a row",
+                        count=point.rows,
+                        max_new_tokens=point.tokens,
                         batch_size=point.rows,
                     ),
                     mean_slots=found[0][1],
@@ -254,7 +279,7 @@ def main(
                         "mib": None if point.cached else round(held[name][calls.index(point.call)] / 2**20, 2),
                     },
                 )
-            )  # fmt: skip
+            )
             print(point.axis, name, len(found), measurements[-1].extra)
     what = "Time and memory of a step as context, batch and new tokens grow"
     Results.start(what, model, "random Qwen3, 2 layers").with_measurements(measurements).write(output)

@@ -5,7 +5,7 @@
 
 `sources` takes 64 prompts of each domain, greedy and at temperature 1, once; `clock` times a few settings on arithmetic, in turn on every
 prompt, several times over. The base's own `generate` is decoded in each group, so that ratios are of one process and one minute. The last
-line on stdout is the path of the JSON document that was written (schema: jacobi_hf/results.py).
+line on stdout is the path of the JSON document that was written (schema: jacobi_hf/results/schema.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 from decode import measure, show
 
 import jacobi_hf
-from jacobi_hf.results import Measurement, Results
+from jacobi_hf.results.schema import Measurement, Results
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
 Output = Annotated[Path | None, typer.Option(help="Where the JSON document goes.")]
@@ -66,17 +66,24 @@ def sources_of(group: str, drafter: str | None) -> list[common.Contender]:
 
 def as_of(group: str, measurements: list[Measurement]) -> list[Measurement]:
     """Under the group's name, without what is not the matter here."""
-    return [m.model_copy(update={"model": group, "ms_per_forward": None, "per_prompt_tokens_per_forward": None}) for m in measurements]
+    return [
+        m.model_copy(update={"model": group, "ms_per_forward": None, "per_prompt_tokens_per_forward": None})
+        for m in measurements
+    ]
 
 
 @app.command()
-def sources(output: Output = None, prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 64) -> None:
+def sources(
+    output: Output = None, prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 64
+) -> None:
     """Window, lookup, pool and branches of second choices, alone and together."""
     path, measurements = output or common.RESULTS / "lossless_sources.json", []
     for group, model, tokenizer, drafter in groups():
         contenders = [common.ordinary(), *sources_of(group, drafter)]
         measurements += as_of(group, measure(model, tokenizer, contenders, prompts, 128, 1, with_times=False))
-        warm = [common.sampled(c) for c in contenders if c.decoder.name in ("generate", "window", "window+lookup+pool")]
+        warm = [
+            common.sampled(c) for c in contenders if c.decoder.name in ("generate", "window", "window+lookup+pool")
+        ]
         measurements += as_of(group, measure(model, tokenizer, warm, prompts, 128, 1, with_times=False))
         results = Results.start("Sources of drafts, with and without a drafter", model, "tiny")
         results.with_measurements(measurements).write(path)
@@ -100,11 +107,17 @@ def clock(
         for n, blocks in ((2, 8), (8, 2)):
             for verified in widths:
                 name = f"n{n}-K{blocks}" + (f"-verify{verified}" if drafter else "")
-                setting = {"jacobi_block_size": n, "jacobi_max_blocks": blocks, "jacobi_verify_width": verified} | ALONE
+                setting = {
+                    "jacobi_block_size": n,
+                    "jacobi_max_blocks": blocks,
+                    "jacobi_verify_width": verified,
+                } | ALONE
                 contenders.append(common.jacobi(name, drafter, **setting))
         found = measure(model, tokenizer, contenders, prompts, 128, repeats, with_times=False, domains=("arithmetic",))
         measurements += as_of(group, found)
-    results = Results.start("Tokens per second of windows alone on arithmetic, with a drafter and after forcing", model, "tiny")
+    results = Results.start(
+        "Tokens per second of windows alone on arithmetic, with a drafter and after forcing", model, "tiny"
+    )
     results.with_measurements(measurements).write(path)
     show(measurements)
     print(path)

@@ -23,7 +23,7 @@ import torch
 import typer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from jacobi_hf.results import Measurement, Prompts, Results
+from jacobi_hf.results.schema import Measurement, Prompts, Results
 
 PROMPT, LAYERS, KV_HEADS, HEAD_DIM = 16, 28, 8, 128
 
@@ -32,10 +32,19 @@ def random_model() -> Qwen3ForCausalLM:
     """28 layers of 8 key/value heads of 128, as Qwen3-1.7B has, on a hidden size of 64."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2 * KV_HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=4096, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2 * KV_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return Qwen3ForCausalLM(config).eval()
 
 
@@ -74,13 +83,21 @@ def main(
     if setting is not None:
         print(json.dumps(one_setting(tokens, json.loads(setting))))
         return
-    contenders = [common.ordinary(), common.jacobi("pool-0", jacobi_pool_size=0), common.jacobi("pool-4", jacobi_pool_size=4)]
+    contenders = [
+        common.ordinary(),
+        common.jacobi("pool-0", jacobi_pool_size=0),
+        common.jacobi("pool-4", jacobi_pool_size=4),
+    ]
     cache = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4 * (PROMPT + tokens - 1)
     measurements = []
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     for contender in contenders:
         command = [sys.executable, __file__, "--tokens", str(tokens), "--setting", json.dumps(contender.arguments)]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1])  # noqa: S603
+        found = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[
+                -1
+            ]
+        )
         found |= {"one_cache": cache, "share_of_one_cache": round(found["bytes"] / cache, 4)}
         measurements.append(
             Measurement(
@@ -92,9 +109,9 @@ def main(
             )
         )
         print(contender.decoder.name, found)
-    Results.start("Resident memory of a generation beyond the model", random_model(), "random Qwen3, 28 layers").with_measurements(
-        measurements
-    ).write(output)
+    Results.start(
+        "Resident memory of a generation beyond the model", random_model(), "random Qwen3, 28 layers"
+    ).with_measurements(measurements).write(output)
     print(output)
 
 

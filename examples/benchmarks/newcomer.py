@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from jacobi_hf.results import Cost, Measurement, Results
+from jacobi_hf.results.schema import Cost, Measurement, Results
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -55,11 +55,12 @@ def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, Took]:
     clock.unlink(missing_ok=True)
     # `times` has a line for the shell and one for its children, each with user and system time since the beginning.
     script = "set -e\n" + "".join(
-        f'before=$EPOCHREALTIME\n{line}\n{{ echo "$before $EPOCHREALTIME"; times; }} >> {shlex.quote(str(clock))}\n' for line in lines
+        f'before=$EPOCHREALTIME\n{line}\n{{ echo "$before $EPOCHREALTIME"; times; }} >> {shlex.quote(str(clock))}\n'
+        for line in lines
     )
     script = re.sub(r"\bREPOSITORY\b", lambda _: shlex.quote(str(repository)), script)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=False)  # noqa: S603, S607  (the page's commands)
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=False)
     noted = clock.read_text().splitlines() if clock.is_file() else []
     if done.returncode:
         raise RuntimeError(f"The way ends with exit code {done.returncode} at: {lines[len(noted) // 3]}")
@@ -108,7 +109,12 @@ def measure(folder: Path, beside: str) -> Results:
     results = Results.start("A newcomer's path: seconds of each command", model, "examples/tiny_qwen3/checkpoint")
     measurements: list[Measurement] = Results.read(folder / "jacobi-hf" / BENCH).measurements
     costs = [
-        Cost(name=line, value=round(took.wall, 1), unit="s", setting={"beside": beside, "cpu_seconds": round(took.cpu, 1)})
+        Cost(
+            name=line,
+            value=round(took.wall, 1),
+            unit="s",
+            setting={"beside": beside, "cpu_seconds": round(took.cpu, 1)},
+        )
         for line, took in seconds.items()
     ]
     update = {"measurements": measurements, "costs": costs, "command": "examples/benchmarks/newcomer.py FOLDER"}

@@ -22,10 +22,10 @@ import typer
 from transformers import CompileConfig
 
 import jacobi_hf
-from jacobi_hf import mixin
-from jacobi_hf.compiled import of_its_own
-from jacobi_hf.results import Measurement, Prompts, Results
-from jacobi_hf.window import Window
+from jacobi_hf.drafts.window import Window
+from jacobi_hf.execution.compiled import of_its_own
+from jacobi_hf.integration import mixin
+from jacobi_hf.results.schema import Measurement, Prompts, Results
 
 
 def replaying(truth_BT: torch.Tensor, seconds: list[float]) -> Any:
@@ -56,7 +56,9 @@ class Clock:
         replaying: seconds since the last step that are not the decoder's.
     """
 
-    def __init__(self, model: Any, execution: Any, compiled_forwards: dict[int, Any] | None, replaying: list[float]) -> None:
+    def __init__(
+        self, model: Any, execution: Any, compiled_forwards: dict[int, Any] | None, replaying: list[float]
+    ) -> None:
         self._model, self._execution, self._forwards, self._replaying = model, execution, compiled_forwards, replaying
         self._last: float | None = None
         self.steps: list[float] = []
@@ -66,7 +68,15 @@ class Clock:
         return getattr(self._execution, name)
 
     def run(
-        self, step: Any, forward: Any, selector: Any, widths: Any, layout: Any, column_S: torch.Tensor, *rest: Any, **options: Any
+        self,
+        step: Any,
+        forward: Any,
+        selector: Any,
+        widths: Any,
+        layout: Any,
+        column_S: torch.Tensor,
+        *rest: Any,
+        **options: Any,
     ) -> None:
         """From one step's beginning to the next one's, less the bare forward in between."""
         if self._last is not None:
@@ -99,7 +109,9 @@ def compiled(model: Any) -> Any:
     return lambda **arguments: run(arguments)
 
 
-def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_tokens: int, repeats: int, *, compiles: bool) -> Measurement:
+def one_width(
+    model: Any, tokenizer: Any, prompt: str, block: int, max_new_tokens: int, repeats: int, *, compiles: bool
+) -> Measurement:
     """Median step and median bare forward with windows of up to 2 `block` guesses."""
     name = f"replay-n{block}" + "-compiled" * compiles
     contender = common.jacobi(name, jacobi_block_size=block, jacobi_pool_size=0, jacobi_lookup_tokens=0)
@@ -134,7 +146,9 @@ def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_token
     step, alone = statistics.median(steps) * 1e3, statistics.median(bare) * 1e3
     return Measurement(
         decoder=contender.decoder,
-        prompts=Prompts(domain="replay", source="the first held-out code prompt", count=1, max_new_tokens=max_new_tokens),
+        prompts=Prompts(
+            domain="replay", source="the first held-out code prompt", count=1, max_new_tokens=max_new_tokens
+        ),
         new_tokens=tokens,
         forwards=forwards,
         tokens_per_forward=round(tokens / forwards, 3),
@@ -150,7 +164,9 @@ def one_width(model: Any, tokenizer: Any, prompt: str, block: int, max_new_token
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "overhead.json",
     max_new_tokens: Annotated[int, typer.Option(min=8)] = 512,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
@@ -163,7 +179,9 @@ def main(
         for compiles in (False, True)
         for block in (4, 8, 16, 32)
     ]
-    Results.start("Cost of a step beside its forward, at 100 % acceptance", loaded, name).with_measurements(measurements).write(output)
+    Results.start("Cost of a step beside its forward, at 100 % acceptance", loaded, name).with_measurements(
+        measurements
+    ).write(output)
     for m in measurements:
         print(f"{m.decoder.name}: {m.extra}")
     print(output)

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 import jacobi_hf
 from jacobi_hf.output import JacobiStats
-from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Results, Speedup
-from jacobi_hf.tuning import Tuning, autotune, describe
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Speedup
+from jacobi_hf.tuning.autotune import Tuning, autotune, describe
 
 ROOM = 512
 WITH_DRAFTER = "base + drafter"
@@ -71,13 +71,19 @@ def ways(tuning: Tuning, draft: Any, drafter: str | None) -> list[Way]:
     static = Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True)
     speculative = [
         *(
-            Way(Decoder(name=f"prompt-lookup-{tokens}", kind="prompt-lookup", lookup_tokens=tokens), {"prompt_lookup_num_tokens": tokens})
+            Way(
+                Decoder(name=f"prompt-lookup-{tokens}", kind="prompt-lookup", lookup_tokens=tokens),
+                {"prompt_lookup_num_tokens": tokens},
+            )
             for tokens in (5, 10, 16)
         ),
         Way(Decoder(name="assisted", kind="assisted"), {"assistant_model": draft}),
     ]
     compiled_too = [
-        Way(one.decoder.model_copy(update={"name": f"{one.decoder.name}-compiled", "compiled": True}), one.arguments | ordinary)
+        Way(
+            one.decoder.model_copy(update={"name": f"{one.decoder.name}-compiled", "compiled": True}),
+            one.arguments | ordinary,
+        )
         for one in speculative
         if one.decoder.name in ("prompt-lookup-10", "assisted")
     ]
@@ -96,7 +102,14 @@ def ways(tuning: Tuning, draft: Any, drafter: str | None) -> list[Way]:
         plain, compiled = (Decoder.of(name, tuning.config, drafter) for name in ("autotuned", "autotuned-compiled"))
         knobs = tuning.knobs
         found.append(Way(plain, knobs, ours=True, note=note))
-        found.append(Way(compiled.model_copy(update={"compiled": True}), {**knobs, "compile_config": compiling()}, ours=True, note=note))
+        found.append(
+            Way(
+                compiled.model_copy(update={"compiled": True}),
+                {**knobs, "compile_config": compiling()},
+                ours=True,
+                note=note,
+            )
+        )
     return found
 
 
@@ -144,11 +157,20 @@ def compare(
     """All ways on the prompts of a domain."""
     texts = common.prompts(count + 12)[domain]
     tuning = autotune(
-        model, texts[count:], tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False, progress=False, assistant_model=draft
+        model,
+        texts[count:],
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        progress=False,
+        assistant_model=draft,
     )
     drafter = "examples/tiny_qwen3/drafter" if name == WITH_DRAFTER else None
     contenders = ways(tuning, draft, drafter)
-    encoded = [dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)) for text in texts[:count]]
+    encoded = [
+        dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device))
+        for text in texts[:count]
+    ]
     contenders = [way for way in contenders if warmed_up(model, encoded, way, max_new_tokens)]
     for inputs in track(encoded, description=f"{name} {domain}", console=Console(stderr=True)):
         for way in contenders:
@@ -166,17 +188,28 @@ def compare(
     return [measured(way, contenders, name, domain, max_new_tokens, repeats) for way in contenders]
 
 
-def measured(way: Way, contenders: list[Way], model: str, domain: str, max_new_tokens: int, repeats: int) -> Measurement:
+def measured(
+    way: Way, contenders: list[Way], model: str, domain: str, max_new_tokens: int, repeats: int
+) -> Measurement:
     """What a way came to, and over each of transformers' own ways that runs as it does."""
     reference = contenders[0].outputs
     different = [i for i, (a, b) in enumerate(zip(reference, way.outputs, strict=True)) if a != b]
     theirs = [p for p in contenders if not p.ours and p is not way]
-    peers = [p for p in theirs if p.decoder.compiled == way.decoder.compiled or (way.ours and p.decoder.name == "generate-compiled")]
+    peers = [
+        p
+        for p in theirs
+        if p.decoder.compiled == way.decoder.compiled or (way.ours and p.decoder.name == "generate-compiled")
+    ]
     tokens = sum(map(len, way.outputs))
     return Measurement(
         decoder=way.decoder,
         model=model,
-        prompts=Prompts(domain=domain, source="examples/tiny_qwen3/prompts.json", count=len(reference), max_new_tokens=max_new_tokens),
+        prompts=Prompts(
+            domain=domain,
+            source="examples/tiny_qwen3/prompts.json",
+            count=len(reference),
+            max_new_tokens=max_new_tokens,
+        ),
         new_tokens=tokens,
         forwards=way.forwards or None,
         tokens_per_forward=round(tokens / way.forwards, 4) if way.forwards else None,
@@ -189,7 +222,7 @@ def measured(way: Way, contenders: list[Way], model: str, domain: str, max_new_t
         ),
         accepted_lengths=common.accepted_lengths(way.stats) or None,
         extra={"setting": way.note} if way.ours else {},
-    )  # fmt: skip
+    )
 
 
 def kept(path: Path, document: Results) -> list[Measurement]:
@@ -201,7 +234,9 @@ def kept(path: Path, document: Results) -> list[Measurement]:
     found = Results.read(path)
     for name in ("software", "hardware", "threads", "dtype", "device"):
         if getattr(found, name) != getattr(document, name):
-            raise typer.BadParameter(f"{path.name} has another {name}, {getattr(found, name)}: start anew without --resume.")
+            raise typer.BadParameter(
+                f"{path.name} has another {name}, {getattr(found, name)}: start anew without --resume."
+            )
     return found.measurements
 
 
@@ -213,7 +248,9 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     models: Annotated[str | None, typer.Option(help="Of base, forced, base + drafter; separated by commas.")] = None,
     domains: Annotated[str | None, typer.Option(help="Domains, separated by commas.")] = None,
-    resume: Annotated[bool, typer.Option(help="Keep what the document holds, by the same code on the same machine.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Keep what the document holds, by the same code on the same machine.")
+    ] = False,
 ) -> None:
     """All models and domains, or some."""
     assistant = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()

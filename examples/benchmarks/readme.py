@@ -17,7 +17,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from report_lossless import TINY
 
-from jacobi_hf.results import Measurement, Results
+from jacobi_hf.results.schema import Measurement, Results
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
@@ -25,9 +25,13 @@ PICTURE = HERE.parents[1] / "docs" / "images" / "ways.png"
 BEGIN, END = "<!-- written by examples/benchmarks/readme.py -->\n", "<!-- end -->\n"
 DOMAINS = ("code", "arithmetic", "prose")
 COLOURS = {
-    "ordinary": "#9aa0a6", "prompt lookup": "#c9a227", "assisted": "#b5651d",
-    "Jacobi": "#7fb3d5", "Jacobi + drafter": "#2e86c1", "Jacobi Forcing": "#1b4f72",
-}  # fmt: skip
+    "ordinary": "#9aa0a6",
+    "prompt lookup": "#c9a227",
+    "assisted": "#b5651d",
+    "Jacobi": "#7fb3d5",
+    "Jacobi + drafter": "#2e86c1",
+    "Jacobi Forcing": "#1b4f72",
+}
 
 
 class Yield(NamedTuple):
@@ -63,14 +67,18 @@ def ways() -> list[Way]:
     forced, published = document("forcing/forced-seed42"), document("custom_generate")
 
     def measured(model: str, name: str, domain: str) -> Measurement:
-        return next(m for m in peers.measurements if (m.model, m.decoder.name, m.prompts.domain) == (model, name, domain))
+        return next(
+            m for m in peers.measurements if (m.model, m.decoder.name, m.prompts.domain) == (model, name, domain)
+        )
 
     def theirs(name: str, domain: str) -> Yield:
         m = measured("base", name, domain)
         return Yield(m.tokens_per_forward, m.tokens_per_second)
 
     def ordinary(domain: str) -> Yield:
-        return Yield(1.0, theirs("generate", domain).eager, measured("base", "generate-compiled", domain).tokens_per_second)
+        return Yield(
+            1.0, theirs("generate", domain).eager, measured("base", "generate-compiled", domain).tokens_per_second
+        )
 
     def lookup(domain: str) -> Yield:
         return max((theirs(f"prompt-lookup-{n}", domain) for n in (5, 10, 16)), key=lambda found: found.eager or 0)
@@ -93,19 +101,31 @@ def ways() -> list[Way]:
         Way("ordinary `generate`", "ordinary", "its own", {d: ordinary(d) for d in DOMAINS}),
         Way("prompt lookup of transformers", "prompt lookup", "the same", {d: lookup(d) for d in DOMAINS}),
         Way(
-            "assisted, by a 1.1 M draft model", "assisted", "the same", {d: theirs("assisted", d) for d in DOMAINS},
-            draft / "model.safetensors", minutes(draft / "training.json", key="minutes_of_this_process_to_the_end_of_training"),
+            "assisted, by a 1.1 M draft model",
+            "assisted",
+            "the same",
+            {d: theirs("assisted", d) for d in DOMAINS},
+            draft / "model.safetensors",
+            minutes(draft / "training.json", key="minutes_of_this_process_to_the_end_of_training"),
         ),
         Way("**Jacobi**, autotuned", "Jacobi", "the same", {d: tuned("base", d) for d in DOMAINS}),
         Way(
-            "**Jacobi + drafter**", "Jacobi + drafter", "the same", {d: by_drafter(d) for d in DOMAINS},
-            drafter / "drafter_model.safetensors", minutes(drafter / "forcing.json"),
+            "**Jacobi + drafter**",
+            "Jacobi + drafter",
+            "the same",
+            {d: by_drafter(d) for d in DOMAINS},
+            drafter / "drafter_model.safetensors",
+            minutes(drafter / "forcing.json"),
         ),
         Way(
-            "**Jacobi Forcing**, autotuned", "Jacobi Forcing", loss, {d: tuned("forced", d) for d in DOMAINS},
-            TINY / "forced" / "model.safetensors", forcing,
+            "**Jacobi Forcing**, autotuned",
+            "Jacobi Forcing",
+            loss,
+            {d: tuned("forced", d) for d in DOMAINS},
+            TINY / "forced" / "model.safetensors",
+            forcing,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def document(name: str) -> Results:
@@ -134,10 +154,15 @@ def table() -> str:
     """The table, with the marks around it."""
     head = ["", *DOMAINS, "text", "to publish", "training"]
     rows = [
-        [way.name, *map(str, way.by_domain.values()), way.text, f"{way.published.stat().st_size / 1e6:.1f} MB" if way.published else "",
-         way.training]
+        [
+            way.name,
+            *map(str, way.by_domain.values()),
+            way.text,
+            f"{way.published.stat().st_size / 1e6:.1f} MB" if way.published else "",
+            way.training,
+        ]
         for way in ways()
-    ]  # fmt: skip
+    ]
     lines = [" | ".join(row).strip() for row in (head, ["---", *["---:"] * len(DOMAINS), "---", "---:", "---"], *rows)]
     peers = document("peers")
     (prompts,) = {m.prompts.count for m in peers.measurements}
@@ -152,18 +177,24 @@ def bars() -> dict[str, dict[str, dict[str, float]]]:
     is faster, eager or compiled.
     """
     sources = {
-        "Jacobi": document("forcing/base"), "Jacobi + drafter": document("gated/drafter-seed42"),
+        "Jacobi": document("forcing/base"),
+        "Jacobi + drafter": document("gated/drafter-seed42"),
         "Jacobi Forcing": document("forcing/forced-seed42"),
-    }  # fmt: skip
+    }
     forwards = {"ordinary": dict.fromkeys(DOMAINS, 1.0)}
     for name, results in sources.items():
         found = {d: [m for m in of(results, d) if m.decoder.name == "multiblock-both"] for d in DOMAINS}
         forwards[name] = {d: round(ms[0].tokens_per_forward_loop_free or 0, 2) for d, ms in found.items() if ms}
     speeds = {
-        way.colour: {d: round(max(y.eager or 0, y.compiled or 0)) for d, y in way.by_domain.items() if y.eager is not None}
+        way.colour: {
+            d: round(max(y.eager or 0, y.compiled or 0)) for d, y in way.by_domain.items() if y.eager is not None
+        }
         for way in ways()
     }
-    return {"tokens per forward": forwards, "tokens per second": {name: found for name, found in speeds.items() if found}}
+    return {
+        "tokens per forward": forwards,
+        "tokens per second": {name: found for name, found in speeds.items() if found},
+    }
 
 
 def draw(panels: dict[str, dict[str, dict[str, float]]], path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import report_lossless
 
-from jacobi_hf.results import Measurement, Results
+from jacobi_hf.results.schema import Measurement, Results
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "results.md"
@@ -32,7 +32,10 @@ forward computes; *loop-free*, the same over prompts whose output does not end i
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; all columns but the first two are aligned right."""
     head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" if i < 2 else "---:" for i in range(len(head))) + "|"]
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join("---" if i < 2 else "---:" for i in range(len(head))) + "|",
+    ]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
 
@@ -57,10 +60,18 @@ def compare(results: Results) -> str:
     for m in results.measurements:
         equal, free = m.agreement, m.tokens_per_forward_loop_free
         rows.append(
-            [m.prompts.domain, m.decoder.name, f"{m.tokens_per_forward:.2f}", "-" if free is None else f"{free:.2f}", f"{m.mean_slots:.1f}",
-             f"{m.tokens_per_second:.0f}", factor(m, "generate"), factor(m, "generate-static-compiled"),
-             "-" if equal is None else f"{equal.identical} of {equal.total}"]
-        )  # fmt: skip
+            [
+                m.prompts.domain,
+                m.decoder.name,
+                f"{m.tokens_per_forward:.2f}",
+                "-" if free is None else f"{free:.2f}",
+                f"{m.mean_slots:.1f}",
+                f"{m.tokens_per_second:.0f}",
+                factor(m, "generate"),
+                factor(m, "generate-static-compiled"),
+                "-" if equal is None else f"{equal.identical} of {equal.total}",
+            ]
+        )
     first = results.measurements[0].prompts
     looping = {m.prompts.domain: len(m.looping or []) for m in results.measurements}
     return (
@@ -69,7 +80,17 @@ def compare(results: Results) -> str:
         "our lookup. `multiblock-window` has no candidates, `-pool` the pool alone, `-lookup` lookup alone, `-both` is the default setting. "
         f"Outputs that end in a loop: {', '.join(f'{n} of {first.count} {d}' for d, n in looping.items())}.\n\n"
         + table(
-            ["domain", "decoder", "TPF", "loop-free", "slots", "tok/s", "x eager generate", "x compiled generate", "identical to generate"],
+            [
+                "domain",
+                "decoder",
+                "TPF",
+                "loop-free",
+                "slots",
+                "tok/s",
+                "x eager generate",
+                "x compiled generate",
+                "identical to generate",
+            ],
             rows,
         )
         + "\n"
@@ -99,14 +120,24 @@ def losers(results: Results) -> str:
     return (
         "A step of the default setting never accepts less than its window or its branches alone would; over a whole prompt another decoder "
         "can still need fewer forwards, because one more accepted token changes what is looked up next. Tokens per forward of "
-        "`multiblock-both` against the best of `jacobi`, window, pool, lookup and prompt lookup of 16 tokens:\n\n" + "\n".join(lines) + "\n"
+        "`multiblock-both` against the best of `jacobi`, window, pool, lookup and prompt lookup of 16 tokens:\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 
 def widths(results: Results) -> str:
     """What a forward costs by its slots."""
     rows = []
-    for name in ("generate", "generate-static-compiled", "jacobi", "prompt-lookup-16", "multiblock-window", "multiblock-both", "paper"):
+    for name in (
+        "generate",
+        "generate-static-compiled",
+        "jacobi",
+        "prompt-lookup-16",
+        "multiblock-window",
+        "multiblock-both",
+        "paper",
+    ):
         times: dict[int, list[float]] = {}
         for m in results.measurements:
             if m.decoder.name == name:
@@ -124,7 +155,9 @@ def grid(results: Results, best: int = 8) -> str:
     """The sweep, the best by speed and the best by TPF."""
     text = f"## n, K, r, pool, lookup\n\n{setting(results)}\nThe {best} fastest settings of each domain, and the {best // 2} with the highest TPF.\n\n"
     for domain in dict.fromkeys(m.prompts.domain for m in results.measurements):
-        mine = [m for m in results.measurements if m.prompts.domain == domain and m.decoder.kind == "jacobi_multiblock"]
+        mine = [
+            m for m in results.measurements if m.prompts.domain == domain and m.decoder.kind == "jacobi_multiblock"
+        ]
         fastest = sorted(mine, key=lambda m: -(m.tokens_per_second or 0))[:best]
         highest = sorted(mine, key=lambda m: (-(m.tokens_per_forward or 0), m.mean_slots or 0))[: best // 2]
         rows = [
@@ -199,8 +232,13 @@ def memory(results: Results) -> str:
 
 def quality(results: Results, domain: str) -> tuple[str, str]:
     """Held-out loss and exact match of a domain."""
-    loss = next((m.held_out_loss for m in results.measurements if m.prompts.domain == domain and m.held_out_loss is not None), None)
-    right = next((m.quality for m in results.measurements if m.prompts.domain == domain and m.quality is not None), None)
+    loss = next(
+        (m.held_out_loss for m in results.measurements if m.prompts.domain == domain and m.held_out_loss is not None),
+        None,
+    )
+    right = next(
+        (m.quality for m in results.measurements if m.prompts.domain == domain and m.quality is not None), None
+    )
     share = "-" if right is None else f"{right.value:.3f} [{right.low:.3f}, {right.high:.3f}] of {right.samples}"
     return "-" if loss is None else f"{loss:.3f}", share
 
@@ -232,14 +270,25 @@ def forcing(documents: dict[str, Results]) -> str:
             )
     decoded = {name: [m for m in r.measurements if m.tokens_per_forward is not None] for name, r in documents.items()}
     rows = []
-    for domain, decoder in dict.fromkeys((m.prompts.domain, m.decoder.name) for found in decoded.values() for m in found):
+    for domain, decoder in dict.fromkeys(
+        (m.prompts.domain, m.decoder.name) for found in decoded.values() for m in found
+    ):
         for name, found in decoded.items():
-            for m in (m for m in found if (m.prompts.domain, m.decoder.name) == (domain, decoder) and m.agreement is not None):
+            for m in (
+                m for m in found if (m.prompts.domain, m.decoder.name) == (domain, decoder) and m.agreement is not None
+            ):
                 free, equal = m.tokens_per_forward_loop_free, m.agreement
                 rows.append(
-                    [domain, decoder, name, f"{m.tokens_per_forward:.2f}", "-" if free is None else f"{free:.2f}", f"{m.mean_slots:.1f}",
-                     f"{equal.identical} of {equal.total}"]
-                )  # fmt: skip
+                    [
+                        domain,
+                        decoder,
+                        name,
+                        f"{m.tokens_per_forward:.2f}",
+                        "-" if free is None else f"{free:.2f}",
+                        f"{m.mean_slots:.1f}",
+                        f"{equal.identical} of {equal.total}",
+                    ]
+                )
     text += "\n" + table(["domain", "decoder", "model", "TPF", "loop-free", "slots", "identical to generate"], rows)
     domains = dict.fromkeys(m.prompts.domain for r in documents.values() for m in r.measurements)
     scores = [[domain, name, *quality(results, domain)] for domain in domains for name, results in documents.items()]
@@ -262,10 +311,27 @@ def ablations(documents: dict[str, Results]) -> str:
         by_domain = {m.prompts.domain: m for m in results.measurements if m.tokens_per_forward is not None}
         code, arithmetic = by_domain["code"], by_domain["arithmetic"]
         rows.append(
-            [name, results.software.git_revision or "-", f"{results.training[-1].minutes:.1f}", f"{arithmetic.tokens_per_forward:.2f}", f"{code.tokens_per_forward:.2f}",
-             f"{code.tokens_per_forward_loop_free or 0:.2f}", quality(results, "arithmetic")[1], quality(results, "code")[0]]
-        )  # fmt: skip
-    head = ["variation", "revision", "minutes", "TPF arithmetic", "TPF code", "code, loop-free", "exact match", "held-out code, nats"]
+            [
+                name,
+                results.software.git_revision or "-",
+                f"{results.training[-1].minutes:.1f}",
+                f"{arithmetic.tokens_per_forward:.2f}",
+                f"{code.tokens_per_forward:.2f}",
+                f"{code.tokens_per_forward_loop_free or 0:.2f}",
+                quality(results, "arithmetic")[1],
+                quality(results, "code")[0],
+            ]
+        )
+    head = [
+        "variation",
+        "revision",
+        "minutes",
+        "TPF arithmetic",
+        "TPF code",
+        "code, loop-free",
+        "exact match",
+        "held-out code, nats",
+    ]
     return text + table(head, rows)
 
 
@@ -274,20 +340,38 @@ def peers(results: Results) -> str:
     rows = []
     for model, domain in dict.fromkeys((m.model, m.prompts.domain) for m in results.measurements):
         for compiled in (False, True):
-            found = [m for m in results.measurements if (m.model, m.prompts.domain, m.decoder.compiled) == (model, domain, compiled)]
+            found = [
+                m
+                for m in results.measurements
+                if (m.model, m.prompts.domain, m.decoder.compiled) == (model, domain, compiled)
+            ]
             ours = next(m for m in found if m.decoder.name.startswith("autotuned"))
             best = max((m for m in found if m is not ours), key=lambda m: m.tokens_per_second or 0)
             equal = ours.agreement
             chosen = "ordinary decoding" if ours.decoder.kind.startswith("generate") else ours.extra["setting"]
             rows.append(
-                [model, domain, "compiled" if compiled else "eager", chosen, f"{ours.tokens_per_second:.0f}",
-                 factor(ours, "generate-compiled" if compiled else "generate"), best.decoder.name, f"{best.tokens_per_second:.0f}",
-                 factor(ours, best.decoder.name), "-" if equal is None else f"{equal.identical} of {equal.total}"]
-            )  # fmt: skip
+                [
+                    model,
+                    domain,
+                    "compiled" if compiled else "eager",
+                    chosen,
+                    f"{ours.tokens_per_second:.0f}",
+                    factor(ours, "generate-compiled" if compiled else "generate"),
+                    best.decoder.name,
+                    f"{best.tokens_per_second:.0f}",
+                    factor(ours, best.decoder.name),
+                    "-" if equal is None else f"{equal.identical} of {equal.total}",
+                ]
+            )
     first = results.measurements[0]
-    others = ", ".join(dict.fromkeys(m.decoder.name for m in results.measurements if not m.decoder.name.startswith("autotuned")))
+    others = ", ".join(
+        dict.fromkeys(m.decoder.name for m in results.measurements if not m.decoder.name.startswith("autotuned"))
+    )
     if any(m.decoder.name == "assisted-compiled" for m in results.measurements):
-        title, compiles = " on transformers 5.24", "which compiles the forwards of prompt lookup and assisted decoding too"
+        title, compiles = (
+            " on transformers 5.24",
+            "which compiles the forwards of prompt lookup and assisted decoding too",
+        )
     else:
         title, compiles = "", "where transformers compiles ordinary decoding alone"
     head = [
@@ -316,11 +400,22 @@ def acceptance(results: Results) -> str:
     rows = []
     for m in results.measurements:
         found = m.accepted_lengths or {}
-        shares = [sum(n for length, n in found.items() if low <= length <= high) / sum(found.values()) for low, high in lengths]
+        shares = [
+            sum(n for length, n in found.items() if low <= length <= high) / sum(found.values())
+            for low, high in lengths
+        ]
         rows.append(
-            [m.prompts.domain, m.decoder.name, m.model, f"{m.tokens_per_forward:.2f}", *(f"{100 * share:.0f} %" for share in shares)]
+            [
+                m.prompts.domain,
+                m.decoder.name,
+                m.model,
+                f"{m.tokens_per_forward:.2f}",
+                *(f"{100 * share:.0f} %" for share in shares),
+            ]
         )
-    names = [str(low) if low == high else f"{low} to {high}" if high < 1024 else f"{low} and more" for low, high in lengths]
+    names = [
+        str(low) if low == high else f"{low} to {high}" if high < 1024 else f"{low} and more" for low, high in lengths
+    ]
     return (
         f"## Tokens that a forward yields\n\n{setting(results)}\nShare of the decoding forwards that commit so many tokens, on "
         f"{results.measurements[0].prompts.count} prompts a domain; `base` is the tiny checkpoint, `forced` the one after Jacobi Forcing. "
@@ -334,10 +429,14 @@ def growth(results: Results) -> str:
     """Parts of a step, and memory, along three axes."""
     parts = list(max((m.extra["ms"] for m in results.measurements), key=len))  # ours; ordinary decoding has fewer
     rows = [
-        [m.prompts.domain, f"{m.extra['at']}, {m.decoder.name}", *(f"{m.extra['ms'][p]:.2f}" if p in m.extra["ms"] else "" for p in parts),
-         "" if m.extra["mib"] is None else m.extra["mib"]]
+        [
+            m.prompts.domain,
+            f"{m.extra['at']}, {m.decoder.name}",
+            *(f"{m.extra['ms'][p]:.2f}" if p in m.extra["ms"] else "" for p in parts),
+            "" if m.extra["mib"] is None else m.extra["mib"],
+        ]
         for m in results.measurements
-    ]  # fmt: skip
+    ]
     return (
         f"## Growth\n\n{setting(results)}\nMedian milliseconds of a step and of its parts, and the highest memory of the call beyond the model, while one of "
         f"context, batch and new tokens grows. Every Jacobi step has its full width of {max(m.mean_slots or 0 for m in results.measurements):.0f} slots. "
@@ -351,12 +450,21 @@ def growth(results: Results) -> str:
 def step_cost(results: Results) -> str:
     """Milliseconds by width, and the replay."""
     found = [m for m in results.measurements if m.ms_per_forward]
-    widths, on_gpu = sorted({width for m in found for width in m.ms_per_forward or {}}), results.hardware.gpu is not None
+    widths, on_gpu = (
+        sorted({width for m in found for width in m.ms_per_forward or {}}),
+        results.hardware.gpu is not None,
+    )
     rows = [
-        [m.prompts.batch_size, m.extra["context"], m.decoder.name, *(f"{(m.ms_per_forward or {}).get(w, 0):.1f}" if w in (m.ms_per_forward or {}) else ""
-         for w in widths), m.extra["mbu_of_width_1"], *([m.extra.get("host_ms", {}).get("1", "")] if on_gpu else [])]
+        [
+            m.prompts.batch_size,
+            m.extra["context"],
+            m.decoder.name,
+            *(f"{(m.ms_per_forward or {}).get(w, 0):.1f}" if w in (m.ms_per_forward or {}) else "" for w in widths),
+            m.extra["mbu_of_width_1"],
+            *([m.extra.get("host_ms", {}).get("1", "")] if on_gpu else []),
+        ]
         for m in found
-    ]  # fmt: skip
+    ]
     copied = results.measurements[0].extra["copy_gigabytes_per_second"]
     text = (
         f"## Cost of a step by its width\n\n{setting(results)}\nMilliseconds per step over random cached tokens. MBU is of one slot, against a copy measured "
@@ -369,11 +477,17 @@ def step_cost(results: Results) -> str:
     if not replayed:
         return text
     rows = [
-        [m.decoder.name, f"{m.tokens_per_forward:.2f}", f"{m.mean_slots:.1f}", f"{m.tokens_per_second:.1f}",
-         f"{m.speedups[0].factor:.2f}" if m.speedups else "", m.extra.get("conversion", ""),
-         *([m.extra.get("idle", "")] if on_gpu else [])]
+        [
+            m.decoder.name,
+            f"{m.tokens_per_forward:.2f}",
+            f"{m.mean_slots:.1f}",
+            f"{m.tokens_per_second:.1f}",
+            f"{m.speedups[0].factor:.2f}" if m.speedups else "",
+            m.extra.get("conversion", ""),
+            *([m.extra.get("idle", "")] if on_gpu else []),
+        ]
         for m in replayed
-    ]  # fmt: skip
+    ]
     return (
         text
         + "\n**Replay**: a recorded text is the draft, spoilt so that each forward yields just so many tokens. What the engine makes of them, no model's "
@@ -386,9 +500,12 @@ def step_cost(results: Results) -> str:
 def costs(results: Results) -> str:
     """What collecting and training take."""
     rows = [
-        [c.name, f"{c.value:.4g} {c.unit}", "-" if c.factor is None else f"{c.factor:.2f} x {c.baseline}", c.repeats] for c in results.costs
+        [c.name, f"{c.value:.4g} {c.unit}", "-" if c.factor is None else f"{c.factor:.2f} x {c.baseline}", c.repeats]
+        for c in results.costs
     ]
-    return f"## What collecting and training cost\n\n{setting(results)}\n" + table(["what", "measured", "against", "repeats"], rows)
+    return f"## What collecting and training cost\n\n{setting(results)}\n" + table(
+        ["what", "measured", "against", "repeats"], rows
+    )
 
 
 def lossless(documents: dict[str, Results]) -> str:
@@ -417,15 +534,24 @@ def lossless(documents: dict[str, Results]) -> str:
             "The window is of 14 to 16 guesses (n=2, K=8), which a drafter makes where there is one; as many of them are verified as acceptance "
             "suggests, unless the name says otherwise. `lookup` is the branch of n-gram lookup alone, without a window.\n\n"
         )
-        head = ["domain", "drafted from", *dict.fromkeys(str(m.model) for m in sources.measurements), "slots", "identical to generate"]
+        head = [
+            "domain",
+            "drafted from",
+            *dict.fromkeys(str(m.model) for m in sources.measurements),
+            "slots",
+            "identical to generate",
+        ]
         text += table(head, report_lossless.source_rows(sources))
     if clock_file.is_file():
         clock = Results.read(clock_file)
         text += f"\n### Windows by the clock\n\n{setting(clock)}\nArithmetic, 24 prompts, medians of 5 passes, eager, without branches.\n\n"
         text += table(
-            ["model", "decoder", "TPF", "slots", "tok/s", "x generate", "identical to generate"], report_lossless.clock_rows(clock)
+            ["model", "decoder", "TPF", "slots", "tok/s", "x generate", "identical to generate"],
+            report_lossless.clock_rows(clock),
         )
-    with_drafter = peers_file.is_file() and any(m.model == "base + drafter" for m in Results.read(peers_file).measurements)
+    with_drafter = peers_file.is_file() and any(
+        m.model == "base + drafter" for m in Results.read(peers_file).measurements
+    )
     if with_drafter:
         forced, base = (group(name)[name] for name in ("forced-seed42", "base"))
         drafted = documents["drafter-seed42"]
@@ -449,9 +575,18 @@ def page() -> str:
     """The whole page, from the documents that are there."""
     parts = [HEAD]
     for name, sections in {
-        "decode_compare": (compare, widths), "decode_grid": (grid,), "overhead": (overhead,), "bf16": (bf16,), "memory": (memory,),
-        "growth": (growth,), "acceptance": (acceptance,), "peers": (peers,), "peers-5.24": (peers,), **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))}, "training": (costs,),
-    }.items():  # fmt: skip
+        "decode_compare": (compare, widths),
+        "decode_grid": (grid,),
+        "overhead": (overhead,),
+        "bf16": (bf16,),
+        "memory": (memory,),
+        "growth": (growth,),
+        "acceptance": (acceptance,),
+        "peers": (peers,),
+        "peers-5.24": (peers,),
+        **{path.stem: (step_cost,) for path in sorted((HERE / "results").glob("step_cost-*.json"))},
+        "training": (costs,),
+    }.items():
         path = HERE / "results" / f"{name}.json"
         if path.is_file():
             results = Results.read(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jacobi_hf.results import Measurement, Results, Training
+from jacobi_hf.results.schema import Measurement, Results, Training
 
 TINY = Path(__file__).resolve().parents[1] / "tiny_qwen3"
 
@@ -31,7 +31,17 @@ def drafter_rows(documents: dict[str, Results]) -> list[list[str]]:
             for m in results.measurements:
                 if (m.prompts.domain, m.decoder.name) == (domain, decoder) and m.agreement is not None:
                     same = f"{m.agreement.identical} of {m.agreement.total}"
-                    rows.append([domain, decoder, name, f"{m.tokens_per_forward:.2f}", loop_free(m), f"{m.mean_slots:.1f}", same])
+                    rows.append(
+                        [
+                            domain,
+                            decoder,
+                            name,
+                            f"{m.tokens_per_forward:.2f}",
+                            loop_free(m),
+                            f"{m.mean_slots:.1f}",
+                            same,
+                        ]
+                    )
     return rows
 
 
@@ -41,7 +51,11 @@ def control_rows(documents: dict[str, Results]) -> list[list[str]]:
     for name, results in documents.items():
         found = {(m.prompts.domain, m.decoder.name): m for m in results.measurements}
         whole, half = "window-n2-K8-r0", "window-n2-K8-r0-half"
-        yields = [f"{found[domain, decoder].tokens_per_forward:.2f}" for domain in ("arithmetic", "code") for decoder in (whole, half)]
+        yields = [
+            f"{found[domain, decoder].tokens_per_forward:.2f}"
+            for domain in ("arithmetic", "code")
+            for decoder in (whole, half)
+        ]
         minutes = f"{results.training[-1].minutes:.1f}"
         rows.append([name.removeprefix("control-"), minutes, *yields, loop_free(found["code", whole])])
     return rows
@@ -67,17 +81,27 @@ def way_rows(peers: Results, forced: Results, base: Results, drafted: Results) -
     }
 
     def loss(results: Results, domain: str) -> float:
-        return next(m.held_out_loss for m in results.measurements if m.prompts.domain == domain and m.held_out_loss is not None)
+        return next(
+            m.held_out_loss for m in results.measurements if m.prompts.domain == domain and m.held_out_loss is not None
+        )
 
     rows = []
     for domain in dict.fromkeys(m.prompts.domain for m in peers.measurements):
         for way, model, name, drift, published in (
-            ("full forcing", "forced", "autotuned", f"{loss(forced, domain) - loss(base, domain):+.3f}", size["forced"]),
+            (
+                "full forcing",
+                "forced",
+                "autotuned",
+                f"{loss(forced, domain) - loss(base, domain):+.3f}",
+                size["forced"],
+            ),
             ("drafter", "base + drafter", "autotuned", "0", size["base + drafter"]),
             ("prompt lookup", "base", "prompt-lookup-10", "0", 0),
             ("assisted by a 1.1 M draft", "base", "assisted", "0", size["assisted"]),
         ):
-            m = next(m for m in peers.measurements if (m.model, m.prompts.domain, m.decoder.name) == (model, domain, name))
+            m = next(
+                m for m in peers.measurements if (m.model, m.prompts.domain, m.decoder.name) == (model, domain, name)
+            )
             factor = next(s.factor for s in m.speedups if s.baseline == "generate")
             tpf = "-" if m.tokens_per_forward is None else f"{m.tokens_per_forward:.2f}"
             rows.append(
@@ -105,11 +129,15 @@ def source_rows(sources: Results) -> list[list[str]]:
         for name in names:
             for sampled in (False, True):
                 found = {
-                    m.model: m for m in sources.measurements
+                    m.model: m
+                    for m in sources.measurements
                     if (m.prompts.domain, m.decoder.name, m.prompts.do_sample) == (domain, name, sampled)
-                }  # fmt: skip
+                }
                 if found:
-                    cells = [f"{found[g].tokens_per_forward:.2f} ({loop_free(found[g])})" if g in found else "-" for g in groups]
+                    cells = [
+                        f"{found[g].tokens_per_forward:.2f} ({loop_free(found[g])})" if g in found else "-"
+                        for g in groups
+                    ]
                     slots = " / ".join(f"{found[g].mean_slots:.0f}" if g in found else "-" for g in groups)
                     same = {f"{m.agreement.identical} of {m.agreement.total}" for m in found.values() if m.agreement}
                     rows.append([domain, name + ", T = 1" * sampled, *cells, slots, ", ".join(sorted(same))])
@@ -123,6 +151,14 @@ def clock_rows(clock: Results) -> list[list[str]]:
         factor = next((f"{s.factor:.2f}" for s in m.speedups if s.baseline == "generate"), "-")
         same = f"{m.agreement.identical} of {m.agreement.total}" if m.agreement else "-"
         rows.append(
-            [str(m.model), m.decoder.name, f"{m.tokens_per_forward:.2f}", f"{m.mean_slots:.1f}", f"{m.tokens_per_second:.0f}", factor, same]
+            [
+                str(m.model),
+                m.decoder.name,
+                f"{m.tokens_per_forward:.2f}",
+                f"{m.mean_slots:.1f}",
+                f"{m.tokens_per_second:.0f}",
+                factor,
+                same,
+            ]
         )
     return rows

@@ -29,16 +29,17 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Qwen2Config, Qwen3Config, StaticCache
 from transformers.generation import BaseStreamer
 
-from jacobi_hf import JacobiConfig, clear_graphs, mixin
-from jacobi_hf.arena import Arena
-from jacobi_hf.execution import Eager, whole_steps
+from jacobi_hf import JacobiConfig, clear_graphs
+from jacobi_hf.decoding.layout import build_layout
+from jacobi_hf.decoding.prompt import Prompt
+from jacobi_hf.decoding.selection import Selector
+from jacobi_hf.decoding.step import Widths
+from jacobi_hf.drafts.window import Window
+from jacobi_hf.execution.base import Eager, whole_steps
+from jacobi_hf.execution.buffers import Arena
+from jacobi_hf.integration import mixin
 from jacobi_hf.integration.compat import CACHE
-from jacobi_hf.layout import build_layout
-from jacobi_hf.prompt import Prompt
-from jacobi_hf.results import Decoder, Measurement, Prompts, Results, Speedup
-from jacobi_hf.selection import Selector
-from jacobi_hf.step import Widths
-from jacobi_hf.window import Window
+from jacobi_hf.results.schema import Decoder, Measurement, Prompts, Results, Speedup
 
 # hidden size, intermediate size, layers, query heads, key/value heads, head dimension, vocabulary, tied embeddings
 # "tiny" is there to try the program.
@@ -60,10 +61,19 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     kind, (hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied) = SHAPES[shape]
     head = {"head_dim": head_dim} if kind is Qwen3Config else {}
     config = kind(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, tie_word_embeddings=tied, max_position_embeddings=32_768, bos_token_id=None, eos_token_id=None,
-        pad_token_id=0, **head,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32_768,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        **head,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -101,7 +111,10 @@ def bytes_read(model: Any, batch: int, context: int) -> int:
 
 def modes(device: torch.device, backend: str) -> dict[str, CompileConfig | None]:
     """How steps and ordinary forwards run, by the suffix of their name."""
-    found: dict[str, CompileConfig | None] = {"": None, "-compiled": CompileConfig(backend=backend, mode=None, fullgraph=True)}
+    found: dict[str, CompileConfig | None] = {
+        "": None,
+        "-compiled": CompileConfig(backend=backend, mode=None, fullgraph=True),
+    }
     if device.type == "cuda":
         found["-captured"] = CompileConfig(backend=backend, mode="reduce-overhead", fullgraph=True)
     for config in filter(None, found.values()):
@@ -131,7 +144,9 @@ def timed_steps(
 ) -> dict[str, dict[int, Any]]:
     """Seconds of a step, and of the host alone, for each way to run it and each width; over `context` cached tokens."""
     device, room = model.device, max(widths) + 2
-    config = JacobiConfig(jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+    config = JacobiConfig(
+        jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0
+    )
     arena = Arena(model, config, batch, context + room, context + 2 * room, device)
     cache, step, selector = arena.cache, arena.step, Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
     text_BL = torch.randint(2, model.config.vocab_size, (batch, context), device=device)
@@ -139,7 +154,10 @@ def timed_steps(
     prompt = Prompt(text_BL, None, length_B, torch.zeros_like(length_B), 0, context, text_BL, length_B)
     last = torch.tensor(context + room, device=device)
     forward = mixin._Forward(model, cache, last)
-    executions = {f"step{way}": Eager() if wanted is None else whole_steps(model, config, wanted, arena) for way, wanted in ways.items()}
+    executions = {
+        f"step{way}": Eager() if wanted is None else whole_steps(model, config, wanted, arena)
+        for way, wanted in ways.items()
+    }
     times: dict[str, dict[int, Any]] = {name: {width: [] for width in widths} for name in executions}
 
     def once(execution: Any, width: int) -> tuple[float, float]:
@@ -196,8 +214,14 @@ def ordinary(model: Any, context: int, tokens: int, compile_config: CompileConfi
     ids = torch.randint(2, config.vocab_size, (1, context + 1), device=model.device)
     gaps, options = Gaps(), {} if compile_config is None else {"compile_config": compile_config}
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=gaps, **{CACHE: cache}, **options
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=gaps,
+        **{CACHE: cache},
+        **options,
+    )
     return statistics.median(b - a for a, b in zip(gaps.times[3:], gaps.times[4:], strict=False))
 
 
@@ -219,15 +243,24 @@ def replaying(truth_BT: torch.Tensor, per_forward: float) -> Callable[..., None]
 def replays(model: Any, tokens: int, ways: dict[str, CompileConfig | None]) -> list[Measurement]:
     """Tokens per second of ordinary decoding, and with 64 slots at given tokens per forward, run in each of these ways."""
     ids = torch.randint(2, model.config.vocab_size, (1, 64), device=model.device)
-    arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    arguments: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": tokens,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
     config = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0, jacobi_lookup_tokens=0)
     reference, original, found = model.generate(ids, **arguments), Window.redraft, []
     truth_BT = torch.cat([reference[:, 64:], reference[:, -1:].expand(-1, 160)], 1)
-    prompts = Prompts(domain="replay", source="random weights, random prompt of 64 tokens", count=1, max_new_tokens=tokens)
+    prompts = Prompts(
+        domain="replay", source="random weights, random prompt of 64 tokens", count=1, max_new_tokens=tokens
+    )
 
     def measured(decoder: Decoder, options: dict[str, Any]) -> tuple[Measurement, Any]:
         def once() -> Any:
-            return model.generate(ids, **arguments, return_dict_in_generate=decoder.kind == "jacobi_multiblock", **options)
+            return model.generate(
+                ids, **arguments, return_dict_in_generate=decoder.kind == "jacobi_multiblock", **options
+            )
 
         times = []
         for _ in range(5):
@@ -237,11 +270,19 @@ def replays(model: Any, tokens: int, ways: dict[str, CompileConfig | None]) -> l
             synchronize(model.device)
             times.append(time.perf_counter() - started)
         seconds = statistics.median(times[2:])  # the first one compiles, the second one captures
-        idle = {"idle": round(1 - device_seconds(once, model.device) / seconds, 4)} if model.device.type == "cuda" else {}
+        idle = (
+            {"idle": round(1 - device_seconds(once, model.device) / seconds, 4)} if model.device.type == "cuda" else {}
+        )
         return Measurement(
-            decoder=decoder, prompts=prompts, tokens_per_forward=1.0, mean_slots=1.0, seconds=round(seconds, 4), repeats=3,
-            tokens_per_second=round(tokens / seconds, 2), extra=idle,
-        ), output  # fmt: skip
+            decoder=decoder,
+            prompts=prompts,
+            tokens_per_forward=1.0,
+            mean_slots=1.0,
+            seconds=round(seconds, 4),
+            repeats=3,
+            tokens_per_second=round(tokens / seconds, 2),
+            extra=idle,
+        ), output
 
     for way, compile_config in ways.items():
         compiles = compile_config is not None
@@ -260,22 +301,34 @@ def replays(model: Any, tokens: int, ways: dict[str, CompileConfig | None]) -> l
                 Window.redraft = original  # type: ignore[method-assign]
             stats, factor = output.jacobi_stats, (plain.seconds or 0) / (mine.seconds or 1)
             measures = {
-                "new_tokens": tokens, "forwards": stats.forwards, "tokens_per_forward": round(stats.mean_tokens_per_forward, 3),
-                "mean_slots": round(stats.mean_slots, 2), "speedups": [Speedup(baseline=ordinary.name, factor=round(factor, 4))],
-            }  # fmt: skip
+                "new_tokens": tokens,
+                "forwards": stats.forwards,
+                "tokens_per_forward": round(stats.mean_tokens_per_forward, 3),
+                "mean_slots": round(stats.mean_slots, 2),
+                "speedups": [Speedup(baseline=ordinary.name, factor=round(factor, 4))],
+            }
             extra = mine.extra | {
-                "conversion": round(factor / stats.mean_tokens_per_forward, 4), "same_text": torch.equal(output.sequences, reference)
-            }  # fmt: skip
+                "conversion": round(factor / stats.mean_tokens_per_forward, 4),
+                "same_text": torch.equal(output.sequences, reference),
+            }
             found.append(mine.model_copy(update={**measures, "extra": extra}))
     clear_graphs(model)
     return found
 
 
 def at_one_spot(
-    model: Any, batch: int, context: int, widths: list[int], repeats: int, ways: dict[str, CompileConfig | None], copied: float
+    model: Any,
+    batch: int,
+    context: int,
+    widths: list[int],
+    repeats: int,
+    ways: dict[str, CompileConfig | None],
+    copied: float,
 ) -> list[Measurement]:
     """Steps, and ordinary decoding where the batch is one; `copied` is the bandwidth of a copy."""
-    prompts = Prompts(domain="random", source=f"{context} random cached tokens", count=batch, max_new_tokens=1, batch_size=batch)
+    prompts = Prompts(
+        domain="random", source=f"{context} random cached tokens", count=batch, max_new_tokens=1, batch_size=batch
+    )
     found = []
     for name, by_width in timed_steps(model, batch, context, widths, repeats, ways).items():
         total = {width: statistics.median(t for t, _ in times) for width, times in by_width.items()}
@@ -283,21 +336,26 @@ def at_one_spot(
         extra = {"context": context, "mbu_of_width_1": round(bytes_read(model, batch, context) / total[1] / copied, 3)}
         found.append(
             Measurement(
-                decoder=Decoder(name=name, kind="jacobi_multiblock", compiled=name != "step"), prompts=prompts, repeats=repeats,
+                decoder=Decoder(name=name, kind="jacobi_multiblock", compiled=name != "step"),
+                prompts=prompts,
+                repeats=repeats,
                 ms_per_forward={width: round(seconds * 1e3, 4) for width, seconds in total.items()},
                 extra=extra if model.device.type == "cpu" else {**extra, "host_ms": host},
             )
-        )  # fmt: skip
+        )
     for way, config in ways.items() if batch == 1 else ():
         seconds = ordinary(model, context, 24, config)
         mbu = round(bytes_read(model, 1, context) / seconds / copied, 3)
         kind: Any = "generate" if config is None else "generate-static-compiled"
         found.append(
             Measurement(
-                decoder=Decoder(name=f"generate{way}", kind=kind, compiled=config is not None), prompts=prompts, repeats=20,
-                ms_per_forward={1: round(seconds * 1e3, 4)}, extra={"context": context, "mbu_of_width_1": mbu},
+                decoder=Decoder(name=f"generate{way}", kind=kind, compiled=config is not None),
+                prompts=prompts,
+                repeats=20,
+                ms_per_forward={1: round(seconds * 1e3, 4)},
+                extra={"context": context, "mbu_of_width_1": mbu},
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -315,7 +373,11 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = device.type == "cpu"
     model = build(shape, device, torch.float32 if on_cpu else torch.bfloat16)
-    path, ways, copied = output or common.RESULTS / f"step_cost-{shape}.json", modes(device, backend), bandwidth(device)
+    path, ways, copied = (
+        output or common.RESULTS / f"step_cost-{shape}.json",
+        modes(device, backend),
+        bandwidth(device),
+    )
     results = Results.start(f"Cost of a step by its width at the shape {shape}, random weights", model, shape)
     measurements: list[Measurement] = []
 
@@ -325,7 +387,12 @@ def main(
         results.with_measurements(measurements).write(path)
         for m in found:
             print(
-                m.decoder.name, m.prompts.batch_size, m.ms_per_forward or "", m.tokens_per_second or "", m.tokens_per_forward or "", m.extra
+                m.decoder.name,
+                m.prompts.batch_size,
+                m.ms_per_forward or "",
+                m.tokens_per_second or "",
+                m.tokens_per_forward or "",
+                m.extra,
             )
 
     for batch, context, widths in spots(shape, on_cpu):

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import ListedColormap
 
-from jacobi_hf.layout import attention_mask, build_layout
+from jacobi_hf.decoding.layout import attention_mask, build_layout
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "images" / "streams.png"
 TEXT, WINDOW, BRANCH, NOISY = 3, 3, 2, 5
@@ -21,7 +21,12 @@ def main() -> None:
     layout = build_layout((WINDOW, BRANCH), torch.device("cpu"), NOISY)
     columns = TEXT + layout.slots
     allowed_QS = attention_mask(layout, torch.tensor([TEXT]), torch.arange(columns))[0, 0]
-    slots = ["pending", *(f"d{i + 1}" for i in range(WINDOW)), *(f"b{i + 1}" for i in range(BRANCH)), *(f"d{i + 1}'" for i in range(NOISY))]
+    slots = [
+        "pending",
+        *(f"d{i + 1}" for i in range(WINDOW)),
+        *(f"b{i + 1}" for i in range(BRANCH)),
+        *(f"d{i + 1}'" for i in range(NOISY)),
+    ]
     is_noisy_S = torch.arange(columns) >= columns - NOISY
     colour_QS = torch.where(allowed_QS, torch.where(is_noisy_S, 3, torch.where(torch.arange(columns) < TEXT, 1, 2)), 0)
     figure, axes = plt.subplots(figsize=(6.4, 5), layout="constrained")

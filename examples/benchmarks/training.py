@@ -28,8 +28,14 @@ import torch
 import typer
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
-from jacobi_hf.results import Cost, Results
-from jacobi_hf.trainer import AnswerConfig, JacobiForcingConfig, JacobiForcingTrainer, collect_trajectories, record_trajectories
+from jacobi_hf.results.schema import Cost, Results
+from jacobi_hf.trainer import (
+    AnswerConfig,
+    JacobiForcingConfig,
+    JacobiForcingTrainer,
+    collect_trajectories,
+    record_trajectories,
+)
 
 VOCAB, TOKENS, BLOCK = 151_936, 8_192, 16
 
@@ -37,7 +43,10 @@ VOCAB, TOKENS, BLOCK = 151_936, 8_192, 16
 def collection(model: Any, tokenizer: Any, prompts: int, repeats: int) -> list[Cost]:
     """Rows per second, both ways, on as many prompts of code and of arithmetic; each a set of its own, as `collect` has it."""
     texts = json.loads(common.PROMPTS.read_text(encoding="utf-8"))["prompts"]
-    sets = [sorted((tokenizer(text)["input_ids"] for text in texts[domain][:prompts]), key=len) for domain in ("code", "arithmetic")]
+    sets = [
+        sorted((tokenizer(text)["input_ids"] for text in texts[domain][:prompts]), key=len)
+        for domain in ("code", "arithmetic")
+    ]
     ids = [prompt for of_domain in sets for prompt in of_domain]
     answers, seconds = AnswerConfig(max_new_tokens=96), {"plain": [], "together": []}
     for _ in range(repeats):
@@ -50,17 +59,33 @@ def collection(model: Any, tokenizer: Any, prompts: int, repeats: int) -> list[C
             for first in range(0, len(of_domain), 64):
                 collect_trajectories(model, of_domain[first : first + 64], BLOCK, answers)
         seconds["together"].append(time.perf_counter() - started)
-    setting = {"prompts": len(ids), "block_size": BLOCK, "max_new_tokens": 96, "dtype": str(model.dtype).removeprefix("torch.")}
+    setting = {
+        "prompts": len(ids),
+        "block_size": BLOCK,
+        "max_new_tokens": 96,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     rate = {name: len(ids) / statistics.median(values) for name, values in seconds.items()}
     dtype = setting["dtype"]
-    plain = Cost(name=f"collection, plain decoder, batch 1, {dtype}", value=rate["plain"], unit="rows/s", repeats=repeats, setting=setting)
+    plain = Cost(
+        name=f"collection, plain decoder, batch 1, {dtype}",
+        value=rate["plain"],
+        unit="rows/s",
+        repeats=repeats,
+        setting=setting,
+    )
     return [
         plain,
         Cost(
-            name=f"collection, all blocks together, batch 64, {dtype}", value=rate["together"], unit="rows/s", repeats=repeats,
-            baseline=plain.name, factor=rate["together"] / rate["plain"], setting=setting,
+            name=f"collection, all blocks together, batch 64, {dtype}",
+            value=rate["together"],
+            unit="rows/s",
+            repeats=repeats,
+            baseline=plain.name,
+            factor=rate["together"] / rate["plain"],
+            setting=setting,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def random_record(rng: random.Random, length: int, vocab: int) -> dict[str, Any]:
@@ -73,9 +98,12 @@ def random_record(rng: random.Random, length: int, vocab: int) -> dict[str, Any]
         wrong = rng.randint(1, BLOCK)
         sequence += [*clean[:wrong], *(rng.randrange(2, vocab) for _ in range(BLOCK - wrong)), *clean]
     return {
-        "data_id": "random", "prompt_ids": prompt, "prompt_ids_len": len(prompt), "complete_training_sequence_ids": sequence,
+        "data_id": "random",
+        "prompt_ids": prompt,
+        "prompt_ids_len": len(prompt),
+        "complete_training_sequence_ids": sequence,
         "traj_position_indices": [0] * blocks,
-    }  # fmt: skip
+    }
 
 
 def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:
@@ -84,11 +112,20 @@ def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:
     model, _, _ = common.load(None)
     vocab = model.config.vocab_size
     options = {
-        "output_dir": "build/benchmark", "use_cpu": not torch.cuda.is_available(), "bf16": True, "report_to": "none", "max_steps": steps,
-        "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10**6, "per_device_train_batch_size": batch,
-    }  # fmt: skip
+        "output_dir": "build/benchmark",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": True,
+        "report_to": "none",
+        "max_steps": steps,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 10**6,
+        "per_device_train_batch_size": batch,
+    }
     rows = [[rng.randrange(2, vocab) for _ in range(length)] for _ in range(batch * steps)]
-    plain = Trainer(model, TrainingArguments(**options), train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    plain = Trainer(
+        model, TrainingArguments(**options), train_dataset=[{"input_ids": row, "labels": row} for row in rows]
+    )
     forced = JacobiForcingTrainer(
         common.load(None)[0],
         JacobiForcingConfig(**options, max_length=length, block_size=BLOCK),
@@ -106,19 +143,34 @@ def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:
     return [
         sft,
         Cost(
-            name=f"JacobiForcingTrainer, rows of {length}", value=rate["forcing"], unit="slots/s", repeats=repeats, baseline=sft.name,
-            factor=rate["forcing"] / rate["sft"], setting=setting,
+            name=f"JacobiForcingTrainer, rows of {length}",
+            value=rate["forcing"],
+            unit="slots/s",
+            repeats=repeats,
+            baseline=sft.name,
+            factor=rate["forcing"] / rate["sft"],
+            setting=setting,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def loss_model() -> Qwen3ForCausalLM:
     """A random model of hidden size 64 with Qwen's vocabulary."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, max_position_embeddings=TOKENS, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return Qwen3ForCausalLM(config)
 
 
@@ -126,8 +178,14 @@ def one_memory(setting: str) -> int:
     """In a process of its own: bytes of one step, with the losses or with the sum of the hidden states."""
     rng = random.Random(0)
     args = JacobiForcingConfig(
-        output_dir="build/benchmark", use_cpu=True, bf16=False, report_to="none", max_length=1024, block_size=BLOCK, context="noisy"
-    )  # fmt: skip
+        output_dir="build/benchmark",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=1024,
+        block_size=BLOCK,
+        context="noisy",
+    )
     records = [random_record(rng, 1024, VOCAB) for _ in range(TOKENS // 1024)]
     trainer = JacobiForcingTrainer(loss_model(), args, records)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(records))])
@@ -137,7 +195,9 @@ def one_memory(setting: str) -> int:
         trainer.compute_loss(trainer.model, batch).backward()
     else:
         mask = trainer._mask(batch)
-        hidden = trainer.model.model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False)[0]
+        hidden = trainer.model.model(
+            batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+        )[0]
         (hidden.sum() + trainer.model.lm_head.weight.sum()).backward()
     return memory.peak() - before
 
@@ -148,10 +208,17 @@ def loss_memory() -> list[Cost]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for setting in ("model", "losses"):
         command = [sys.executable, __file__, "--setting", setting]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         used[setting] = int(done.stdout.splitlines()[-1])
     described = {"packed_tokens": TOKENS, "vocabulary": VOCAB, "hidden": 64, "bytes": used}
-    return [Cost(name="losses above the model's own", value=(used["losses"] - used["model"]) / 2**30, unit="GiB", setting=described)]
+    return [
+        Cost(
+            name="losses above the model's own",
+            value=(used["losses"] - used["model"]) / 2**30,
+            unit="GiB",
+            setting=described,
+        )
+    ]
 
 
 def main(

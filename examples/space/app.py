@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jacobi_hf.cli import page
-from jacobi_hf.cli.race import Lane
+from jacobi_hf.demo import page
+from jacobi_hf.demo.race import Lane
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "    def __repr__(self):\n        info = ['StreamReader']\n"

@@ -63,7 +63,7 @@ VARIATIONS = {
 
 def stage(name: str, *arguments: str) -> None:
     """One stage, a verb of the command line."""
-    subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)
 
 
 def collect(model: str, build: str, prompts: dict[str, int], *arguments: str) -> list[str]:
@@ -80,14 +80,25 @@ def run(name: str, seed: str, out: Path) -> None:
     variation, build = VARIATIONS[name], f"build/forcing/ablations/{name}-seed{seed}"
     pack, train = variation.pack.split(), variation.train.split()
     if variation.second_stage:
-        first, blocks = f"build/forcing/ablations/short-seed{seed}/model/final", ("--block_size", str(variation.second_stage))
+        first, blocks = (
+            f"build/forcing/ablations/short-seed{seed}/model/final",
+            ("--block_size", str(variation.second_stage)),
+        )
         if not (ROOT / first).is_dir():
             raise FileNotFoundError(f"{name} goes on from {first}: run the variation short with this seed first.")
         pack += ["--sources", *collect(first, build, SECOND_PROMPTS, *blocks, *variation.collect.split())]
         train += ["--model", first, "--ref_model", BASE, *blocks]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
     stage("train", "--train_dataset", f"{build}/packed", "--output_dir", f"{build}/model", "--seed", seed, *train)
-    stage("bench", "--model", f"{build}/model/final", "--name", f"ablation {name}", "--output", os.path.relpath(out, ROOT))
+    stage(
+        "bench",
+        "--model",
+        f"{build}/model/final",
+        "--name",
+        f"ablation {name}",
+        "--output",
+        os.path.relpath(out, ROOT),
+    )
 
 
 def main() -> None:

@@ -11,8 +11,36 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-NAMES = ("Anna", "Ben", "Carla", "David", "Elif", "Farid", "Grace", "Hana", "Ivan", "Julia", "Kofi", "Lena", "Marco", "Nora")
-THINGS = ("apples", "books", "marbles", "stickers", "pencils", "coins", "shells", "cards", "stamps", "buttons", "beads", "nuts")
+NAMES = (
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Elif",
+    "Farid",
+    "Grace",
+    "Hana",
+    "Ivan",
+    "Julia",
+    "Kofi",
+    "Lena",
+    "Marco",
+    "Nora",
+)
+THINGS = (
+    "apples",
+    "books",
+    "marbles",
+    "stickers",
+    "pencils",
+    "coins",
+    "shells",
+    "cards",
+    "stamps",
+    "buttons",
+    "beads",
+    "nuts",
+)
 HELD_OUT_TEMPLATES = ("ages", "two_buses")
 
 
@@ -78,7 +106,10 @@ def share(rng: random.Random) -> tuple[str, list[str], int]:
     total = each * people
     return (
         f"{name} shares {total} {things} equally among {people} friends. How many {things} does each friend get?",
-        [f"There are {total} {things}.", f"They are shared among {people} friends, so we divide: {total} / {people} = {each}."],
+        [
+            f"There are {total} {things}.",
+            f"They are shared among {people} friends, so we divide: {total} / {people} = {each}.",
+        ],
         each,
     )
 
@@ -150,7 +181,10 @@ def times_as_many(rng: random.Random) -> tuple[str, list[str], int]:
     a, times = rng.randint(3, 15), rng.randint(2, 5)
     return (
         f"{name} has {a} {things}. {other} has {times} times as many. How many {things} do they have together?",
-        [f"{other} has {a} * {times} = {a * times} {things}.", f"Together they have {a} + {a * times} = {a + a * times} {things}."],
+        [
+            f"{other} has {a} * {times} = {a * times} {things}.",
+            f"Together they have {a} + {a * times} = {a + a * times} {things}.",
+        ],
         a + a * times,
     )
 
@@ -161,7 +195,10 @@ def pages(rng: random.Random) -> tuple[str, list[str], int]:
     total = day * days + rng.randint(5, 60)
     return (
         f"A book has {total} pages. {name} reads {day} pages a day for {days} days. How many pages are left?",
-        [f"{name} reads {day} * {days} = {day * days} pages.", f"The pages left are {total} - {day * days} = {total - day * days}."],
+        [
+            f"{name} reads {day} * {days} = {day * days} pages.",
+            f"The pages left are {total} - {day * days} = {total - day * days}.",
+        ],
         total - day * days,
     )
 
@@ -185,7 +222,10 @@ def lost_and_found(rng: random.Random) -> tuple[str, list[str], int]:
     lost, found = rng.randint(2, 15), rng.randint(2, 20)
     return (
         f"{name} has {a} {things}, loses {lost} and then finds {found}. How many {things} does {name} have at the end?",
-        [f"After losing {lost}: {a} - {lost} = {a - lost}.", f"After finding {found}: {a - lost} + {found} = {a - lost + found}."],
+        [
+            f"After losing {lost}: {a} - {lost} = {a - lost}.",
+            f"After finding {found}: {a - lost} + {found} = {a - lost + found}.",
+        ],
         a - lost + found,
     )
 
@@ -200,7 +240,10 @@ def pooled_share(rng: random.Random) -> tuple[str, list[str], int]:
             f"{name} has {a} {things} and {other} has {b}. They share all of them equally among {people} children. "
             "How many does each child get?"
         ),
-        [f"Together they have {a} + {b} = {a + b} {things}.", f"Each child gets {a + b} / {people} = {each} {things}."],
+        [
+            f"Together they have {a} + {b} = {a + b} {things}.",
+            f"Each child gets {a + b} / {people} = {each} {things}.",
+        ],
         each,
     )
 
@@ -231,10 +274,24 @@ def two_buses(rng: random.Random) -> tuple[str, list[str], int]:
 TEMPLATES: dict[str, Callable[[random.Random], tuple[str, list[str], int]]] = {
     make.__name__: make
     for make in (
-        buy_more, give_away, boxes, share, boxes_then_more, spend, earn_weeks, three_groups, compare, times_as_many, pages,
-        rows_of_seats, lost_and_found, pooled_share, ages, two_buses,
+        buy_more,
+        give_away,
+        boxes,
+        share,
+        boxes_then_more,
+        spend,
+        earn_weeks,
+        three_groups,
+        compare,
+        times_as_many,
+        pages,
+        rows_of_seats,
+        lost_and_found,
+        pooled_share,
+        ages,
+        two_buses,
     )
-}  # fmt: skip
+}
 TRAINED_TEMPLATES = tuple(name for name in TEMPLATES if name not in HELD_OUT_TEMPLATES)
 
 
@@ -246,7 +303,9 @@ def problem(template: str, seed: int) -> Problem:
 
 def training_problems(count: int) -> Iterator[Problem]:
     """`count` problems of the trained templates, from the even seeds. No question of `held_out_problems` is among them."""
-    held_out = {p.question for p in held_out_problems(2000)} | {p.question for p in held_out_problems(2000, HELD_OUT_TEMPLATES)}
+    held_out = {p.question for p in held_out_problems(2000)} | {
+        p.question for p in held_out_problems(2000, HELD_OUT_TEMPLATES)
+    }
     seed = 0
     while count > 0:
         candidate = problem(TRAINED_TEMPLATES[seed % len(TRAINED_TEMPLATES)], 2 * seed)

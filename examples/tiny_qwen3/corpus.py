@@ -98,7 +98,11 @@ def prompts(domain: str, count: int) -> list[str]:
     starts = []
     for source in code_texts(held_out=True):
         lines = source.splitlines(keepends=True)
-        starts += [(lines, i) for i, line in enumerate(lines) if re.match(r"\s{0,4}(def|class) \w", line) and i + 20 < len(lines)]
+        starts += [
+            (lines, i)
+            for i, line in enumerate(lines)
+            if re.match(r"\s{0,4}(def|class) \w", line) and i + 20 < len(lines)
+        ]
     return ["".join(lines[i : i + rng.randint(3, 10)]) for lines, i in rng.sample(starts, count)]
 
 

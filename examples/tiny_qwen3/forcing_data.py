@@ -30,7 +30,9 @@ class Amounts:
     arithmetic: int = field(default=7000, metadata={"help": "Arithmetic prompts."})
     prose: int = field(default=0, metadata={"help": "Prose prompts."})
     replay_characters: int = field(default=700, metadata={"help": "Characters of a replay row of code."})
-    replay_problems: int = field(default=40_000, metadata={"help": "Worked problems among the replay rows, four to a row."})
+    replay_problems: int = field(
+        default=40_000, metadata={"help": "Worked problems among the replay rows, four to a row."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the choice."})
 
 
@@ -58,7 +60,9 @@ def replay_texts(amounts: Amounts, rng: random.Random) -> list[str]:
     """Pieces of all source files, worked problems that are not among the prompts, docstrings; shuffled."""
     size = amounts.replay_characters
     texts = [source[i : i + size] for source in corpus.code_texts(held_out=False) for i in range(0, len(source), size)]
-    worked = corpus.arithmetic_texts(held_out=False, count=amounts.arithmetic + amounts.replay_problems)[amounts.arithmetic :]
+    worked = corpus.arithmetic_texts(held_out=False, count=amounts.arithmetic + amounts.replay_problems)[
+        amounts.arithmetic :
+    ]
     texts += ["<|endoftext|>".join(worked[i : i + 4]) for i in range(0, len(worked), 4)]
     texts += [text[:size] for text in corpus.prose_texts(held_out=False)]
     rng.shuffle(texts)
@@ -79,8 +83,14 @@ def main() -> None:
     write(out / "prose.jsonl", ({"prompt": text} for text in prose_prompts(amounts.prose, rng)))
     held_out = {"code": corpus.code_texts(held_out=True), "prose": corpus.prose_texts(held_out=True)}
     held_out["arithmetic"] = corpus.arithmetic_texts(held_out=True, count=500)
-    write(out / "held_out.jsonl", ({"domain": domain, "text": text} for domain, texts in held_out.items() for text in texts))
-    write(out / "problems.jsonl", ({"prompt": p.prompt, "answer": str(p.result)} for p in arithmetic.held_out_problems(1000)))
+    write(
+        out / "held_out.jsonl",
+        ({"domain": domain, "text": text} for domain, texts in held_out.items() for text in texts),
+    )
+    write(
+        out / "problems.jsonl",
+        ({"prompt": p.prompt, "answer": str(p.result)} for p in arithmetic.held_out_problems(1000)),
+    )
     write(out / "replay.jsonl", ({"text": text} for text in replay_texts(amounts, rng)))
 
 

@@ -33,7 +33,7 @@ VARIATIONS = {
 
 def stage(name: str, *arguments: str) -> None:
     """One stage, a verb of the command line."""
-    subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)
 
 
 def run(name: str, seed: str, out: Path) -> None:

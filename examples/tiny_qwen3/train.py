@@ -27,7 +27,14 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 END_OF_TEXT, PAD, START, END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -49,36 +56,53 @@ class Recipe:
     arithmetic_share: float = field(default=0.35, metadata={"help": "Share that is arithmetic; the rest is prose."})
     row_length: int = field(default=512, metadata={"help": "Tokens per training row."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
-    learning_rate: float = field(default=2.5e-3, metadata={"help": "Peak learning rate (linear warm-up, cosine decay)."})
+    learning_rate: float = field(
+        default=2.5e-3, metadata={"help": "Peak learning rate (linear warm-up, cosine decay)."}
+    )
     vocab_size: int = field(default=4096, metadata={"help": "Entries of the byte-level BPE."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the model, in heads of 64."})
     layers: int = field(default=6, metadata={"help": "Depth of the model."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder of the tokenizer to take; trained on the texts when not given."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder of the tokenizer to take; trained on the texts when not given."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the weights, the order of rows and dropout."})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model (needs a C compiler; a third faster)."})
+    compile: bool = field(
+        default=False, metadata={"help": "torch.compile the model (needs a C compiler; a third faster)."}
+    )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE that splits digits, with the chat template of the arithmetic domain."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PAD, START, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=PAD, padding_side="left", model_max_length=2048,
-        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], tokens: int, rng: random.Random) -> np.ndarray:
     """`tokens` ids of the shuffled texts, each closed by end-of-text, the texts repeated as often as needed."""
     encoded = [
-        np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in tokenizer(texts, return_attention_mask=False)["input_ids"]
+        np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16)
+        for ids in tokenizer(texts, return_attention_mask=False)["input_ids"]
     ]
     chunks: list[np.ndarray] = []
     while (have := sum(map(len, chunks))) < tokens:
@@ -106,17 +130,29 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3ForC
     """About 5.8 M parameters by default: hidden 256, 6 layers, 4 query and 2 key/value heads of 64, tied embeddings."""
     heads = recipe.hidden_size // 64
     config = Qwen3Config(
-        vocab_size=recipe.vocab_size, hidden_size=recipe.hidden_size, intermediate_size=3 * recipe.hidden_size,
-        num_hidden_layers=recipe.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), head_dim=64,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = Qwen3ForCausalLM(config)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
-def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[arithmetic.Problem]) -> float:
+def exact_match(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[arithmetic.Problem]
+) -> float:
     """Share of problems whose greedy completion ends in the right number."""
     right = 0
     for start in range(0, len(problems), 50):
@@ -133,11 +169,17 @@ def main() -> None:
     transformers.set_seed(recipe.seed)
     rng, started, out = random.Random(recipe.seed), time.perf_counter(), Path(recipe.output_dir)
 
-    shares = {"code": recipe.code_share, "arithmetic": recipe.arithmetic_share, "prose": 1 - recipe.code_share - recipe.arithmetic_share}
+    shares = {
+        "code": recipe.code_share,
+        "arithmetic": recipe.arithmetic_share,
+        "prose": 1 - recipe.code_share - recipe.arithmetic_share,
+    }
     train = {
         "code": corpus.code_texts(held_out=False),
         "prose": corpus.prose_texts(held_out=False),
-        "arithmetic": corpus.arithmetic_texts(held_out=False, count=max(1000, int(recipe.tokens * recipe.arithmetic_share / 60))),
+        "arithmetic": corpus.arithmetic_texts(
+            held_out=False, count=max(1000, int(recipe.tokens * recipe.arithmetic_share / 60))
+        ),
     }
     held_out = {
         "code": corpus.code_texts(held_out=True),
@@ -157,12 +199,29 @@ def main() -> None:
 
     model = build_model(tokenizer, recipe)
     args = TrainingArguments(
-        output_dir=str(out), use_cpu=not torch.cuda.is_available(), bf16=True, seed=recipe.seed, num_train_epochs=1,
-        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=150, weight_decay=0.1, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50,
-        save_steps=500, save_total_limit=1, report_to="none", torch_compile=recipe.compile, dataloader_drop_last=True,
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=Rows(rows.reshape(-1), recipe.row_length), processing_class=tokenizer)
+        output_dir=str(out),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=True,
+        seed=recipe.seed,
+        num_train_epochs=1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=150,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        report_to="none",
+        torch_compile=recipe.compile,
+        dataloader_drop_last=True,
+    )
+    trainer = Trainer(
+        model=model, args=args, train_dataset=Rows(rows.reshape(-1), recipe.row_length), processing_class=tokenizer
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
     minutes = (time.perf_counter() - started) / 60
 
@@ -174,7 +233,9 @@ def main() -> None:
     tokenizer.save_pretrained(final)
 
     measured = model.float()
-    evaluator = Trainer(model=measured, args=TrainingArguments(output_dir=str(out), use_cpu=args.use_cpu, report_to="none"))
+    evaluator = Trainer(
+        model=measured, args=TrainingArguments(output_dir=str(out), use_cpu=args.use_cpu, report_to="none")
+    )
     report = {
         "recipe": {k: v for k, v in asdict(recipe).items() if k != "output_dir"},
         "parameters": model.num_parameters(),
@@ -183,12 +244,18 @@ def main() -> None:
         "held_out_tokens": {d: int(rows.rows.size) for d, rows in evals.items()},
         "arithmetic_exact_match": {
             "held_out_seeds": exact_match(measured, tokenizer, arithmetic.held_out_problems(400)),
-            "held_out_templates": exact_match(measured, tokenizer, arithmetic.held_out_problems(200, arithmetic.HELD_OUT_TEMPLATES)),
+            "held_out_templates": exact_match(
+                measured, tokenizer, arithmetic.held_out_problems(200, arithmetic.HELD_OUT_TEMPLATES)
+            ),
         },
         "minutes_of_this_process_to_the_end_of_training": round(minutes, 1),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
     (final / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from jacobi_hf.cli._options import WITH_TRACEBACK
 from jacobi_hf.cli.autotune import autotune
 from jacobi_hf.cli.bench import bench
 from jacobi_hf.cli.card import card
@@ -17,20 +18,24 @@ from jacobi_hf.cli.pack import pack
 from jacobi_hf.cli.push import push
 from jacobi_hf.cli.serve import serve
 from jacobi_hf.cli.train import train
-from jacobi_hf.cli.verbs import WITH_TRACEBACK
 
-# Options that a dataclass describes are read by jacobi_hf.cli.recipes.
+# Options that a dataclass describes are read by jacobi_hf.cli._recipes.
 BY_DATACLASS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 # Without rich's markup, whose tables cut off the names of long options and whose boxes break errors into lines.
 app = typer.Typer(
-    help="Parallel decoding for Hugging Face transformers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    help="Parallel decoding for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-)  # fmt: skip
+)
 for verb in (demo, generate, chat, collect, pack, train, bench, eval_, autotune, card, push, serve, info):
     app.command(
         verb.__name__.rstrip("_"),
-        short_help=" ".join(str(verb.__doc__).split("\n\n")[0].split()),  # all of it: typer would cut it off at the width of a line
+        short_help=" ".join(
+            str(verb.__doc__).split("\n\n")[0].split()
+        ),  # all of it: typer would cut it off at the width of a line
         context_settings=BY_DATACLASS if verb in (collect, pack, train, bench) else None,
     )(verb)
 
@@ -38,7 +43,9 @@ for verb in (demo, generate, chat, collect, pack, train, bench, eval_, autotune,
 @app.callback()
 def main(
     *,
-    traceback: Annotated[bool, typer.Option("--traceback", help="In front of a verb: also show where an error was raised.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="In front of a verb: also show where an error was raised.")
+    ] = False,
 ) -> None:
     """Parallel decoding for Hugging Face transformers."""
     WITH_TRACEBACK.set(traceback)

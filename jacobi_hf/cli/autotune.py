@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from jacobi_hf.cli.answers import DoSample, Dtype, MaxNewTokens, Sampling, Temperature, TopK, TopP, check_room, room_of
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, recipe_option
+from jacobi_hf.cli._answers import (
+    DoSample,
+    Dtype,
+    MaxNewTokens,
+    Sampling,
+    Temperature,
+    TopK,
+    TopP,
+    check_room,
+    room_of,
+)
+from jacobi_hf.cli._options import check_folder, errors_in_one_line, recipe_option
 
 if TYPE_CHECKING:
-    from jacobi_hf.tuning import Tuning, Way
+    from jacobi_hf.tuning.autotune import Tuning, Way
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -23,9 +33,13 @@ GENERATION_CONFIG = "generation_config.json"
 def autotune(
     *,
     model: Annotated[str, typer.Option(help="Model name or folder.")],
-    prompts: Annotated[Path, typer.Option(help="File of prompts, see above; a dozen of the kind that will be decoded.")],
+    prompts: Annotated[
+        Path, typer.Option(help="File of prompts, see above; a dozen of the kind that will be decoded.")
+    ],
     drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
-    assistant_model: Annotated[str | None, typer.Option(help="Draft model, to try transformers' assisted decoding too.")] = None,
+    assistant_model: Annotated[
+        str | None, typer.Option(help="Draft model, to try transformers' assisted decoding too.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
     max_new_tokens: MaxNewTokens = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that will be decoded together.")] = 1,
@@ -34,10 +48,16 @@ def autotune(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile all ways to decode; allow ten minutes on a CPU.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile all ways to decode; allow ten minutes on a CPU.")
+    ] = False,
     dtype: Dtype = "auto",
-    save: Annotated[bool, typer.Option("--save", help="Write the fastest setting into the model folder's generation config.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print what was measured as one JSON document and nothing else.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the fastest setting into the model folder's generation config.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print what was measured as one JSON document and nothing else.")
+    ] = False,
     config: Annotated[Path | None, recipe_option()] = None,  # noqa: ARG001  (its callback has read it)
 ) -> None:
     """Try settings on your prompts and tell the fastest, which may be ordinary decoding. The text is the same with all of them.
@@ -46,9 +66,9 @@ def autotune(
     with a prompt a line.
     """
     with errors_in_one_line("autotune"):
-        from jacobi_hf.cli.loading import load
-        from jacobi_hf.cli.prompt_files import encode_prompts, read_prompt_file
-        from jacobi_hf.tuning import autotune as tune
+        from jacobi_hf.cli._models import load
+        from jacobi_hf.io import encode_prompts, read_prompt_file
+        from jacobi_hf.tuning.autotune import autotune as tune
 
         sampling, texts = Sampling(do_sample, temperature, top_p, top_k), read_prompt_file(prompts)
         if save:
@@ -58,13 +78,30 @@ def autotune(
         ids = encode_prompts(texts, tokenizer, model, chat=chat)
         check_room(max(map(len, ids)), max_new_tokens, room_of(loaded))
         tuning = tune(
-            loaded, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, seconds=seconds, progress=not json,
-            assistant_model=assistant, **sampling.arguments(loaded), **_compile_config(compiled=compiled),
-        )  # fmt: skip
+            loaded,
+            ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seconds=seconds,
+            progress=not json,
+            assistant_model=assistant,
+            **sampling.arguments(loaded),
+            **_compile_config(compiled=compiled),
+        )
         saved = _save(loaded, tuning, Path(model)) if save else None
     if json:
-        where = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-        asked = {"model": model, "drafter": drafter, "prompts": len(ids), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        where = {
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+        asked = {
+            "model": model,
+            "drafter": drafter,
+            "prompts": len(ids),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        }
         typer.echo(json_module.dumps({**asked, **where, **_document(tuning), "saved": saved}, indent=1))
     else:
         _show(tuning, saved)
@@ -79,7 +116,7 @@ def _compile_config(*, compiled: bool) -> dict[str, Any]:
 def _draft_model(name: str, model: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from jacobi_hf.cli.loading import reading
+    from jacobi_hf.cli._models import reading
 
     with reading(name, "loaded as a draft model"):
         return AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype).eval().to(model.device)
@@ -87,9 +124,13 @@ def _draft_model(name: str, model: Any) -> Any:
 
 def _check_can_save(model: str, assistant_model: str | None) -> None:
     if assistant_model is not None:
-        raise ValueError("--save with --assistant-model: a generation config cannot name a draft model. Drop one of the two.")
+        raise ValueError(
+            "--save with --assistant-model: a generation config cannot name a draft model. Drop one of the two."
+        )
     if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"--save writes into the model's folder, and {model} is none: download it first, or drop --save.")
+        raise ValueError(
+            f"--save writes into the model's folder, and {model} is none: download it first, or drop --save."
+        )
     check_folder(model)
 
 
@@ -114,20 +155,28 @@ def _knobs_of(way: Way) -> dict[str, Any]:
 
 
 def _document(tuning: Tuning) -> dict[str, Any]:
-    from jacobi_hf.tuning import describe
+    from jacobi_hf.tuning.autotune import describe
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else value  # JSON has no nan
 
     table = [
         {
-            "setting": describe(one.way, drafted=tuning.drafted), "knobs": _knobs_of(one.way), "prompts": one.prompts,
-            "tokens_per_forward": number(one.tokens_per_forward), "mean_slots": number(one.mean_slots), "seconds": one.seconds,
+            "setting": describe(one.way, drafted=tuning.drafted),
+            "knobs": _knobs_of(one.way),
+            "prompts": one.prompts,
+            "tokens_per_forward": number(one.tokens_per_forward),
+            "mean_slots": number(one.mean_slots),
+            "seconds": one.seconds,
             "speedup": one.speedup,
         }
         for one in tuning.table
-    ]  # fmt: skip
-    return {"fastest": table[0], "table": table, "untried": [describe(way, drafted=tuning.drafted) for way in tuning.untried]}
+    ]
+    return {
+        "fastest": table[0],
+        "table": table,
+        "untried": [describe(way, drafted=tuning.drafted) for way in tuning.untried],
+    }
 
 
 def _show(tuning: Tuning, saved: str | None) -> None:
@@ -135,7 +184,7 @@ def _show(tuning: Tuning, saved: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jacobi_hf.tuning import describe
+    from jacobi_hf.tuning.autotune import describe
 
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("setting", "prompts", "tokens per forward", "slots", "speed-up"):
@@ -147,7 +196,9 @@ def _show(tuning: Tuning, saved: str | None) -> None:
     if tuning.untried:
         typer.echo(f"no time for: {'; '.join(describe(way, drafted=tuning.drafted) for way in tuning.untried)}")
     best = tuning.table[0]
-    typer.echo(f"fastest: {describe(best.way, drafted=tuning.drafted)}, {best.speedup:.2f} times as fast as ordinary decoding")
+    typer.echo(
+        f"fastest: {describe(best.way, drafted=tuning.drafted)}, {best.speedup:.2f} times as fast as ordinary decoding"
+    )
     typer.echo(", ".join(f"{name}={value!r}" for name, value in _knobs_of(best.way).items()))
     if saved:
         typer.echo(f"saved in {saved}")

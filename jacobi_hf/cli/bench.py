@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, json_object
+from jacobi_hf.cli._options import check_folder, errors_in_one_line, json_object
 from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from jacobi_hf.config import JacobiConfig
-    from jacobi_hf.results import Measurement, Results
+    from jacobi_hf.results.schema import Measurement, Results
 
     Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -36,7 +36,8 @@ class BenchConfig:
     prompt_count: int = option(64, "Prompts of each domain.")
     max_new_tokens: int = option(128, "New tokens per prompt.")
     decoders: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Knobs of each decoder, by name; one as the model decodes by itself, if not given."}
+        default_factory=dict,
+        metadata={"help": "Knobs of each decoder, by name; one as the model decodes by itself, if not given."},
     )
     held_out: str | None = option(None, "JSONL with domain and text, for the held-out loss.")
     held_out_tokens: int = option(120_000, "Tokens of each domain for that loss.")
@@ -58,7 +59,7 @@ def bench(context: typer.Context) -> None:
     the last finished domain when it is run again.
     """
     with errors_in_one_line("bench") as ending:
-        from jacobi_hf.cli import recipes
+        from jacobi_hf.cli import _recipes as recipes
 
         given = recipes.given(context, BenchConfig)
         (config,) = given.parse(BenchConfig)
@@ -69,7 +70,9 @@ def bench(context: typer.Context) -> None:
             else "nothing was finished yet"
         )
         results = run(config, quiet=given.as_json)
-    typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if given.as_json else _show(results, config.output)
+    typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if given.as_json else _show(
+        results, config.output
+    )
 
 
 def unfinished(config: BenchConfig) -> Path:
@@ -86,10 +89,10 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
     from rich.console import Console
     from rich.progress import track
 
-    from jacobi_hf.cli.loading import load
-    from jacobi_hf.results import Results
-    from jacobi_hf.trainer.facts import stages_of
-    from jacobi_hf.trainer.shards import weights_fingerprint
+    from jacobi_hf.cli._models import load
+    from jacobi_hf.results.schema import Results
+    from jacobi_hf.trainer.data.shards import weights_fingerprint
+    from jacobi_hf.trainer.run_record import stages_of
 
     prompts, texts, problems = _read(config)
     decoders = _decoders(config)
@@ -111,7 +114,10 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
     if problems:
         measured += kept("problems", partial(_solved, model, tokenizer, problems, config, bar))
     for domain in prompts:
-        measured += kept(f"decoding of {domain}", partial(_decoded, model, tokenizer, {domain: prompts[domain]}, decoders, config, bar))
+        measured += kept(
+            f"decoding of {domain}",
+            partial(_decoded, model, tokenizer, {domain: prompts[domain]}, decoders, config, bar),
+        )
     results = results.model_copy(update={"measurements": measured, "training": training})
     results.write(Path(config.output))
     kept.clear()
@@ -120,7 +126,7 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
 
 def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str]], list[dict[str, Any]]]:
     """Prompts by domain, held-out texts by domain, problems."""
-    from jacobi_hf.trainer.texts import read_jsonl, read_prompts
+    from jacobi_hf.trainer.data.texts import read_jsonl, read_prompts
 
     by_domain = read_prompts(config.prompts)
     domains = [domain.strip() for domain in config.domains.split(",")] if config.domains else list(by_domain)
@@ -129,7 +135,9 @@ def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str
     texts: dict[str, list[str]] = {}
     if config.held_out:
         rows = read_jsonl(config.held_out)
-        texts = {domain: [str(row.get("text", "")) for row in rows if row.get("domain") == domain] for domain in domains}
+        texts = {
+            domain: [str(row.get("text", "")) for row in rows if row.get("domain") == domain] for domain in domains
+        }
         if missing := [domain for domain in domains if not texts[domain]]:
             raise ValueError(
                 f"{config.held_out} has no text of {', '.join(missing)}: name the --domains that it has, or leave held_out out."
@@ -144,7 +152,7 @@ def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str
 
 
 def _decoders(config: BenchConfig) -> dict[str, JacobiConfig]:
-    from jacobi_hf.cli.loading import check_decoder, check_knobs
+    from jacobi_hf.cli._models import check_decoder, check_knobs
     from jacobi_hf.config import JacobiConfig
 
     for name, knobs in config.decoders.items():
@@ -153,7 +161,7 @@ def _decoders(config: BenchConfig) -> dict[str, JacobiConfig]:
 
 
 def _own(model: Any) -> dict[str, JacobiConfig]:
-    from jacobi_hf.cli.loading import decoding_of
+    from jacobi_hf.cli._models import decoding_of
 
     own = decoding_of(model, {})
     return {own.decoding: own} if own else {}
@@ -174,7 +182,7 @@ class _Kept:
             self._done = former["done"] if former.get("of") == of else {}
 
     def __call__(self, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
-        from jacobi_hf.results import Measurement
+        from jacobi_hf.results.schema import Measurement
 
         if name not in self._done:
             self._done[name] = [m.model_dump(mode="json", exclude_none=True) for m in measure()]
@@ -188,8 +196,10 @@ class _Kept:
         self._file.unlink(missing_ok=True)
 
 
-def _loss(model: Any, tokenizer: Any, texts: list[str], domain: str, config: BenchConfig, bar: Bar) -> list[Measurement]:
-    from jacobi_hf.results import Decoder, Measurement, Prompts
+def _loss(
+    model: Any, tokenizer: Any, texts: list[str], domain: str, config: BenchConfig, bar: Bar
+) -> list[Measurement]:
+    from jacobi_hf.results.schema import Decoder, Measurement, Prompts
     from jacobi_hf.trainer.evaluation import held_out_loss
 
     loss, tokens = held_out_loss(model, tokenizer, texts, config.held_out_tokens, track=bar)
@@ -197,19 +207,29 @@ def _loss(model: Any, tokenizer: Any, texts: list[str], domain: str, config: Ben
     return [Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, held_out_loss=loss)]
 
 
-def _solved(model: Any, tokenizer: Any, problems: list[dict[str, Any]], config: BenchConfig, bar: Bar) -> list[Measurement]:
-    from jacobi_hf.results import Decoder, Measurement, Prompts
+def _solved(
+    model: Any, tokenizer: Any, problems: list[dict[str, Any]], config: BenchConfig, bar: Bar
+) -> list[Measurement]:
+    from jacobi_hf.results.schema import Decoder, Measurement, Prompts
     from jacobi_hf.trainer.evaluation import right_answers
 
     quality = right_answers(model, tokenizer, problems, config.answer_pattern, config.max_new_tokens, track=bar)
     described = Prompts(
-        domain=config.problem_domain, source="held-out problems", count=len(problems), max_new_tokens=config.max_new_tokens
-    )  # fmt: skip
+        domain=config.problem_domain,
+        source="held-out problems",
+        count=len(problems),
+        max_new_tokens=config.max_new_tokens,
+    )
     return [Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=described, quality=quality)]
 
 
 def _decoded(
-    model: Any, tokenizer: Any, prompts: dict[str, list[Any]], decoders: dict[str, JacobiConfig], config: BenchConfig, bar: Bar
+    model: Any,
+    tokenizer: Any,
+    prompts: dict[str, list[Any]],
+    decoders: dict[str, JacobiConfig],
+    config: BenchConfig,
+    bar: Bar,
 ) -> list[Measurement]:
     from jacobi_hf.trainer.evaluation import measurements
 
@@ -222,15 +242,30 @@ def _show(results: Results, output: str) -> None:
     from rich.table import Table
 
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("domain", "decoder", "tokens per forward", "without loops", "slots", "identical", "loss", "right answers"):
-        table.add_column(column, justify="left" if column in ("domain", "decoder") else "right", no_wrap=" " not in column)
+    for column in (
+        "domain",
+        "decoder",
+        "tokens per forward",
+        "without loops",
+        "slots",
+        "identical",
+        "loss",
+        "right answers",
+    ):
+        table.add_column(
+            column, justify="left" if column in ("domain", "decoder") else "right", no_wrap=" " not in column
+        )
     for m in results.measurements:
         table.add_row(
-            m.prompts.domain, m.decoder.name,
-            _number(m.tokens_per_forward), _number(m.tokens_per_forward_loop_free), _number(m.mean_slots, 1),
-            f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else "", _number(m.held_out_loss, 4),
+            m.prompts.domain,
+            m.decoder.name,
+            _number(m.tokens_per_forward),
+            _number(m.tokens_per_forward_loop_free),
+            _number(m.mean_slots, 1),
+            f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else "",
+            _number(m.held_out_loss, 4),
             f"{m.quality.value:.3f} ({m.quality.low:.2f}\u2013{m.quality.high:.2f})" if m.quality else "",
-        )  # fmt: skip
+        )
     Console().print(table)
     Console().print(output, style="dim")
 

@@ -8,23 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, recipe_option
+from jacobi_hf.cli._options import check_folder, errors_in_one_line, recipe_option
 
 SEVERAL = "; may be given several times."
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model, a LoRA adapter, a drafter, or of collected or packed trajectories.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of a model, a LoRA adapter, a drafter, or of collected or packed trajectories."),
+    ],
     repo_id: Annotated[str, typer.Argument(help="Repository that the card is for, user/name.")],
     *,
     results: Annotated[list[Path] | None, typer.Option(help="JSON file of measured results" + SEVERAL)] = None,
-    base_model: Annotated[str | None, typer.Option(help="Repository of what was trained; of adapters and drafters as they say.")] = None,
-    license: Annotated[str | None, typer.Option(help="As the Hub writes it; inherited from the base's card if that can be read.")] = None,  # noqa: A002
+    base_model: Annotated[
+        str | None, typer.Option(help="Repository of what was trained; of adapters and drafters as they say.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="As the Hub writes it; inherited from the base's card if that can be read.")
+    ] = None,
     language: Annotated[list[str] | None, typer.Option(help="Code of a language, such as en" + SEVERAL)] = None,
     datasets: Annotated[list[str] | None, typer.Option(help="Hub data set that was trained on" + SEVERAL)] = None,
-    measured_as: Annotated[list[str] | None, typer.Option(help="What results of several models call this one" + SEVERAL)] = None,
+    measured_as: Annotated[
+        list[str] | None, typer.Option(help="What results of several models call this one" + SEVERAL)
+    ] = None,
     base_measured_as: Annotated[list[str] | None, typer.Option(help="What they call its base" + SEVERAL)] = None,
-    decoders: Annotated[list[str] | None, typer.Option(help="Jacobi decoder to show, by name; all when not given" + SEVERAL)] = None,
+    decoders: Annotated[
+        list[str] | None, typer.Option(help="Jacobi decoder to show, by name; all when not given" + SEVERAL)
+    ] = None,
     prompt: Annotated[str, typer.Option(help="In the examples of use.")] = "def quicksort(items):",
     description: Annotated[str | None, typer.Option(help="Of a data set: a sentence of yours.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write; README.md in the folder when not given.")] = None,
@@ -42,9 +53,13 @@ def card(
             raise ValueError(f"{target} is there already: --overwrite replaces it, --output writes elsewhere.")
         check_folder(target.parent)
         of_models = {
-            "results": results, "base_model": base_model, "datasets": datasets, "measured_as": measured_as,
-            "base_measured_as": base_measured_as, "decoders": decoders,
-        }  # fmt: skip
+            "results": results,
+            "base_model": base_model,
+            "datasets": datasets,
+            "measured_as": measured_as,
+            "base_measured_as": base_measured_as,
+            "decoders": decoders,
+        }
         given = {name: value for name, value in of_models.items() if value}
         common = {"repo_id": repo_id, "license": license, "language": language}
         if (folder / "manifest.json").is_file():
@@ -66,7 +81,9 @@ def _dataset_card(folder: Path, given: dict[str, Any], arguments: dict[str, Any]
     if given:
         raise ValueError(f"{', '.join(given)} given for {folder}, which holds trajectories: they are for models.")
     if arguments["license"] is None:
-        raise ValueError("--license is missing: what the licenses of the prompts and of the model that answered allow.")
+        raise ValueError(
+            "--license is missing: what the licenses of the prompts and of the model that answered allow."
+        )
     return str(generate_dataset_card(folder, **arguments))
 
 
@@ -76,14 +93,19 @@ def _model_card(folder: Path, given: dict[str, Any], arguments: dict[str, Any]) 
 
     kind = kind_of(folder)
     given.setdefault("base_model", _base_in(folder, kind))
-    return str(generate_model_card(given.pop("results", ()), drafter=kind == "drafter", adapter=kind == "adapter", **given, **arguments))
+    return str(
+        generate_model_card(
+            given.pop("results", ()), drafter=kind == "drafter", adapter=kind == "adapter", **given, **arguments
+        )
+    )
 
 
 def _base_in(folder: Path, kind: str) -> str | None:
     """What an adapter or drafter says that it was made for."""
-    file, name = {"adapter": ("adapter_config.json", "base_model_name_or_path"), "drafter": ("drafter_config.json", "base_model")}.get(
-        kind, ("", "")
-    )
+    file, name = {
+        "adapter": ("adapter_config.json", "base_model_name_or_path"),
+        "drafter": ("drafter_config.json", "base_model"),
+    }.get(kind, ("", ""))
     if not file:
         return None
     base = json_module.loads((folder / file).read_text(encoding="utf-8")).get(name)

@@ -12,12 +12,12 @@ import torch
 import typer
 import yaml
 
-from jacobi_hf.cli.answers import DoSample, Dtype, MaxNewTokens, Sampling, Seed, Temperature, TopK, TopP, note, say
-from jacobi_hf.cli.interrupts import StopOnInterrupt
-from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
+from jacobi_hf.cli._answers import DoSample, Dtype, MaxNewTokens, Sampling, Seed, Temperature, TopK, TopP, note, say
+from jacobi_hf.cli._interrupts import StopOnInterrupt
+from jacobi_hf.cli._options import errors_in_one_line, recipe_option, with_knobs
 
 if TYPE_CHECKING:
-    from jacobi_hf.cli.conversation import Conversation
+    from jacobi_hf.cli._conversation import Conversation
 
 COMMANDS = "/clear begins anew, /knobs shows or changes the decoding, /exit leaves"
 
@@ -43,8 +43,8 @@ def chat(
     The cache is kept: of the conversation so far nothing is computed again. /clear begins anew, /knobs shows how the model decodes and
     /knobs jacobi_block_size=8 changes it, /exit leaves. Ctrl-C stops an answer, a second one leaves.
     """
-    from jacobi_hf.cli.conversation import Conversation
-    from jacobi_hf.cli.loading import check_knobs, decoding_of, load
+    from jacobi_hf.cli._conversation import Conversation
+    from jacobi_hf.cli._models import check_knobs, decoding_of, load
 
     with errors_in_one_line("chat"):
         sampling = Sampling(do_sample, temperature, top_p, top_k)
@@ -68,7 +68,9 @@ class _Session:
         knobs: those that were given.
     """
 
-    def __init__(self, conversation: Conversation, model: Any, arguments: dict[str, Any], knobs: dict[str, Any]) -> None:
+    def __init__(
+        self, conversation: Conversation, model: Any, arguments: dict[str, Any], knobs: dict[str, Any]
+    ) -> None:
         self._conversation, self._model, self._arguments, self._knobs = conversation, model, arguments, knobs
         self._is_tty = sys.stdin.isatty()
         if self._is_tty:
@@ -134,7 +136,7 @@ class _Session:
         note(" ".join(f"{name}={'none' if value is None else value}" for name, value in used.items()))
 
     def _decoding(self, knobs: dict[str, Any]) -> dict[str, Any]:
-        from jacobi_hf.cli.loading import decoding_of
+        from jacobi_hf.cli._models import decoding_of
 
         decoding = decoding_of(self._model, knobs)
         return decoding.to_knobs() if decoding else {"decoding": None}

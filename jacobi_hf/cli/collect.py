@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, need
+from jacobi_hf.cli._options import check_folder, errors_in_one_line, need
 
 if TYPE_CHECKING:
-    from jacobi_hf.cli.recipes import Given
-    from jacobi_hf.trainer.collection import CollectConfig
+    from jacobi_hf.cli._recipes import Given
+    from jacobi_hf.trainer.data.collection import CollectConfig
 
 
 def collect(context: typer.Context) -> None:
@@ -24,9 +24,9 @@ def collect(context: typer.Context) -> None:
         need("train", "datasets", "filelock")
         from datasets import disable_progress_bars
 
-        from jacobi_hf.cli import recipes
-        from jacobi_hf.trainer.collection import CollectConfig
-        from jacobi_hf.trainer.shards import leave_together, processes
+        from jacobi_hf.cli import _recipes as recipes
+        from jacobi_hf.trainer.data.collection import CollectConfig
+        from jacobi_hf.trainer.data.shards import leave_together, processes
 
         given = recipes.given(context, CollectConfig)
         sets = configs(given)
@@ -46,16 +46,18 @@ def configs(given: Given) -> list[CollectConfig]:
     Raises:
         ValueError: what is missing or wrong.
     """
-    from jacobi_hf.cli.loading import check_dtype
-    from jacobi_hf.cli.recipes import demand
-    from jacobi_hf.trainer.collection import CollectConfig
+    from jacobi_hf.cli._models import check_dtype
+    from jacobi_hf.cli._recipes import demand
+    from jacobi_hf.trainer.data.collection import CollectConfig
 
     sets = given.section.pop("sets", None) or {None: {}}
     if not isinstance(sets, dict) or not all(isinstance(own, dict) for own in sets.values()):
         raise ValueError("the recipe's sets have to be sections by name, each with the options that are its own.")
     named = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in given.words if word.startswith("--")}
     if len(sets) > 1 and named & {"output_dir", "dataset", "name"}:
-        raise ValueError("the recipe has several sets, each with its own dataset, name and output_dir: change those in the recipe.")
+        raise ValueError(
+            "the recipe has several sets, each with its own dataset, name and output_dir: change those in the recipe."
+        )
     found = []
     for name, own in sets.items():
         (config,) = given.parse(CollectConfig, more={**({"name": name} if name else {}), **own})
@@ -70,10 +72,10 @@ def _run(sets: list[CollectConfig]) -> list[dict[str, Any]]:
     """Collect each set; all datasets are opened, and all models looked for, before the first one is collected."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from jacobi_hf.cli.loading import check_config
-    from jacobi_hf.trainer.collection import collect as collect_set
-    from jacobi_hf.trainer.dataset import open_dataset
-    from jacobi_hf.trainer.shards import processes
+    from jacobi_hf.cli._models import check_config
+    from jacobi_hf.trainer.data.collection import collect as collect_set
+    from jacobi_hf.trainer.data.loading import open_dataset
+    from jacobi_hf.trainer.data.shards import processes
 
     rows = [open_dataset(config.dataset, config.split) for config in sets]
     for config in sets:

@@ -7,23 +7,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jacobi_hf.cli.verbs import errors_in_one_line
+from jacobi_hf.cli._options import errors_in_one_line
 
 if TYPE_CHECKING:
-    from jacobi_hf.cli.showcase import Example
+    from jacobi_hf.demo.showcase import Example
 
 HOST, PORT = "127.0.0.1", 7860
 
 
 def demo(
-    model: Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint of this repository when not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name or folder; the tiny checkpoint of this repository when not given.")
+    ] = None,
     drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter of the model.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt of your own, instead of three held-out ones.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
-    json: Annotated[bool, typer.Option("--json", help="Print the measured results as one JSON document and nothing else.")] = False,
-    web: Annotated[bool, typer.Option("--web", help="Show it on a page in the browser, with a replay; needs the extra demo.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the measured results as one JSON document and nothing else.")
+    ] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Show it on a page in the browser, with a replay; needs the extra demo.")
+    ] = False,
     host: Annotated[str, typer.Option(help="With --web, address to listen on. Who reaches it can generate.")] = HOST,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web, port to listen on; 0 for any that is free.")] = PORT,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="With --web, port to listen on; 0 for any that is free.")
+    ] = PORT,
 ) -> None:
     """Write the same text with generate() and with Jacobi decoding, and count what it took.
 
@@ -38,7 +46,7 @@ def demo(
             raise ValueError("--json and --web are two ways to show results: choose one.")
         if web:
             return _serve(model, drafter, prompt, max_new_tokens, host, port)
-        from jacobi_hf.cli import showcase
+        from jacobi_hf.demo import showcase
 
         examples: list[Example] = showcase.examples(prompt)
         loaded = showcase.load(model, drafter)
@@ -48,17 +56,21 @@ def demo(
     return None
 
 
-def _serve(model: str | None, drafter: str | None, prompt: str | None, max_new_tokens: int, host: str, port: int) -> None:
+def _serve(
+    model: str | None, drafter: str | None, prompt: str | None, max_new_tokens: int, host: str, port: int
+) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise ValueError("--web needs gradio: pip install '.[demo]'") from None
-    from jacobi_hf.cli import page, showcase
     from jacobi_hf.cli.serve import listener
+    from jacobi_hf.demo import page, showcase
 
     with listener(host, port) as at:
         if max_new_tokens > page.MOST_NEW_TOKENS:
-            raise ValueError(f"--max-new-tokens {max_new_tokens} is more than the {page.MOST_NEW_TOKENS} that the page writes.")
+            raise ValueError(
+                f"--max-new-tokens {max_new_tokens} is more than the {page.MOST_NEW_TOKENS} that the page writes."
+            )
         if prompt is None:
             prompt = showcase.examples(None)[0].prompt if model is None else ""
         server = page.Server(page.Page(page.lanes(model, drafter)), prompt, max_new_tokens)

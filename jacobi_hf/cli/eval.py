@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jacobi_hf.cli.verbs import errors_in_one_line, mapping, recipe_option, with_knobs
+from jacobi_hf.cli._options import errors_in_one_line, mapping, recipe_option, with_knobs
 
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
-    from jacobi_hf.results import Results
+    from jacobi_hf.results.schema import Results
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Evaluation:
     Attributes:
         model, drafter: names or folders.
         tasks: of lm-evaluation-harness, by name.
-        task_files: JSONL files of problems, see `jacobi_hf.cli.eval_tasks`.
+        task_files: JSONL files of problems, see `jacobi_hf.evaluation.tasks`.
         limit: most problems of a task.
         num_fewshot: worked examples before each problem; as the task says, when None.
         max_new_tokens: instead of the tasks' own.
@@ -54,18 +54,35 @@ def eval_(
     *,
     model: Annotated[str, typer.Option(help="Model name or folder.")],
     drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness by name (or its YAML files), with commas.")] = None,
-    task_file: Annotated[list[str] | None, typer.Option(help="JSONL file of problems, see above; may be given several times.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness by name (or its YAML files), with commas.")
+    ] = None,
+    task_file: Annotated[
+        list[str] | None, typer.Option(help="JSONL file of problems, see above; may be given several times.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems of each task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples before each problem, instead of the task's own.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="New tokens of an answer, instead of the task's own.")] = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put prompts through the model's chat template.")] = False,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Worked examples before each problem, instead of the task's own.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="New tokens of an answer, instead of the task's own.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put prompts through the model's chat template.")
+    ] = False,
     runs_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run code which the model writes. Use a sandbox.")
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code", help="Allow tasks that run code which the model writes. Use a sandbox."
+        ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto (as the weights are), float32, bfloat16 or float16.")] = "auto",
-    output: Annotated[str | None, typer.Option(help="JSON file for the results. An interrupted run goes on when it is run again.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document and nothing else.")] = False,
+    output: Annotated[
+        str | None, typer.Option(help="JSON file for the results. An interrupted run goes on when it is run again.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the results as one JSON document and nothing else.")
+    ] = False,
     config: Annotated[Path | None, recipe_option("decoders")] = None,  # noqa: ARG001  (its callback has read it)
     knobs: dict[str, Any],
 ) -> None:
@@ -85,10 +102,23 @@ def eval_(
             decoders = {str(knobs.get("decoding") or "jacobi_multiblock"): knobs}
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         options = Evaluation(
-            model, drafter, names, task_file or [], limit, num_fewshot, max_new_tokens, chat_template, runs_code, dtype, decoders, output
-        )  # fmt: skip
+            model,
+            drafter,
+            names,
+            task_file or [],
+            limit,
+            num_fewshot,
+            max_new_tokens,
+            chat_template,
+            runs_code,
+            dtype,
+            decoders,
+            output,
+        )
         if output:
-            ending.kept = lambda: f"what was generated is kept in {journal_of(output)}; the same command goes on from there"
+            ending.kept = lambda: (
+                f"what was generated is kept in {journal_of(output)}; the same command goes on from there"
+            )
         results = run(options, quiet=json)
     typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if json else _show(results, output)
 
@@ -105,9 +135,13 @@ def _show(results: Results, output: str | None) -> None:
 
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("task", "decoder", "score", "95%", "identical", "tokens per forward", "tok/s", "speed-up"):
-        table.add_column(column, justify="left" if column in ("task", "decoder") else "right", no_wrap=" " not in column)
+        table.add_column(
+            column, justify="left" if column in ("task", "decoder") else "right", no_wrap=" " not in column
+        )
     for m in results.measurements:
-        score, interval = (f"{m.quality.value:.3f}", f"{m.quality.low:.2f}\u2013{m.quality.high:.2f}") if m.quality else ("", "")
+        score, interval = (
+            (f"{m.quality.value:.3f}", f"{m.quality.low:.2f}\u2013{m.quality.high:.2f}") if m.quality else ("", "")
+        )
         same = f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else ""
         speed = f"{m.speedups[0].factor:.2f}" if m.speedups else ""
         took = (f"{m.tokens_per_forward:.2f}", f"{m.tokens_per_second:.0f}", speed)
@@ -116,8 +150,9 @@ def _show(results: Results, output: str | None) -> None:
     console.print(table)
     console.print(
         f"{results.model}, {results.dtype} on {results.hardware.gpu or results.device}; one prompt at a time, each generated once; "
-        "identical and speed-up: to eager generate().", style="dim",
-    )  # fmt: skip
+        "identical and speed-up: to eager generate().",
+        style="dim",
+    )
     if output:
         console.print(output, style="dim")
 
@@ -139,12 +174,14 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     from rich.console import Console
     from rich.progress import track
 
-    from jacobi_hf.cli.eval_tasks import TaskFile, load_tasks
-    from jacobi_hf.cli.evaluation import BASELINE, AlternatingLM, Journal, measure
-    from jacobi_hf.cli.loading import decoding_of, load
-    from jacobi_hf.results import Results
+    from jacobi_hf.cli._models import decoding_of, load
+    from jacobi_hf.evaluation.harness import BASELINE, AlternatingLM, Journal, measure
+    from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
+    from jacobi_hf.results.schema import Results
 
-    tasks = load_tasks(options.tasks, [TaskFile.read(path) for path in options.task_files], runs_code=options.runs_code)
+    tasks = load_tasks(
+        options.tasks, [TaskFile.read(path) for path in options.task_files], runs_code=options.runs_code
+    )
     model, tokenizer = load(options.model, options.dtype, options.drafter)
     decoders: dict[str, JacobiConfig | None] = {BASELINE: None}
     for name, knobs in options.decoders.items():
@@ -152,14 +189,18 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     if not options.decoders and (own := decoding_of(model, {})):
         decoders[own.decoding] = own
     _configure(tasks, options, model, tokenizer)
-    results = Results.start("Scores, tokens per forward and speed of ordinary and Jacobi decoding on the same tasks", model, options.model)
+    results = Results.start(
+        "Scores, tokens per forward and speed of ordinary and Jacobi decoding on the same tasks", model, options.model
+    )
     settings = {**asdict(options), "dtype": results.dtype, "device": results.device, "threads": results.threads}
     journal_file = journal_of(options.output) if options.output else None
     lm = AlternatingLM(
-        model, tokenizer, {name: config.to_knobs() if config else {"decoding": None} for name, config in decoders.items()},
+        model,
+        tokenizer,
+        {name: config.to_knobs() if config else {"decoding": None} for name, config in decoders.items()},
         lambda requests: Journal(journal_file, {**settings, "requests": requests}),
         lambda rows: track(rows, "Generating", console=Console(stderr=True), disable=quiet),
-    )  # fmt: skip
+    )
     measured = measure(lm, tasks, decoders, limit=options.limit, chat=options.chat_template, drafter=options.drafter)
     results = results.with_measurements(measured)
     if options.output:
@@ -168,7 +209,7 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
 
 
 def _check(options: Evaluation) -> None:
-    from jacobi_hf.cli.loading import check_decoder
+    from jacobi_hf.cli._models import check_decoder
 
     if not options.tasks and not options.task_files:
         raise ValueError("there is nothing to evaluate on: name --tasks, or give a --task-file.")
@@ -201,4 +242,6 @@ def _configure(tasks: dict[str, Any], options: Evaluation, model: Any, tokenizer
             task.set_config("num_fewshot", 0)
         longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 256)
         if room is not None and longest >= room:
-            raise ValueError(f"{name} asks for up to {longest} new tokens; the model has {room} positions: give fewer --max-new-tokens.")
+            raise ValueError(
+                f"{name} asks for up to {longest} new tokens; the model has {room} positions: give fewer --max-new-tokens."
+            )

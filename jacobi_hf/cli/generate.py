@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from jacobi_hf.cli.answers import (
+from jacobi_hf.cli._answers import (
     Answer,
     DoSample,
     Dtype,
@@ -26,8 +26,8 @@ from jacobi_hf.cli.answers import (
     say,
     write,
 )
-from jacobi_hf.cli.prompt_files import encode_prompts
-from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
+from jacobi_hf.cli._options import errors_in_one_line, recipe_option, with_knobs
+from jacobi_hf.io import encode_prompts
 
 
 @with_knobs
@@ -36,7 +36,9 @@ def generate(
     *,
     model: Annotated[str, typer.Option(help="Model name or folder.")],
     drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Text file with the prompt, instead of one on the command line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Text file with the prompt, instead of one on the command line.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     max_new_tokens: MaxNewTokens = 256,
     do_sample: DoSample = None,
@@ -45,8 +47,12 @@ def generate(
     top_k: TopK = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
-    compare: Annotated[bool, typer.Option("--compare", help="Decode the ordinary way too: are the texts identical, and how fast?")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print text and figures as one JSON document and nothing else.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode the ordinary way too: are the texts identical, and how fast?")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print text and figures as one JSON document and nothing else.")
+    ] = False,
     config: Annotated[Path | None, recipe_option()] = None,  # noqa: ARG001  (its callback has read it)
     knobs: dict[str, Any],
 ) -> None:
@@ -54,7 +60,7 @@ def generate(
 
     jacobi-hf generate --model Qwen/Qwen3-1.7B "def quicksort(items):"
     """
-    from jacobi_hf.cli.loading import check_knobs, decoding_of, load
+    from jacobi_hf.cli._models import check_knobs, decoding_of, load
 
     with errors_in_one_line("generate"):
         sampling, text = Sampling(do_sample, temperature, top_p, top_k), read_prompt(prompt, file)
@@ -74,13 +80,28 @@ def generate(
             _report(answer, used)
         ordinary = write(loaded, tokenizer, ids, arguments | {"decoding": None}, seed=seed) if compare else None
     if json:
-        where = {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+        where = {
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
         document = {
-            "model": model, "drafter": drafter, "prompt": text, "text": answer.text, "prompt_tokens": len(ids), **answer.figures,
-            "knobs": used, "sampling": {**arguments, "seed": seed}, **where, "warnings": answer.warnings,
-        }  # fmt: skip
+            "model": model,
+            "drafter": drafter,
+            "prompt": text,
+            "text": answer.text,
+            "prompt_tokens": len(ids),
+            **answer.figures,
+            "knobs": used,
+            "sampling": {**arguments, "seed": seed},
+            **where,
+            "warnings": answer.warnings,
+        }
         if ordinary:
-            document |= {"ordinary": {"text": ordinary.text, **ordinary.figures}, "identical": ordinary.ids == answer.ids}
+            document |= {
+                "ordinary": {"text": ordinary.text, **ordinary.figures},
+                "identical": ordinary.ids == answer.ids,
+            }
         typer.echo(json_module.dumps(document, indent=1, ensure_ascii=False))
     elif ordinary:
         _report_comparison(answer, ordinary, loaded.dtype)
@@ -121,7 +142,9 @@ def _report_comparison(answer: Answer, ordinary: Answer, dtype: torch.dtype) -> 
     if answer.ids == ordinary.ids:
         note(f"the texts are identical; speed-up {ordinary.seconds / answer.seconds:.2f}")
         return
-    same = next((at for at, (a, b) in enumerate(zip(answer.ids, ordinary.ids, strict=False)) if a != b), len(ordinary.ids))
+    same = next(
+        (at for at, (a, b) in enumerate(zip(answer.ids, ordinary.ids, strict=False)) if a != b), len(ordinary.ids)
+    )
     why = "" if dtype == torch.float32 else f"; in {dtype} two tokens can tie, --dtype float32 tells"
     note(f"the texts differ from new token {same + 1} on{why}. Ordinary decoding wrote:")
     typer.echo(ordinary.text)

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jacobi_hf.cli.verbs import errors_in_one_line
+from jacobi_hf.cli._options import errors_in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jacobi_hf.cli.inspection import Environment, ModelFacts
+    from jacobi_hf.cli._inspection import Environment, ModelFacts
 
 
 def info(
     model: Annotated[str | None, typer.Argument(help="Model name or folder: whether and how it would decode.")] = None,
     *,
-    drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter: whether it is for the model.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a drafter: whether it is for the model.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """Say what is installed, on what it runs, and whether a model would decode with Jacobi or fall back, and why.
@@ -28,8 +30,10 @@ def info(
     """
     with errors_in_one_line("info"):
         if drafter is not None and model is None:
-            raise ValueError(f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}")
-        from jacobi_hf.cli.inspection import Environment, inspect_model
+            raise ValueError(
+                f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}"
+            )
+        from jacobi_hf.cli._inspection import Environment, inspect_model
 
         here = Environment.here()
         facts = None if model is None else inspect_model(model, drafter)
@@ -55,15 +59,25 @@ def _environment(here: Environment) -> Iterator[tuple[str, str]]:
 def _model(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "model", facts.name
-    how = "registered" if facts.is_registered else f"jacobi_hf.register({facts.model_class}) in Python; commands do it themselves"
+    how = (
+        "registered"
+        if facts.is_registered
+        else f"jacobi_hf.register({facts.model_class}) in Python; commands do it themselves"
+    )
     yield "class", f"{facts.model_class} ({how})"
     limit = f", {facts.positions} positions" if facts.positions else ""
-    yield "size", f"{facts.parameters:,} parameters in {facts.dtype}, {facts.vocabulary} tokens in the vocabulary{limit}"
+    yield (
+        "size",
+        f"{facts.parameters:,} parameters in {facts.dtype}, {facts.vocabulary} tokens in the vocabulary{limit}",
+    )
     layers = ", ".join(f"{count} layers of {kind}" for kind, count in facts.layers.items())
     yield "attention", ", ".join([facts.attention, *(f"{name} in steps" for name in facts.kernels), layers])
     if facts.drafter:
         about = facts.drafter
-        yield "drafter", f"rank {about['rank']} beside {about['weights']} weight matrices, made for {about['base_model']}"
+        yield (
+            "drafter",
+            f"rank {about['rank']} beside {about['weights']} weight matrices, made for {about['base_model']}",
+        )
     saved = ", ".join(f"{name}={value}" for name, value in facts.saved_knobs.items())
     yield "saved knobs", saved or "none: decoding='jacobi_multiblock' is to be named in each call of generate"
     yield "decoding", facts.decoding if facts.reason is None else f"{facts.decoding}: {' '.join(facts.reason.split())}"

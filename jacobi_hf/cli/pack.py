@@ -6,16 +6,16 @@ import json
 
 import typer
 
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, need
+from jacobi_hf.cli._options import check_folder, errors_in_one_line, need
 
 
 def pack(context: typer.Context) -> None:
     """Choose noisy states of collected trajectories, and write them with their fixed points, in the published packed format."""
     with errors_in_one_line("pack") as ending:
         need("train", "datasets", "filelock")
-        from jacobi_hf.cli import recipes
-        from jacobi_hf.trainer.packing import PackConfig, pack_trajectories
-        from jacobi_hf.trainer.shards import processes
+        from jacobi_hf.cli import _recipes as recipes
+        from jacobi_hf.trainer.data.packing import PackConfig, pack_trajectories
+        from jacobi_hf.trainer.data.shards import processes
 
         given = recipes.given(context, PackConfig)
         (config,) = given.parse(PackConfig)

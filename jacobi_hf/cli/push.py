@@ -8,29 +8,45 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option
+from jacobi_hf.cli._options import errors_in_one_line, recipe_option
 
 if TYPE_CHECKING:
     from jacobi_hf.hub_cards.push import Pushed
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model with its tokenizer, of a LoRA adapter, or of a drafter.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a model with its tokenizer, of a LoRA adapter, or of a drafter.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="Repository, user/name; made if it is not there.")],
     *,
-    card: Annotated[Path | None, typer.Option(help="File for README.md, instead of the folder's own (jacobi-hf card writes one).")] = None,
-    results: Annotated[list[Path] | None, typer.Option(help="JSON file of measured results; may be given several times.")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="File for README.md, instead of the folder's own (jacobi-hf card writes one).")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="JSON file of measured results; may be given several times.")
+    ] = None,
     plots: Annotated[list[Path] | None, typer.Option(help="Picture; may be given several times.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository that an adapter or drafter was made for.")] = None,
-    license: Annotated[str | None, typer.Option(help="For a card that has to be written; inherited if the base's says it.")] = None,  # noqa: A002
+    license: Annotated[
+        str | None, typer.Option(help="For a card that has to be written; inherited if the base's says it.")
+    ] = None,
     language: Annotated[str | None, typer.Option(help="For such a card: code of a language, such as en.")] = None,
-    datasets: Annotated[list[str] | None, typer.Option(help="For such a card: Hub data set; may be given several times.")] = None,
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private; as your account says when not given.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option(help="For such a card: Hub data set; may be given several times.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option(help="Whether a new repository is private; as your account says when not given.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="What changed.")] = None,
-    dry_run: Annotated[Path | None, typer.Option(help="New folder to write the repository to; nothing is sent.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print what was sent as one JSON document and nothing else.")] = False,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="New folder to write the repository to; nothing is sent.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print what was sent as one JSON document and nothing else.")
+    ] = False,
     config: Annotated[Path | None, recipe_option()] = None,  # noqa: ARG001  (its callback has read it)
 ) -> None:
     """Send weights, card, custom_generate and results as one commit. Everything is checked before anything is sent.
@@ -44,10 +60,21 @@ def push(
         ending.kept = lambda: "the repository is as it was; run the same again"
         try:
             pushed = push_to_hub(
-                folder, repo_id, card=None if card is None else card.read_text(encoding="utf-8"), results=results or (), plots=plots or (),
-                base_model=base_model, license=license, language=language, datasets=datasets or (), private=private, revision=revision,
-                create_pr=create_pr, commit_message=commit_message, dry_run=dry_run,
-            )  # fmt: skip
+                folder,
+                repo_id,
+                card=None if card is None else card.read_text(encoding="utf-8"),
+                results=results or (),
+                plots=plots or (),
+                base_model=base_model,
+                license=license,
+                language=language,
+                datasets=datasets or (),
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                dry_run=dry_run,
+            )
         except PushError as error:
             raise ValueError(str(error)) from error
     if json:

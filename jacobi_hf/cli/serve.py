@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jacobi_hf.cli.verbs import errors_in_one_line, recipe_option, with_knobs
+from jacobi_hf.cli._options import errors_in_one_line, recipe_option, with_knobs
 from jacobi_hf.integration.compat import require_release
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ def serve(
     model: Annotated[str, typer.Argument(help="Model name or folder; also what requests call it.")],
     *,
     drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. There is no authentication: one that others reach is open to them.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. There is no authentication: one that others reach is open to them."),
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto (as the weights are), float32, bfloat16 or float16.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps; on CUDA they are captured.")] = False,
@@ -35,14 +36,14 @@ def serve(
     A request may hold knobs of its own: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}. Sampling
     is as the model's generation config says unless the request has a temperature; 0 is greedy.
     """
-    from jacobi_hf.cli.loading import check_knobs, decoding_of, load
+    from jacobi_hf.cli._models import check_knobs, decoding_of, load
 
     with errors_in_one_line("serve"):
         require_release("serving", "5.15")
         _check_extra()
         check_knobs(knobs)
         at = listener(host, port)  # before the model is loaded, which takes long
-    from jacobi_hf.cli.serving import Server, build_app
+    from jacobi_hf.serving.app import Server, build_app
 
     with at:
         with errors_in_one_line("serve"):
@@ -51,7 +52,9 @@ def serve(
         make_default(loaded, default)
         app = build_app(loaded, tokenizer, model, compiled=compiled)
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"{model} ({default.decoding if default else 'ordinary decoding'}) at http://{shown}:{at.getsockname()[1]}/v1")
+        typer.echo(
+            f"{model} ({default.decoding if default else 'ordinary decoding'}) at http://{shown}:{at.getsockname()[1]}/v1"
+        )
         with suppress(KeyboardInterrupt):  # which is how one ends it
             Server(app).run(sockets=[at])
 
@@ -77,7 +80,9 @@ def listener(host: str, port: int) -> socket.socket:
         at.bind((host, port))
     except OSError as error:
         at.close()
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port or --host.") from None
+        raise ValueError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port or --host."
+        ) from None
     return at
 
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from jacobi_hf.cli.verbs import check_folder, errors_in_one_line, need
+from jacobi_hf.cli._options import check_folder, errors_in_one_line, need
 
 
 def train(context: typer.Context) -> None:
@@ -20,14 +20,14 @@ def train(context: typer.Context) -> None:
     """
     with errors_in_one_line("train") as ending:
         need("train", "datasets", "filelock", "peft")
-        from jacobi_hf.cli import recipes
-        from jacobi_hf.cli.loading import check_config, check_dtype
-        from jacobi_hf.results import without_secrets
-        from jacobi_hf.trainer.arguments import JacobiForcingConfig
+        from jacobi_hf.cli import _recipes as recipes
+        from jacobi_hf.cli._models import check_config, check_dtype
+        from jacobi_hf.results.schema import without_secrets
+        from jacobi_hf.trainer.data.shards import leave_together
+        from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
+        from jacobi_hf.trainer.forcing.trainer import last_finished_checkpoint
         from jacobi_hf.trainer.run import TrainData
         from jacobi_hf.trainer.run import train as run
-        from jacobi_hf.trainer.shards import leave_together
-        from jacobi_hf.trainer.trainer import last_finished_checkpoint
 
         given = recipes.given(context, TrainData, JacobiForcingConfig)
         data, args = given.parse(TrainData, JacobiForcingConfig)
@@ -40,7 +40,11 @@ def train(context: typer.Context) -> None:
 
         def kept() -> str:
             checkpoint = last_finished_checkpoint(args.output_dir)
-            return f"{checkpoint} is kept; the same command goes on from there" if checkpoint else "no checkpoint has been written yet"
+            return (
+                f"{checkpoint} is kept; the same command goes on from there"
+                if checkpoint
+                else "no checkpoint has been written yet"
+            )
 
         ending.kept = kept
         # Trainer logs to stdout, which is a program's where it asks for JSON.

@@ -51,7 +51,9 @@ def check_release() -> None:
         ImportError: transformers is older than `OLDEST_SUPPORTED`.
     """
     if _minor(installed()) < _minor(Version(OLDEST_SUPPORTED)):
-        raise ImportError(f"jacobi_hf needs transformers {OLDEST_SUPPORTED} or newer, but {installed()} is installed: {INSTALL}")
+        raise ImportError(
+            f"jacobi_hf needs transformers {OLDEST_SUPPORTED} or newer, but {installed()} is installed: {INSTALL}"
+        )
     if not is_tested():
         warnings.warn(
             f"jacobi_hf is tested with transformers {OLDEST_SUPPORTED} to {NEWEST_TESTED}, and {installed()} is installed. "

@@ -48,7 +48,10 @@ def tokens(page: str):
 
 def blocks(page: str, language: str) -> list[Block]:
     found, everything = [], tokens(page)
-    comments = ["", *(token.content if token.type == "html_block" else "" for token in everything)]  # before each token
+    comments = [
+        "",
+        *(token.content if token.type == "html_block" else "" for token in everything),
+    ]  # before each token
     for number, token in enumerate(everything):
         if token.type == "fence" and token.info.strip() == language:
             said = _NOT_RUN.search(comments[number])

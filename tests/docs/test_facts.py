@@ -29,7 +29,9 @@ def test_quoted_numbers_are_in_the_results(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     tables = QUOTED.findall(text)
     assert len(tables) == text.count(MARK)
-    assert not set().union(*(strangers(table, (ROOT / "docs/results.md").read_text(encoding="utf-8")) for table in tables))
+    assert not set().union(
+        *(strangers(table, (ROOT / "docs/results.md").read_text(encoding="utf-8")) for table in tables)
+    )
 
 
 def test_some_pages_quote_and_a_stranger_is_found():
@@ -48,7 +50,9 @@ def test_knobs_have_their_defaults():
 
 
 def test_every_recipe_is_listed():
-    assert {path.name for path in (ROOT / "examples/recipes").glob("*.yaml")} <= {link.split("/")[-1] for link in links("docs/recipes.md")}
+    assert {path.name for path in (ROOT / "examples/recipes").glob("*.yaml")} <= {
+        link.split("/")[-1] for link in links("docs/recipes.md")
+    }
 
 
 def test_every_verb_is_listed():

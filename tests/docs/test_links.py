@@ -21,7 +21,9 @@ def broken(page):
             target = os.path.basename(target).upper().replace(".MD", ".md")  # noqa: PTH119
         if target.startswith("..") or not (ROOT / target).exists():
             yield f"{link}: there is no {target}"
-        elif anchor and target.endswith(".md") and not anchor.startswith("jacobi_hf.") and anchor not in anchors(target):
+        elif (
+            anchor and target.endswith(".md") and not anchor.startswith("jacobi_hf.") and anchor not in anchors(target)
+        ):
             yield f"{link}: {target} has no heading {anchor!r}"
 
 
@@ -32,7 +34,9 @@ def test_links_lead_somewhere(page):
 
 def test_broken_links_are_found(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text("# A `b`\n\n[x](nowhere.md) [y](#a-b) [z](#c) ![w](w.png) [v](https://example.org/v)\n", encoding="utf-8")
+    page.write_text(
+        "# A `b`\n\n[x](nowhere.md) [y](#a-b) [z](#c) ![w](w.png) [v](https://example.org/v)\n", encoding="utf-8"
+    )
     monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
     monkeypatch.setitem(broken.__globals__, "ROOT", tmp_path)
     assert [found.split(":")[0] for found in broken("page.md")] == ["nowhere.md", "#c", "w.png"]

@@ -28,7 +28,11 @@ def test_every_page_is_there(site):
 
 def test_nothing_is_fetched_from_elsewhere(site):
     fetched = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:[^\"\s>]+)")
-    assert not [(page.name, found) for page in site.rglob("*.html") for found in fetched.findall(page.read_text(encoding="utf-8"))]
+    assert not [
+        (page.name, found)
+        for page in site.rglob("*.html")
+        for found in fetched.findall(page.read_text(encoding="utf-8"))
+    ]
 
 
 def test_lists_and_tables_are_those_of_github(site):
@@ -37,7 +41,10 @@ def test_lists_and_tables_are_those_of_github(site):
         page = source.relative_to(ROOT).as_posix()
         html = (site / source.relative_to(ROOT / "docs").with_suffix(".html")).read_text(encoding="utf-8")
         article = html[html.index("<article") : html.index("</article>")]
-        counts = {tag: sum(t.type == f"{kind}_open" for t in tokens(page)) for tag, kind in (("li", "list_item"), ("table", "table"))}
+        counts = {
+            tag: sum(t.type == f"{kind}_open" for t in tokens(page))
+            for tag, kind in (("li", "list_item"), ("table", "table"))
+        }
         assert {tag: len(re.findall(rf"<{tag}[ >]", article)) for tag in counts} == counts, page
 
 

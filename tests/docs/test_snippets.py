@@ -34,10 +34,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import jacobi_hf
 from jacobi_hf.cli import app
 from jacobi_hf.cli.serve import listener, make_default
-from jacobi_hf.cli.serving import Server, build_app
 from jacobi_hf.config import JacobiConfig
+from jacobi_hf.serving.app import Server, build_app
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans
-from tests.trainer.records import records
+from tests.helpers.records import records
 
 CHECKPOINT = "examples/tiny_qwen3/checkpoint"
 HUB_MODEL = re.compile(r"(?<=[\"' =])Qwen/[\w.-]+")
@@ -85,7 +85,9 @@ def served(model, tokenizer):
 
 
 def translated(code):
-    code = re.sub(r"(max_(?:new_)?tokens)=\d+", r"\1=16", HUB_MODEL.sub(CHECKPOINT, code)).replace("bf16=True", "use_cpu=True")
+    code = re.sub(r"(max_(?:new_)?tokens)=\d+", r"\1=16", HUB_MODEL.sub(CHECKPOINT, code)).replace(
+        "bf16=True", "use_cpu=True"
+    )
     return re.sub(r"autotune\(model, prompts,(?!.*seconds=)", "autotune(model, prompts, seconds=1,", code)
 
 
@@ -106,7 +108,11 @@ def test_python_runs(page, reader):
 
 def test_few_blocks_are_excused():
     excuses = [
-        (block.page, block.excuse) for page in PAGES for language in ("python", "bash") for block in blocks(page, language) if block.excuse
+        (block.page, block.excuse)
+        for page in PAGES
+        for language in ("python", "bash")
+        for block in blocks(page, language)
+        if block.excuse
     ]
     assert len(excuses) <= MOST_EXCUSES, excuses
 
@@ -137,7 +143,9 @@ def fault_of(words):
         return next((f"make has no target {word}" for word in rest if "=" not in word and word not in targets), None)
     if program == "pip":
         wanted = re.findall(r"(?:\.|jacobi-hf)\[([\w,]+)\]", " ".join(rest))
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
         return next((f"no extra {name}" for names in wanted for name in names.split(",") if name not in extras), None)
     return None if program in OTHER_PROGRAMS else f"{program} is none of the programs that the docs use"
 
@@ -209,7 +217,12 @@ def shown(call):
 def unknown_options(arguments, text):
     known = {name.replace("_", "-") for name in re.findall(r"--[\w-]+", text)}
     return next(
-        (f"no option {word}" for word in arguments if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known), None
+        (
+            f"no option {word}"
+            for word in arguments
+            if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known
+        ),
+        None,
     )
 
 

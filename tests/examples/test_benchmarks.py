@@ -13,9 +13,9 @@ import pytest
 import torch
 import typer
 
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
 from jacobi_hf.trainer.evaluation import is_looping
-from tests.models import tiny_model
+from tests.helpers.models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -31,7 +31,9 @@ def run(*arguments: object) -> str:
 @pytest.mark.slow
 def test_compare_writes_a_results_document(tmp_path):
     out = tmp_path / "compare.json"
-    printed = run(BENCHMARKS / "decode.py", "compare", "--prompts", 1, "--max-new-tokens", 8, "--no-compiled", "--output", out)
+    printed = run(
+        BENCHMARKS / "decode.py", "compare", "--prompts", 1, "--max-new-tokens", 8, "--no-compiled", "--output", out
+    )
     assert printed.splitlines()[-1] == str(out)
     results = Results.read(out)
     assert {m.prompts.domain for m in results.measurements} == {"code", "arithmetic", "prose"}
@@ -54,7 +56,13 @@ def test_peers_goes_on_only_where_the_same_code_measured(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
     """Tests, step_cost.py and growth.py at tiny shapes; a part that fails is told, and takes nothing from the others."""
-    environment = {**os.environ, "DRY": "1", "PARTS": "tests steps growth", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "DRY": "1",
+        "PARTS": "tests steps growth",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
     command = ["bash", BENCHMARKS / "gpu.sh", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     log = (tmp_path / "gpu.log").read_text(encoding="utf-8")
@@ -70,14 +78,20 @@ def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
 
 def test_the_gpu_script_keeps_what_finished_when_a_part_fails(tmp_path):
     environment = {**os.environ, "DRY": "1", "PARTS": "tests steps", "PYTHON": str(tmp_path / "python")}
-    (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3;; *) exec {sys.executable} --version;; esac\n')
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3;; *) exec {sys.executable} --version;; esac\n'
+    )
     (tmp_path / "python").chmod(0o755)
-    done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", tmp_path], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        ["bash", BENCHMARKS / "gpu.sh", tmp_path], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 1
     assert [line.split("\t")[:2] for line in done.stdout.splitlines()] == [["tests", "3"], ["step_cost-tiny", "0"]]
 
 
-@pytest.mark.parametrize("name", sorted(str(p.relative_to(BENCHMARKS / "results")) for p in (BENCHMARKS / "results").rglob("*.json")))
+@pytest.mark.parametrize(
+    "name", sorted(str(p.relative_to(BENCHMARKS / "results")) for p in (BENCHMARKS / "results").rglob("*.json"))
+)
 def test_stored_documents_fit_the_schema(name):
     results = Results.read(BENCHMARKS / "results" / name)
     assert results.measurements or results.costs
@@ -156,9 +170,14 @@ def test_a_replay_yields_just_so_many_tokens_per_forward(per_forward):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_cost.Window, "redraft", step_cost.replaying(truth, per_forward))
         output = model.generate(
-            ids, **arguments, decoding="jacobi_multiblock", jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0,
+            ids,
+            **arguments,
+            decoding="jacobi_multiblock",
+            jacobi_block_size=4,
+            jacobi_max_blocks=16,
+            jacobi_pool_size=0,
             jacobi_lookup_tokens=0,
-        )  # fmt: skip
+        )
     assert torch.equal(output.sequences, reference)
     # The prefill yields one token, and the last forward may be cut short.
     assert output.jacobi_stats.forwards - 1 == pytest.approx((tokens - 1) / per_forward, abs=1.5)

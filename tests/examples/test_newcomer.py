@@ -54,7 +54,8 @@ def test_a_command_that_fails_is_named(newcomer, repository, tmp_path):
 def test_the_table_has_every_command_and_what_came_out(newcomer):
     stored = newcomer.Results.read(newcomer.HERE / "results" / "gated" / "drafter-seed42.json")
     costs = [
-        newcomer.Cost(name=n, value=v, unit="s", setting={"beside": "alone", "cpu_seconds": v / 2}) for n, v in (("a b", 50), ("c", 90))
+        newcomer.Cost(name=n, value=v, unit="s", setting={"beside": "alone", "cpu_seconds": v / 2})
+        for n, v in (("a b", 50), ("c", 90))
     ]
     results = stored.model_copy(update={"costs": costs})
     page = f"before\n{newcomer.BEGIN}old\n{newcomer.END}after\n"
@@ -68,5 +69,7 @@ def test_the_table_has_every_command_and_what_came_out(newcomer):
 
 def test_the_page_shows_the_committed_run_of_its_own_commands(newcomer):
     page, results = newcomer.PAGE.read_text(encoding="utf-8"), newcomer.Results.read(newcomer.DOCUMENT)
-    assert [cost.name for cost in results.costs] == [line for line in newcomer.commands(page) if not line.startswith(newcomer.UNTIMED)]
+    assert [cost.name for cost in results.costs] == [
+        line for line in newcomer.commands(page) if not line.startswith(newcomer.UNTIMED)
+    ]
     assert newcomer.with_table(page, results) == page

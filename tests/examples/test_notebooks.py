@@ -23,7 +23,9 @@ def test_a_notebook_is_stored_without_outputs(path):
 def test_the_quickstart_runs_and_shows_what_it_says():
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", 4)
     NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream")
+    printed = "".join(
+        o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"
+    )
     assert "the same tokens: True" in printed
     assert "Cloning" not in printed
 

@@ -12,13 +12,13 @@ import yaml
 
 from jacobi_hf import JacobiConfig
 from jacobi_hf.cli import app
+from jacobi_hf.cli._models import check_decoder
+from jacobi_hf.cli._options import mapping
+from jacobi_hf.cli._recipes import parse
 from jacobi_hf.cli.bench import BenchConfig
-from jacobi_hf.cli.loading import check_decoder
-from jacobi_hf.cli.recipes import parse
-from jacobi_hf.cli.verbs import mapping
 from jacobi_hf.trainer import JacobiForcingConfig
-from jacobi_hf.trainer.collection import CollectConfig
-from jacobi_hf.trainer.packing import PackConfig
+from jacobi_hf.trainer.data.collection import CollectConfig
+from jacobi_hf.trainer.data.packing import PackConfig
 from jacobi_hf.trainer.run import TrainData
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,13 +51,19 @@ def test_the_newcomers_recipe_evaluates_what_it_trains():
     path = ROOT / "examples" / "recipes" / "tiny_newcomer.yaml"
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     with typer.main.get_command(app).commands["eval"].make_context("eval", ["--config", str(path)]) as context:
-        assert (context.params["model"], context.params["drafter"]) == (recipe["bench"]["model"], recipe["bench"]["drafter"])
+        assert (context.params["model"], context.params["drafter"]) == (
+            recipe["bench"]["model"],
+            recipe["bench"]["drafter"],
+        )
         assert all((ROOT / file).is_file() for file in (*context.params["task_file"], recipe["collect"]["dataset"]))
         for name, knobs in mapping(context, "decoders").items():
             check_decoder(name, knobs)
     asked = [f"{recipe['train']['output_dir']}/final", "you/tiny-drafter", "--config", str(path)]
     with typer.main.get_command(app).commands["card"].make_context("card", asked) as context:
-        assert [str(file) for file in context.params["results"]] == [recipe["bench"]["output"], recipe["eval"]["output"]]
+        assert [str(file) for file in context.params["results"]] == [
+            recipe["bench"]["output"],
+            recipe["eval"]["output"],
+        ]
         assert context.params["license"]
 
 
@@ -83,7 +89,10 @@ def test_every_ablation_is_understood():
         (packed,) = parse((PackConfig,), recipe["pack"], variation.pack.split(), "pack")
         _, args = parse((TrainData, JacobiForcingConfig), train, variation.train.split(), "train")
         parse(
-            (CollectConfig,), recipe["collect"], ["--block_size", str(variation.second_stage or 16), *variation.collect.split()], "collect"
+            (CollectConfig,),
+            recipe["collect"],
+            ["--block_size", str(variation.second_stage or 16), *variation.collect.split()],
+            "collect",
         )
         return str(
             (
@@ -104,8 +113,18 @@ def test_the_published_runs_are_what_was_published():
     recipe = yaml.safe_load((ROOT / "examples/recipes/qwen3_1.7b.yaml").read_text(encoding="utf-8"))
     _, args = parse((TrainData, JacobiForcingConfig), recipe["train"] | {"use_cpu": True, "bf16": False}, [], "train")
     (packed,) = parse((PackConfig,), recipe["pack"], [], "pack")
-    assert (args.block_size, packed.window, packed.schedule, packed.max_blocks, packed.buckets) == (32, 16, "progressive", 3, "8-11")
-    assert (args.learning_rate, str(args.lr_scheduler_type), args.get_warmup_steps(1000)) == (5e-6, "SchedulerType.COSINE", 30)
+    assert (args.block_size, packed.window, packed.schedule, packed.max_blocks, packed.buckets) == (
+        32,
+        16,
+        "progressive",
+        3,
+        "8-11",
+    )
+    assert (args.learning_rate, str(args.lr_scheduler_type), args.get_warmup_steps(1000)) == (
+        5e-6,
+        "SchedulerType.COSINE",
+        30,
+    )
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 4)
     assert (args.ar_loss_weight, args.consistency_loss_weight, args.kl_loss_weight) == (10, 1, 0)
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from jacobi_hf.cli.serve import listener
-from tests.tiny import CHECKPOINT
+from tests.helpers.tiny import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "examples" / "space"
@@ -62,7 +62,12 @@ def test_it_starts_and_shows_the_page(space):
     finally:
         process.terminate()
         process.wait(30)
-    for shown in ("Several tokens per forward", "Jacobi with a drafter (lossless)", "StreamReader", ".replay .windows"):
+    for shown in (
+        "Several tokens per forward",
+        "Jacobi with a drafter (lossless)",
+        "StreamReader",
+        ".replay .windows",
+    ):
         assert shown in page
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import CHECKPOINT, EXAMPLE
+from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def trained():
-    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(CHECKPOINT)
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        CHECKPOINT
+    )
 
 
 def test_every_template_computes_what_it_says(corpus):
@@ -89,7 +91,12 @@ def test_checkpoint_is_small_and_plain():
 
 def test_tokenizer_gives_back_what_it_was_given(trained):
     _, tokenizer = trained
-    for text in ("def f(x):\n    return x ** 2  # naïve\n", "Question: 12 + 7?\nAnswer:", "tabs\tand   spaces\n\n\n", "日本語 🙂"):
+    for text in (
+        "def f(x):\n    return x ** 2  # naïve\n",
+        "Question: 12 + 7?\nAnswer:",
+        "tabs\tand   spaces\n\n\n",
+        "日本語 🙂",
+    ):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("1234")["input_ids"]) == 4
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
@@ -105,7 +112,9 @@ def test_checkpoint_solves_what_its_report_says(trained, corpus):
     batch = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, return_token_type_ids=False)
     ids = model.generate(**batch, max_new_tokens=96, do_sample=False, decoding="jacobi_multiblock")
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = sum(corpus.arithmetic.read_answer(text) == p.result for text, p in zip(texts, problems, strict=True)) / len(problems)
+    right = sum(
+        corpus.arithmetic.read_answer(text) == p.result for text, p in zip(texts, problems, strict=True)
+    ) / len(problems)
     assert right >= report["arithmetic_exact_match"]["held_out_seeds"] - 0.15
 
 
@@ -122,13 +131,26 @@ def test_forced_checkpoint_is_small_plain_and_carries_its_decoding(trained):
     assert AutoTokenizer.from_pretrained(forced).get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize(("report", "recipe"), [("forcing-stage1", "tiny_qwen3_cpu"), ("forcing", "tiny_qwen3_cpu_stage2")])
+@pytest.mark.parametrize(
+    ("report", "recipe"), [("forcing-stage1", "tiny_qwen3_cpu"), ("forcing", "tiny_qwen3_cpu_stage2")]
+)
 def test_the_forced_checkpoint_was_made_by_the_recipes(report, recipe):
     said = json.loads((EXAMPLE / "forced" / f"{report}.json").read_text(encoding="utf-8"))
     asked = yaml.safe_load((EXAMPLE.parent / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8"))["train"]
-    used = said["arguments"] | said["data"] | {"max_steps": said["steps"], "per_device_train_batch_size": said["batch"]["per_device"]}
+    used = (
+        said["arguments"]
+        | said["data"]
+        | {"max_steps": said["steps"], "per_device_train_batch_size": said["batch"]["per_device"]}
+    )
     shared = asked.keys() & used.keys()
-    assert {"learning_rate", "muon_learning_rate", "kl_loss_weight", "max_steps", "ar_loss_weight", "replay_ratio"} <= shared
+    assert {
+        "learning_rate",
+        "muon_learning_rate",
+        "kl_loss_weight",
+        "max_steps",
+        "ar_loss_weight",
+        "replay_ratio",
+    } <= shared
     assert {name: used[name] for name in shared} == {name: asked[name] for name in shared}
 
 

@@ -69,9 +69,15 @@ random_reference = random.generate(ids, **ASKED)
 def without() -> None:
     note("by name", plain.generate(**inputs, **ASKED, custom_generate=FORCED, **TRUST), reference)
     note("plain afterwards", plain.generate(**inputs, **ASKED), reference)
-    note("another model's code", plain.generate(**inputs, **ASKED, custom_generate="user/qwen2", **TRUST, jacobi_block_size=4), reference)
+    note(
+        "another model's code",
+        plain.generate(**inputs, **ASKED, custom_generate="user/qwen2", **TRUST, jacobi_block_size=4),
+        reference,
+    )
     seen["class"] = [base.__name__ for base in type(plain).__mro__[:2]]
-    errors["no trust"] = error_of(lambda: plain.generate(**inputs, **ASKED, custom_generate=FORCED, trust_remote_code=False))
+    errors["no trust"] = error_of(
+        lambda: plain.generate(**inputs, **ASKED, custom_generate=FORCED, trust_remote_code=False)
+    )
     _from_pretrained()
     _unregistered_class()
     _drafter()
@@ -99,15 +105,19 @@ def _from_pretrained() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         note("beams", model.generate(**inputs, **beams), plain.generate(**inputs, **beams))
-    seen["warnings"] = [str(one.message).split("does not serve ")[1].split()[0] for one in told if "does not serve" in str(one.message)]
+    seen["warnings"] = [
+        str(one.message).split("does not serve ")[1].split()[0] for one in told if "does not serve" in str(one.message)
+    ]
     errors["misspelt"] = error_of(lambda: model.generate(**inputs, jacobi_blok_size=3))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     note("streamed", model.generate(**one, **ASKED, streamer=streamer), single)
-    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("Task: 12 + 30 * 2 =", do_sample=False, max_new_tokens=32)
-    streamed = "".join(streamer)
-    seen["pipeline"] = streamed == tokenizer.decode(single.sequences[0, one.input_ids.shape[1] :]) and text[0]["generated_text"].startswith(
-        "Task: 12 + 30 * 2 ="
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+        "Task: 12 + 30 * 2 =", do_sample=False, max_new_tokens=32
     )
+    streamed = "".join(streamer)
+    seen["pipeline"] = streamed == tokenizer.decode(single.sequences[0, one.input_ids.shape[1] :]) and text[0][
+        "generated_text"
+    ].startswith("Task: 12 + 30 * 2 =")
     model.save_pretrained("saved")
     seen["architectures"] = json.loads(Path("saved/config.json").read_text(encoding="utf-8"))["architectures"]
 
@@ -116,7 +126,9 @@ def _unregistered_class() -> None:
     note("no persisted knobs", random.generate(ids, **ASKED, custom_generate="user/llama", **TRUST), random_reference)
     note("no persisted knobs afterwards", random.generate(ids, **ASKED), random_reference)
     note("no persisted knobs, positional", load("user/llama", **TRUST).generate(ids, **ASKED), random_reference)
-    falcon = FalconForCausalLM(FalconConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, alibi=True))
+    falcon = FalconForCausalLM(
+        FalconConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, alibi=True)
+    )
     errors["refused"] = error_of(lambda: falcon.generate(ids, custom_generate="user/falcon", **TRUST))
 
 
@@ -127,11 +139,19 @@ def _drafter() -> None:
     note("drafter", base.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST), expected)
     note("plain after a drafter", base.generate(**inputs, **ASKED), expected)
     note("drafter again", base.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST), expected)
-    note("drafter of a revision", base.generate(**inputs, **ASKED, custom_generate=DRAFTER, revision="v2", **TRUST), expected)
+    note(
+        "drafter of a revision",
+        base.generate(**inputs, **ASKED, custom_generate=DRAFTER, revision="v2", **TRUST),
+        expected,
+    )
     note("drafter from a folder", base.generate(**inputs, **ASKED, custom_generate=sys.argv[2], **TRUST), expected)
     trusted = load(FORCED, **TRUST)
     trusted.load_state_dict(base.state_dict())  # a model of the base's weights whose own `generate` is a repository's
-    note("drafter through a forced model's generate", trusted.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST), expected)
+    note(
+        "drafter through a forced model's generate",
+        trusted.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST),
+        expected,
+    )
     errors["of another model"] = error_of(lambda: random.generate(ids, custom_generate=DRAFTER, **TRUST))
 
 
@@ -142,7 +162,11 @@ def installed() -> None:
             note(name, plain.generate(**inputs, **ASKED, custom_generate="user/qwen2", **TRUST), reference)
         note("same version", plain.generate(**inputs, **ASKED, custom_generate=FORCED, **TRUST), reference)
         base = load(BASE)
-        note("drafter", base.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST), base.generate(**inputs, **ASKED))
+        note(
+            "drafter",
+            base.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST),
+            base.generate(**inputs, **ASKED),
+        )
         seen["module"] = load(FORCED, **TRUST).generate.func.__module__
     seen["told"] = [str(one.message) for one in told if "jacobi_hf" in str(one.message)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from jacobi_hf.results import (
+from jacobi_hf.results.schema import (
     Agreement,
     Batch,
     Decoder,
@@ -27,36 +27,68 @@ from jacobi_hf.results import (
 
 def training(text: str = "plain") -> Training:
     return Training(
-        method="forcing", base_model=text, command=text, reference_model=text,
+        method="forcing",
+        base_model=text,
+        command=text,
+        reference_model=text,
         data=[TrainingData(name=text, source=text, samples=1000)],
-        strategy=Strategy(schedule=text, block_size=16, window=8, min_noise=0.25, visits=2), epochs=1.5, steps=200, optimizer=text,
-        learning_rate=1e-4, schedule=text, batch=Batch(devices=8, per_device=4, accumulation=2), precision="bf16", weights_dtype=text,
-        loss_weights=LossWeights(consistency=1, ar=0.5, replay=0, kl=4), slots=4_000_000, minutes=150, threads=3,
-        hardware=Hardware(cpu=text, cores=2, gpu=text), seed=7,
-    )  # fmt: skip
+        strategy=Strategy(schedule=text, block_size=16, window=8, min_noise=0.25, visits=2),
+        epochs=1.5,
+        steps=200,
+        optimizer=text,
+        learning_rate=1e-4,
+        schedule=text,
+        batch=Batch(devices=8, per_device=4, accumulation=2),
+        precision="bf16",
+        weights_dtype=text,
+        loss_weights=LossWeights(consistency=1, ar=0.5, replay=0, kl=4),
+        slots=4_000_000,
+        minutes=150,
+        threads=3,
+        hardware=Hardware(cpu=text, cores=2, gpu=text),
+        seed=7,
+    )
 
 
 def document(text: str = "plain", dtype: str = "float32", **changes: Any) -> Results:
     """Ordinary, compiled and Jacobi decoding of one domain, and a stage of training."""
     prompts = Prompts(domain=text, source=text, count=10, max_new_tokens=64)
     score = Quality(metric=text, value=0.75, low=0.5, high=0.875, samples=10)
-    jacobi = Decoder(name=f"jacobi {text}", kind="jacobi_multiblock", block_size=16, max_blocks=2, pool_size=2, lookup_tokens=12)
+    jacobi = Decoder(
+        name=f"jacobi {text}", kind="jacobi_multiblock", block_size=16, max_blocks=2, pool_size=2, lookup_tokens=12
+    )
     compiled = Decoder(name="compiled", kind="generate-static-compiled", compiled=True)
     measurements = [
-        Measurement(decoder=Decoder(name="generate", kind="generate"), prompts=prompts, tokens_per_second=100, quality=score),
+        Measurement(
+            decoder=Decoder(name="generate", kind="generate"), prompts=prompts, tokens_per_second=100, quality=score
+        ),
         Measurement(decoder=compiled, prompts=prompts, tokens_per_second=150),
         Measurement(
-            decoder=jacobi, prompts=prompts, tokens_per_forward=3.14159, tokens_per_second=250.4, quality=score,
+            decoder=jacobi,
+            prompts=prompts,
+            tokens_per_forward=3.14159,
+            tokens_per_second=250.4,
+            quality=score,
             speedups=[Speedup(baseline="generate", factor=2.504), Speedup(baseline="compiled", factor=1.669)],
-            agreement=Agreement(baseline="generate", identical=9, total=10, different=[3]), accepted_lengths={1: 1, 3: 1},
+            agreement=Agreement(baseline="generate", identical=9, total=10, different=[3]),
+            accepted_lengths={1: 1, 3: 1},
         ),
-    ]  # fmt: skip
+    ]
     fields: dict[str, Any] = {
-        "what": text, "command": text, "created": text, "model": text, "parameters": 5_800_000, "dtype": dtype, "device": text,
-        "threads": 1, "attention": text, "hardware": Hardware(cpu=text, cores=2),
-        "software": Software(python=text, packages={text: text}, git_revision=text), "measurements": measurements,
+        "what": text,
+        "command": text,
+        "created": text,
+        "model": text,
+        "parameters": 5_800_000,
+        "dtype": dtype,
+        "device": text,
+        "threads": 1,
+        "attention": text,
+        "hardware": Hardware(cpu=text, cores=2),
+        "software": Software(python=text, packages={text: text}, git_revision=text),
+        "measurements": measurements,
         "training": [training(text)],
-    }  # fmt: skip
+    }
     return Results(**{**fields, **changes})
 
 
@@ -79,7 +111,9 @@ def parsed(card: str) -> list[Any]:
 
 def words(card: str) -> str:
     """What a reader sees of a card, the code in fences left out."""
-    return "\n".join("".join(child.content for child in block.children or []) for block in parsed(card) if block.type == "inline")
+    return "\n".join(
+        "".join(child.content for child in block.children or []) for block in parsed(card) if block.type == "inline"
+    )
 
 
 def tables(card: str) -> list[list[list[str]]]:

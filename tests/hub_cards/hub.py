@@ -88,13 +88,26 @@ class LoopbackHub:
 
     def add(self, repo: str, folder: Path) -> None:
         """Put a folder on `main`, as it is, without a client."""
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         self.repos.setdefault(repo, {})["main"] = files
 
     def environment(self, home: Path) -> dict[str, str]:
         """The environment of a subprocess whose Hub this is; its caches lie in `home`."""
-        dropped = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_MODULES_CACHE")
-        kept = {name: value for name, value in os.environ.items() if name not in dropped and "proxy" not in name.lower()}
+        dropped = (
+            "HF_HUB_OFFLINE",
+            "TRANSFORMERS_OFFLINE",
+            "HUGGING_FACE_HUB_TOKEN",
+            "HF_TOKEN_PATH",
+            "HF_HUB_CACHE",
+            "HF_MODULES_CACHE",
+        )
+        kept = {
+            name: value for name, value in os.environ.items() if name not in dropped and "proxy" not in name.lower()
+        }
         return kept | {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
@@ -126,7 +139,9 @@ class LoopbackHub:
     def sha(self, repo: str, revision: str = "main") -> str:
         """The commit that a revision points to, which is named by its content."""
         files = self.files(repo, revision)
-        sha = hashlib.sha1("".join(f"{path} {oid_of(path, files[path])}\n" for path in sorted(files)).encode()).hexdigest()
+        sha = hashlib.sha1(
+            "".join(f"{path} {oid_of(path, files[path])}\n" for path in sorted(files)).encode()
+        ).hexdigest()
         self._commits.setdefault(repo, {})[sha] = files
         return sha
 
@@ -194,7 +209,11 @@ def oid_of(path: str, content: bytes) -> str:
 def _entry(path: str, content: bytes) -> dict[str, Any]:
     """A file in the listing of a tree."""
     entry = {"type": "file", "path": path, "size": len(content), "oid": oid_of(path, content)}
-    return entry | ({"lfs": {"oid": entry["oid"], "size": len(content), "pointerSize": 134}} if is_large(path, len(content)) else {})
+    return entry | (
+        {"lfs": {"oid": entry["oid"], "size": len(content), "pointerSize": 134}}
+        if is_large(path, len(content))
+        else {}
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -271,13 +290,24 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _authorise(self, path: str) -> None:
-        writes = self.command != "GET" and self.command != "HEAD" and not path.startswith(("/objects/", "/api/validate-yaml"))
+        writes = (
+            self.command != "GET"
+            and self.command != "HEAD"
+            and not path.startswith(("/objects/", "/api/validate-yaml"))
+        )
         is_wrong = "Authorization" in self.headers and not self._is_known
         if is_wrong or ((writes or path == "/api/whoami-v2") and not self._is_known):
             raise Refusal(401, "Invalid credentials in Authorization header")
 
     def _whoami(self, body: bytes) -> None:
-        self._answer({"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token", "accessToken": {"role": "write"}}})
+        self._answer(
+            {
+                "name": USER,
+                "type": "user",
+                "orgs": [],
+                "auth": {"type": "access_token", "accessToken": {"role": "write"}},
+            }
+        )
 
     def _validate_yaml(self, body: bytes) -> None:
         front = re.match(r"---\s*\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
@@ -295,7 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             exists = key in self.hub.repos
             if not exists:
-                self.hub.repos[key] = {"main": {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}}
+                self.hub.repos[key] = {
+                    "main": {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+                }
                 if asked.get("visibility") == "private" or asked.get("private"):
                     self.hub.private.add(key)
         answer = {"url": f"{self.hub.url}/{key}", "name": name, "id": key}
@@ -332,10 +364,14 @@ class _Handler(BaseHTTPRequestHandler):
         new = self.hub.commit(repo, revision, lines, create_pr="create_pr" in self.query)
         sha = self.hub.sha(repo, new)
         number = new.removeprefix("refs/pr/")
-        self._answer({
-            "success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}",
-            "pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}" if new != revision else None,
-        })  # fmt: skip
+        self._answer(
+            {
+                "success": True,
+                "commitOid": sha,
+                "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}",
+                "pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}" if new != revision else None,
+            }
+        )
 
     def _branch(self, body: bytes, repo: str, branch: str) -> None:
         files = self.hub.files(repo, json.loads(body or b"{}").get("startingPoint") or "main")
@@ -346,15 +382,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refs(self, body: bytes, repo: str) -> None:
         self.hub.files(repo, "main")
-        refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": self.hub.sha(repo, name)} for name in self.hub.repos[repo]]
-        self._answer({"branches": [ref for ref in refs if not ref["name"].startswith("refs/")], "converts": [], "tags": []})
+        refs = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": self.hub.sha(repo, name)}
+            for name in self.hub.repos[repo]
+        ]
+        self._answer(
+            {"branches": [ref for ref in refs if not ref["name"].startswith("refs/")], "converts": [], "tags": []}
+        )
 
     def _info(self, body: bytes, repo: str, revision: str = "main") -> None:
         sha, files = self.hub.sha(repo, revision), self.hub.files(repo, revision)
         name = repo.removeprefix("datasets/")
         siblings = [{"rfilename": path} for path in sorted(files)]
         private = repo in self.hub.private
-        self._answer({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": private, "tags": [], "gated": False})
+        self._answer(
+            {
+                "id": name,
+                "modelId": name,
+                "sha": sha,
+                "siblings": siblings,
+                "private": private,
+                "tags": [],
+                "gated": False,
+            }
+        )
 
     def _tree(self, body: bytes, repo: str, revision: str, folder: str) -> None:
         files, inside = self.hub.files(repo, revision), folder.strip("/") + "/" if folder.strip("/") else ""
@@ -363,8 +414,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         deep = self.query.get("recursive", "").lower() in ("true", "1")
         below = {inside + path[len(inside) :].split("/")[0] for path in found if "/" in path[len(inside) :]}
-        folders = [{"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0} for path in sorted(below)]
-        self._answer(folders + [_entry(path, content) for path, content in found.items() if deep or "/" not in path[len(inside) :]])
+        folders = [
+            {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
+            for path in sorted(below)
+        ]
+        self._answer(
+            folders
+            + [_entry(path, content) for path, content in found.items() if deep or "/" not in path[len(inside) :]]
+        )
 
     def _paths_info(self, body: bytes, repo: str, revision: str) -> None:
         form = body.decode()
@@ -375,7 +432,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
         content, sha = self.hub.file(repo, revision, path), self.hub.sha(repo, revision)
         oid = oid_of(path, content)
-        linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))} if is_large(path, len(content)) else {}
+        linked = (
+            {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))} if is_large(path, len(content)) else {}
+        )
         self._answer(content, headers={"ETag": f'"{oid}"', "X-Repo-Commit": sha} | linked)
 
     def _delete(self, body: bytes) -> None:

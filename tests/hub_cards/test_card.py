@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from jacobi_hf.hub_cards import generate_model_card, model_card_cells
 from jacobi_hf.hub_cards.cells import FORMATS, resolve
-from jacobi_hf.results import Agreement, Decoder, Measurement, Prompts, Quality
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality
 from tests.hub_cards.documents import document, tables, training
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_qwen3"
@@ -49,7 +49,9 @@ def test_the_tiny_cards_are_up_to_date(tiny_cards, kind, committed):
 def test_every_number_of_the_tiny_cards_resolves_to_its_document(tiny_cards, kind, committed):
     inputs = tiny_cards.INPUTS[kind]
     documents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in inputs["results"]}
-    chosen = {name: inputs[name] for name in ("measured_as", "base_measured_as", "decoders", "drafter") if name in inputs}
+    chosen = {
+        name: inputs[name] for name in ("measured_as", "base_measured_as", "decoders", "drafter") if name in inputs
+    }
     cells = model_card_cells(inputs["results"], **chosen)
     for cell in cells:
         assert FORMATS[cell.format](resolve(documents[cell.document], cell.path)) == cell.markdown
@@ -69,9 +71,23 @@ def test_every_number_of_the_tiny_cards_resolves_to_its_document(tiny_cards, kin
 def test_the_tiny_cards_hold_the_rows_of_a_published_card(committed):
     recipe, benchmark, _ = tables(committed)
     rows = {row[0] for row in recipe}
-    assert {"Began from", "Data", "Strategy", "Epochs", "Schedule", "Batch", "Precision of the forwards", "Time"} <= rows
+    assert {
+        "Began from",
+        "Data",
+        "Strategy",
+        "Epochs",
+        "Schedule",
+        "Batch",
+        "Precision of the forwards",
+        "Time",
+    } <= rows
     assert {row[0] for row in benchmark} == {"code", "arithmetic", "prose"}
-    for part in ("Ordinary decoding", "With jacobi_hf", "With nothing but transformers", "What happens without the package"):
+    for part in (
+        "Ordinary decoding",
+        "With jacobi_hf",
+        "With nothing but transformers",
+        "What happens without the package",
+    ):
         assert f"### {part}" in committed
     for part in ("arXiv:2512.14681", "arXiv:2403.00835", "License: apache-2.0"):
         assert part in committed
@@ -93,7 +109,12 @@ def test_metadata_is_what_the_hub_filters_by():
     datasets = ["org/data", "org/data", "/local"]
     card = generate_model_card(document("math"), base_model="org/base", language="en", datasets=datasets, **LICENSED)
     data = ModelCard(str(card)).data
-    assert (data.license, data.language, data.base_model, data.base_model_relation) == ("mit", ["en"], "org/base", "finetune")
+    assert (data.license, data.language, data.base_model, data.base_model_relation) == (
+        "mit",
+        ["en"],
+        "org/base",
+        "finetune",
+    )
     assert (data.datasets, data.library_name, data.pipeline_tag) == (["org/data"], "transformers", "text-generation")
     assert {"jacobi-forcing", "parallel-decoding", "custom_generate"} <= set(data.tags)
 
@@ -103,9 +124,11 @@ def test_the_model_index_survives_and_keeps_quality_and_speed_apart():
     found = ModelCard(str(card)).data.eval_results
     assert found == card.data.eval_results
     assert sorted((one.task_name, one.metric_type, one.metric_value) for one in found) == [
-        ("Decoding speed", "tokens_per_forward", 3.14159), ("Decoding speed", "tokens_per_second", 250.4),
-        ("Quality", "math", 0.75), ("Quality", "math", 0.75),
-    ]  # fmt: skip
+        ("Decoding speed", "tokens_per_forward", 3.14159),
+        ("Decoding speed", "tokens_per_second", 250.4),
+        ("Quality", "math", 0.75),
+        ("Quality", "math", 0.75),
+    ]
 
 
 def test_numbers_are_those_of_the_document():
@@ -113,9 +136,21 @@ def test_numbers_are_those_of_the_document():
     recipe, benchmark, _ = tables(card)
     score = "math 0.750 [0.500, 0.875] of 10"
     assert benchmark == [
-        ["math", "`jacobi math` (n=16, K=2, pool 2, lookup 12)", "10 x 64", score, score, "100", "250", "2.50 x", "1.67 x", "3.14", "2.00",
-         "9 of 10"]
-    ]  # fmt: skip
+        [
+            "math",
+            "`jacobi math` (n=16, K=2, pool 2, lookup 12)",
+            "10 x 64",
+            score,
+            score,
+            "100",
+            "250",
+            "2.50 x",
+            "1.67 x",
+            "3.14",
+            "2.00",
+            "9 of 10",
+        ]
+    ]
     rows = dict(recipe)
     assert rows["Data"] == "math (1,000 samples)"
     assert rows["Batch"] == "8 devices x 4 rows x 2 accumulated"
@@ -136,7 +171,10 @@ def test_without_results_the_card_says_so():
 def test_what_was_not_measured_has_no_row_and_no_column():
     prompts = Prompts(domain="math", source="a file", count=1, max_new_tokens=8)
     first, second = (Decoder(name=name, kind="jacobi", block_size=4) for name in ("first", "second"))
-    measured = [Measurement(decoder=first, prompts=prompts), Measurement(decoder=second, prompts=prompts, tokens_per_forward=2)]
+    measured = [
+        Measurement(decoder=first, prompts=prompts),
+        Measurement(decoder=second, prompts=prompts, tokens_per_forward=2),
+    ]
     card = str(generate_model_card(document(measurements=measured, training=[]), **LICENSED))
     benchmark, _ = tables(card)
     assert benchmark == [["math", "`second` (n=4)", "1 x 8", "2.00"]]
@@ -162,7 +200,8 @@ def test_a_document_of_several_models_needs_the_name_of_the_right_one():
     ours = Decoder(name="jacobi", kind="jacobi")
     prompts = Prompts(domain="math", source="a file", count=1, max_new_tokens=8)
     measured = [
-        Measurement(decoder=ours, prompts=prompts, model=model, tokens_per_forward=tpf) for model, tpf in (("small", 2.0), ("big", 4.0))
+        Measurement(decoder=ours, prompts=prompts, model=model, tokens_per_forward=tpf)
+        for model, tpf in (("small", 2.0), ("big", 4.0))
     ]
     both = document(measurements=measured)
     with pytest.raises(ValueError, match=r"measured_as.*'small', 'big'"):
@@ -177,7 +216,12 @@ def test_a_drafter_counts_only_what_decoded_with_it():
     prompts = Prompts(domain="math", source="a file", count=1, max_new_tokens=8)
     same = Agreement(baseline="generate", identical=1, total=1)
     measured = [
-        Measurement(decoder=Decoder(name=name, kind="jacobi", drafter=drafter), prompts=prompts, tokens_per_forward=2, agreement=same)
+        Measurement(
+            decoder=Decoder(name=name, kind="jacobi", drafter=drafter),
+            prompts=prompts,
+            tokens_per_forward=2,
+            agreement=same,
+        )
         for name, drafter in (("alone", None), ("drafted", "a drafter"))
     ]
     results = document(measurements=measured, training=[])
@@ -197,14 +241,18 @@ def test_an_adapter_says_that_peft_is_needed():
 
 
 def test_the_license_is_inherited(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\n---\n# Base\n")
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\n---\n# Base\n"
+    )
     data = generate_model_card([], repo_id="user/model", base_model=str(tmp_path)).data
     assert (data.license, data.license_name, data.license_link) == ("other", "their-own", "LICENSE")
     assert data.base_model is None  # a folder is no repository
     assert generate_model_card([], base_model=str(tmp_path), **LICENSED).data.license == "mit"
 
 
-@pytest.mark.parametrize("readme", [None, "# no metadata\n", "---\nlicense: [\n---\n", "---\nlicense: 7\n---\n", "---\n- a list\n---\n"])
+@pytest.mark.parametrize(
+    "readme", [None, "# no metadata\n", "---\nlicense: [\n---\n", "---\nlicense: 7\n---\n", "---\n- a list\n---\n"]
+)
 def test_a_license_that_cannot_be_inherited_is_demanded(tmp_path, readme):
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
@@ -249,7 +297,9 @@ def test_a_quality_without_a_value_is_named():
         generate_model_card([results], **LICENSED)
 
 
-@pytest.mark.parametrize("prompt", ["def f(x):\n    return x", 'a\ttab, "quotes", `ticks` and \\ back\u2028slash', "```\n# heading"])
+@pytest.mark.parametrize(
+    "prompt", ["def f(x):\n    return x", 'a\ttab, "quotes", `ticks` and \\ back\u2028slash', "```\n# heading"]
+)
 def test_examples_hold_the_prompt_as_it_was_given(prompt):
     (first, *_) = snippets(str(generate_model_card([], prompt=prompt, **LICENSED)))
     constants = {node.value for node in ast.walk(ast.parse(first)) if isinstance(node, ast.Constant)}

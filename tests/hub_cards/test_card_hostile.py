@@ -14,31 +14,102 @@ from markdown_it import MarkdownIt
 
 from jacobi_hf.hub_cards import escape, generate_dataset_card, generate_model_card, model_card_cells
 from jacobi_hf.hub_cards.cells import FORMATS, resolve
-from jacobi_hf.results import Decoder, Measurement, Prompts
+from jacobi_hf.results.schema import Decoder, Measurement, Prompts
+from tests.helpers.properties import at_most
 from tests.hub_cards.documents import document, outline, words
-from tests.properties import at_most
 
 HOSTILE = [
-    "a\n---\nlicense: evil\n---\n", "---", "--- ", "\n---\n", "```", "````\n# x\n````", "`code`", "``a`b``", "a|b", "\\|", "a\\",
-    "| x | y |\n|---|---|", "<script>alert(1)</script>", "<!-- ", "-->", "<img src=x onerror=y>", "&lt;b&gt;",
+    "a\n---\nlicense: evil\n---\n",
+    "---",
+    "--- ",
+    "\n---\n",
+    "```",
+    "````\n# x\n````",
+    "`code`",
+    "``a`b``",
+    "a|b",
+    "\\|",
+    "a\\",
+    "| x | y |\n|---|---|",
+    "<script>alert(1)</script>",
+    "<!-- ",
+    "-->",
+    "<img src=x onerror=y>",
+    "&lt;b&gt;",
     "&#60;b&#62;",
-    "[a](http://evil.example)", "![a](b)", "[a]: http://evil.example", "http://evil.example", "www.evil.example", "a@evil.example",
-    "{{ 7 * 7 }}", "{% raw %}", "{# note #}", "{{ ''.__class__.__mro__ }}", "# heading", "1. list", "1) list", "- list", "+ list", "* list",
-    "> quote", "===",
-    "a\n===", "**bold**", "__bold__", "_a_", "~~gone~~", "$x$", "$$x$$", "\\(x\\)", "a\tb", "    code",
+    "[a](http://evil.example)",
+    "![a](b)",
+    "[a]: http://evil.example",
+    "http://evil.example",
+    "www.evil.example",
+    "a@evil.example",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "{# note #}",
+    "{{ ''.__class__.__mro__ }}",
+    "# heading",
+    "1. list",
+    "1) list",
+    "- list",
+    "+ list",
+    "* list",
+    "> quote",
+    "===",
+    "a\n===",
+    "**bold**",
+    "__bold__",
+    "_a_",
+    "~~gone~~",
+    "$x$",
+    "$$x$$",
+    "\\(x\\)",
+    "a\tb",
+    "    code",
     "\x00\x07\x1b[31m",
-    "\u202eevil", "\u2028\u2029", "\ufeff", "\u200b", "'", '"', "'" * 3, '"' * 3, "key: value", "!!python/object/apply:os.system [id]",
-    "*alias", "&anchor x", "%TAG", "@x", "null", "yes", "1e3", "..", "../../etc", "", " ", "\r\n", "a\rb", "x" * 3000,
-    "\u65e5\u672c\u8a9e", "\U0001f600",
-    "[^1]", "<a href='javascript:x'>", "</table>", "<style>*{}</style>", "`|`|`", ":smile:", "C:\\Users\\x", "/home/someone/secret",
+    "\u202eevil",
+    "\u2028\u2029",
+    "\ufeff",
+    "\u200b",
+    "'",
+    '"',
+    "'" * 3,
+    '"' * 3,
+    "key: value",
+    "!!python/object/apply:os.system [id]",
+    "*alias",
+    "&anchor x",
+    "%TAG",
+    "@x",
+    "null",
+    "yes",
+    "1e3",
+    "..",
+    "../../etc",
+    "",
+    " ",
+    "\r\n",
+    "a\rb",
+    "x" * 3000,
+    "\u65e5\u672c\u8a9e",
+    "\U0001f600",
+    "[^1]",
+    "<a href='javascript:x'>",
+    "</table>",
+    "<style>*{}</style>",
+    "`|`|`",
+    ":smile:",
+    "C:\\Users\\x",
+    "/home/someone/secret",
     "\\u003cscript\\u003e",
-]  # fmt: skip
+]
 FIXED = {"repo_id": "user/model", "license": "mit"}
 
 
 def dataset_card(text):
     collected = {"model": text, "dataset": text, "name": text, "block_size": 4, "template": text}
-    return generate_dataset_card({"settings": collected, "shards": {"a": {"rows": 3}}, "complete": True}, description=f"Of {text}", **FIXED)
+    return generate_dataset_card(
+        {"settings": collected, "shards": {"a": {"rows": 3}}, "complete": True}, description=f"Of {text}", **FIXED
+    )
 
 
 # Where a string can come from: a card with it, and a plain string for the same place.
@@ -53,7 +124,12 @@ PLACES = {
     "prompt": (lambda text: generate_model_card([], prompt=text, **FIXED), "plain"),
     "dataset": (dataset_card, "plain"),
 }
-METADATA = {"base_model", "base_model_relation", "datasets", "language"}  # fields that a hostile string may rightly fill
+METADATA = {
+    "base_model",
+    "base_model_relation",
+    "datasets",
+    "language",
+}  # fields that a hostile string may rightly fill
 
 
 def metadata(card):
@@ -71,7 +147,11 @@ def assert_harmless(card, like):
     assert found.keys() - METADATA == expected.keys() - METADATA
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u200b\u202e\u2028\u2029\ufeff]", card)
     assert without_links(outline(card)) == without_links(outline(like))
-    assert all(re.fullmatch(r"link_(open a https://huggingface\.co/[\w./-]+|close a )", line) for line in outline(card) if "link_" in line)
+    assert all(
+        re.fullmatch(r"link_(open a https://huggingface\.co/[\w./-]+|close a )", line)
+        for line in outline(card)
+        if "link_" in line
+    )
     for program in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
         ast.parse(program)
 
@@ -95,10 +175,15 @@ def test_no_hostile_input_gets_through(place):
 @at_most(40)
 @given(text=st.text() | st.lists(st.sampled_from(HOSTILE), max_size=3).map("".join))
 def test_no_string_of_a_document_gets_through(text):
-    assert_harmless(str(generate_model_card(document(text), **FIXED)), str(generate_model_card(document("plain"), **FIXED)))
+    assert_harmless(
+        str(generate_model_card(document(text), **FIXED)), str(generate_model_card(document("plain"), **FIXED))
+    )
 
 
-@given(text=st.text() | st.lists(st.sampled_from([*HOSTILE, "a", " ", "1", ".", ")", "_", "-", "www."]), max_size=6).map("".join))
+@given(
+    text=st.text()
+    | st.lists(st.sampled_from([*HOSTILE, "a", " ", "1", ".", ")", "_", "-", "www."]), max_size=6).map("".join)
+)
 def test_text_is_shown_as_it_is(text):
     """As a paragraph, in a table and behind other words, as text and as code."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
@@ -115,8 +200,13 @@ def test_text_is_shown_as_it_is(text):
 
 
 def test_what_was_escaped_can_be_read():
-    assert "<script>alert(1)</script>" in words(str(generate_model_card(document("<script>alert(1)</script>"), **FIXED)))
-    assert escape.text("torch 2.13.0+cpu (exact_match), 50 % of n=16; 1.5") == "torch 2.13.0+cpu (exact_match), 50 % of n=16; 1.5"
+    assert "<script>alert(1)</script>" in words(
+        str(generate_model_card(document("<script>alert(1)</script>"), **FIXED))
+    )
+    assert (
+        escape.text("torch 2.13.0+cpu (exact_match), 50 % of n=16; 1.5")
+        == "torch 2.13.0+cpu (exact_match), 50 % of n=16; 1.5"
+    )
     assert escape.path("/home/someone/models/tiny") == "`tiny`"
     assert escape.path("user/tiny") == "`user/tiny`"
 
@@ -125,9 +215,17 @@ NUMBER = st.none() | st.floats(allow_nan=False) | st.integers(-10, 10**12).map(f
 MEASUREMENTS = st.lists(
     st.builds(
         Measurement,
-        decoder=st.builds(Decoder, name=st.sampled_from(["a", "b"]), kind=st.sampled_from(["generate", "jacobi", "jacobi_multiblock"])),
+        decoder=st.builds(
+            Decoder,
+            name=st.sampled_from(["a", "b"]),
+            kind=st.sampled_from(["generate", "jacobi", "jacobi_multiblock"]),
+        ),
         prompts=st.builds(
-            Prompts, domain=st.sampled_from(["code", "math"]), source=st.text(), count=st.integers(), max_new_tokens=st.integers()
+            Prompts,
+            domain=st.sampled_from(["code", "math"]),
+            source=st.text(),
+            count=st.integers(),
+            max_new_tokens=st.integers(),
         ),
         tokens_per_forward=NUMBER,
         tokens_per_second=NUMBER,

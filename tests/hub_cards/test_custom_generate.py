@@ -18,8 +18,8 @@ import pytest
 import jacobi_hf
 from jacobi_hf.hub_cards import custom_generate
 from jacobi_hf.hub_cards.custom_generate import REQUIREMENTS, build, write_custom_generate
-from tests.models import fresh_model
-from tests.tiny import EXAMPLE
+from tests.helpers.models import fresh_model
+from tests.helpers.tiny import EXAMPLE
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENT = Path(__file__).with_name("client.py")
@@ -43,8 +43,15 @@ def test_the_file_is_the_package_s_modules_and_the_same_every_time(tmp_path):
         tree = ast.parse((ROOT / "jacobi_hf" / f"{name}.py").read_text(encoding="utf-8"))
         theirs |= {ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert defined == theirs
-    assert {"mixin", "decoding", "drafters", "step", "selection", "attention", "by_default"} <= set(sections)
-    assert not {"tuning", "trial", "results"} & set(sections)
+    assert {
+        "integration/mixin",
+        "decoding/loop",
+        "drafts/loading",
+        "decoding/step",
+        "attention/interface",
+        "integration/custom_generate",
+    } <= set(sections)
+    assert not {name for name in sections if name.startswith(("tuning", "results"))}
 
 
 def test_what_transformers_and_people_see(tmp_path):
@@ -89,9 +96,15 @@ def test_requirements_are_those_of_the_package(tmp_path):
         ("def generate(): pass", "generate is what transformers calls.generate and jacobi_hf.config.generate"),
         ("from math import ceil as JacobiConfig", "JacobiConfig is math.ceil and jacobi_hf.config.JacobiConfig"),
         ("sum = 3", "sum is builtins.sum and jacobi_hf.config.sum"),
-        ("def late():\n    from jacobi_hf.step import Step", "config.py imports a sibling in a way that one file cannot"),
-        ("import jacobi_hf.step", "config.py imports a sibling in a way that one file cannot"),
-        ("from jacobi_hf.step import Step as OneStep", "config.py imports a sibling in a way that one file cannot"),
+        (
+            "def late():\n    from jacobi_hf.decoding.step import Step",
+            "config.py imports a sibling in a way that one file cannot",
+        ),
+        ("import jacobi_hf.decoding.step", "config.py imports a sibling in a way that one file cannot"),
+        (
+            "from jacobi_hf.decoding.step import Step as OneStep",
+            "config.py imports a sibling in a way that one file cannot",
+        ),
         ("from .step import Step", "config.py imports a sibling in a way that one file cannot"),
     ],
 )
@@ -108,7 +121,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as done:
         runpy.run_module("jacobi_hf.hub_cards.custom_generate", run_name="__main__")
     assert not done.value.code
-    assert capsys.readouterr().out.split() == [str(tmp_path / "custom_generate" / name) for name in ("generate.py", "requirements.txt")]
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "custom_generate" / name) for name in ("generate.py", "requirements.txt")
+    ]
     assert (tmp_path / "custom_generate" / "generate.py").read_text(encoding="utf-8") == build("drafter")
 
 
@@ -138,7 +153,12 @@ def published(hub, tmp_path):
 def _run(hub, tmp_path, *arguments, **environment):
     command = [sys.executable, CLIENT, *arguments]
     done = subprocess.run(
-        command, env=hub.environment(tmp_path / "home") | environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        command,
+        env=hub.environment(tmp_path / "home") | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -146,7 +166,10 @@ def _run(hub, tmp_path, *arguments, **environment):
 
 @pytest.mark.parametrize(
     ("release", "raised", "match"),
-    [("5.4.0", ImportError, "needs transformers 5.5 or newer, but 5.4.0 is installed"), ("5.99.0", UserWarning, "5.99.0 is installed")],
+    [
+        ("5.4.0", ImportError, "needs transformers 5.5 or newer, but 5.4.0 is installed"),
+        ("5.99.0", UserWarning, "5.99.0 is installed"),
+    ],
 )
 def test_the_copy_looks_at_the_release_of_transformers(monkeypatch, release, raised, match):
     """Where the package is not installed; an error for one that is too old, a warning for one that is newer than the tests."""
@@ -170,10 +193,15 @@ def test_without_the_package(published, tmp_path):
     assert {name for name, call in calls.items() if call["tokens_per_forward"] is None} == ordinary
     rates = {name: call["tokens_per_forward"] for name, call in calls.items() if name not in ordinary}
     assert all(rate > 1 for rate in rates.values()), rates
-    assert rates["positional"] == rates["by name"] == rates["keywords"]  # the checkpoint's own knobs, whichever way it is called
+    assert (
+        rates["positional"] == rates["by name"] == rates["keywords"]
+    )  # the checkpoint's own knobs, whichever way it is called
     assert rates["other knobs"] != rates["positional"]
     assert (
-        rates["drafter"] == rates["drafter again"] == rates["drafter from a folder"] == rates["drafter through a forced model's generate"]
+        rates["drafter"]
+        == rates["drafter again"]
+        == rates["drafter from a folder"]
+        == rates["drafter through a forced model's generate"]
     )
     errors = {
         "misspelt": "ValueError: 'jacobi_blok_size' is not a knob",
@@ -192,14 +220,18 @@ def test_without_the_package(published, tmp_path):
         "attention functions": 3 * 7,  # names of its own for each copy: five repositories, another revision, a folder
         "pipeline": True,
     }
-    fetched = [request.path for request in published.requests if request.method == "GET" and "drafter_model" in request.path]
+    fetched = [
+        request.path for request in published.requests if request.method == "GET" and "drafter_model" in request.path
+    ]
     assert len(fetched) == 1
 
 
 @pytest.mark.slow
 def test_where_the_package_is_installed_it_decodes_and_says_when_versions_differ(published, tmp_path):
     seen = _run(published, tmp_path, "installed", PYTHONPATH=str(ROOT))
-    assert seen.pop("told") == [f"jacobi_hf {jacobi_hf.__version__} is installed and decodes; the repository's own copy is version 0.0.1."]
+    assert seen.pop("told") == [
+        f"jacobi_hf {jacobi_hf.__version__} is installed and decodes; the repository's own copy is version 0.0.1."
+    ]
     calls = seen.pop("calls")
     assert all(call["same"] and call["tokens_per_forward"] > 1 for call in calls.values()), calls
-    assert seen == {"module": "jacobi_hf.by_default", "errors": {}}
+    assert seen == {"module": "jacobi_hf.integration.custom_generate", "errors": {}}

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from jacobi_hf.hub_cards import generate_dataset_card
-from jacobi_hf.trainer.shards import ManifestError
+from jacobi_hf.trainer.data.shards import ManifestError
 from tests.hub_cards.documents import tables
 
 SETTINGS = {
@@ -40,7 +40,12 @@ def test_a_folder_of_trajectories(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(COLLECTED))
     card = str(generate_dataset_card(tmp_path, description="Word problems.", **FIXED))
     data = DatasetCard(card).data
-    assert (data.license, data.language, data.size_categories, data.source_datasets) == ("mit", ["en"], "n<1K", ["org/prompts"])
+    assert (data.license, data.language, data.size_categories, data.source_datasets) == (
+        "mit",
+        ["en"],
+        "n<1K",
+        ["org/prompts"],
+    )
     sources, counts, settings = tables(card)
     assert sources == [["`math`", "`org/model`", "`org/prompts`", "`5`", "`16`", "`96`"]]
     assert counts == [["prompts", "5"], ["rows", "4"], ["too_short", "1"]]

@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 
 from jacobi_hf.hub_cards.custom_generate import REQUIREMENTS, build
 from jacobi_hf.hub_cards.folder import FolderError, stage
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
+from tests.helpers.tiny import EXAMPLE
 from tests.hub_cards.folders import CARD, KINDS, make, weights
-from tests.tiny import EXAMPLE
 
 RESULTS = EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "forced-seed42.json"
 SECRET = "hf_" + "Q7" * 17
@@ -31,7 +31,15 @@ def saved_by_torch():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_becomes_a_repository(tmp_path, kind):
     folder = make(tmp_path / "run", kind)
-    extra = ("LICENSE", "chat_template.jinja", "run.json", "notes.txt", "training_args.bin", "checkpoint-5/optimizer.pt", "runs/x/events.1")
+    extra = (
+        "LICENSE",
+        "chat_template.jinja",
+        "run.json",
+        "notes.txt",
+        "training_args.bin",
+        "checkpoint-5/optimizer.pt",
+        "runs/x/events.1",
+    )
     for name in extra:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
@@ -41,26 +49,44 @@ def test_a_folder_becomes_a_repository(tmp_path, kind):
     assert staged.kind == kind
     target = staged.write(tmp_path / "made" / "repository")
     assert {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()} == {
-        "README.md", config, weights_file, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-        "LICENSE", "custom_generate/generate.py", "custom_generate/requirements.txt", "results/forced-seed42.json",
-        "results/results-2.json", "plots/curve.png",
-    }  # fmt: skip
+        "README.md",
+        config,
+        weights_file,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "LICENSE",
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+        "results/forced-seed42.json",
+        "results/results-2.json",
+        "plots/curve.png",
+    }
     for name in (config, weights_file, "README.md", "generation_config.json"):
         assert (target / name).read_bytes() == (folder / name).read_bytes()
-    assert Results.read(target / "results" / "forced-seed42.json") == Results.read(target / "results" / "results-2.json")
+    assert Results.read(target / "results" / "forced-seed42.json") == Results.read(
+        target / "results" / "results-2.json"
+    )
     made_for = ("drafter", "user/base") if kind == "drafter" else ("model", None if kind == "model" else "user/base")
     assert (target / "custom_generate" / "generate.py").read_text(encoding="utf-8") == build(*made_for)
     assert (target / "custom_generate" / "requirements.txt").read_text().split() == list(REQUIREMENTS)
     assert staged.left_out == {
-        "checkpoint-5/": "never sent", "runs/": "never sent", "training_args.bin": "the trainer's own", "run.json": "not part of a model",
-        "notes.txt": "not part of a model", "curve.png": "not part of a model",
-    }  # fmt: skip
+        "checkpoint-5/": "never sent",
+        "runs/": "never sent",
+        "training_args.bin": "the trainer's own",
+        "run.json": "not part of a model",
+        "notes.txt": "not part of a model",
+        "curve.png": "not part of a model",
+    }
     summary = staged.summary()
     assert all(name in summary for name in (*staged.files, *staged.left_out))
     # What was written is a folder to publish itself, and the same one.
     again = stage(target)
     assert again.left_out == {}
-    assert {name: again.write(tmp_path / "again") and (tmp_path / "again" / name).read_bytes() for name in ("README.md",)}
+    assert {
+        name: again.write(tmp_path / "again") and (tmp_path / "again" / name).read_bytes() for name in ("README.md",)
+    }
     assert again.files.keys() == staged.files.keys()
 
 
@@ -90,13 +116,25 @@ def test_nothing_is_written_over(tmp_path):
         ("hf_token.txt", "x", "hf_token.txt looks like a secret"),
         ("README.md", f"{CARD}login with {SECRET}", "README.md holds what looks like a secret"),
         ("generation_config.json", json.dumps({"a": SECRET}), "generation_config.json holds what looks like a secret"),
-        ("generation_config.json", json.dumps({"a": f"x\n{SECRET}"}), "generation_config.json holds what looks like a secret"),
-        ("generation_config.json", json.dumps({"a": f"\x00{SECRET}"}), "generation_config.json holds what looks like a secret"),
+        (
+            "generation_config.json",
+            json.dumps({"a": f"x\n{SECRET}"}),
+            "generation_config.json holds what looks like a secret",
+        ),
+        (
+            "generation_config.json",
+            json.dumps({"a": f"\x00{SECRET}"}),
+            "generation_config.json holds what looks like a secret",
+        ),
         ("tokenizer.model", pickle.dumps({"a": 1}), "tokenizer.model is pickled"),
         ("LICENSE", saved_by_torch(), "LICENSE is pickled"),
         ("notes.txt", f"export HF_TOKEN={SECRET}\n", "notes.txt holds what looks like a secret"),
         ("LICENSE", "-----BEGIN RSA PRIVATE KEY-----", "LICENSE holds what looks like a secret"),
-        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "model.safetensors is damaged or no safetensors"),
+        (
+            "model.safetensors",
+            "version https://git-lfs.github.com/spec/v1",
+            "model.safetensors is damaged or no safetensors",
+        ),
         ("config.json", "{", "config.json is no JSON"),
         ("config.json", "[]", "config.json holds no JSON object"),
         ("config.json", '{"auto_map": {"AutoModel": "x.Y"}}', "config.json names code of its own"),

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from jacobi_hf.hub_cards import push_to_hub
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
+from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 from tests.hub_cards.hub import TOKEN
-from tests.tiny import CHECKPOINT, EXAMPLE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, READER = ROOT / "examples" / "publish_tiny.py", Path(__file__).with_name("reader.py")
@@ -25,9 +25,13 @@ SCRIPT, READER = ROOT / "examples" / "publish_tiny.py", Path(__file__).with_name
 
 def run(hub, tmp_path, *command, **environment):
     found = subprocess.run(
-        [sys.executable, *map(str, command)], env=hub.environment(tmp_path / "home") | environment, cwd=tmp_path, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        env=hub.environment(tmp_path / "home") | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert TOKEN not in found.stdout + found.stderr
     assert found.returncode == 0, found.stderr[-4000:]
     return found.stdout
@@ -41,8 +45,18 @@ def adapter(folder, base):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINT / name, folder)
     target = folder.parent / "published"
-    in_float32 = EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "base.json"  # so that the card's examples are, too
-    push_to_hub(folder, f"{base}-lora", base_model=base, results=[in_float32], license="apache-2.0", token=False, dry_run=target)
+    in_float32 = (
+        EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "base.json"
+    )  # so that the card's examples are, too
+    push_to_hub(
+        folder,
+        f"{base}-lora",
+        base_model=base,
+        results=[in_float32],
+        license="apache-2.0",
+        token=False,
+        dry_run=target,
+    )
     return target
 
 
@@ -54,9 +68,16 @@ def test_published_models_do_what_their_cards_say(hub, tmp_path):
         assert f"{repo}: {hub.url}/{repo}/commit/" in said
         assert all(name in said for name in revisions["main"].keys() - {".gitattributes"})
         assert {name for name in revisions["main"] if name.endswith((".bin", ".pt", ".pkl"))} == set()
-        assert not any(str(ROOT).encode() in content or TOKEN.encode() in content for content in revisions["main"].values())
+        assert not any(
+            str(ROOT).encode() in content or TOKEN.encode() in content for content in revisions["main"].values()
+        )
     forced, drafter = hub.repos["someone/tiny-qwen3-forced"]["main"], hub.repos["someone/tiny-qwen3-drafter"]["main"]
-    assert {"results/peers.json", "plots/forcing.png", "tokenizer.json", "custom_generate/generate.py"} <= forced.keys()
+    assert {
+        "results/peers.json",
+        "plots/forcing.png",
+        "tokenizer.json",
+        "custom_generate/generate.py",
+    } <= forced.keys()
     assert json.loads(forced["generation_config.json"])["decoding"] == "jacobi_multiblock"
     assert json.loads(drafter["drafter_config.json"])["base_model"] == "someone/tiny-qwen3"
     assert Results.model_validate_json(forced["results/peers.json"]).measurements
@@ -69,7 +90,8 @@ def test_published_models_do_what_their_cards_say(hub, tmp_path):
     for printed in seen.values():
         assert [len(printed[where]) for where in ("without", "with")] == [2, 1]  # AR and custom_generate; jacobi_hf
         outputs = [
-            re.fullmatch(r"(.*?)\n(?:([\d.]+) tokens per forward\n)?", one, re.DOTALL) for one in printed["without"] + printed["with"]
+            re.fullmatch(r"(.*?)\n(?:([\d.]+) tokens per forward\n)?", one, re.DOTALL)
+            for one in printed["without"] + printed["with"]
         ]
         assert len({output[1] for output in outputs}) == 1, outputs
         (text,) = {output[1] for output in outputs}  # all write one text

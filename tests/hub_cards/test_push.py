@@ -26,11 +26,19 @@ THEIRS = {"mine.txt": b"mine", "sub/model.safetensors": b"theirs"}  # what a rep
 
 def run(hub, tmp_path, steps):
     """What pushes come to, by the name of each, in one process; the token is nowhere in what they said."""
-    listed = [{key: str(value) if isinstance(value, Path) else value for key, value in step.items()} for step in steps.values()]
+    listed = [
+        {key: str(value) if isinstance(value, Path) else value for key, value in step.items()}
+        for step in steps.values()
+    ]
     done = subprocess.run(
-        [sys.executable, CLIENT], env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(CLIENT.parents[2])},
-        input=json.dumps(listed), cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, CLIENT],
+        env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(CLIENT.parents[2])},
+        input=json.dumps(listed),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert TOKEN not in done.stdout + done.stderr
     said = json.loads(done.stdout)
@@ -44,7 +52,9 @@ def commits(hub, repo):
 
 def content_of(folder):
     staged = stage(folder)
-    return {name: content.read_bytes() if isinstance(content, Path) else content for name, content in staged.files.items()}
+    return {
+        name: content.read_bytes() if isinstance(content, Path) else content for name, content in staged.files.items()
+    }
 
 
 def without_attributes(files):
@@ -110,16 +120,30 @@ def pushed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_push_again_branch_and_pull_request(pushed):
-    hub, seen, (first, second, third) = pushed.hub, pushed.seen, (pushed.folders[name] for name in ("first", "second", "third"))
+    hub, seen, (first, second, third) = (
+        pushed.hub,
+        pushed.seen,
+        (pushed.folders[name] for name in ("first", "second", "third")),
+    )
     assert seen["new"].startswith(f"{hub.url}/user/a/commit/")
     assert seen["again"] == seen["new"]
     assert seen["pr"] == f"{hub.url}/user/kept/discussions/1"
-    assert seen["other kind"].startswith("PushError: user/a holds config.json, so it is not the repository of a drafter")
+    assert seen["other kind"].startswith(
+        "PushError: user/a holds config.json, so it is not the repository of a drafter"
+    )
     assert seen["public"].startswith("PushError: user/public is there already and public")
     assert seen["dry"] is None
-    assert [len(commits(hub, repo)) for repo in ("user/a", "user/kept", "user/d", "user/public", "user/dry")] == [1, 3, 1, 0, 0]
+    assert [len(commits(hub, repo)) for repo in ("user/a", "user/kept", "user/d", "user/public", "user/dry")] == [
+        1,
+        3,
+        1,
+        0,
+        0,
+    ]
     assert hub.private == {"user/a"}
-    assert without_attributes(hub.repos["user/a"]["main"]) == content_of(first) | {f"results/{RESULTS.name}": RESULTS.read_bytes()}
+    assert without_attributes(hub.repos["user/a"]["main"]) == content_of(first) | {
+        f"results/{RESULTS.name}": RESULTS.read_bytes()
+    }
     kept = hub.repos["user/kept"]
     assert kept["v1"] == content_of(first) | THEIRS
     assert kept["main"] == content_of(second) | THEIRS  # one save of the weights, and nothing of theirs is gone
@@ -128,7 +152,9 @@ def test_push_again_branch_and_pull_request(pushed):
     assert "user/dry" not in hub.repos
     dry = pushed.path / "dry"
     assert {p.relative_to(dry).as_posix() for p in dry.rglob("*") if p.is_file()} == content_of(first).keys()
-    assert all(TOKEN.encode() not in content for files in hub.repos.values() for r in files.values() for content in r.values())
+    assert all(
+        TOKEN.encode() not in content for files in hub.repos.values() for r in files.values() for content in r.values()
+    )
 
 
 @pytest.mark.slow
@@ -137,7 +163,13 @@ def test_what_the_hub_may_answer(pushed):
     hub, seen, first = pushed.hub, pushed.seen, pushed.folders["first"]
     assert seen["retried"].startswith(f"{hub.url}/user/retried/commit/")
     assert without_attributes(hub.repos["user/retried"]["main"]) == content_of(first)
-    advice = {403: "create_pr=True", 404: "no such repository", 409: "push again later", 429: "fewer requests", 500: "the Hub has trouble"}
+    advice = {
+        403: "create_pr=True",
+        404: "no such repository",
+        409: "push again later",
+        429: "fewer requests",
+        500: "the Hub has trouble",
+    }
     for status in ANSWERS:
         said = seen[f"c{status}"]
         assert said.startswith(f"PushError: user/c{status} was not pushed: "), said
@@ -150,7 +182,9 @@ def test_what_the_hub_may_answer(pushed):
     assert seen["after 500"].startswith(f"{hub.url}/user/c500/commit/")  # the same push again
     assert hub.repos["user/c500"]["main"] == content_of(first) | THEIRS
     oid = hashlib.sha256((first / "model.safetensors").read_bytes()).hexdigest()
-    assert sum(request.method == "PUT" and oid in request.path for request in hub.requests) == 2  # cut once, and then kept for all
+    assert (
+        sum(request.method == "PUT" and oid in request.path for request in hub.requests) == 2
+    )  # cut once, and then kept for all
     assert "user/wrong was not pushed: the Hub does not know the token" in seen["wrong token"]
     assert "hf_wrong" not in seen["wrong token"]
     assert "user/nobody was not pushed: the Hub does not know the token" in seen["no token"]
@@ -216,8 +250,16 @@ def test_a_folder_without_a_card_gets_one(tmp_path):
         folder = make(tmp_path / kind, kind)
         (folder / "README.md").unlink()
         if kind == "adapter":
-            (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# Card\n[More Information Needed]\n")  # as PEFT leaves it
-        about = {"base_model": "user/other", "license": "mit", "language": "en", "datasets": ["user/data"], "results": [RESULTS]}
+            (folder / "README.md").write_text(
+                "---\nlibrary_name: peft\n---\n# Card\n[More Information Needed]\n"
+            )  # as PEFT leaves it
+        about = {
+            "base_model": "user/other",
+            "license": "mit",
+            "language": "en",
+            "datasets": ["user/data"],
+            "results": [RESULTS],
+        }
         pushed = push_to_hub(folder, f"user/{kind}", dry_run=tmp_path / "out" / kind, token=False, **about)
         assert pushed.url is None
         card = ModelCard.load(tmp_path / "out" / kind / "README.md")

@@ -6,13 +6,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from jacobi_hf import JacobiConfig
 from jacobi_hf.config import KNOBS, reject_misspelt
-from tests.models import fresh_model
+from tests.helpers.models import fresh_model
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoding": "jacobi_multibloc"}, r"decoding='jacobi_multibloc' is not known \(did you mean 'jacobi_multiblock'\?\)"),
+        (
+            {"decoding": "jacobi_multibloc"},
+            r"decoding='jacobi_multibloc' is not known \(did you mean 'jacobi_multiblock'\?\)",
+        ),
         ({"jacobi_block_size": 1}, "jacobi_block_size=1 cannot be used; it must be an integer from 2 to 1024"),
         ({"jacobi_block_size": 4.0}, "must be an integer"),
         ({"jacobi_block_size": True}, "must be an integer"),
@@ -30,7 +33,8 @@ def test_bad_values_are_named(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("jacobi_blocksize", "jacobi_block_size"), ("jacobi_pool", "jacobi_pool_size"), ("decodng", "decoding")]
+    ("name", "nearest"),
+    [("jacobi_blocksize", "jacobi_block_size"), ("jacobi_pool", "jacobi_pool_size"), ("decodng", "decoding")],
 )
 def test_misspelt_names_are_caught(name, nearest):
     with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
@@ -48,10 +52,15 @@ def test_paper_setting():
 
 
 def test_jacobi_persists_its_block_size_only():
-    assert JacobiConfig(decoding="jacobi", jacobi_block_size=8).to_knobs() == {"decoding": "jacobi", "jacobi_block_size": 8}
+    assert JacobiConfig(decoding="jacobi", jacobi_block_size=8).to_knobs() == {
+        "decoding": "jacobi",
+        "jacobi_block_size": 8,
+    }
 
 
-@pytest.mark.parametrize("hub_config", [{}, {"do_sample": True, "temperature": 0.7, "top_p": 0.8}, {"temperature": 0.7, "top_k": 20}])
+@pytest.mark.parametrize(
+    "hub_config", [{}, {"do_sample": True, "temperature": 0.7, "top_p": 0.8}, {"temperature": 0.7, "top_k": 20}]
+)
 def test_defaults_survive_save_and_reload(tmp_path, prompt, hub_config):
     """Also from a config that was derived from the model config, and with sampling fields left over from the Hub."""
     model = fresh_model("qwen3")

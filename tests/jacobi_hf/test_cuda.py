@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig
 
 import jacobi_hf
-from tests.models import VOCAB, fresh_model
+from tests.helpers.models import VOCAB, fresh_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 WAYS = {

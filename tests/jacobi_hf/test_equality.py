@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tests.jacobi_hf.cases import Case, cases, check_thousands, differences, knobs
-from tests.models import TINY, VOCAB, tiny_model
-from tests.properties import at_most
+from tests.helpers.cases import Case, cases, check_thousands, differences, knobs
+from tests.helpers.models import TINY, VOCAB, tiny_model
+from tests.helpers.properties import at_most
 
 
 @hypothesis.given(case=cases())
@@ -32,7 +32,7 @@ def test_same_as_generate_in_thousands_of_cases() -> None:
 @at_most(80)
 def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict, tokens: int) -> None:
     """Drafts are replaced by the true continuation, each token spoilt with probability 1 - share, at every step."""
-    from jacobi_hf.window import Window
+    from jacobi_hf.drafts.window import Window
 
     model = tiny_model(kind)
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,9 @@ def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Window, "redraft", replay)
-        output = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **setting)
+        output = model.generate(
+            ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **setting
+        )
     assert torch.equal(output.sequences, reference)
     stats = output.jacobi_stats
     if share == 1.0:
@@ -70,7 +72,9 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
     model = tiny_model(case.kind)
     together = model.generate(**inputs, **arguments, pad_token_id=0, **case.knobs)
     for row, length in enumerate(case.lengths):
-        alone = model.generate(inputs["input_ids"][row : row + 1, -length:], **arguments, pad_token_id=0, **case.knobs)[0, length:].tolist()
+        alone = model.generate(
+            inputs["input_ids"][row : row + 1, -length:], **arguments, pad_token_id=0, **case.knobs
+        )[0, length:].tolist()
         in_batch = together[row, max(case.lengths) :].tolist()
         if end and any(t in end for t in alone):
             assert in_batch[len(alone) :] == [0] * (len(in_batch) - len(alone))
@@ -81,7 +85,7 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
 @hypothesis.given(case=cases())
 @at_most(40)
 def test_a_step_accepts_at_least_what_its_window_alone_would(case: Case) -> None:
-    from jacobi_hf.step import Step
+    from jacobi_hf.decoding.step import Step
 
     accept, steps = Step.accept, []
 

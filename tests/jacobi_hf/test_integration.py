@@ -13,12 +13,12 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, StaticCache, pipeline
 
-from jacobi_hf import mixin
-from jacobi_hf.decoding import Decoder
+from jacobi_hf.decoding.loop import Decoder
+from jacobi_hf.integration import mixin
 from jacobi_hf.integration.compat import CACHE
-from tests.jacobi_hf.cases import Case, differences
-from tests.models import TINY, VOCAB, fresh_model, tiny_model
-from tests.tiny import CHECKPOINT
+from tests.helpers.cases import Case, differences
+from tests.helpers.models import TINY, VOCAB, fresh_model, tiny_model
+from tests.helpers.tiny import CHECKPOINT
 
 KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
 
@@ -34,7 +34,9 @@ def same(model, inputs, **arguments):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32), AutoTokenizer.from_pretrained(CHECKPOINT)
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        CHECKPOINT
+    )
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -46,7 +48,9 @@ def test_grad_modes(context, model, prompt):
 @pytest.mark.parametrize("cache", [None, "static", "dynamic"])
 def test_cache_implementations(cache, any_model, prompt):
     same(any_model, prompt, max_new_tokens=20, cache_implementation=cache)
-    output = any_model.generate(**prompt, max_new_tokens=20, cache_implementation=cache, return_dict_in_generate=True, **KNOBS)
+    output = any_model.generate(
+        **prompt, max_new_tokens=20, cache_implementation=cache, return_dict_in_generate=True, **KNOBS
+    )
     assert type(output[CACHE]) is (StaticCache if cache == "static" else DynamicCache)
     assert int(output[CACHE].get_seq_length()) == output.sequences.shape[1] - 1
 
@@ -62,8 +66,12 @@ def test_a_long_prompt_goes_in_by_parts(kind, attention, monkeypatch):
     monkeypatch.setattr(Decoder, "PREFILL_SLOTS", 4)
     monkeypatch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
     widths = []
-    hook = tiny_model(kind).register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    case = Case(kind, attention, (2, 4, 9, 14), 0, VOCAB, KNOBS, {"max_new_tokens": 12, "do_sample": False}, returns_dict=True)
+    hook = tiny_model(kind).register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    case = Case(
+        kind, attention, (2, 4, 9, 14), 0, VOCAB, KNOBS, {"max_new_tokens": 12, "do_sample": False}, returns_dict=True
+    )
     assert differences(case) == []
     hook.remove()
     parts = widths.index(4)  # behind the one-go prefill of the reference and its single tokens
@@ -131,7 +139,11 @@ def test_repetition_penalty_that_ignores_padding_of_embeddings(any_model, prompt
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_rotary_embeddings_that_depend_on_the_length_fall_back(rope, prompt):
-    extra = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 12} if rope == "longrope" else {}
+    extra = (
+        {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 12}
+        if rope == "longrope"
+        else {}
+    )
     model = fresh_model("qwen3")
     config = type(model.config)(**{**model.config.to_dict(), "max_position_embeddings": 12})
     config.rope_parameters = {"rope_type": rope, "factor": 4.0, "rope_theta": 1e4, **extra}
@@ -153,7 +165,9 @@ def test_peft_lora_attached_and_merged(prompt):
     peft = pytest.importorskip("peft")
     model = fresh_model("qwen3")
     plain = model.generate(**prompt, max_new_tokens=20)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
     output = same(adapted, prompt, max_new_tokens=20)
     assert not torch.equal(output, plain)
     merged = adapted.merge_and_unload()
@@ -177,7 +191,13 @@ def test_accelerate_hooks(tmp_path, prompt):
     hooked = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto", dtype=torch.float32)
     assert torch.equal(hooked.generate(**prompt, max_new_tokens=12, **KNOBS), reference)
     on_disk = {"model.layers.1", "model.layers.2"}
-    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb", "lm_head"]
+    parts = [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(3)),
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    ]
     spread = {part: "disk" if part in on_disk else "cpu" for part in parts}
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=spread, offload_folder=str(tmp_path / "off"), dtype=torch.float32
@@ -189,8 +209,15 @@ def test_a_model_in_stages(tmp_path, prompt):
     """Some layers in memory and some on disk, with accelerate's hooks between: the same tokens, and steps stay uncompiled."""
     model = fresh_model("qwen3")
     model.save_pretrained(tmp_path / "model")
-    stages = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
-              "model.layers.2": "disk", "model.norm": "disk", "lm_head": "disk"}  # fmt: skip
+    stages = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+        "model.norm": "disk",
+        "lm_head": "disk",
+    }
     spread = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=stages, offload_folder=str(tmp_path / "off"), dtype=torch.float32
     )
@@ -201,7 +228,9 @@ def test_a_model_in_stages(tmp_path, prompt):
         torch.manual_seed(0)
         assert torch.equal(spread.generate(**inputs, max_new_tokens=12, **KNOBS), reference)
     with pytest.warns(UserWarning, match="compile_config is without effect: the model is spread over several devices"):
-        output = spread.generate(**prompt, max_new_tokens=12, return_dict_in_generate=True, compile_config=CompileConfig(), **KNOBS)
+        output = spread.generate(
+            **prompt, max_new_tokens=12, return_dict_in_generate=True, compile_config=CompileConfig(), **KNOBS
+        )
     assert output.jacobi_stats.compiled_steps == 0
     assert torch.equal(output.sequences, model.generate(**prompt, max_new_tokens=12))
 
@@ -218,7 +247,9 @@ def test_a_device_map_on_one_device_says_why_it_is_not_compiled(tmp_path, prompt
 def test_compiled_wrapper_delegates(prompt):
     model = tiny_model("qwen3")
     wrapper = torch.compile(model, backend="eager")
-    assert torch.equal(wrapper.generate(**prompt, max_new_tokens=6, **KNOBS), model.generate(**prompt, max_new_tokens=6))
+    assert torch.equal(
+        wrapper.generate(**prompt, max_new_tokens=6, **KNOBS), model.generate(**prompt, max_new_tokens=6)
+    )
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -236,9 +267,13 @@ def test_pipeline(tiny, sample):
 @pytest.mark.parametrize("sample", [False, True])
 def test_the_trained_model(tiny, sample):
     model, tokenizer = tiny
-    inputs = tokenizer(["class Queue:\n    def put(", "Return the"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = tokenizer(
+        ["class Queue:\n    def put(", "Return the"], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
     same(model, inputs, max_new_tokens=48, do_sample=sample)
-    output = model.generate(**inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True, decoding="jacobi_multiblock")
+    output = model.generate(
+        **inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True, decoding="jacobi_multiblock"
+    )
     assert output.jacobi_stats.mean_tokens_per_forward > 1
 
 
@@ -263,9 +298,11 @@ def test_synced_gpus_runs_idle_forwards_until_the_peers_are_done(prompt, monkeyp
 @pytest.mark.serial
 def test_a_model_split_over_two_processes(tmp_path):
     """Tensor parallelism (gloo): the same tokens, and steps are not compiled."""
-    script, out = Path(__file__).parent / "tensor_parallel.py", tmp_path / "report.json"
+    script, out = Path(__file__).parents[1] / "helpers" / "tensor_parallel.py", tmp_path / "report.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, script, str(CHECKPOINT), str(out)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*launcher, script, str(CHECKPOINT), str(out)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(out.read_text(encoding="utf-8"))
     assert (report["processes"], report["equal"]) == (2, True)

@@ -15,15 +15,19 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, Qwen3ForCausalLM
 
 import jacobi_hf
-from jacobi_hf.layout import build_layout
-from tests.models import VOCAB, fresh_model
+from jacobi_hf.decoding.layout import build_layout
+from tests.helpers.models import VOCAB, fresh_model
 
 CALLS, CYCLE = 500, 100  # the calls of a cycle all differ, and every cycle has the same ones
 KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 2, "jacobi_max_blocks": 1}
 WAYS = {
     "eager": {"jacobi_lookup_tokens": 3, "jacobi_pool_size": 2, "jacobi_branch_length": 2},
     # A window alone: each source of branches doubles the shapes, and a shape takes a second to trace.
-    "compiled": {"jacobi_lookup_tokens": 0, "jacobi_pool_size": 0, "compile_config": CompileConfig(backend="aot_eager", mode=None)},
+    "compiled": {
+        "jacobi_lookup_tokens": 0,
+        "jacobi_pool_size": 0,
+        "compile_config": CompileConfig(backend="aot_eager", mode=None),
+    },
 }
 RESIDENT_SLACK = 16 * 2**20  # what the allocator may do; one call's cache kept per call would be more
 
@@ -49,7 +53,9 @@ class Held:
     def now(cls) -> Held:
         gc.collect()
         objects = gc.get_objects()
-        tensors = [o for o in objects if type(o) in (torch.Tensor, torch.nn.Parameter)]  # not the compiler's, which have no memory
+        tensors = [
+            o for o in objects if type(o) in (torch.Tensor, torch.nn.Parameter)
+        ]  # not the compiler's, which have no memory
         storages = dict(filter(None, map(_storage, tensors)))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return cls(len(tensors), sum(storages.values()), len(objects), pages * os.sysconf("SC_PAGE_SIZE"))
@@ -57,7 +63,9 @@ class Held:
     def growth_since(self, before: Held) -> list[str]:
         """What there is more of."""
         found = [name for name in ("tensors", "bytes") if getattr(self, name) > getattr(before, name)]
-        found += ["objects"] if self.objects - before.objects > CALLS - CYCLE else []  # a lazy import is some 200 in all
+        found += (
+            ["objects"] if self.objects - before.objects > CALLS - CYCLE else []
+        )  # a lazy import is some 200 in all
         return found + (["resident"] if self.resident - before.resident > RESIDENT_SLACK else [])
 
 
@@ -69,9 +77,14 @@ def call(model, number, **arguments):
     ids = torch.randint(1, VOCAB, (1 + number % 2, 1 + 7 * number % 31), generator=generator)
     torch.manual_seed(number)
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=1 + 5 * number % 23, pad_token_id=0, return_dict_in_generate=True,
-        **KNOBS, **arguments,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=1 + 5 * number % 23,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        **KNOBS,
+        **arguments,
+    )
 
 
 def small_model():

@@ -5,8 +5,8 @@ import torch
 from torch.optim import AdamW, Muon
 
 from jacobi_hf.trainer.optimizer import muon_and_adamw
-from tests.models import fresh_model
-from tests.trainer.test_trainer import config
+from tests.helpers.models import fresh_model
+from tests.trainer.forcing.test_trainer import config
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -17,14 +17,21 @@ def test_matrices_move_by_muon_and_the_rest_by_adamw(tmp_path, kind):
     names = {name for name, _ in joint_model.named_parameters()}
     joint = muon_and_adamw(joint_model, args, 5e-3, {name for name in names if "norm" not in name}, outside)
     by_muon = {name for name in names if ".layers." in name and "proj.weight" in name}
-    muon = Muon([p for n, p in muon_model.named_parameters() if n in by_muon], 5e-3, 0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(
+        [p for n, p in muon_model.named_parameters() if n in by_muon], 5e-3, 0.1, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = AdamW(
         [
-            {"params": [p for n, p in adamw_model.named_parameters() if n not in by_muon and "norm" not in n], "weight_decay": 0.1},
+            {
+                "params": [p for n, p in adamw_model.named_parameters() if n not in by_muon and "norm" not in n],
+                "weight_decay": 0.1,
+            },
             {"params": [p for n, p in adamw_model.named_parameters() if "norm" in n], "weight_decay": 0.0},
         ],
-        lr=1e-3, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-    )  # fmt: skip
+        lr=1e-3,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)) for o in (joint, muon, adamw)]
     generator = torch.Generator().manual_seed(0)
     for step in range(4):

@@ -9,17 +9,17 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from jacobi_hf.drafter import CONFIG_FILE, WEIGHTS_FILE, Drafter
+from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, Drafter
 from jacobi_hf.hub_cards import push
 from jacobi_hf.hub_cards.folder import FolderError
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
 from jacobi_hf.trainer import JacobiForcingTrainer
+from tests.helpers.models import fresh_model
+from tests.helpers.records import records
 from tests.hub_cards.folders import make
-from tests.models import fresh_model
-from tests.trainer.records import records
-from tests.trainer.test_gated import answers
-from tests.trainer.test_gated import config as gated_config
-from tests.trainer.test_trainer import N, config
+from tests.trainer.drafter.test_trainer import answers
+from tests.trainer.drafter.test_trainer import config as gated_config
+from tests.trainer.forcing.test_trainer import N, config
 
 TOKEN = "hf_" + "trainer" * 6
 REPO = {"hub_model_id": "user/forced", "hub_token": TOKEN}
@@ -44,7 +44,11 @@ def trained(tmp_path, **options):
     extra = {name: options.pop(name) for name in ("peft_config", "model") if name in options}
     model = extra.pop("model", None) or fresh_model("qwen3")
     trainer = JacobiForcingTrainer(
-        model, config(tmp_path, max_steps=2, **(REPO | options)), records(8, N, seed=1), processing_class=tokenizer(tmp_path), **extra
+        model,
+        config(tmp_path, max_steps=2, **(REPO | options)),
+        records(8, N, seed=1),
+        processing_class=tokenizer(tmp_path),
+        **extra,
     )
     trainer.train()
     return trainer
@@ -62,9 +66,16 @@ def test_a_finished_run_becomes_a_repository(tmp_path, caplog):
     assert "model.safetensors" in pushed.staged.summary()  # when the folder that it was staged from is gone
     folder = tmp_path / "published"
     assert files(folder) == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "custom_generate/generate.py", "custom_generate/requirements.txt", "results/results-1.json",
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+        "results/results-1.json",
+    }
     assert not (tmp_path / "out" / ".finished").exists()
     for path in folder.rglob("*"):
         assert not path.is_file() or not {TOKEN.encode(), str(tmp_path).encode()} & {
@@ -82,15 +93,22 @@ def test_a_finished_run_becomes_a_repository(tmp_path, caplog):
     assert stage.loss > 0
     assert "hub_token" not in stage.arguments
     card = ModelCard.load(folder / "README.md")
-    assert card.data.to_dict().items() >= {"license": "apache-2.0", "base_model": "user/base", "datasets": ["user/code"]}.items()
+    assert (
+        card.data.to_dict().items()
+        >= {"license": "apache-2.0", "base_model": "user/base", "datasets": ["user/code"]}.items()
+    )
     assert "0.02" in card.content
     # The card alone is the same one.
     trainer.create_model_card(**ABOUT)
-    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == (folder / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == (folder / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_an_adapter(tmp_path):
-    trainer = trained(tmp_path, peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]), optim="adamw_torch")
+    trainer = trained(
+        tmp_path, peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]), optim="adamw_torch"
+    )
     with pytest.raises(FolderError, match="say which with base_model"):
         trainer.push_to_hub(license="mit", dry_run=tmp_path / "published")
     pushed = trainer.push_to_hub(dry_run=tmp_path / "published", **ABOUT)
@@ -106,9 +124,11 @@ def test_an_adapter(tmp_path):
 def trained_drafter(tmp_path, **options):
     model = fresh_model("qwen3")
     trainer = JacobiForcingTrainer(
-        model=model, args=gated_config(tmp_path / "out", max_steps=1, **REPO, **options), train_dataset=answers(model),
+        model=model,
+        args=gated_config(tmp_path / "out", max_steps=1, **REPO, **options),
+        train_dataset=answers(model),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer
 
@@ -116,7 +136,9 @@ def trained_drafter(tmp_path, **options):
 def test_saving_a_drafter_pushes_it_where_the_arguments_say_so(tmp_path, monkeypatch):
     mine = trained_drafter(tmp_path, push_to_hub=True, hub_strategy="end")
     sent = []
-    monkeypatch.setattr("jacobi_hf.trainer.publishing.push_to_hub", lambda folder, repo_id, **_: sent.append((files(folder), repo_id)))
+    monkeypatch.setattr(
+        "jacobi_hf.trainer.publishing.push_to_hub", lambda folder, repo_id, **_: sent.append((files(folder), repo_id))
+    )
     monkeypatch.setattr("jacobi_hf.hub_cards.metadata._card_of", lambda base: ModelCard("---\nlicense: mit\n---\n"))
     mine._base().config._name_or_path = "user/base"
     mine.save_model()
@@ -130,9 +152,13 @@ def test_a_drafter(tmp_path):
     folder = tmp_path / "published"
     assert pushed.staged.kind == "drafter"
     assert files(folder) == {
-        "README.md", CONFIG_FILE, WEIGHTS_FILE, "custom_generate/generate.py", "custom_generate/requirements.txt",
+        "README.md",
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
         "results/results-1.json",
-    }  # fmt: skip
+    }
     assert (folder / "custom_generate" / "generate.py").read_text().endswith('generate = entry("drafter")\n')
     drafter = Drafter.from_pretrained(folder)
     assert (drafter.config.base_model, drafter.config.r) == ("user/base", 4)
@@ -157,7 +183,10 @@ def test_saving_pushes_where_the_arguments_say_so(tmp_path, monkeypatch):
     """`save_model` of a trainer with push_to_hub=True, as in `Trainer`."""
     trainer = trained(tmp_path, push_to_hub=True, hub_strategy="end", hub_private_repo=True)
     sent = []
-    monkeypatch.setattr("jacobi_hf.trainer.publishing.push_to_hub", lambda folder, repo_id, **k: sent.append((files(folder), repo_id, k)))
+    monkeypatch.setattr(
+        "jacobi_hf.trainer.publishing.push_to_hub",
+        lambda folder, repo_id, **k: sent.append((files(folder), repo_id, k)),
+    )
     trainer.model.config._name_or_path = "user/base"
     monkeypatch.setattr("jacobi_hf.hub_cards.metadata._card_of", lambda base: ModelCard("---\nlicense: mit\n---\n"))
     trainer.save_model()

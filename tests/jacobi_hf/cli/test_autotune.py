@@ -9,12 +9,12 @@ import pytest
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-import jacobi_hf.tuning
+import jacobi_hf.tuning.autotune
 from jacobi_hf.cli import app
-from jacobi_hf.cli.prompt_files import encode_prompts, read_prompt_file
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.tuning import ASSISTED, Setting, Tuning, describe
-from tests.tiny import EXAMPLE
+from jacobi_hf.io import encode_prompts, read_prompt_file
+from jacobi_hf.tuning.autotune import ASSISTED, Setting, Tuning, describe
+from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
 FORCED, CHECKPOINT, DRAFTER, DRAFT = (str(EXAMPLE / name) for name in ("forced", "checkpoint", "drafter", "draft"))
@@ -36,7 +36,7 @@ def asked(monkeypatch):
         calls.append((model, prompts, options))
         return tuned(FOUND, None)
 
-    monkeypatch.setattr(jacobi_hf.tuning, "autotune", autotune)
+    monkeypatch.setattr(jacobi_hf.tuning.autotune, "autotune", autotune)
     return calls
 
 
@@ -66,14 +66,33 @@ def test_settings_are_measured_and_the_fastest_is_told(prompts):
 
 
 def test_options_reach_autotune(asked, prompts):
-    options = ["--batch-size", "2", "--seconds", "7", "--max-new-tokens", "9", "--temperature", "0.5", "--compile", "--dtype", "float32"]
+    options = [
+        "--batch-size",
+        "2",
+        "--seconds",
+        "7",
+        "--max-new-tokens",
+        "9",
+        "--temperature",
+        "0.5",
+        "--compile",
+        "--dtype",
+        "float32",
+    ]
     result = run(app, ["autotune", "--model", CHECKPOINT, "--drafter", DRAFTER, "--prompts", prompts, *options])
     assert result.exit_code == 0, result.output
     ((model, ids, given),) = asked
     assert len(ids) == 2
-    assert jacobi_hf.drafters.drafter_of(model) is not None
+    assert jacobi_hf.drafts.loading.drafter_of(model) is not None
     assert given.pop("compile_config") is not None
-    wanted = {"batch_size": 2, "seconds": 7.0, "max_new_tokens": 9, "do_sample": True, "temperature": 0.5, "assistant_model": None}
+    wanted = {
+        "batch_size": 2,
+        "seconds": 7.0,
+        "max_new_tokens": 9,
+        "do_sample": True,
+        "temperature": 0.5,
+        "assistant_model": None,
+    }
     assert given == {**wanted, "progress": True}
     assert f"fastest: {describe(FOUND)}, 1.25 times" in " ".join(result.stdout.split())
     assert "jacobi_block_size=8" in result.stdout
@@ -81,7 +100,11 @@ def test_options_reach_autotune(asked, prompts):
 
 
 def test_a_draft_model_is_tried(monkeypatch, prompts):
-    monkeypatch.setattr(jacobi_hf.tuning, "autotune", lambda *_, **given: tuned(ASSISTED) if given["assistant_model"] else None)
+    monkeypatch.setattr(
+        jacobi_hf.tuning.autotune,
+        "autotune",
+        lambda *_, **given: tuned(ASSISTED) if given["assistant_model"] else None,
+    )
     result = run(app, ["autotune", "--model", FORCED, "--assistant-model", DRAFT, "--prompts", prompts, "--json"])
     assert json.loads(result.stdout)["fastest"]["setting"] == ASSISTED
 
@@ -93,11 +116,13 @@ def test_what_is_found_is_saved_with_the_model(asked, prompts, folder):
     assert JacobiConfig.from_generation_config(saved) == FOUND
     assert saved.eos_token_id == 0
     assert f"saved in {folder}" in result.stdout
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (EXAMPLE / "forced").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in (EXAMPLE / "forced").iterdir()
+    )
 
 
 def test_ordinary_decoding_is_saved_as_no_decoding(monkeypatch, prompts, folder):
-    monkeypatch.setattr(jacobi_hf.tuning, "autotune", lambda *_, **__: tuned(None))
+    monkeypatch.setattr(jacobi_hf.tuning.autotune, "autotune", lambda *_, **__: tuned(None))
     assert run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"]).exit_code == 0
     saved = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     assert not [name for name in saved if name.startswith(("jacobi", "decoding")) and saved[name] is not None]
@@ -105,7 +130,7 @@ def test_ordinary_decoding_is_saved_as_no_decoding(monkeypatch, prompts, folder)
 
 def test_ctrl_c_saves_nothing(monkeypatch, prompts, folder):
     before = (folder / "generation_config.json").read_bytes()
-    monkeypatch.setattr(jacobi_hf.tuning, "autotune", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(jacobi_hf.tuning.autotune, "autotune", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
     assert (result.exit_code, "interrupted; nothing is kept" in result.stderr) == (130, True)
     assert (folder / "generation_config.json").read_bytes() == before
@@ -114,12 +139,16 @@ def test_ctrl_c_saves_nothing(monkeypatch, prompts, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--model", "nowhere/at/all"], "nowhere/at/all is no model"),
-        (["--model", "some/name", "--save"], "writes into the model's folder"), (["--seconds", "0"], "seconds=0"),
-        (["--save", "--assistant-model", DRAFT], "Drop one of the two"), (["--assistant-model", "nowhere/at/all"], "is no model"),
-        (["--temperature", "0"], "temperature=0"), (["--max-new-tokens", "1"], "max_new_tokens=1"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all is no model"),
+        (["--model", "some/name", "--save"], "writes into the model's folder"),
+        (["--seconds", "0"], "seconds=0"),
+        (["--save", "--assistant-model", DRAFT], "Drop one of the two"),
+        (["--assistant-model", "nowhere/at/all"], "is no model"),
+        (["--temperature", "0"], "temperature=0"),
+        (["--max-new-tokens", "1"], "max_new_tokens=1"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(prompts, arguments, message):
     result = run(app, ["autotune", "--model", FORCED, "--prompts", prompts, *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -140,11 +169,12 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("a.txt", "one\n\n  two\n", ["one", "  two"]), ("a.jsonl", '"one"\n\n{"prompt": "two", "answer": 3}\n', ["one", "two"]),
+        ("a.txt", "one\n\n  two\n", ["one", "  two"]),
+        ("a.jsonl", '"one"\n\n{"prompt": "two", "answer": 3}\n', ["one", "two"]),
         ("a.json", json.dumps(["one", {"messages": MESSAGES}, {"prompt": MESSAGES}]), ["one", MESSAGES, MESSAGES]),
         ("a.jsonl", '{"stop": ["x"]}\n{"prompt": "one"}\n', ["one"]),
     ],
-)  # fmt: skip
+)
 def test_prompts_of_a_file(tmp_path, name, text, wanted):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_prompt_file(tmp_path / name) == wanted
@@ -157,13 +187,17 @@ def test_a_task_file_is_a_file_of_prompts():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "\n \n", "holds no prompts"), ("a.json", '{"prompt": "x"}', "a list of prompts"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.json", '{"prompt": "x"}', "a list of prompts"),
         ("a.jsonl", '"x"\n{\n', "line 2 is not JSON"),
-        ("a.json", "[3]", "prompt 1 is no prompt"), ("a.jsonl", '"x"\n{"text": "y"}', "line 2 is no prompt"),
+        ("a.json", "[3]", "prompt 1 is no prompt"),
+        ("a.jsonl", '"x"\n{"text": "y"}', "line 2 is no prompt"),
         ("a.json", "[", "is not JSON"),
-        ("a.json", '[{"messages": []}]', "prompt 1"), ("a.json", '[[{"role": "user"}]]', "prompt 1"), ("a.json", '[""]', "prompt 1"),
+        ("a.json", '[{"messages": []}]', "prompt 1"),
+        ("a.json", '[[{"role": "user"}]]', "prompt 1"),
+        ("a.json", '[""]', "prompt 1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_file_of_prompts_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 from jacobi_hf.cli import app
 from jacobi_hf.hub_cards.card import generate_model_card
 from jacobi_hf.hub_cards.folder import stage
+from tests.helpers.tiny import EXAMPLE
 from tests.hub_cards.folders import make
-from tests.tiny import EXAMPLE
 
 run = CliRunner().invoke
 RESULTS = EXAMPLE.parent / "benchmarks" / "results"
@@ -28,7 +28,12 @@ def test_the_card_is_that_of_the_python_function_and_can_be_pushed(folder):
     result = run(app, ["card", str(folder), "user/name", *options, *files, "--measured-as", "forced-seed42"])
     assert (result.exit_code, result.stdout) == (0, f"{folder / 'README.md'}\n"), result.output
     wanted = generate_model_card(
-        FORCED, repo_id="user/name", license="apache-2.0", language="en", base_model="user/base", measured_as=["forced", "forced-seed42"]
+        FORCED,
+        repo_id="user/name",
+        license="apache-2.0",
+        language="en",
+        base_model="user/base",
+        measured_as=["forced", "forced-seed42"],
     )
     written = (folder / "README.md").read_text(encoding="utf-8")
     assert written == str(wanted)
@@ -40,7 +45,9 @@ def test_the_card_is_that_of_the_python_function_and_can_be_pushed(folder):
 @pytest.mark.parametrize("kind", ["adapter", "drafter"])
 def test_what_is_beside_a_base_names_it(tmp_path, kind):
     made = make(tmp_path / kind, kind)
-    result = run(app, ["card", str(made), "user/name", "--license", "mit", "--output", str(tmp_path / "new" / "card.md")])
+    result = run(
+        app, ["card", str(made), "user/name", "--license", "mit", "--output", str(tmp_path / "new" / "card.md")]
+    )
     assert result.exit_code == 0, result.output
     assert ModelCard.load(tmp_path / "new" / "card.md").data.base_model == "user/base"
 
@@ -65,13 +72,14 @@ def test_a_card_that_is_there_is_replaced_on_request_alone(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "user/name"], "nowhere"), (["FOLDER", "user/na me"], "no name of a Hub repository"),
+        (["nowhere", "user/name"], "nowhere"),
+        (["FOLDER", "user/na me"], "no name of a Hub repository"),
         (["FOLDER", "user/name"], "license"),
         (["FOLDER", "user/name", "--license", "mit", "--results", "nowhere.json"], "nowhere.json"),
         (["FOLDER", "user/name", "--license", "mit", "--results", "FOLDER/config.json"], "config.json"),
         (["FOLDER", "user/name", "--license", "mit", "--description", "x"], "for data sets"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line_and_nothing_is_written(folder, arguments, message):
     result = run(app, ["card", *(one.replace("FOLDER", str(folder)) for one in arguments)])
     assert (result.exit_code, result.stdout) == (2, "")

@@ -8,15 +8,19 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from jacobi_hf.cli import app, loading
-from jacobi_hf.cli.conversation import Conversation
-from jacobi_hf.cli.interrupts import StopOnInterrupt
-from tests.models import fresh_model
-from tests.tiny import EXAMPLE
+from jacobi_hf.cli import _models as loading
+from jacobi_hf.cli import app
+from jacobi_hf.cli._conversation import Conversation
+from jacobi_hf.cli._interrupts import StopOnInterrupt
+from tests.helpers.models import fresh_model
+from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
 FORCED = str(EXAMPLE / "forced")
-QUESTIONS = ["Anna has 12 apples and buys 30 more. How many apples does Anna have now?", "Tom has 5 pens and buys 4 more. How many now?"]
+QUESTIONS = [
+    "Anna has 12 apples and buys 30 more. How many apples does Anna have now?",
+    "Tom has 5 pens and buys 4 more. How many now?",
+]
 KNOBS = {"decoding": "jacobi_multiblock"}
 WAYS = [KNOBS, {"decoding": "jacobi", "jacobi_block_size": 4}, {"decoding": None}]
 
@@ -62,7 +66,9 @@ class Widths:
 
 def answer_alone(model, tokenizer, messages, **options):
     """What ordinary `generate` answers to a conversation that it has never seen."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
     arguments = {"max_new_tokens": 48, "do_sample": False, "decoding": None, **options}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, ids.shape[1] :].tolist()
 
@@ -141,7 +147,11 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tiny, monkeypatch):
 def test_the_room_that_is_left_limits_an_answer(tiny, monkeypatch):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
-    asked = len(tokenizer.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_dict=False))
+    asked = len(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_dict=False
+        )
+    )
     monkeypatch.setattr(model.config, "max_position_embeddings", asked + 3)
     assert len(conversation.ask(QUESTIONS[0], {"max_new_tokens": 48, "do_sample": False, **KNOBS}).ids) == 3
 
@@ -150,7 +160,9 @@ def test_the_verb_talks(say, tiny):
     result = say(*QUESTIONS)
     assert result.exit_code == 0, result.output
     model, tokenizer = tiny
-    first = tokenizer.decode(answer_alone(model, tokenizer, [{"role": "user", "content": QUESTIONS[0]}]), skip_special_tokens=True)
+    first = tokenizer.decode(
+        answer_alone(model, tokenizer, [{"role": "user", "content": QUESTIONS[0]}]), skip_special_tokens=True
+    )
     history = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": first.strip()}]
     second = answer_alone(model, tokenizer, [*history, {"role": "user", "content": QUESTIONS[1]}])
     assert result.stdout == f"{first}\n{tokenizer.decode(second, skip_special_tokens=True)}\n"
@@ -166,7 +178,9 @@ def test_clear_forgets(say):
 
 
 def test_knobs_are_shown_and_changed_and_nothing_else(say):
-    told = say("/knobs", "/knobs decoding=none", QUESTIONS[0], "/knobs decoding=jacobi jacobi_block_size=4", QUESTIONS[0])
+    told = say(
+        "/knobs", "/knobs decoding=none", QUESTIONS[0], "/knobs decoding=jacobi jacobi_block_size=4", QUESTIONS[0]
+    )
     lines = told.stderr.splitlines()
     assert any(line.startswith("decoding=jacobi_multiblock jacobi_block_size=16") for line in lines)
     assert "decoding=none" in lines
@@ -174,10 +188,23 @@ def test_knobs_are_shown_and_changed_and_nothing_else(say):
     ordinary, jacobi = [line for line in lines if "prefilled" in line]
     assert " 1.00 tokens per forward" in ordinary
     assert " 1.00 tokens per forward" not in jacobi
-    told = say("/knobs jacobi_blok_size=4", "/knobs jacobi_block_size=x", "/knobs jacobi_block_size=[", "/knobs fast", "/help", "/knobs")
+    told = say(
+        "/knobs jacobi_blok_size=4",
+        "/knobs jacobi_block_size=x",
+        "/knobs jacobi_block_size=[",
+        "/knobs fast",
+        "/help",
+        "/knobs",
+    )
     assert all(
         part in told.stderr
-        for part in ("did you mean 'jacobi_block_size'", "an integer from 2", "=[ cannot be read", "no change of a knob", "no command")
+        for part in (
+            "did you mean 'jacobi_block_size'",
+            "an integer from 2",
+            "=[ cannot be read",
+            "no change of a knob",
+            "no command",
+        )
     )
     assert "jacobi_block_size=16" in told.stderr.splitlines()[-1]
 
@@ -239,7 +266,9 @@ def test_without_a_template_turns_are_concatenated(say, load, monkeypatch):
     for turn in ("", "    return a"):
         text += turn
         inputs = tokenizer(text, return_tensors="pt")
-        new = tokenizer.decode(model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        new = tokenizer.decode(
+            model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         assert new in told.stdout
         text += new
     assert say("x", options=["--system", "be brief"]).exit_code == 2
@@ -248,10 +277,12 @@ def test_without_a_template_turns_are_concatenated(say, load, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere/at/all"], "nowhere/at/all is no model"), (["--temperature", "-1"], "temperature=-1"),
-        (["--jacobi-block-size", "1"], "from 2 to 1024"), (["--drafter", "nowhere/at/all"], "nowhere/at/all"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all is no model"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--jacobi-block-size", "1"], "from 2 to 1024"),
+        (["--drafter", "nowhere/at/all"], "nowhere/at/all"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(arguments, message):
     result = run(app, ["chat", "--model", FORCED, *arguments], input="never read\n")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
 
 run = CliRunner().invoke
 

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
 from jacobi_hf.cli.eval import Evaluation, run
-from jacobi_hf.cli.eval_tasks import TaskFile, load_tasks
-from jacobi_hf.cli.evaluation import AlternatingLM, Journal, Output
-from jacobi_hf.results import Results
-from tests.tiny import CHECKPOINT, EXAMPLE
+from jacobi_hf.evaluation.harness import AlternatingLM, Journal, Output
+from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
+from jacobi_hf.results.schema import Results
+from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 
 FORCED, TASK = str(EXAMPLE / "forced"), EXAMPLE / "tasks" / "arithmetic.jsonl"
 invoke = CliRunner().invoke
@@ -33,14 +33,18 @@ SMALL = {"dtype": "float32", "limit": 4, "max_new_tokens": 48}
 @pytest.fixture(autouse=True)
 def one_index(monkeypatch):
     """The harness reads its 14 000 tasks once."""
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: task_manager(include_defaults=include_defaults))
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda include_defaults: task_manager(include_defaults=include_defaults)
+    )
     yield
     logging.getLogger("lm_eval").setLevel(logging.NOTSET)
 
 
 def write(folder, *rows, name="task.jsonl"):
     path = folder / name
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -59,7 +63,12 @@ def test_all_decoders_write_the_same_and_score_the_same(evaluated):
     assert [m.decoder.kind for m in evaluated.measurements] == ["generate", "jacobi_multiblock", "jacobi"]
     assert ordinary.agreement is None
     for m in (multiblock, blocks):
-        assert (m.agreement.baseline, m.agreement.identical, m.agreement.total, m.agreement.different) == ("generate", 4, 4, [])
+        assert (m.agreement.baseline, m.agreement.identical, m.agreement.total, m.agreement.different) == (
+            "generate",
+            4,
+            4,
+            [],
+        )
         assert m.quality == ordinary.quality
         assert m.new_tokens == ordinary.new_tokens == ordinary.forwards
         assert m.speedups[0].factor == pytest.approx(m.tokens_per_second / ordinary.tokens_per_second)
@@ -70,11 +79,16 @@ def test_all_decoders_write_the_same_and_score_the_same(evaluated):
 
 
 def test_the_score_is_that_of_plain_generate(evaluated):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(FORCED, dtype=torch.float32), AutoTokenizer.from_pretrained(FORCED)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(FORCED, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(FORCED),
+    )
     right, tokens = 0, 0
     for problem in TaskFile.read(TASK).problems[:4]:
         inputs = tokenizer(problem.prompt, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False, decoding=None)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False, decoding=None)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         found = re.search(r"The answer is (-?\d+)", tokenizer.decode(ids, skip_special_tokens=True))
         right, tokens = right + (found is not None and int(found[1]) == problem.answer), tokens + len(ids)
     ordinary = evaluated.measurements[0]
@@ -85,7 +99,9 @@ def test_the_score_is_that_of_plain_generate(evaluated):
 
 def test_with_a_drafter_the_models_own_knobs(tmp_path):
     drafter = str(EXAMPLE / "drafter")
-    results = run(Evaluation(str(CHECKPOINT), drafter=drafter, task_files=[str(TASK)], **SMALL | {"limit": 2}), quiet=True)
+    results = run(
+        Evaluation(str(CHECKPOINT), drafter=drafter, task_files=[str(TASK)], **SMALL | {"limit": 2}), quiet=True
+    )
     ordinary, drafted = results.measurements
     assert (drafted.decoder.name, drafted.decoder.drafter) == ("jacobi_multiblock", drafter)
     assert drafted.agreement.identical == 2
@@ -96,13 +112,14 @@ def test_how_answers_are_read(tmp_path, monkeypatch):
     """Scores of known texts: the first match, its group, numbers as text, stop strings, and whole texts without a pattern."""
     texts = {"a": "so 7 apples\n\n8", "b": "12", "c": " yes \n", "d": "no"}
     monkeypatch.setattr(
-        "jacobi_hf.cli.evaluation.AlternatingLM._generate",
+        "jacobi_hf.evaluation.harness.AlternatingLM._generate",
         lambda self, name, request, seed: Output(texts[request.args[0]], [1], 1, 1, 1, 1.0),
     )
     cases = [
-        ({"answer_pattern": r"(\d+)"}, [("a", 7), ("b", "12"), ("c", 3)], 2 / 3), ({"answer_pattern": r"\d"}, [("a", 7), ("b", 12)], 1 / 2),
+        ({"answer_pattern": r"(\d+)"}, [("a", 7), ("b", "12"), ("c", 3)], 2 / 3),
+        ({"answer_pattern": r"\d"}, [("a", 7), ("b", 12)], 1 / 2),
         ({}, [("c", "yes"), ("d", "yes")], 1 / 2),
-    ]  # fmt: skip
+    ]
     for number, (header, problems, share) in enumerate(cases):
         rows = [{"prompt": prompt, "answer": answer, "more": None} for prompt, answer in problems]
         path = write(tmp_path, *[header] * bool(header), "", *rows, name=f"t{number}.jsonl")
@@ -126,7 +143,9 @@ def test_a_task_of_the_harness_by_name(monkeypatch):
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "test")})
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **kwargs: asked.append(path) or data)
-    results = run(Evaluation(FORCED, tasks=["gsm8k"], num_fewshot=2, **SMALL | {"limit": 2, "max_new_tokens": 8}), quiet=True)
+    results = run(
+        Evaluation(FORCED, tasks=["gsm8k"], num_fewshot=2, **SMALL | {"limit": 2, "max_new_tokens": 8}), quiet=True
+    )
     ordinary, jacobi = results.measurements
     assert asked == ["openai/gsm8k"]
     assert (ordinary.prompts.domain, ordinary.prompts.source, ordinary.prompts.count) == ("gsm8k", "openai/gsm8k", 2)
@@ -176,15 +195,21 @@ def test_a_journal_gives_back_what_it_was_given(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["{"], "line 1 is not JSON"), (["[1]"], "line 1 is not a JSON object but '\\[1\\]'"), ([], "holds no problems"),
-        ([{"answer_pattern": "x"}], "holds no problems"), ([{"prompt": "x"}], "line 1: 'answer' is missing"),
+        (["{"], "line 1 is not JSON"),
+        (["[1]"], "line 1 is not a JSON object but '\\[1\\]'"),
+        ([], "holds no problems"),
+        ([{"answer_pattern": "x"}], "holds no problems"),
+        ([{"prompt": "x"}], "line 1: 'answer' is missing"),
         ([{"promt": "x", "answer": 1}], "line 1: 'prompt' is missing; there is 'promt'"),
         ([{"prompt": "x", "answer": 1}, {"prompt": "y", "target": 1}], "line 2: 'answer' is missing"),
-        ([{"prompt": "x", "answer": [1]}], "line 1: answer cannot be \\[1\\]"), ([{"prompt": "", "answer": 1}], "prompt cannot be ''"),
-        ([{"answer_patern": "x"}], "did you mean 'answer_pattern'"), ([{"answer_pattern": "("}], "no regular expression"),
-        ([{"max_new_tokens": 0}], "max_new_tokens cannot be 0"), ([{"stop": "x"}], "stop cannot be 'x'"),
+        ([{"prompt": "x", "answer": [1]}], "line 1: answer cannot be \\[1\\]"),
+        ([{"prompt": "", "answer": 1}], "prompt cannot be ''"),
+        ([{"answer_patern": "x"}], "did you mean 'answer_pattern'"),
+        ([{"answer_pattern": "("}], "no regular expression"),
+        ([{"max_new_tokens": 0}], "max_new_tokens cannot be 0"),
+        ([{"stop": "x"}], "stop cannot be 'x'"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_tasks_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         TaskFile.read(write(tmp_path, *rows))
@@ -201,14 +226,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task_files": []}, "nothing to evaluate on"), ({"limit": 0}, "limit=0"), ({"num_fewshot": -1}, "num_fewshot=-1"),
-        ({"max_new_tokens": 5000}, "2048 positions"), ({"decoders": {"generate": {}}}, "'generate' is the name of ordinary decoding"),
-        ({"decoders": {"x": {"decoding": "none"}}}, "leave it out"), ({"decoders": {"x": {"jacobi_block_size": 1}}}, "from 2 to 1024"),
-        ({"decoders": {"x": {"jacobi_blok_size": 8}}}, "did you mean 'jacobi_block_size'"), ({"output": "."}, "is a folder"),
-        ({"model": "nowhere/at/all"}, "nowhere"), ({"dtype": "float33"}, "float33"), ({"drafter": "nowhere"}, "nowhere"),
+        ({"task_files": []}, "nothing to evaluate on"),
+        ({"limit": 0}, "limit=0"),
+        ({"num_fewshot": -1}, "num_fewshot=-1"),
+        ({"max_new_tokens": 5000}, "2048 positions"),
+        ({"decoders": {"generate": {}}}, "'generate' is the name of ordinary decoding"),
+        ({"decoders": {"x": {"decoding": "none"}}}, "leave it out"),
+        ({"decoders": {"x": {"jacobi_block_size": 1}}}, "from 2 to 1024"),
+        ({"decoders": {"x": {"jacobi_blok_size": 8}}}, "did you mean 'jacobi_block_size'"),
+        ({"output": "."}, "is a folder"),
+        ({"model": "nowhere/at/all"}, "nowhere"),
+        ({"dtype": "float33"}, "float33"),
+        ({"drafter": "nowhere"}, "nowhere"),
         ({"task_files": [str(TASK), str(TASK)]}, "arithmetic"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_fail_before_anything_is_generated(change, message, monkeypatch):
     monkeypatch.setattr(AlternatingLM, "generate_until", lambda *_: pytest.fail("generated"))
     with pytest.raises((ValueError, OSError), match=message):
@@ -234,12 +266,18 @@ def test_tasks_that_generate_nothing_or_run_code_are_refused(tmp_path):
     }
     choice = tmp_path / "choice.yaml"
     choice.write_text(
-        json.dumps({**config, "task": "choice", "output_type": "multiple_choice", "doc_to_choice": ["a"], "doc_to_target": 0})
+        json.dumps(
+            {**config, "task": "choice", "output_type": "multiple_choice", "doc_to_choice": ["a"], "doc_to_target": 0}
+        )
     )
     with pytest.raises(ValueError, match=r"choice is scored by log-likelihoods \(multiple_choice\)"):
         load_tasks([str(choice)], [])
     code = tmp_path / "code.yaml"
-    code.write_text(json.dumps({**config, "task": "code", "output_type": "generate_until", "doc_to_target": "x", "unsafe_code": True}))
+    code.write_text(
+        json.dumps(
+            {**config, "task": "code", "output_type": "generate_until", "doc_to_target": "x", "unsafe_code": True}
+        )
+    )
     with pytest.raises(ValueError, match=r"code runs code that the model writes.*--confirm-run-unsafe-code"):
         load_tasks([str(code)], [])
     assert list(load_tasks([str(code)], [], runs_code=True)) == ["code"]
@@ -265,7 +303,7 @@ def test_the_shipped_task_is_what_its_script_writes_and_held_out(monkeypatch):
 
 
 def test_the_interval_is_wilsons():
-    from jacobi_hf.results import Quality
+    from jacobi_hf.results.schema import Quality
 
     quality = Quality.of_share("x", 3, 10)
     for edge in (quality.low, quality.high):  # where the score test's statistic is 1.96
@@ -280,18 +318,36 @@ def recipe(folder, section):
 
 def test_the_verb_takes_a_recipe_and_prints_a_document(tmp_path):
     section = {
-        "model": FORCED, "task_file": [str(TASK)], "limit": 3, "dtype": "float32", "max_new_tokens": 16,
+        "model": FORCED,
+        "task_file": [str(TASK)],
+        "limit": 3,
+        "dtype": "float32",
+        "max_new_tokens": 16,
         "decoders": {"small": {"jacobi_block_size": 4}},
-    }  # fmt: skip
+    }
     result = invoke(app, ["eval", "--config", recipe(tmp_path, section), "--limit", "2", "--json"])
     assert result.exit_code == 0, result.output
     measured = Results.model_validate_json(result.stdout).measurements
-    assert [(m.decoder.name, m.decoder.block_size, m.prompts.count) for m in measured] == [("generate", None, 2), ("small", 4, 2)]
+    assert [(m.decoder.name, m.decoder.block_size, m.prompts.count) for m in measured] == [
+        ("generate", None, 2),
+        ("small", 4, 2),
+    ]
     assert measured[1].agreement.identical == 2
 
 
 def test_the_verb_shows_a_table(tmp_path):
-    arguments = ["--model", FORCED, "--task-file", str(TASK), "--limit", "1", "--dtype", "float32", "--jacobi-block-size", "8"]
+    arguments = [
+        "--model",
+        FORCED,
+        "--task-file",
+        str(TASK),
+        "--limit",
+        "1",
+        "--dtype",
+        "float32",
+        "--jacobi-block-size",
+        "8",
+    ]
     result = invoke(app, ["eval", *arguments, "--output", str(tmp_path / "r.json")], env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
     (row,) = [line.split() for line in result.stdout.splitlines() if "jacobi_multiblock" in line]
@@ -304,13 +360,18 @@ def test_the_verb_shows_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"limt": 3}, "did you mean 'limit'"), ({"limit": 2.5}, "--limit"), ({"limit": "x"}, "--limit"), ({"limit": {"a": 1}}, "'limit'"),
-        ({"decoders": 3}, "'decoders'"), ({"tasks": "a", "decoders": {"x": 3}}, "decoder 'x'"), ([1], "no section 'eval'"),
+        ({"limt": 3}, "did you mean 'limit'"),
+        ({"limit": 2.5}, "--limit"),
+        ({"limit": "x"}, "--limit"),
+        ({"limit": {"a": 1}}, "'limit'"),
+        ({"decoders": 3}, "'decoders'"),
+        ({"tasks": "a", "decoders": {"x": 3}}, "decoder 'x'"),
+        ([1], "no section 'eval'"),
         (None, "no section"),
         ({"tasks": "a", "decoders": {"x": {"jacobi_blok_size": 8}}}, "did you mean 'jacobi_block_size'"),
         ({"jacobi_block_size": 8, "decoders": {"x": {}}}, "besides the recipe's decoders"),
     ],
-)  # fmt: skip
+)
 def test_bad_recipes_are_refused(tmp_path, section, message):
     result = invoke(app, ["eval", "--config", recipe(tmp_path, section), "--model", FORCED], env={"COLUMNS": "300"})
     assert (result.exit_code, message in result.stderr) == (2, True), result.output
@@ -327,7 +388,10 @@ def test_files_that_are_no_recipes_are_refused(tmp_path, text):
 
 def test_errors_of_the_verb_are_one_line_and_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
     result = invoke(app, ["eval", "--model", FORCED, "--task-file", "nowhere.jsonl"])
-    assert (result.exit_code, result.stderr.splitlines()[-1][:58]) == (2, "jacobi-hf eval: the task file nowhere.jsonl cannot be read")
+    assert (result.exit_code, result.stderr.splitlines()[-1][:58]) == (
+        2,
+        "jacobi-hf eval: the task file nowhere.jsonl cannot be read",
+    )
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.cli.answers import Answer, Sampling
-from tests.tiny import EXAMPLE
+from jacobi_hf.cli._answers import Answer, Sampling
+from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
 VERB = importlib.import_module("jacobi_hf.cli.generate")  # its name in the package is the function's
@@ -25,7 +25,7 @@ SHORT = ["--dtype", "float32", "--max-new-tokens", "16"]
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
     """Each model once: most of a test's time would be loading."""
-    from jacobi_hf.cli import loading
+    from jacobi_hf.cli import _models as loading
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load", functools.cache(loading.load))
@@ -74,7 +74,9 @@ def test_chat_puts_the_prompt_through_the_template():
 
 def test_knobs_and_recipes_reach_generate(tmp_path):
     plain = document("--model", FORCED, PROMPT)
-    (tmp_path / "recipe.yaml").write_text(f"generate: {{model: {FORCED}, decoding: jacobi, jacobi_block_size: 4}}", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        f"generate: {{model: {FORCED}, decoding: jacobi, jacobi_block_size: 4}}", encoding="utf-8"
+    )
     one_block = document("--config", str(tmp_path / "recipe.yaml"), PROMPT)
     ordinary = document("--model", FORCED, PROMPT, "--decoding", "none")
     assert plain["text"] == one_block["text"] == ordinary["text"]
@@ -134,16 +136,25 @@ def test_a_fall_back_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one prompt"), (["x", "--file", "y"], "give one prompt"), (["--file", "nowhere.txt"], "nowhere.txt"), ([" "], "is empty"),
-        (["x", "--temperature", "0"], "--no-do-sample is greedy"), (["x", "--top-p", "2"], "top_p=2.0"),
+        ([], "give one prompt"),
+        (["x", "--file", "y"], "give one prompt"),
+        (["--file", "nowhere.txt"], "nowhere.txt"),
+        ([" "], "is empty"),
+        (["x", "--temperature", "0"], "--no-do-sample is greedy"),
+        (["x", "--top-p", "2"], "top_p=2.0"),
         (["x", "--top-k", "-1"], "top_k=-1"),
-        (["x", "--top-k", "3", "--no-do-sample"], "drop one"), (["x", "--dtype", "fp32"], "'fp32'"),
-        (["x", "--jacobi-block-size", "1"], "from 2 to 1024"), (["x", "--decoding", "jacoby"], "did you mean 'jacobi'"),
-        (["x", "--model", "nowhere/at/all"], "nowhere/at/all is no model"), (["x", "--model", str(EXAMPLE)], "holds no model"),
-        (["x", "--drafter", "nowhere/at/all"], "nowhere/at/all"), (["x", "--max-new-tokens", "3000"], "2048 positions"),
-        (["1 2" * 3000], "the model has 2048 positions"), (["x", "--jacobi-verify-width", "4"], "--drafter"),
+        (["x", "--top-k", "3", "--no-do-sample"], "drop one"),
+        (["x", "--dtype", "fp32"], "'fp32'"),
+        (["x", "--jacobi-block-size", "1"], "from 2 to 1024"),
+        (["x", "--decoding", "jacoby"], "did you mean 'jacobi'"),
+        (["x", "--model", "nowhere/at/all"], "nowhere/at/all is no model"),
+        (["x", "--model", str(EXAMPLE)], "holds no model"),
+        (["x", "--drafter", "nowhere/at/all"], "nowhere/at/all"),
+        (["x", "--max-new-tokens", "3000"], "2048 positions"),
+        (["1 2" * 3000], "the model has 2048 positions"),
+        (["x", "--jacobi-verify-width", "4"], "--drafter"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(arguments, message):
     result = run(app, ["generate", "--model", FORCED, *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -155,7 +166,9 @@ def test_errors_are_one_line(arguments, message):
 def test_a_misspelt_option_is_named_with_the_nearest(tmp_path):
     assert "--max-new-tokens" in run(app, ["generate", "--model", FORCED, "x", "--max-new-token", "3"]).output
     (tmp_path / "recipe.yaml").write_text("generate: {temprature: 3}", encoding="utf-8")
-    result = run(app, ["generate", "--model", FORCED, "x", "--config", str(tmp_path / "recipe.yaml")], env={"COLUMNS": "300"})
+    result = run(
+        app, ["generate", "--model", FORCED, "x", "--config", str(tmp_path / "recipe.yaml")], env={"COLUMNS": "300"}
+    )
     assert (result.exit_code, "did you mean 'temperature'" in result.output) == (2, True)
 
 

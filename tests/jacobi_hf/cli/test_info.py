@@ -9,12 +9,18 @@ from typer.testing import CliRunner
 
 import jacobi_hf
 from jacobi_hf.cli import app
-from tests.models import tiny_model
-from tests.tiny import EXAMPLE
+from tests.helpers.models import tiny_model
+from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
 FORCED, CHECKPOINT, DRAFTER = (str(EXAMPLE / name) for name in ("forced", "checkpoint", "drafter"))
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def document(*arguments):
@@ -37,7 +43,12 @@ def test_a_model_that_runs_is_told_without_its_weights(tmp_path):
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).symlink_to(EXAMPLE / "forced" / name)
     told = document(str(tmp_path))["model"]
-    assert (told["decoding"], told["reason"], told["model_class"], told["is_registered"]) == ("runs", None, "Qwen3ForCausalLM", True)
+    assert (told["decoding"], told["reason"], told["model_class"], told["is_registered"]) == (
+        "runs",
+        None,
+        "Qwen3ForCausalLM",
+        True,
+    )
     assert told["saved_knobs"]["decoding"] == "jacobi_multiblock"
     assert told["parameters"] == 5_771_264
     assert "decoding      runs" in run(app, ["info", str(tmp_path)]).stdout
@@ -58,7 +69,12 @@ REASONS = [
     ({}, {"num_beams": 3, "decoding": "jacobi_multiblock"}, "falls back", "beam search"),
     ({}, {"decoding": "jacobi", "jacobi_block_size": 1}, "refused", "from 2 to 1024"),
     ({}, {"decoding": "jacobi", "jacobi_blok_size": 4}, "refused", "did you mean 'jacobi_block_size'"),
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}, "falls back", "frequencies depend on the length"),
+    (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        {},
+        "falls back",
+        "frequencies depend on the length",
+    ),
 ]
 
 
@@ -71,7 +87,9 @@ def test_why_a_model_does_not_run(tmp_path, config, generation, decoding, reason
     assert f"{decoding}: " in run(app, ["info", str(tmp_path)]).stdout
 
 
-@pytest.mark.parametrize(("name", "value"), [("prefill_chunk_size", 2), ("use_cache", False), ("guidance_scale", 1.5), (None, None)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("prefill_chunk_size", 2), ("use_cache", False), ("guidance_scale", 1.5), (None, None)]
+)
 def test_what_falls_back_is_what_generate_falls_back_for(tmp_path, recwarn, name, value):
     model = tiny_model("qwen3")
     model.config.save_pretrained(tmp_path)
@@ -98,10 +116,12 @@ def test_classes_that_are_not_registered_and_such_that_cannot_be(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([str(EXAMPLE)], "without config.json"), (["nowhere/at/all"], "nowhere/at/all is no model: there is no such folder"),
-        ([FORCED, "--drafter", "nowhere/at/all"], "nowhere/at/all"), (["--drafter", DRAFTER], "none is named"),
+        ([str(EXAMPLE)], "without config.json"),
+        (["nowhere/at/all"], "nowhere/at/all is no model: there is no such folder"),
+        ([FORCED, "--drafter", "nowhere/at/all"], "nowhere/at/all"),
+        (["--drafter", DRAFTER], "none is named"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(arguments, message):
     result = run(app, ["info", *arguments])
     assert (result.exit_code, result.stdout) == (2, "")

@@ -101,25 +101,35 @@ def test_options_reach_push_to_hub(asked, folder, tmp_path):
             folder,
             "user/name",
             {
-                "card": CARD, "results": [Path("a.json"), Path("b.json")], "plots": [Path("c.png")], "base_model": "u/base",
-                "license": "mit", "language": "en", "datasets": ["u/a", "u/b"], "private": False,
-                "revision": "v2", "create_pr": True, "commit_message": "better", "dry_run": None,
+                "card": CARD,
+                "results": [Path("a.json"), Path("b.json")],
+                "plots": [Path("c.png")],
+                "base_model": "u/base",
+                "license": "mit",
+                "language": "en",
+                "datasets": ["u/a", "u/b"],
+                "private": False,
+                "revision": "v2",
+                "create_pr": True,
+                "commit_message": "better",
+                "dry_run": None,
             },
         )
-    ]  # fmt: skip
+    ]
     assert result.stdout.splitlines()[-1] == "https://hub/user/name/commit/1"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "user/name"], "nowhere is no folder"), (["FOLDER", "name"], "'user/name'"),
+        (["nowhere", "user/name"], "nowhere is no folder"),
+        (["FOLDER", "name"], "'user/name'"),
         (["FOLDER", "a/b/c"], "no name of a Hub repository"),
         (["FOLDER", "user/name", "--card", "nowhere.md"], "nowhere.md"),
         (["FOLDER", "user/name", "--results", "nowhere.json"], "nowhere.json"),
         (["FOLDER", "user/name", "--dry-run", "FOLDER"], "is there already"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(folder, arguments, message):
     result = run(app, ["push", *(str(folder) if one == "FOLDER" else one for one in arguments)])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -128,7 +138,9 @@ def test_errors_are_one_line(folder, arguments, message):
     assert message in line
 
 
-@pytest.mark.parametrize(("error", "code", "message"), [(PushError("no\nroom"), 2, "no room"), (KeyboardInterrupt(), 130, "is as it was")])
+@pytest.mark.parametrize(
+    ("error", "code", "message"), [(PushError("no\nroom"), 2, "no room"), (KeyboardInterrupt(), 130, "is as it was")]
+)
 def test_a_refusal_and_an_interrupt_are_one_line(monkeypatch, folder, error, code, message):
     def push_to_hub(*_, **__):
         raise error

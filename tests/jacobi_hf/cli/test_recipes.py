@@ -10,15 +10,20 @@ import yaml
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
+from jacobi_hf.cli._recipes import parse
 from jacobi_hf.cli.bench import BenchConfig
-from jacobi_hf.cli.recipes import parse
 from jacobi_hf.trainer import JacobiForcingConfig
-from jacobi_hf.trainer.collection import CollectConfig
-from jacobi_hf.trainer.packing import PackConfig
+from jacobi_hf.trainer.data.collection import CollectConfig
+from jacobi_hf.trainer.data.packing import PackConfig
 from jacobi_hf.trainer.run import TrainData
 
 invoke = CliRunner().invoke
-VERBS = {"collect": (CollectConfig,), "pack": (PackConfig,), "train": (TrainData, JacobiForcingConfig), "bench": (BenchConfig,)}
+VERBS = {
+    "collect": (CollectConfig,),
+    "pack": (PackConfig,),
+    "train": (TrainData, JacobiForcingConfig),
+    "bench": (BenchConfig,),
+}
 
 
 @dataclass

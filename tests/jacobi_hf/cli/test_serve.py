@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.cli.serving import Server, build_app
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.drafters import drafter_of
-from tests.tiny import EXAMPLE
+from jacobi_hf.drafts.loading import drafter_of
+from jacobi_hf.serving.app import Server, build_app
+from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
 
@@ -56,7 +56,9 @@ class Served:
         return self.client.completions.create(**{"model": NAME, "prompt": prompt, "max_tokens": 64, **options})
 
     def chat(self, messages=MESSAGES, **options):
-        return self.client.chat.completions.create(**{"model": NAME, "messages": messages, "max_tokens": 64, **options})
+        return self.client.chat.completions.create(
+            **{"model": NAME, "messages": messages, "max_tokens": 64, **options}
+        )
 
     def text(self, prompt=PROMPT, stream=False, **options):
         answer = self.complete(prompt, stream=stream, **options)
@@ -107,7 +109,11 @@ def test_a_completion_is_what_generate_writes(served, prompt):
 
 
 def test_a_chat_is_what_generate_writes_behind_the_template(served):
-    messages = [*MESSAGES, {"role": "assistant", "content": "It is 42."}, {"role": "user", "content": "Ben has 3 boxes with 4 nuts each."}]
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": "It is 42."},
+        {"role": "user", "content": "Ben has 3 boxes with 4 nuts each."},
+    ]
     for conversation in (MESSAGES, messages, [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]):
         plain = [{**m, "content": m["content"] if isinstance(m["content"], str) else QUESTION} for m in conversation]
         prompt = served.tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
@@ -169,11 +175,16 @@ def test_temperature_and_seed(served):
 def test_more_options_of_generation(served):
     options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 20}
     body = {"generation_config": json.dumps({**options, "max_new_tokens": 30})}
-    assert served.text(max_tokens=openai.omit, extra_body=body) == served.generated(PROMPT, max_new_tokens=30, **options)
+    assert served.text(max_tokens=openai.omit, extra_body=body) == served.generated(
+        PROMPT, max_new_tokens=30, **options
+    )
 
 
 def test_clients_at_once_get_their_own_answers(served):
-    requests = [{"seed": seed, "temperature": 1.5} for seed in (1, 2)] + [{"stop": " more"}, {"extra_body": {"decoding": None}}] * 2
+    requests = [{"seed": seed, "temperature": 1.5} for seed in (1, 2)] + [
+        {"stop": " more"},
+        {"extra_body": {"decoding": None}},
+    ] * 2
     alone = [served.text(**request) for request in requests]
     with ThreadPoolExecutor(len(requests)) as pool:
         together = list(pool.map(lambda request: served.text(stream=True, **request), requests))
@@ -199,9 +210,12 @@ def test_clients_that_leave_end_their_generation(served):
 def test_knobs_of_a_request(served, stream):
     wanted, forwards = served.generated(PROMPT), {}
     knobs = {
-        "served": {}, "ordinary": {"decoding": None}, "one block": {"decoding": "jacobi", "jacobi_block_size": 4},
-        "lookup alone": {"jacobi_max_blocks": 0}, "in the generation config": {"generation_config": json.dumps({"decoding": None})},
-    }  # fmt: skip
+        "served": {},
+        "ordinary": {"decoding": None},
+        "one block": {"decoding": "jacobi", "jacobi_block_size": 4},
+        "lookup alone": {"jacobi_max_blocks": 0},
+        "in the generation config": {"generation_config": json.dumps({"decoding": None})},
+    }
     for name, body in knobs.items():
         before = served.forwards
         assert served.text(extra_body=body, stream=stream) == wanted
@@ -219,9 +233,17 @@ BAD = [
     ({"decoding": "jacobi", "jacobi_pool_size": 8}, 400, "no meaning with decoding='jacobi'"),
     ({"jacobi_verify_width": 4}, 400, "load_drafter"),
     ({"generation_config": '{"num_beams": 2}'}, 400, "generation_config.num_beams is not served"),
-    ({"generation_config": '{"forced_eos_token_id": 99999}'}, 400, "generation_config.forced_eos_token_id is not served"),
+    (
+        {"generation_config": '{"forced_eos_token_id": 99999}'},
+        400,
+        "generation_config.forced_eos_token_id is not served",
+    ),
     ({"generation_config": '{"jacobi_blok_size": 2}'}, 400, "did you mean 'jacobi_block_size'"),
-    ({"generation_config": '{"top_k": "x"}'}, 400, "generation_config.top_k: input should be a valid integer; it is 'x'"),
+    (
+        {"generation_config": '{"top_k": "x"}'},
+        400,
+        "generation_config.top_k: input should be a valid integer; it is 'x'",
+    ),
     ({"generation_config": '{"max_new_tokens": 3.5}', "max_tokens": None}, 400, "generation_config.max_new_tokens"),
     ({"generation_config": "{"}, 400, "generation_config is not JSON"),
     ({"generation_config": "[1]"}, 400, "generation_config is not a JSON object but"),
@@ -244,13 +266,20 @@ BAD_PROMPTS = [
     ({"prompt": "1 2" * 3000}, "2048 positions"),
 ]
 BAD_MESSAGES = [
-    ({"messages": []}, "messages"), ({"messages": "x"}, "messages"), ({}, "messages is missing"), ({"messages": ["x"]}, "messages.0"),
+    ({"messages": []}, "messages"),
+    ({"messages": "x"}, "messages"),
+    ({}, "messages is missing"),
+    ({"messages": ["x"]}, "messages.0"),
     ({"messages": [{"content": "x"}]}, "messages.0.role is missing"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "should be 'text'; it is 'image_url'"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "property name"),
-    ({"messages": MESSAGES, "logit_bias": {"x": 1}}, "logit_bias"), ({"messages": MESSAGES, "logit_bias": {"9999999": 1}}, "9999999"),
-]  # fmt: skip
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "property name",
+    ),
+    ({"messages": MESSAGES, "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"messages": MESSAGES, "logit_bias": {"9999999": 1}}, "9999999"),
+]
 
 
 def refusal(served, path, stream, body):
@@ -339,7 +368,10 @@ def test_a_model_without_a_chat_template_serves_completions(tiny):
     client = TestClient(build_app(tiny[0], tokenizer, NAME))
     refused = client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert (refused.status_code, "no chat template" in refused.text) == (400, True)
-    assert client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3}).json()["usage"]["completion_tokens"] == 3
+    assert (
+        client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3}).json()["usage"]["completion_tokens"]
+        == 3
+    )
 
 
 def test_answers_behind_qwens_own_template_are_parsed_by_transformers(tiny):
@@ -352,7 +384,9 @@ def test_answers_behind_qwens_own_template_are_parsed_by_transformers(tiny):
 def test_steps_are_compiled_on_request(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        tiny[0], "generate", lambda generation_config, **arguments: seen.append(generation_config) or arguments["input_ids"]
+        tiny[0],
+        "generate",
+        lambda generation_config, **arguments: seen.append(generation_config) or arguments["input_ids"],
     )
     for compiled in (False, True):
         TestClient(build_app(*tiny, NAME, compiled=compiled)).post("/v1/completions", json={"prompt": PROMPT})
@@ -383,15 +417,19 @@ def test_the_verb_serves_on_this_machine_alone_until_it_is_interrupted(started):
 @pytest.mark.parametrize(
     ("arguments", "decoding", "block_size"),
     [
-        (["forced"], "jacobi_multiblock", 16), (["checkpoint"], "jacobi_multiblock", 16), (["forced", "--decoding", "none"], None, None),
-        (["forced", "--jacobi-block-size", "8"], "jacobi_multiblock", 8), (["checkpoint", "--decoding", "jacobi"], "jacobi", 16),
+        (["forced"], "jacobi_multiblock", 16),
+        (["checkpoint"], "jacobi_multiblock", 16),
+        (["forced", "--decoding", "none"], None, None),
+        (["forced", "--jacobi-block-size", "8"], "jacobi_multiblock", 8),
+        (["checkpoint", "--decoding", "jacobi"], "jacobi", 16),
         (["checkpoint", "--drafter", str(EXAMPLE / "drafter"), "--jacobi-verify-width", "4"], "jacobi_multiblock", 16),
     ],
-)  # fmt: skip
+)
 def test_knobs_of_the_verb_are_the_default_of_requests(started, monkeypatch, arguments, decoding, block_size):
     models = []
     monkeypatch.setattr(
-        "jacobi_hf.cli.serving.build_app", lambda model, *rest, **options: models.append(model) or build_app(model, *rest, **options)
+        "jacobi_hf.serving.app.build_app",
+        lambda model, *rest, **options: models.append(model) or build_app(model, *rest, **options),
     )
     result = run(app, ["serve", str(EXAMPLE / arguments[0]), *arguments[1:], "--port", "0"])
     assert result.exit_code == 0, result.output
@@ -403,14 +441,17 @@ def test_knobs_of_the_verb_are_the_default_of_requests(started, monkeypatch, arg
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/at/all"], "nowhere/at/all is no model"), ([str(EXAMPLE)], "holds no model"),
+        (["nowhere/at/all"], "nowhere/at/all is no model"),
+        ([str(EXAMPLE)], "holds no model"),
         ([str(EXAMPLE / "forced"), "--jacobi-block-size", "1"], "from 2 to 1024"),
         ([str(EXAMPLE / "forced"), "--decoding", "jacoby"], "did you mean 'jacobi'"),
         ([str(EXAMPLE / "forced"), "--decoding", "none", "--jacobi-pool-size", "1"], "without decoding"),
-        ([str(EXAMPLE / "forced"), "--jacobi-verify-width", "4"], "--drafter"), ([str(EXAMPLE / "forced"), "--dtype", "fp32"], "'fp32'"),
-        ([str(EXAMPLE / "forced"), "--drafter", "nowhere"], "nowhere"), ([str(EXAMPLE / "forced"), "--host", "256.0.0.1"], "256.0.0.1"),
+        ([str(EXAMPLE / "forced"), "--jacobi-verify-width", "4"], "--drafter"),
+        ([str(EXAMPLE / "forced"), "--dtype", "fp32"], "'fp32'"),
+        ([str(EXAMPLE / "forced"), "--drafter", "nowhere"], "nowhere"),
+        ([str(EXAMPLE / "forced"), "--host", "256.0.0.1"], "256.0.0.1"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_the_verb_are_one_line(started, arguments, message):
     result = run(app, ["serve", "--port", "0", *arguments])
     assert (result.exit_code, started) == (2, [])
@@ -421,7 +462,7 @@ def test_errors_of_the_verb_are_one_line(started, arguments, message):
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(started, monkeypatch):
-    monkeypatch.setattr("jacobi_hf.cli.loading.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("jacobi_hf.cli._models.load", lambda *_: pytest.fail("loaded"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

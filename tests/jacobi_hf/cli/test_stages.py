@@ -14,10 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.results import Results
+from jacobi_hf.results.schema import Results
 from jacobi_hf.trainer import JacobiForcingTrainer
 from jacobi_hf.trainer.run import same_model
-from tests.tiny import CHECKPOINT, EXAMPLE
+from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 
 runner = CliRunner()
 
@@ -45,27 +45,47 @@ def recipe(tmp_path_factory):
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Question: Anna has {i} apples and buys 3."}) + "\n" for i in range(12))
     )
-    (folder / "held_out.json").write_text(json.dumps({"prompts": {"own": ["Question: Ben has 7 books.", "def f(x):"]}}))
+    (folder / "held_out.json").write_text(
+        json.dumps({"prompts": {"own": ["Question: Ben has 7 books.", "def f(x):"]}})
+    )
     (folder / "text.jsonl").write_text(json.dumps({"domain": "own", "text": "def f(x):\n    return x\n" * 30}) + "\n")
     (folder / "problems.jsonl").write_text(json.dumps({"prompt": "Question: 1 + 1?\nAnswer:", "answer": "2"}) + "\n")
     sections = {
         "collect": {
-            "model": str(CHECKPOINT), "dtype": "float32", "dataset": str(folder / "prompts.jsonl"),
-            "output_dir": str(folder / "trajectories"), "block_size": 4, "max_new_tokens": 16,
+            "model": str(CHECKPOINT),
+            "dtype": "float32",
+            "dataset": str(folder / "prompts.jsonl"),
+            "output_dir": str(folder / "trajectories"),
+            "block_size": 4,
+            "max_new_tokens": 16,
         },
         "pack": {"sources": [str(folder / "trajectories")], "output_dir": str(folder / "packed"), "window": 4},
         "train": {
-            "model": str(CHECKPOINT), "train_dataset": str(folder / "packed"), "output_dir": str(folder / "model"), "use_cpu": True,
-            "bf16": False, "block_size": 4, "max_length": 128, "max_steps": 2, "report_to": "none", "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4, "jacobi_block_size": 4, "save_steps": 1,
+            "model": str(CHECKPOINT),
+            "train_dataset": str(folder / "packed"),
+            "output_dir": str(folder / "model"),
+            "use_cpu": True,
+            "bf16": False,
+            "block_size": 4,
+            "max_length": 128,
+            "max_steps": 2,
+            "report_to": "none",
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            "jacobi_block_size": 4,
+            "save_steps": 1,
         },
         "bench": {
-            "model": str(folder / "model" / "final"), "output": str(folder / "results" / "bench.json"),
-            "prompts": str(folder / "held_out.json"), "held_out": str(folder / "text.jsonl"), "problems": str(folder / "problems.jsonl"),
-            "problem_domain": "own", "max_new_tokens": 12,
+            "model": str(folder / "model" / "final"),
+            "output": str(folder / "results" / "bench.json"),
+            "prompts": str(folder / "held_out.json"),
+            "held_out": str(folder / "text.jsonl"),
+            "problems": str(folder / "problems.jsonl"),
+            "problem_domain": "own",
+            "max_new_tokens": 12,
             "decoders": {"window": {"jacobi_block_size": 4, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0}},
         },
-    }  # fmt: skip
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(sections))
     for stage in sections:
@@ -83,11 +103,25 @@ def test_what_comes_of_all_stages(recipe):
     assert by_source["held-out problems"].quality.samples == 1
     assert [file.name for file in (folder / "results").iterdir()] == ["bench.json"]
     report = json.loads((folder / "model" / "final" / "forcing.json").read_text())
-    assert (report["steps"], report["packed"]["schedule"], report["arguments"]["warmup_steps"]) == (2, "progressive", 0)
+    assert (report["steps"], report["packed"]["schedule"], report["arguments"]["warmup_steps"]) == (
+        2,
+        "progressive",
+        0,
+    )
     assert report["command"] == f"jacobi-hf train --config {recipe}"
     (stage,) = results.training
-    assert (stage.method, stage.steps, stage.strategy.schedule, stage.strategy.block_size) == ("forcing", 2, "progressive", 4)
-    assert (stage.command, stage.batch.devices, stage.precision, stage.hardware) == (report["command"], 1, "fp32", results.hardware)
+    assert (stage.method, stage.steps, stage.strategy.schedule, stage.strategy.block_size) == (
+        "forcing",
+        2,
+        "progressive",
+        4,
+    )
+    assert (stage.command, stage.batch.devices, stage.precision, stage.hardware) == (
+        report["command"],
+        1,
+        "fp32",
+        results.hardware,
+    )
     assert stage.arguments["warmup_steps"] == 0
     assert "learning_rate" not in stage.arguments
     knobs = json.loads((folder / "model" / "final" / "generation_config.json").read_text())
@@ -97,7 +131,9 @@ def test_what_comes_of_all_stages(recipe):
 def test_stages_that_are_finished_say_so_to_programs_too(recipe):
     folder = recipe.parent
     assert json.loads(run("collect", "--config", recipe, "--json").stdout)[0]["prompts"] == 12
-    assert json.loads(run("pack", "--config", recipe, "--json").stdout)["trajectories"] == {str(folder / "trajectories"): 12}
+    assert json.loads(run("pack", "--config", recipe, "--json").stdout)["trajectories"] == {
+        str(folder / "trajectories"): 12
+    }
     assert "finished already" in run("train", "--config", recipe).stdout
     assert json.loads(run("train", "--config", recipe, "--json").stdout)["steps"] == 2
     output = json.loads(run("bench", "--config", recipe, "--json", "--output", folder / "again.json").stdout)
@@ -106,7 +142,18 @@ def test_stages_that_are_finished_say_so_to_programs_too(recipe):
 
 
 def test_training_for_a_program_writes_json_alone(recipe, tmp_path):
-    shown = run("train", "--config", recipe, "--json", "--output_dir", tmp_path / "model", "--max_steps", 1, "--logging_steps", 1)
+    shown = run(
+        "train",
+        "--config",
+        recipe,
+        "--json",
+        "--output_dir",
+        tmp_path / "model",
+        "--max_steps",
+        1,
+        "--logging_steps",
+        1,
+    )
     assert json.loads(shown.stdout)["saved"] == str(tmp_path / "model" / "final")
 
 
@@ -122,7 +169,10 @@ def test_an_interrupted_training_goes_on(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(JacobiForcingTrainer, "training_step", interrupted)
     stopped = run(*words, code=130).stderr.splitlines()[-1]
-    assert stopped == f"jacobi-hf train: interrupted; {tmp_path}/model/checkpoint-1 is kept; the same command goes on from there."
+    assert (
+        stopped
+        == f"jacobi-hf train: interrupted; {tmp_path}/model/checkpoint-1 is kept; the same command goes on from there."
+    )
     assert not (tmp_path / "model" / "final").exists()
     run(*words)
     assert len(step) == 3
@@ -142,7 +192,10 @@ def test_an_interrupted_bench_goes_on_behind_what_it_has(recipe, tmp_path, monke
     monkeypatch.setattr(bench, "_decoded", decoded)
     monkeypatch.setattr(bench, "_solved", interrupted)  # is not asked again
     run(*words)
-    assert Results.read(tmp_path / "bench.json").measurements == Results.read(recipe.parent / "results" / "bench.json").measurements
+    assert (
+        Results.read(tmp_path / "bench.json").measurements
+        == Results.read(recipe.parent / "results" / "bench.json").measurements
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["bench.json"]
 
 
@@ -150,7 +203,7 @@ def test_an_interrupted_collection_says_what_is_kept(recipe, tmp_path, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jacobi_hf.trainer.collection.collect", interrupted)
+    monkeypatch.setattr("jacobi_hf.trainer.data.collection.collect", interrupted)
     assert (
         f"shards are kept in {tmp_path}/out; the same"
         in run("collect", "--config", recipe, "--output_dir", tmp_path / "out", code=130).stderr
@@ -161,10 +214,14 @@ def test_folders_of_other_runs_are_refused(recipe, tmp_path):
     folder, forced = recipe.parent, EXAMPLE / "forced"
     assert "under other settings (seed: 0, now 1)" in refused("collect", "--config", recipe, "--seed", 1)
     assert "under other settings (window: 4, now 5)" in refused("pack", "--config", recipe, "--window", 5)
-    assert "under other arguments (learning_rate: 0.001, now 0.5)" in refused("train", "--config", recipe, "--learning_rate", "0.5")
+    assert "under other arguments (learning_rate: 0.001, now 0.5)" in refused(
+        "train", "--config", recipe, "--learning_rate", "0.5"
+    )
     other = refused("train", "--config", recipe, "--model", forced, "--output_dir", tmp_path / "other")
     assert f"was collected from {CHECKPOINT}, and {forced} is to be trained" in other
-    raw = refused("train", "--config", recipe, "--train_dataset", folder / "trajectories", "--output_dir", tmp_path / "other")
+    raw = refused(
+        "train", "--config", recipe, "--train_dataset", folder / "trajectories", "--output_dir", tmp_path / "other"
+    )
     assert "holds trajectories: pack them first" in raw
     assert not (tmp_path / "other").exists()
 
@@ -206,13 +263,19 @@ def test_what_is_missing_or_wrong_is_named_before_any_work(tmp_path, monkeypatch
         (("pack",), "sources, output_dir missing"),
         (("pack", "--sources", "none", "--output_dir", "out"), "none/manifest.json does not exist"),
         (("train", "--model", "none", "--use_cpu"), "train_dataset missing: give it"),
-        (("train", "--model", "none", "--use_cpu", "--train_dataset", "good.jsonl", "--dtype", "flaot32"), "dtype 'flaot32' is not known"),
+        (
+            ("train", "--model", "none", "--use_cpu", "--train_dataset", "good.jsonl", "--dtype", "flaot32"),
+            "dtype 'flaot32' is not known",
+        ),
         (("train", "--model", "./none", "--use_cpu", "--train_dataset", "good.jsonl"), "./none"),
         ((*collect, "--dataset", "none.jsonl"), "the dataset none.jsonl does not exist"),
         ((*collect, "--dataset", "damaged.parquet"), "the dataset damaged.parquet cannot be read"),
         ((*collect, "--dataset", "rows.jsonl"), "the dataset rows.jsonl cannot be read"),
         (("collect", "--model", "./none", "--dataset", "good.jsonl", "--output_dir", "out"), "./none"),
-        (("collect", "--model", CHECKPOINT, "--dataset", "good.jsonl", "--output_dir", "good.jsonl/out"), "good.jsonl is a file"),
+        (
+            ("collect", "--model", CHECKPOINT, "--dataset", "good.jsonl", "--output_dir", "good.jsonl/out"),
+            "good.jsonl is a file",
+        ),
         ((*collect, "--dataset", "good.jsonl", "--block_size", "1"), "block_size=1 must be at least 2"),
         (bench[:5], "output missing"),
         ((*bench, "--domains", "cod"), "no domain cod; it has code"),
@@ -232,7 +295,13 @@ def test_what_is_missing_or_wrong_is_named_before_any_work(tmp_path, monkeypatch
 def test_several_sets_have_their_own_folders(tmp_path):
     path = tmp_path / "recipe.yaml"
     (tmp_path / "a.jsonl").write_text('{"prompt": "def f(x):"}\n')
-    common = {"model": str(CHECKPOINT), "dtype": "float32", "block_size": 4, "max_new_tokens": 8, "dataset": str(tmp_path / "a.jsonl")}
+    common = {
+        "model": str(CHECKPOINT),
+        "dtype": "float32",
+        "block_size": 4,
+        "max_new_tokens": 8,
+        "dataset": str(tmp_path / "a.jsonl"),
+    }
     sets = {name: {"output_dir": str(tmp_path / name)} for name in ("one", "two")}
     path.write_text(yaml.safe_dump({"collect": {**common, "sets": sets}}))
     assert "several sets" in refused("collect", "--config", path, "--output-dir", tmp_path / "other")
@@ -244,8 +313,19 @@ def test_several_sets_have_their_own_folders(tmp_path):
 
 @pytest.mark.slow
 def test_launchers_start_it_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "jacobi_hf.cli", "collect", "--model", CHECKPOINT, "--dataset", tmp_path / "none.jsonl"]
-    failed = subprocess.run([*map(str, command), "--output_dir", tmp_path / "out"], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "jacobi_hf.cli",
+        "collect",
+        "--model",
+        CHECKPOINT,
+        "--dataset",
+        tmp_path / "none.jsonl",
+    ]
+    failed = subprocess.run(
+        [*map(str, command), "--output_dir", tmp_path / "out"], capture_output=True, text=True, check=False
+    )
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.splitlines()[-1] == f"jacobi-hf collect: the dataset {tmp_path}/none.jsonl does not exist."
 

@@ -18,12 +18,11 @@ from packaging.version import Version
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, TrainingArguments
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from jacobi_hf import mixin
-from jacobi_hf.integration import compat
+from jacobi_hf.integration import compat, mixin
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.trainer import JacobiForcingConfig
-from tests.models import fresh_model, tiny_model
-from tests.properties import at_most
+from tests.helpers.models import fresh_model, tiny_model
+from tests.helpers.properties import at_most
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -99,7 +98,9 @@ def test_a_class_that_a_newer_release_has_changed_is_left_out(monkeypatch):
 def test_a_feature_of_a_newer_release_says_which(monkeypatch):
     pretend(monkeypatch, "5.14.1")
     compat.require_release("this", "5.14")
-    with pytest.raises(ValueError, match=r"jacobi-hf serve needs transformers 5.15 or newer, but 5.14.1 is installed: pip install"):
+    with pytest.raises(
+        ValueError, match=r"jacobi-hf serve needs transformers 5.15 or newer, but 5.14.1 is installed: pip install"
+    ):
         compat.require_release("jacobi-hf serve", "5.15")
 
 
@@ -119,7 +120,9 @@ def test_the_server_refuses_releases_without_its_parts_in_one_line(monkeypatch):
 @pytest.mark.parametrize("model_class", [Qwen2ForCausalLM, LlamaForCausalLM])
 def test_parameters_are_those_of_the_innermost_function(model_class):
     assert {compat.CACHE, "position_ids", "logits_to_keep"} <= compat.parameters_of(model_class.forward)
-    assert compat.CACHE_NAMES[1 - compat.CACHE_NAMES.index(compat.CACHE)] not in compat.parameters_of(model_class.forward)
+    assert compat.CACHE_NAMES[1 - compat.CACHE_NAMES.index(compat.CACHE)] not in compat.parameters_of(
+        model_class.forward
+    )
 
 
 def test_outputs_answer_to_both_names_of_the_cache(model, prompt):
@@ -146,7 +149,13 @@ def test_a_cache_under_either_name_is_continued(model, prompt):
         assert cache.get_seq_length() == output.shape[1] - 1
 
 
-@hypothesis.given(rows=st.integers(1, 3), kept=st.integers(1, 4), slots=st.integers(4, 9), seed=st.integers(0, 99), by_row=st.booleans())
+@hypothesis.given(
+    rows=st.integers(1, 3),
+    kept=st.integers(1, 4),
+    slots=st.integers(4, 9),
+    seed=st.integers(0, 99),
+    by_row=st.booleans(),
+)
 @at_most(40)
 def test_scores_of_some_slots_are_those_of_all_slots_gathered(rows, kept, slots, seed, by_row):
     """`by_row` is how releases before 5.21 take the argument, with a model that computes `hidden[:, index, :]`."""
@@ -180,7 +189,9 @@ def test_a_model_says_whether_it_recomputes_activations():
 def test_training_arguments_know_checkpointing_by_both_names(tmp_path, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        args = JacobiForcingConfig(output_dir=str(tmp_path), use_cpu=True, **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
+        args = JacobiForcingConfig(
+            output_dir=str(tmp_path), use_cpu=True, **{name: True, f"{name}_kwargs": {"use_reentrant": False}}
+        )
     assert args.activation_checkpointing is True
     assert args.gradient_checkpointing is True
     assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs == {"use_reentrant": False}
@@ -190,7 +201,7 @@ def test_training_arguments_know_checkpointing_by_both_names(tmp_path, name):
 
 
 def test_muon_on_a_torch_without_it_is_refused_at_once(tmp_path, monkeypatch):
-    from jacobi_hf.trainer import arguments
+    from jacobi_hf.trainer.forcing import config as arguments
 
     monkeypatch.setattr(arguments, "MUON", None)
     with pytest.raises(ValueError, match=r"muon_learning_rate needs torch.optim.Muon, which torch .* does not have"):
@@ -199,7 +210,11 @@ def test_muon_on_a_torch_without_it_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_only_one_module_names_releases():
     """No other module looks at the version of transformers or of torch to decide something."""
-    for path in [*(ROOT / "jacobi_hf").rglob("*.py"), *(ROOT / "trainer").rglob("*.py"), *(ROOT / "hub_cards").rglob("*.py")]:
+    for path in [
+        *(ROOT / "jacobi_hf").rglob("*.py"),
+        *(ROOT / "trainer").rglob("*.py"),
+        *(ROOT / "hub_cards").rglob("*.py"),
+    ]:
         if path.name != "compat.py":
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"is_(torch|transformers)_(greater|less)|Version\(|past_key_values=", text), path.name

@@ -1,0 +1,203 @@
+"""What `jacobi-hf info` says: what is installed, on what it runs, and how a model would decode, read from its configuration alone."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from packaging.requirements import Requirement
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import jacobi_hf
+from jacobi_hf.attention.interface import attention_of, layer_types, usable_kernels
+from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
+from jacobi_hf.cli._models import reading
+from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
+from jacobi_hf.drafts.loading import read_drafter
+from jacobi_hf.integration.mixin import check_can_decode, registered
+from jacobi_hf.integration.support import contradiction_in, unserved_in
+
+if TYPE_CHECKING:
+    from jacobi_hf.drafts.lora import Drafter
+
+RUNS, FALLS_BACK, REFUSED = "runs", "falls back", "refused"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What is installed and on what it runs.
+
+    Attributes:
+        versions: by package.
+        device, device_name: where models go, and what that is.
+        threads: of torch, on the CPU.
+        registered: classes that have the `decoding` argument once jacobi_hf is imported.
+        kernels: optional attention kernels, and whether they can be had here.
+        extras: of the package, each with what it lacks.
+    """
+
+    versions: dict[str, str]
+    device: str
+    device_name: str
+    threads: int
+    registered: list[str]
+    kernels: dict[str, bool]
+    extras: dict[str, list[str]]
+
+    @classmethod
+    def here(cls) -> Environment:
+        """This process's."""
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        is_cuda = device is not None and device.type == "cuda"
+        return cls(
+            versions={
+                "jacobi_hf": jacobi_hf.__version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            device=device.type if device else "cpu",
+            device_name=torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
+            threads=torch.get_num_threads(),
+            registered=sorted(one.__name__ for one in registered()),
+            kernels={
+                "flex_attention": is_cuda and has_flex(),
+                "flash-attn": is_cuda and flash_attn_with_kvcache() is not None,
+            },
+            extras=_extras(),
+        )
+
+
+def _extras() -> dict[str, list[str]]:
+    """The package's extras and what each lacks; none where it is used without being installed."""
+    try:
+        about = metadata.metadata("jacobi-hf")
+    except metadata.PackageNotFoundError:
+        return {}
+    needed = [Requirement(one) for one in about.get_all("Requires-Dist") or []]
+    return {
+        extra: [
+            one.name
+            for one in needed
+            if one.marker and one.marker.evaluate({"extra": extra}) and not _is_installed(one)
+        ]
+        for extra in about.get_all("Provides-Extra") or []
+    }
+
+
+def _is_installed(requirement: Requirement) -> bool:
+    try:
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """How a model would decode here.
+
+    Attributes:
+        name: as given.
+        model_class: that `AutoModelForCausalLM` would make.
+        is_registered: whether the class has `decoding` on import; where not, `jacobi_hf.register` gives it, as all commands do.
+        parameters, positions, vocabulary: sizes; no positions where the config names no limit.
+        dtype, attention: as it would be loaded.
+        layers: how many of each kind.
+        kernels: optional ones that its steps would use.
+        saved_knobs: those of its generation config that differ from none.
+        decoding: `RUNS`, `FALLS_BACK` to ordinary decoding with a warning, or `REFUSED` with an error.
+        reason: why it does not run.
+        drafter: rank, base and number of weights of the drafter that was named.
+    """
+
+    name: str
+    model_class: str
+    is_registered: bool
+    parameters: int
+    positions: int | None
+    vocabulary: int
+    dtype: str
+    attention: str
+    layers: dict[str, int]
+    kernels: list[str] = field(default_factory=list)
+    saved_knobs: dict[str, Any] = field(default_factory=dict)
+    decoding: str = RUNS
+    reason: str | None = None
+    drafter: dict[str, Any] | None = None
+
+
+def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
+    """Read a model's configuration, and build it without weights.
+
+    Raises:
+        ValueError: there is no such model, it is no causal language model, or the drafter is missing or not for it.
+    """
+    model, generation_config = _without_weights(name)
+    config = model.config.get_text_config(decoder=True)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    decoding, reason = _verdict(model, generation_config)
+    return ModelFacts(
+        name=name,
+        model_class=type(model).__name__,
+        is_registered=any(issubclass(type(model), one) for one in registered()),
+        parameters=model.num_parameters(),
+        positions=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+        attention=attention_of(config),
+        layers=dict(Counter(layer_types(config))),
+        kernels=sorted(usable_kernels(attention_of(config), device or torch.device("cpu"), dtype, head_dim)),
+        saved_knobs={knob: value for knob in KNOBS if (value := getattr(generation_config, knob, None)) is not None},
+        decoding=decoding,
+        reason=reason,
+        drafter=None if drafter is None else _about(read_drafter(model, drafter)),
+    )
+
+
+def _without_weights(name: str) -> tuple[Any, GenerationConfig]:
+    with reading(name):
+        config = AutoConfig.from_pretrained(name)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name} is no causal language model of transformers: its model_type is {config.model_type!r}."
+        )
+    with reading(name, "built"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        generation_config = GenerationConfig.from_pretrained(name)
+    except OSError:  # it has none, and transformers makes one from the config
+        generation_config = model.generation_config
+    return model, generation_config
+
+
+def _verdict(model: Any, generation_config: GenerationConfig) -> tuple[str, str | None]:
+    """How a call that does not add anything would be decoded, and why so."""
+    try:
+        check_can_decode(type(model))
+        reject_misspelt(vars(generation_config))
+        saved = JacobiConfig.from_generation_config(generation_config)
+    except (TypeError, ValueError) as error:
+        return REFUSED, str(error)
+    if reason := contradiction_in(model, generation_config.get_generation_mode(), generation_config):
+        return FALLS_BACK if saved else REFUSED, f"Jacobi decoding does not work with {reason}."
+    if reason := unserved_in(model, generation_config):
+        return FALLS_BACK, f"Jacobi decoding does not serve {reason}."
+    return RUNS, None
+
+
+def _about(drafter: Drafter) -> dict[str, Any]:
+    config = drafter.config
+    return {
+        "base_model": config.base_model,
+        "rank": config.r,
+        "weights": len(drafter.layers),
+        "target_modules": config.target_modules,
+    }

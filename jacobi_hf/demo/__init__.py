@@ -1,0 +1,1 @@
+"""The demo: ordinary and Jacobi decoding side by side, in a terminal and on a page."""

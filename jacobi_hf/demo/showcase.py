@@ -1,0 +1,298 @@
+"""What the demo shows: decoders and models on a few prompts, streamed, coloured, then timed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers.generation import BaseStreamer
+
+import jacobi_hf
+from jacobi_hf.cli import _models as loading
+from jacobi_hf.cli._answers import check_room, room_of
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Speedup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TINY = Path(jacobi_hf.__file__).resolve().parents[1] / "examples" / "tiny_qwen3"
+PLACE = "examples/tiny_qwen3"  # what it is called in results
+COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the domain that it is from."""
+
+    domain: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its tokenizer, with the name that they are reported under; and that of its drafter, if it has one."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    label: str = "model"
+    drafter: str | None = None
+
+
+def examples(prompt: str | None) -> list[Example]:
+    """The prompts to show: the caller's one, or a held-out one of each domain of the tiny checkpoint.
+
+    Raises:
+        ValueError: neither a prompt nor the repository's own prompts are there.
+    """
+    if prompt is not None:
+        if not prompt.strip():
+            raise ValueError("--prompt is empty.")
+        return [Example("own", prompt)]
+    file = TINY / "prompts.json"
+    if not file.is_file():
+        raise ValueError(
+            "the held-out prompts are part of the repository, not of an installed package: give --prompt and --model."
+        )
+    return [
+        Example(domain, prompts[0])
+        for domain, prompts in json.loads(file.read_text(encoding="utf-8"))["prompts"].items()
+    ]
+
+
+def load(name: str | None, drafter: str | None = None) -> list[Loaded]:
+    """The model named, without and with a drafter, or the tiny checkpoint before and after Jacobi Forcing, and with its drafter; in fp32,
+    where texts are equal token for token.
+
+    Raises:
+        ValueError: no model was named and the tiny checkpoint is not there, or the drafter does not fit.
+    """
+    if name is not None:
+        model = _load(name, name, "model")
+        return [model] if drafter is None else [model, _load(name, name, "model + drafter", drafter)]
+    if not (TINY / "checkpoint").is_dir():
+        raise ValueError(
+            "the tiny checkpoint is part of the repository, not of an installed package: name a model with --model."
+        )
+    folders = {"base": ("checkpoint", None), "forced": ("forced", None), "base + drafter": ("checkpoint", "drafter")}
+    return [
+        _load(str(TINY / folder), f"{PLACE}/{folder}", label, drafter and str(TINY / drafter))
+        for label, (folder, drafter) in folders.items()
+        if (TINY / folder).is_dir() and (TINY / (drafter or folder)).is_dir()
+    ]
+
+
+def _load(source: str, name: str, label: str, drafter: str | None = None) -> Loaded:
+    model, tokenizer = loading.load(source, "float32", drafter)
+    return Loaded(name, model, tokenizer, label, drafter and drafter.replace(str(TINY), PLACE))
+
+
+class _Painter(BaseStreamer):
+    """A streamer that paints each token in the colour of the forward that it came out of."""
+
+    def __init__(self, loaded: Loaded, title: str, prompt: str) -> None:
+        self._tokenizer, self._title = loaded.tokenizer, title
+        self._text, self._written = Text(prompt, style="dim"), ""
+        self._tokens: list[int] = []
+        self._forwards = 0
+        self._is_prompt = True
+        self._hook = loaded.model.register_forward_pre_hook(self._count)
+        self.on_token: Callable[[], None] = lambda: None
+
+    def _count(self, *_: Any) -> None:
+        self._forwards += 1
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._tokens += value.tolist()
+        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if not whole.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            self._text.append(whole[len(self._written) :], style=COLOURS[self._forwards % len(COLOURS)])
+            self._written = whole
+        self.on_token()
+
+    def end(self) -> None:
+        self._hook.remove()
+
+    def panel(self) -> Panel:
+        footer = f"{len(self._tokens)} tokens, {self._forwards} forwards"
+        return Panel(self._text, title=self._title, subtitle=footer, title_align="left", subtitle_align="left")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and a way to decode with it."""
+
+    loaded: Loaded
+    decoding: str
+    knobs: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What its panel is called."""
+        return f"{self.loaded.label}, {self.decoding}"
+
+    def write(self, prompt: str, max_new_tokens: int, **options: Any) -> Any:
+        """What `generate` returns for the prompt."""
+        inputs = self.loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(
+            self.loaded.model.device
+        )
+        return self.loaded.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, **self.knobs, **options
+        )
+
+
+def contenders(loaded: list[Loaded]) -> list[Contender]:
+    """Ordinary decoding with the first model, and Jacobi decoding with each."""
+    knobs = jacobi_hf.JacobiConfig().to_knobs()
+    return [
+        Contender(loaded[0], "generate", {"decoding": None}),
+        *(Contender(one, "jacobi_multiblock", knobs) for one in loaded),
+    ]
+
+
+def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quiet: bool) -> Results:
+    """Show every example and return what was measured.
+
+    Raises:
+        ValueError: a prompt and its text would be longer than a model's positions; nothing is shown.
+    """
+    for one, example in itertools.product(loaded, shown):
+        check_room(len(one.tokenizer(example.prompt)["input_ids"]), max_new_tokens, room_of(one.model))
+    console = Console(quiet=quiet)
+    measurements: list[Measurement] = []
+    for example in shown:
+        console.rule(f"[bold]{example.domain}")
+        if not quiet:
+            _stream(contenders(loaded), example, max_new_tokens, console)
+        measurements += _measure(contenders(loaded), example, max_new_tokens)
+    console.print(_table(measurements, [one.label for one in (loaded[0], *loaded)]))
+    names = ", ".join(f"{one.label}: {one.name}" for one in loaded)
+    threads = torch.get_num_threads()
+    console.print(
+        f"{names}; fp32, {threads} thread{'s' * (threads > 1)}; seconds are medians of {REPEATS} alternating runs;",
+        style="dim",
+    )
+    console.print("identical: to generate() of the same model.", style="dim")
+    if any(one.drafter for one in loaded):
+        console.print(
+            "base + drafter: the base verifies, so the text is its own whatever the drafter has learnt.", style="dim"
+        )
+    what = "jacobi-hf demo: ordinary and Jacobi decoding of single prompts"
+    return Results.start(what, loaded[0].model, loaded[0].name).with_measurements(measurements)
+
+
+def _stream(shown: list[Contender], example: Example, max_new_tokens: int, console: Console) -> None:
+    painters: list[_Painter] = []
+
+    def redraw() -> None:
+        live.update(_side_by_side([painter.panel() for painter in painters], len(shown), console.width))
+
+    with Live(console=console, refresh_per_second=12) as live:
+        for contender in shown:
+            painter = _Painter(contender.loaded, contender.title, example.prompt)
+            painters.append(painter)
+            painter.on_token = redraw
+            try:
+                contender.write(example.prompt, max_new_tokens, streamer=painter)
+            finally:
+                painter.end()
+    if not console.is_terminal:
+        console.print()  # Live ends its only frame without a line break
+
+
+def _side_by_side(panels: list[Panel], columns: int, width: int) -> RenderableType:
+    if width < 50 * columns:
+        return Group(*panels)
+    grid = Table.grid(expand=True)
+    for _ in range(columns):
+        grid.add_column(ratio=1)
+    grid.add_row(*panels, *[""] * (columns - len(panels)))
+    return grid
+
+
+def _measure(shown: list[Contender], example: Example, max_new_tokens: int) -> list[Measurement]:
+    seconds: dict[str, list[float]] = {contender.title: [] for contender in shown}
+    outputs: dict[str, Any] = {}
+    for _ in range(REPEATS):
+        for contender in shown:
+            started = time.perf_counter()
+            outputs[contender.title] = contender.write(example.prompt, max_new_tokens, return_dict_in_generate=True)
+            seconds[contender.title].append(time.perf_counter() - started)
+    medians = {title: statistics.median(values) for title, values in seconds.items()}
+    prompts = Prompts(domain=example.domain, source="held-out prompt", count=1, max_new_tokens=max_new_tokens)
+    first = outputs[shown[0].title].sequences.shape[1] - len(shown[0].loaded.tokenizer(example.prompt)["input_ids"])
+    # Two models write two texts: speed is compared per token.
+    per_token = medians[shown[0].title] / first
+    return [_measurement(c, outputs[c.title], prompts, example, per_token, medians[c.title]) for c in shown]
+
+
+def _measurement(
+    contender: Contender,
+    output: Any,
+    prompts: Prompts,
+    example: Example,
+    baseline_seconds_per_token: float,
+    seconds: float,
+) -> Measurement:
+    prompt_tokens = len(contender.loaded.tokenizer(example.prompt)["input_ids"])
+    tokens = output.sequences.shape[1] - prompt_tokens
+    common: dict[str, Any] = {
+        "model": contender.loaded.name,
+        "prompts": prompts,
+        "new_tokens": tokens,
+        "repeats": REPEATS,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    if contender.decoding == "generate":
+        ordinary = Decoder(name="generate", kind="generate")
+        return Measurement(decoder=ordinary, forwards=tokens, tokens_per_forward=1.0, mean_slots=1.0, **common)
+    reference = Contender(contender.loaded, "generate", {"decoding": None}).write(
+        example.prompt, prompts.max_new_tokens
+    )
+    stats = output.jacobi_stats
+    same = int(torch.equal(reference, output.sequences))
+    return Measurement(
+        decoder=Decoder.of("jacobi_multiblock", jacobi_hf.JacobiConfig(), contender.loaded.drafter),
+        forwards=stats.forwards,
+        tokens_per_forward=stats.mean_tokens_per_forward,
+        mean_slots=stats.mean_slots,
+        speedups=[Speedup(baseline="generate", factor=tokens / seconds * baseline_seconds_per_token)],
+        agreement=Agreement(baseline="generate", identical=same, total=1),
+        **common,
+    )
+
+
+def _table(measurements: list[Measurement], labels: list[str]) -> Table:
+    table = Table(title="What it took", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("prompt", "model", "decoding", "tokens per forward", "seconds", "tok/s", "identical"):
+        left = column in ("prompt", "model", "decoding")
+        table.add_column(column, justify="left" if left else "right", no_wrap=" " not in column)
+    for m, label in zip(measurements, itertools.cycle(labels), strict=False):
+        identical = "" if m.agreement is None else "yes" if m.agreement.identical == m.agreement.total else "NO"
+        table.add_row(
+            m.prompts.domain,
+            label,
+            m.decoder.name,
+            f"{m.tokens_per_forward:.2f}",
+            f"{m.seconds:.2f}",
+            f"{m.tokens_per_second:.0f}",
+            identical,
+        )
+    return table

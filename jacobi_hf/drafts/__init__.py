@@ -1,0 +1,1 @@
+"""Draft sources: everything that proposes tokens for the model to verify, one file a source."""

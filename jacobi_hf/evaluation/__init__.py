@@ -1,0 +1,1 @@
+"""Ordinary and Jacobi decoding on tasks of lm-evaluation-harness."""

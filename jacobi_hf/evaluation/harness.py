@@ -1,0 +1,302 @@
+"""Ordinary and Jacobi decoding on the same tasks of lm-evaluation-harness: scores, tokens per forward, speed, identity.
+
+Each prompt is generated once with every decoder, one after the other, alone in its batch; the harness then scores the outputs of each
+decoder in a pass of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval import evaluate as score_tasks
+from lm_eval.models.huggingface import HFLM
+
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality, Speedup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.output import JacobiStats
+
+BASELINE = "generate"
+BOOTSTRAPS = 1000  # for scores that are not means
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one decoder wrote for one request, and what it took.
+
+    Attributes:
+        text: as it is scored, without stop strings.
+        ids: new tokens.
+        slots, steps: positions computed in decoding forwards, and how many of these there were.
+        accepted_lengths: as in `JacobiStats`.
+        seconds: wall time of the call.
+    """
+
+    text: str
+    ids: list[int]
+    forwards: int
+    slots: int
+    steps: int
+    seconds: float
+    accepted_lengths: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: str, ids: list[int], stats: JacobiStats | None, seconds: float) -> Output:
+        """From what `generate` returned; ordinary decoding takes a forward a token, the first of them the prefill."""
+        if stats is None:
+            return cls(text, ids, len(ids), len(ids) - 1, len(ids) - 1, seconds)
+        accepted = dict(sorted(stats.accepted_lengths.items()))
+        return cls(text, ids, stats.forwards, stats.slots, stats.slots_by_width.total(), seconds, accepted)
+
+
+class Journal:
+    """Outputs on disk while an evaluation runs, one a line, so that one that was interrupted goes on.
+
+    Args:
+        path: the file, or None to keep nothing.
+        settings: what decides over the outputs; those of another run are not taken over.
+
+    Raises:
+        ValueError: the file holds outputs under other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self._path, self._outputs = path, {}  # type: ignore[var-annotated]
+        if path is None:
+            return
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").split("\n")[
+                :-1
+            ]  # a line that was cut off is behind the last line break
+            former = json.loads(lines[0]) if lines else dict(settings)
+            if differing := [
+                name for name in former.keys() | settings.keys() if former.get(name) != settings.get(name)
+            ]:
+                raise ValueError(
+                    f"{path} holds an unfinished evaluation under another {', '.join(sorted(differing))}: "
+                    "finish that one, delete the file, or choose another output."
+                )
+            for row in map(json.loads, lines[1:]):
+                accepted = {int(length): count for length, count in row["output"].pop("accepted_lengths").items()}
+                self._outputs[row["decoder"], row["request"]] = Output(**row["output"], accepted_lengths=accepted)
+            path.write_text("".join(f"{line}\n" for line in lines) or f"{json.dumps(settings)}\n", encoding="utf-8")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{json.dumps(settings)}\n", encoding="utf-8")
+
+    def get(self, decoder: str, request: int) -> Output | None:
+        """The output that is there already."""
+        return self._outputs.get((decoder, request))
+
+    def add(self, decoder: str, request: int, output: Output) -> None:
+        """Keep an output."""
+        self._outputs[decoder, request] = output
+        if self._path is not None:
+            row = {"decoder": decoder, "request": request, "output": dataclasses.asdict(output)}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(row)}\n")
+
+    def close(self) -> None:
+        """The evaluation is finished: nothing needs to be kept."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+class AlternatingLM(HFLM):
+    """A model of the harness that answers each request with every decoder in turn.
+
+    Args:
+        decoders: arguments of `generate` by the decoder's name.
+        journal: given the number of requests and a fingerprint of them, where outputs are kept.
+        progress: wraps the requests that are worked on.
+
+    Attributes:
+        answers_with: the decoder whose texts the harness is given; all of them are generated when it first asks.
+        outputs: by decoder, in the order of the requests.
+        task_names: the task of each request.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoders: Mapping[str, Mapping[str, Any]],
+        journal: Callable[[str], Journal],
+        progress: Callable[[Sequence[int]], Iterable[int]],
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        self._decoders, self._journal, self._progress = decoders, journal, progress
+        self._arguments: Mapping[str, Any] = {}
+        self._last: tuple[list[int], JacobiStats | None, float] = ([], None, 0.0)
+        self.answers_with = next(iter(decoders))
+        self.outputs: dict[str, list[Output]] = {}
+        self.task_names: list[str] = []
+        self._asked = ""
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The texts of `answers_with` for the requests, which are the same in every pass."""
+        asked = hashlib.sha256(repr([request.args for request in requests]).encode()).hexdigest()
+        if not self.outputs:
+            self.task_names, self._asked = [str(request.task_name) for request in requests], asked
+            self._generate_all(requests)
+        if asked != self._asked:
+            raise RuntimeError("lm-evaluation-harness asked for other texts in its second pass than in its first.")
+        return [output.text for output in self.outputs[self.answers_with]]
+
+    def _generate_all(self, requests: list[Instance]) -> None:
+        journal = self._journal(self._asked)
+        for name in self._decoders:
+            self._generate(name, requests[0], 0)  # what happens once in a process is in no time
+        for number in self._progress(range(len(requests))):
+            for name in self._decoders:
+                if journal.get(name, number) is None:
+                    journal.add(name, number, self._generate(name, requests[number], number))
+        found = {name: [journal.get(name, number) for number in range(len(requests))] for name in self._decoders}
+        self.outputs = {name: [output for output in outputs if output is not None] for name, outputs in found.items()}
+        journal.close()
+
+    def _generate(self, name: str, request: Instance, seed: int) -> Output:
+        self._arguments = self._decoders[name]
+        torch.manual_seed(seed)  # a task that samples has the same noise with every decoder
+        (text,) = super().generate_until([request], disable_tqdm=True)
+        ids, stats, seconds = self._last
+        return Output.of(text, ids, stats, seconds)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """The harness's one call of `generate`, watched."""
+        arguments = {**generation_kwargs, **self._arguments, "return_dict_in_generate": True}
+        started = time.perf_counter()
+        output: Any = super()._model_generate(context, max_length, stop, **arguments)
+        ids = output.sequences[0, context.shape[1] :].tolist()
+        self._last = ids, getattr(output, "jacobi_stats", None), time.perf_counter() - started
+        sequences: torch.Tensor = output.sequences
+        return sequences
+
+
+def measure(
+    lm: AlternatingLM,
+    tasks: Mapping[str, Any],
+    decoders: Mapping[str, JacobiConfig | None],
+    *,
+    limit: int | None = None,
+    chat: bool = False,
+    drafter: str | None = None,
+) -> list[Measurement]:
+    """A measurement of every decoder on every task, the baseline before the others.
+
+    Args:
+        tasks: of the harness, by name; see `load_tasks`.
+        decoders: those of `lm`; None is ordinary decoding.
+        limit: most problems of a task.
+        chat: whether prompts go through the chat template.
+        drafter: what the results call the drafter that the model has.
+    """
+    scores = {}
+    for name in decoders:
+        lm.answers_with = name
+        for task in tasks.values():
+            task.set_fewshot_seed(seed=1234)  # the same examples in every pass
+        scores[name] = score_tasks(
+            lm=lm,
+            task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=chat,
+            confirm_run_unsafe_code=True,
+        )
+    measured = []
+    for task_name, task in tasks.items():
+        rows = [number for number, of in enumerate(lm.task_names) if of == task_name]
+        outputs = {name: [lm.outputs[name][row] for row in rows] for name in decoders}
+        prompts = _prompts(task_name, task, len(rows))
+        for name, config in decoders.items():
+            decoder = Decoder(name=name, kind="generate") if config is None else Decoder.of(name, config, drafter)
+            quality, others = _quality(scores[name], task_name)
+            measured.append(_measurement(decoder, prompts, outputs, quality, others))
+    return measured
+
+
+def _prompts(name: str, task: Any, count: int) -> Prompts:
+    options = task.config.generation_kwargs or {}
+    source = task.config.dataset_path or (task.config.metadata or {}).get("source") or "task file"
+    longest = options.get("max_gen_toks", 256)
+    return Prompts(
+        domain=name, source=str(source), count=count, max_new_tokens=longest, do_sample=bool(options.get("do_sample"))
+    )
+
+
+def _measurement(
+    decoder: Decoder,
+    prompts: Prompts,
+    outputs: dict[str, list[Output]],
+    quality: Quality | None,
+    scores: dict[str, float],
+) -> Measurement:
+    mine, reference = outputs[decoder.name], outputs[BASELINE]
+    tokens, forwards = sum(len(one.ids) for one in mine), sum(one.forwards for one in mine)
+    seconds, is_baseline = sum(one.seconds for one in mine), decoder.name == BASELINE
+    per_second, of_baseline = (
+        tokens / seconds,
+        sum(len(one.ids) for one in reference) / sum(one.seconds for one in reference),
+    )
+    different = [number for number, (a, b) in enumerate(zip(mine, reference, strict=True)) if a.ids != b.ids]
+    agreement = Agreement(
+        baseline=BASELINE, identical=len(mine) - len(different), total=len(mine), different=different
+    )
+    accepted: Counter[int] = sum((Counter(one.accepted_lengths) for one in mine), Counter())
+    return Measurement(
+        decoder=decoder,
+        prompts=prompts,
+        new_tokens=tokens,
+        forwards=forwards,
+        tokens_per_forward=tokens / forwards,
+        per_prompt_tokens_per_forward=[len(one.ids) / one.forwards for one in mine],
+        mean_slots=sum(one.slots for one in mine) / max(1, sum(one.steps for one in mine)),
+        seconds=seconds,
+        repeats=1,
+        tokens_per_second=per_second,
+        accepted_lengths=dict(sorted(accepted.items())) or None,
+        quality=quality,
+        speedups=[] if is_baseline else [Speedup(baseline=BASELINE, factor=per_second / of_baseline)],
+        agreement=None if is_baseline else agreement,
+        extra={"scores": scores},
+    )
+
+
+def _quality(results: Any, task: str) -> tuple[Quality | None, dict[str, float]]:
+    """The task's first score with its interval, and all of them, each named as the harness names it ("metric,filter")."""
+    found: dict[str, Any] = results["results"][task]
+    scores = {
+        key: float(value)
+        for key, value in found.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+    for key, value in scores.items():
+        metric, _, filtered = key.partition(",")
+        values = [
+            sample[metric] for sample in results["samples"][task] if sample["filter"] == filtered and metric in sample
+        ]
+        if values and all(one in (0, 1) for one in values):
+            return Quality.of_share(key, int(sum(values)), len(values)), scores
+        spread = found.get(f"{metric}_stderr,{filtered}")
+        if isinstance(spread, float):
+            return Quality(
+                metric=key, value=value, low=value - 1.96 * spread, high=value + 1.96 * spread, samples=len(values)
+            ), scores
+    return None, scores

@@ -1,0 +1,186 @@
+r"""What `jacobi-hf eval` measures on: tasks of lm-evaluation-harness by name, and files of problems, which become such tasks.
+
+A task file is JSONL. Each line is a problem, with `prompt` (text as the model reads it) and `answer` (text or number); other fields are
+passed over. A first line without a prompt holds options instead:
+
+    {"answer_pattern": "The answer is (-?\\d+)", "max_new_tokens": 96, "stop": ["\n\n"], "source": "how the problems were made"}
+    {"prompt": "Question: What is 6 times 7?\nAnswer:", "answer": 42}
+
+An answer is right when the first match of `answer_pattern` in the model's text (its group, where it has one) equals it; without a pattern,
+when the whole text does, white space around it aside.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from jacobi_hf.cli._options import json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WHOLE_TEXT = r"(?s)\A\s*(.*?)\s*\Z"
+
+
+class TaskOptions(BaseModel):
+    """The first line of a task file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    answer_pattern: str = WHOLE_TEXT
+    max_new_tokens: int = Field(default=256, ge=1)
+    stop: list[str] = []
+    source: str = ""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
+
+class Problem(BaseModel):
+    """A line of a task file."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    prompt: str = Field(min_length=1)
+    answer: str | int | float
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """Problems and how they are scored."""
+
+    name: str
+    options: TaskOptions
+    problems: list[Problem]
+
+    @classmethod
+    def read(cls, path: str | Path) -> TaskFile:
+        """Read a JSONL file.
+
+        Raises:
+            ValueError: the file is not there or no text, or a line is not what it should be; says which and why.
+        """
+        path = Path(path)
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the task file {path} cannot be read: {error}") from None
+        rows = [
+            (number, json_object(line, f"{path}, line {number}"))
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+        options = TaskOptions()
+        if rows and "prompt" not in rows[0][1] and "answer" not in rows[0][1]:
+            options = _checked(path, *rows.pop(0), TaskOptions)
+        if not rows:
+            raise ValueError(f"the task file {path} holds no problems.")
+        return cls(path.stem, options, [_checked(path, number, row, Problem) for number, row in rows])
+
+    def config(self) -> dict[str, Any]:
+        """The task as lm-evaluation-harness takes it."""
+        from datasets import Dataset
+
+        rows = [{"prompt": problem.prompt, "answer": str(problem.answer)} for problem in self.problems]
+        pattern = {"function": "regex", "regex_pattern": self.options.answer_pattern}
+        return {
+            "task": self.name,
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": lambda row: row["prompt"],
+            "doc_to_target": lambda row: row["answer"],
+            "target_delimiter": "",
+            "num_fewshot": 0,
+            "generation_kwargs": {
+                "until": self.options.stop,
+                "max_gen_toks": self.options.max_new_tokens,
+                "do_sample": False,
+            },
+            "filter_list": [{"name": "answer", "filter": [pattern, {"function": "take_first"}]}],
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1, "source": self.options.source},
+        }
+
+
+def load_tasks(names: Sequence[str], files: Sequence[TaskFile], *, runs_code: bool = False) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness with their data, by name.
+
+    Args:
+        names: of tasks or groups of tasks, or paths of the harness's own YAML files.
+        runs_code: whether tasks may run code that the model writes.
+
+    Raises:
+        ValueError: a task is unknown, lacks data or packages, scores without generating, or runs code where it may not.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=any(not name.endswith((".yaml", ".yml")) for name in names))
+    tasks: dict[str, Any] = {}
+    for loaded in [*(manager.load([file.config()]) for file in files), *(_named(manager, name) for name in names)]:
+        if twice := sorted(tasks.keys() & loaded["tasks"].keys()):
+            raise ValueError(f"there are two tasks named {', '.join(twice)}: leave one out, or rename its file.")
+        tasks |= loaded["tasks"]
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(
+                f"{name} is scored by log-likelihoods ({task.OUTPUT_TYPE}): nothing is generated, so there is nothing to decode in "
+                "parallel, and the model's score is that of ordinary decoding. Measure it with lm_eval itself."
+            )
+        if getattr(task, "UNSAFE_CODE", False) and not runs_code:
+            raise ValueError(
+                f"{name} runs code that the model writes: do that in a sandbox, and add --confirm-run-unsafe-code."
+            )
+    return tasks
+
+
+def _named(manager: Any, name: str) -> Any:
+    try:
+        return manager.load([name])
+    except KeyError:
+        close = difflib.get_close_matches(name, manager.all_tasks, 3)
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+        raise ValueError(
+            f"lm-evaluation-harness knows no task {name!r}{hint}; `lm_eval ls tasks` lists them."
+        ) from None
+    except ImportError as error:
+        raise ValueError(f"{name} needs packages that are not installed: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"the data of {name}, or the metric that it is scored by, is neither here nor to be had: {error}"
+        ) from None
+    except ValueError as error:
+        if "HF_ALLOW_CODE_EVAL" in str(error):
+            raise ValueError(
+                f"{name} runs code that the model writes: do that in a sandbox, and add --confirm-run-unsafe-code."
+            ) from None
+        raise
+
+
+def _checked(path: Path, number: int, row: dict[str, Any], kind: Any) -> Any:
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+    field, where = str(first["loc"][0]), f"{path}, line {number}"
+    close = difflib.get_close_matches(field, row if first["type"] == "missing" else kind.model_fields, 1)
+    hint = f" (did you mean {close[0]!r}?)" if close and close != [field] else ""
+    if first["type"] == "missing":
+        raise ValueError(f"{where}: {field!r} is missing{f'; there is {close[0]!r}' if close else ''}.")
+    if first["type"] == "extra_forbidden":
+        raise ValueError(
+            f"{where}: {field!r} is no option of a task file{hint}; there are {', '.join(kind.model_fields)}."
+        )
+    raise ValueError(f"{where}: {field} cannot be {row[field]!r}: {first['msg']}.")

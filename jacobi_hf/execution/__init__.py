@@ -1,0 +1,1 @@
+"""How a step runs: eagerly, compiled, or as a CUDA graph, and the buffers that stay between calls."""

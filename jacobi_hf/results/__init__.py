@@ -1,0 +1,1 @@
+"""Documents of results: what was measured, and on what machine."""

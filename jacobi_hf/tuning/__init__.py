@@ -1,0 +1,1 @@
+"""Which strategy is fastest: timing of strategies, and the choice between them."""

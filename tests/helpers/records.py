@@ -1,0 +1,58 @@
+"""Packed records for tests: random ones, and those of a tiny model's own trajectories."""
+
+from __future__ import annotations
+
+import random
+
+from jacobi_hf.trainer import AnswerConfig, NoiseSchedule, collect_trajectories, pack
+from tests.helpers.models import VOCAB
+
+END = 1
+
+
+def random_record(
+    rng: random.Random,
+    n: int,
+    blocks: int | None = None,
+    ended: bool | None = None,
+    prompt: int | None = None,
+    views: int = 1,
+) -> dict:
+    """A record that keeps the invariants of the format, with arbitrary ids."""
+    prompt_ids = [rng.randrange(2, VOCAB) for _ in range(prompt or rng.randint(1, 7))]
+    blocks = blocks or rng.randint(1, 4)
+    answer = [rng.randrange(2, VOCAB) for _ in range(blocks * n)]
+    if ended if ended is not None else rng.random() < 0.5:
+        last = rng.randrange((blocks - 1) * n, blocks * n)
+        answer[last:] = [END] + [0] * (blocks * n - last - 1)
+
+    def noisy(clean: list[int]) -> list[int]:
+        first_wrong = rng.randint(1, n)
+        return clean[:first_wrong] + [rng.randrange(2, VOCAB) if token != 0 else 0 for token in clean[first_wrong:]]
+
+    clean_blocks = [answer[block * n : (block + 1) * n] for block in range(blocks)]
+    sequence = [*prompt_ids, *(token for clean in clean_blocks for token in noisy(clean) + clean)]
+    others = [[token for clean in clean_blocks for token in noisy(clean)] for _ in range(views - 1)]
+    more = {"more_noisy_ids": others} if others else {}
+    return more | {
+        "data_id": f"random {rng.random()}",
+        "prompt_ids": prompt_ids,
+        "prompt_ids_len": len(prompt_ids),
+        "complete_training_sequence_ids": sequence,
+        "traj_position_indices": [0] * blocks,
+    }
+
+
+def records(count: int, n: int, seed: int = 0, **options) -> list[dict]:
+    """Several random records."""
+    rng = random.Random(seed)
+    return [random_record(rng, n, **options) for _ in range(count)]
+
+
+def own_records(model, count: int, n: int, tokens: int, seed: int = 0, visits: int = 1) -> list[dict]:
+    """Records of the model's own trajectories from random prompts."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 8))] for _ in range(count)]
+    trajectories = collect_trajectories(model, prompts, n, AnswerConfig(tokens))
+    schedule = NoiseSchedule(window=4)
+    return [pack(t, schedule, f"own {i} {v}", rng) for v in range(visits) for i, t in enumerate(trajectories)]

@@ -1,0 +1,306 @@
+"""The page of the demo, in a browser; and what it does, without one.
+
+`JACOBI_HF_SCREENSHOT=docs/images/page.png` writes the picture of the docs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+
+from jacobi_hf.cli import app
+from jacobi_hf.cli.serve import listener
+from jacobi_hf.demo import page
+from tests.helpers.tiny import CHECKPOINT
+
+KNOBS = {"jacobi_block_size": 16, "jacobi_max_blocks": 2, "jacobi_activation_ratio": 0.0, "jacobi_pool_size": 2}
+PROMPT = "    def __repr__(self):\n        info = ['StreamReader']\n"
+HOSTILE = "<img src=x onerror=window.pwned=1><script>window.pwned=1</script> ${window.pwned=1} {{window.pwned=1}}"
+VISITOR = SimpleNamespace(session_hash="somebody")
+SCREENSHOT = os.environ.get("JACOBI_HF_SCREENSHOT")
+NEW = 96 if SCREENSHOT else 24
+
+
+@pytest.fixture(scope="module")
+def lanes():
+    return page.lanes()
+
+
+@pytest.fixture
+def somebody(lanes):
+    return page.Page(lanes)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("runner ")]
+
+
+def eventually(condition, seconds=180.0):
+    """What `condition` returns once that is true; a page under load is slow, so there is no other measure than patience."""
+    until = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < until, "it did not come to that"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "knobs", "message"),
+    [
+        ("", 8, {}, "There is no prompt"),
+        (" \n", 8, {}, "There is no prompt"),
+        ("word " * 3000, 8, {}, "the model has 2048 positions. Shorten the prompt"),
+        ("word", 0, {}, "0 new tokens"),
+        ("word", 10**9, {}, "1000000000 new tokens"),
+        ("word", 2.5, {}, "2.5 new tokens"),
+        (
+            "word",
+            8,
+            {"jacobi_block_size": 1},
+            "jacobi_block_size=1 cannot be used; it must be an integer from 2 to 1024",
+        ),
+        ("word", 8, {"jacobi_block_size": 4.5}, "jacobi_block_size=4.5"),
+        ("word", 8, {"jacobi_max_blocks": None}, "jacobi_max_blocks=None"),
+        ("word", 8, {"jacobi_activation_ratio": "<b>"}, "jacobi_activation_ratio='&lt;b&gt;'"),
+    ],
+)
+def test_bad_input_is_a_message_before_anything_begins(somebody, prompt, new, knobs, message):
+    before = threads()
+    (picture,) = list(somebody.generate(prompt, new, *(KNOBS | knobs).values(), VISITOR))
+    assert message.replace("'", "&#39;") in picture[len(somebody.lanes)]
+    assert 'role="alert"' in picture[len(somebody.lanes)]
+    assert threads() == before
+    assert not somebody.races
+
+
+def test_panes_fill_and_agree_and_the_replay_follows(somebody):
+    *_, last = list(somebody.generate(PROMPT, 20, *KNOBS.values(), VISITOR))
+    assert "All texts are the same. n = 16, K = 2, r = 0, pool = 2." in last[3]
+    race = somebody.races["somebody"]
+    assert [one.lane.title for one in race.runners] == ["generate", "Jacobi", "Jacobi with a drafter (lossless)"]
+    assert [one.tokens for one in race.runners] == [20] * 3
+    assert len(race.runners[2].steps) < len(race.runners[0].steps) == 20
+    title, forwards = race.runners[2].lane.title, len(race.runners[2].steps)
+    assert f"Forward {forwards} of {forwards}" in somebody.replay(title, forwards, VISITOR)
+    assert [somebody.next_forward(n, title, VISITOR) for n in (1, forwards)] == [2, forwards]
+    assert "Nothing has been written yet" in somebody.replay(title, 1, SimpleNamespace(session_hash="somebody else"))
+
+
+@pytest.mark.parametrize("how", ["stop", "leave", "close"])
+def test_nothing_runs_on_for_a_visitor_who_stops_or_leaves(somebody, how):
+    pictures = somebody.generate(PROMPT, 1000, *KNOBS.values(), VISITOR)
+    next(pictures)
+    assert threads()
+    if how == "close":  # as gradio does when the connection is gone
+        pictures.close()
+    else:
+        getattr(somebody, how)(VISITOR)
+        *_, last = list(pictures)
+        assert "Stopped." in last[3]
+    eventually(lambda: not threads())
+    assert ("somebody" in somebody.races) == (how != "leave")
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    result = CliRunner().invoke(app, ["demo", "--web"])
+    assert (result.exit_code, result.stderr) == (2, "jacobi-hf demo: --web needs gradio: pip install '.[demo]'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json"], "--json and --web are two ways"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all is no model"),
+        (["--drafter", "/nowhere/at/all"], "--drafter is for the model that --model names"),
+        (["--model", str(CHECKPOINT), "--drafter", "/nowhere/at/all"], "/nowhere/at/all is no folder"),
+        (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
+        (["--max-new-tokens", "5000"], "5000 is more than the 1024"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message):
+    result = CliRunner().invoke(
+        app, ["demo", "--web", *arguments, *([] if "--host" in arguments else ["--port", "0"])]
+    )
+    assert result.exit_code == 2
+    *progress, said = result.stderr.splitlines()
+    assert said.startswith("jacobi-hf demo: ")
+    assert message in said
+    assert not [line for line in progress if line and "Loading weights" not in line]
+
+
+def test_the_verb_serves_the_page(monkeypatch):
+    served = {}
+
+    def run(server, sockets):
+        served.update(port=sockets[0].getsockname()[1], page=TestClient(server.config.app).get("/").text)
+
+    monkeypatch.setattr(page.Server, "run", run)
+    result = CliRunner().invoke(
+        app, ["demo", "--web", "--port", "0", "--prompt", "Once upon a time", "--max-new-tokens", "37"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"The page is at http://127.0.0.1:{served['port']}, until Ctrl-C.\n"
+    for shown in ("Once upon a time", "Jacobi with a drafter (lossless)", '"value":37', ".replay .windows"):
+        assert shown in served["page"]
+
+
+@pytest.fixture(scope="module")
+def address(lanes):
+    at = listener("127.0.0.1", 0)
+    server = page.Server(page.Page(lanes), PROMPT, NEW)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
+    thread.start()
+    yield f"http://127.0.0.1:{at.getsockname()[1]}/"
+    server.handle_exit(signal.SIGINT, None)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+class Visitor:
+    """The page in a browser, by the ids of its parts."""
+
+    def __init__(self, browser):
+        self.browser = browser
+
+    def find(self, css):
+        return self.browser.find_element("css selector", css)
+
+    def text(self, css):
+        return self.browser.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", css)
+
+    def write(self, css, text):
+        from selenium.webdriver.common.keys import Keys
+
+        field = self.find(css)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text, Keys.TAB)
+
+    def set_prompt(self, text):
+        """All at once: a long one would take long to type."""
+        self.browser.execute_script(
+            "const [field, text] = arguments; field.value = text; field.dispatchEvent(new Event('input', {bubbles: true}))",
+            self.find("#prompt textarea"),
+            text,
+        )
+
+    def generate(self, until):
+        self.find("#generate").click()
+        eventually(lambda: until in self.text("#message"))
+        if until.startswith("All texts"):
+            eventually(lambda: self.forward() == 1)
+
+    def panes(self):
+        return [self.text(f"#pane{i} .text") for i in range(3)]
+
+    def counts(self, name):
+        return [float(self.text(f"#pane{i} [data-count='{name}']")) for i in range(3)]
+
+    def forward(self):
+        return int(
+            self.browser.execute_script("return document.querySelector('#replay .replay')?.dataset.forward ?? 0")
+        )
+
+    def show_forward(self, number):
+        self.write("#forward input[type=number]", str(number))
+        eventually(lambda: self.forward() == number)
+
+    def guesses(self):
+        """Of the last forward shown, in its window."""
+        return len(self.browser.find_elements("css selector", "#replay tr:last-child td:not(.known)"))
+
+
+@pytest.fixture(scope="module")
+def visitor(address):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("the page is tested in Debian's chromium and chromium-driver, which are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "disable-extensions",
+        "window-size=1400,1450",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        browser.get(address)
+        eventually(lambda: browser.find_elements("css selector", "#generate"))
+        yield Visitor(browser)
+    finally:
+        browser.quit()
+
+
+@pytest.mark.slow
+def test_in_a_browser(visitor):
+    visitor.generate("All texts are the same. n = 16, K = 2")
+    panes, per_forward = visitor.panes(), visitor.counts("tokens per forward")
+    assert len(set(panes)) == 1
+    assert panes[0].startswith(PROMPT)
+    assert len(panes[0]) > len(PROMPT)
+    assert per_forward[0] == 1.0 < per_forward[2]
+    assert visitor.counts("tokens") == [NEW] * 3
+    if SCREENSHOT:
+        visitor.browser.set_window_size(1400, 1900)
+        visitor.show_forward(12)
+        Path(SCREENSHOT).write_bytes(visitor.browser.get_screenshot_as_png())
+
+    visitor.show_forward(3)
+    earlier = visitor.text("#replay .replay")
+    visitor.show_forward(4)
+    assert visitor.guesses() > 4
+    assert visitor.text("#replay .replay") != earlier
+    visitor.find("#plays input").click()
+    eventually(lambda: visitor.forward() > 4)
+    visitor.find("#plays input").click()
+
+    visitor.write("#jacobi_block_size input[type=number]", "2")
+    visitor.generate("All texts are the same. n = 2, K = 2")
+    assert visitor.panes() == panes
+    visitor.show_forward(4)
+    assert 0 < visitor.guesses() <= 4  # n times K
+
+    visitor.set_prompt("word " * 3000)
+    visitor.generate("the model has 2048 positions. Shorten the prompt")
+    visitor.set_prompt("")
+    visitor.generate("There is no prompt")
+    assert visitor.panes() == panes
+
+    visitor.set_prompt(HOSTILE)
+    visitor.generate("All texts are the same.")
+    assert visitor.panes()[0].startswith(HOSTILE)
+    assert visitor.browser.execute_script("return window.pwned") is None
+
+    names = visitor.browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert names
+    assert not [
+        name for name in names if not name.startswith(visitor.browser.execute_script("return location.origin"))
+    ]
+    assert not [entry for entry in visitor.browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_who_closes_the_page_is_not_written_for(visitor):
+    """The last of the tests in the browser: it leaves the page."""
+    visitor.set_prompt(PROMPT)
+    visitor.write("#new_tokens input[type=number]", "1000")
+    visitor.generate("Writing, ")
+    assert threads()
+    visitor.browser.get("about:blank")
+    eventually(lambda: not threads())

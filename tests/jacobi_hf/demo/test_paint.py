@@ -1,0 +1,125 @@
+"""What is painted is the text, and text is data."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from types import SimpleNamespace
+
+import pytest
+
+from jacobi_hf.demo import paint
+from jacobi_hf.demo.race import Lane, Pieces
+from jacobi_hf.streaming import Draft, SeenStep
+
+HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned=1">&amp;\'{{ value }}${window.pwned = 1}'
+
+
+class Letters:
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+def runner_of(steps, title="lane", error=""):
+    pieces = Pieces(Letters())
+    for step in steps:
+        pieces.add(step)
+    return SimpleNamespace(
+        lane=Lane(title, None, Letters()),
+        steps=steps,
+        pieces=pieces,
+        seconds=2.0,
+        tokens=len(pieces.token_ids),
+        error=error,
+        tokens_per_forward=len(pieces.token_ids) / max(1, len(steps)),
+    )
+
+
+def text_of(html):
+    return unescape(re.sub("<[^>]*>", "", html))
+
+
+def steps_of(*parts):
+    return [SeenStep(tuple(part.encode()), drafts) for part, drafts in parts]
+
+
+def draft(source, text, verified=None):
+    return Draft(source, tuple(text.encode()), len(text) if verified is None else verified)
+
+
+def test_a_pane_has_each_forward_in_its_colour_and_counts():
+    html = paint.pane(runner_of(steps_of(("a", ()), ("bcd", ()), ("e\n", ()))), "prompt ")
+    spans = re.findall(r'<span class="f(\d)" title="forward (\d)">([^<]*)</span>', html)
+    assert spans == [("1", "1", "a"), ("2", "2", "bcd"), ("3", "3", "e\n")]
+    counts = dict(re.findall(r'data-count="([^"]*)">([^<]*)<', html))
+    assert counts == {"tokens": "6", "forwards": "3", "tokens per forward": "2.00", "tok/s": "3"}
+    assert "prompt abcde\n" in text_of(html)
+
+
+def test_whatever_is_written_is_escaped():
+    runner = runner_of(
+        steps_of((HOSTILE, (draft("window", HOSTILE), draft("lookup", HOSTILE)))), title=HOSTILE, error=HOSTILE
+    )
+    for html in (
+        paint.pane(runner, HOSTILE),
+        paint.Replay(runner).at(1),
+        paint.message(HOSTILE, is_error=True),
+        paint.empty_pane(HOSTILE),
+    ):
+        assert "<script" not in html
+        assert "<img" not in html
+    assert text_of(paint.pane(runner, HOSTILE)).count(HOSTILE) == 4  # title, error, prompt, text
+
+
+STEPS = steps_of(
+    ("a", ()),
+    ("bc", (draft("window", "bXde", 3), draft("pool", "Xb"))),
+    ("def", (draft("window", "ZZ"), draft("lookup", "de Z"))),
+    ("g", (draft("window", "ZZ"),)),
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (1, "Forward 1 of 4: the prompt, and the first token."),
+        (2, "Forward 2 of 4: 5 guesses verified, 1 confirmed (the window), 2 tokens."),
+        (3, "Forward 3 of 4: 6 guesses verified, 2 confirmed (lookup), 3 tokens."),
+        (4, "Forward 4 of 4: 2 guesses verified, 0 confirmed, 1 token."),
+    ],
+)
+def test_a_replay_says_what_a_forward_came_to(number, said):
+    html = paint.Replay(runner_of(STEPS)).at(number)
+    assert f'data-forward="{number}"' in html
+    assert said in html
+    written = "".join(piece for piece in ("a", "bc", "def", "g")[:number])
+    assert text_of(html).endswith(written)
+
+
+def test_a_replay_has_the_windows_under_each_other_by_what_became_of_their_guesses():
+    html = paint.Replay(runner_of(STEPS)).at(4)
+    rows = [re.findall(r'<td class="([^"]*)">([^<]*)</td>', row) for row in re.findall("<tr>.*?</tr>", html)]
+    known = [("known", letter) for letter in "bcdef"]  # of the text behind the first row's forward
+    assert rows == [
+        [("confirmed", "b"), ("wrong", "X"), ("right", "d"), ("right unverified", "e")],
+        [*known[:2], ("wrong", "Z"), ("wrong", "Z")],
+        [*known, ("wrong", "Z"), ("wrong", "Z")],
+    ]
+
+
+def test_a_replay_shows_no_more_rows_than_it_has_room_for():
+    steps = steps_of(("a", ()), *[("b", (draft("window", "c"),))] * 20)
+    for number in range(1, 22):
+        html = paint.Replay(runner_of(steps)).at(number)
+        numbers = [int(found) for found in re.findall(r"<th>(\d+)</th>", html)]
+        assert numbers == list(range(max(2, number - paint.ROWS + 1), number + 1))
+
+
+def test_a_number_beyond_the_forwards_is_the_last_one():
+    assert paint.Replay(runner_of(STEPS)).at(99) == paint.Replay(runner_of(STEPS)).at(4)
+    assert paint.Replay(runner_of(STEPS)).at(-1) == paint.Replay(runner_of(STEPS)).at(1)
+
+
+def test_ordinary_decoding_has_no_guesses_to_show():
+    html = paint.Replay(runner_of(steps_of(("a", ()), ("b", ())))).at(2)
+    assert "Forward 2 of 2: no guesses, 1 token." in html

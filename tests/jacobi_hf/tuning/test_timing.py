@@ -1,0 +1,290 @@
+"""The search on made-up times, and the stopwatch on a made-up model: what is fastest is known here, whatever the machine does."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CompileConfig
+
+from jacobi_hf import JacobiConfig
+from jacobi_hf.output import JacobiStats
+from jacobi_hf.tuning.autotune import COMPILED, Grid, search
+from jacobi_hf.tuning.timing import ASSISTED, Run, Stopwatch, Trial, describe, sources_of
+from tests.helpers.models import fresh_model
+from tests.helpers.properties import at_most
+
+WINDOW = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+BATCH = {"input_ids": torch.tensor([[3, 4, 5]])}
+
+
+class World:
+    """Where every way takes some steps of a second for a batch, drawn for it (and the batch, if `varied`), and time is counted."""
+
+    def __init__(self, seed, batches, budget, *, varied=True, drafted=False, steps=None):
+        self.seed, self.varied, self.now, self.budget, self.steps = seed, varied, 0.0, budget, steps or {}
+        self.begun, self.order = defaultdict(list), []
+        self.trial = Trial(self.measure, list(range(batches)), lambda: self.now > self.budget, drafted=drafted)
+
+    def seconds(self, way, batch):
+        drawn = random.Random(f"{self.seed} {way} {batch if self.varied else ''}").randint(5, 60)
+        return self.steps.get(way, drawn)
+
+    def total(self, way, batches):
+        return sum(self.seconds(way, batch) for batch in range(batches))
+
+    def measure(self, way, batch):
+        self.begun[way].append(self.now)
+        self.order.append((way, batch))
+        count = self.seconds(way, batch)
+        self.now += count
+        return Run({1 if way is None else 9: [1.0] * count}, 0.0, 60, count)
+
+    def search(self, grid=None):
+        return search(self.trial, [ASSISTED], grid or Grid())
+
+
+@given(seed=st.integers(0, 10**6), batches=st.integers(1, 9), budget=st.integers(0, 4000), drafted=st.booleans())
+def test_the_answer_is_the_fastest_on_the_prompts_it_shares_with_any_other(seed, batches, budget, drafted):
+    """Whenever the time ends, in the middle of a round too."""
+    world = World(seed, batches, budget, drafted=drafted)
+    table, untried = world.search()
+    best = table[0]
+    for other in table:
+        assert best.prompts >= other.prompts
+        assert world.total(best.way, other.prompts) <= world.total(other.way, other.prompts)
+        assert other.seconds == pytest.approx(world.total(other.way, other.prompts))
+        assert other.speedup == pytest.approx(world.total(None, other.prompts) / other.seconds)
+    assert Counter(setting.way for setting in table) == Counter(
+        world.begun.keys()
+    )  # nothing that was measured is thrown away
+    assert not set(untried) & set(world.begun)
+    assert None in world.begun
+    starts = [start for starts in world.begun.values() for start in starts]
+    assert sum(start > budget for start in starts) == 0
+    assert set(map(len, world.begun.values())) <= set(range(1, batches + 1))
+
+
+@at_most(50)
+@given(seed=st.integers(0, 10**6), drafted=st.booleans())
+def test_the_better_half_goes_on_and_the_best_of_all_wins(seed, drafted):
+    world = World(seed, 8, 10**9, varied=False, drafted=drafted)
+    table, untried = world.search()
+    assert not untried
+    assert table[0].seconds / table[0].prompts == min(world.seconds(way, 0) for way in world.begun)
+    rivals = sorted((way for way in world.begun if way is not None), key=lambda way: world.seconds(way, 0))
+    for prompts in (4, 8):
+        rivals, beaten = rivals[: -(-len(rivals) // 2)], rivals[-(-len(rivals) // 2) :]
+        reached = [way for way in world.begun if way is not None and len(world.begun[way]) >= prompts]
+        assert len(reached) == len(rivals)
+        assert max(world.seconds(way, 0) for way in reached) <= min(world.seconds(way, 0) for way in beaten)
+
+
+def test_a_round_that_time_cuts_short_does_not_narrow_the_answer():
+    """The fastest has one prompt, those before it in the list have two."""
+    fastest = JacobiConfig(jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=24)
+    one_prompt = World(0, 1, 10**9, steps={fastest: 1})
+    one_prompt.search()
+    cut = World(0, 2, 10**9, steps={fastest: 1})
+    cut.trial.is_over = lambda: len(cut.order) > len(one_prompt.order) + 3
+    table, _ = cut.search()
+    assert {len(runs) for runs in cut.trial.runs.values()} == {1, 2}
+    assert table[0].way == fastest
+    assert {setting.prompts for setting in table} == {1}
+
+
+def test_without_time_ordinary_decoding_is_the_answer_and_the_rest_is_told():
+    table, untried = World(0, 3, 0).search()
+    assert [setting.way for setting in table] == [None]
+    assert untried == [ASSISTED, *Grid().apart()]
+
+
+def test_the_best_windows_are_combined_with_the_best_lookup():
+    window, lookup = Grid().apart()[5], Grid().apart()[4]
+    assert (window.jacobi_max_blocks, lookup.jacobi_max_blocks) == (2, 0)
+    world = World(0, 1, 10**9, steps={window: 2, lookup: 3})
+    world.search()
+    tried = {
+        (w.jacobi_lookup_tokens, w.jacobi_pool_size)
+        for w in world.begun
+        if getattr(w, "jacobi_max_blocks", 0) == 2 and w.jacobi_block_size == window.jacobi_block_size
+    }
+    assert tried == {(0, 0), (lookup.jacobi_lookup_tokens, 0), (0, 2), (lookup.jacobi_lookup_tokens, 2)}
+
+
+@pytest.mark.parametrize("fastest", [0, 4, 8, 16])
+def test_with_a_drafter_the_best_window_is_tried_at_several_verify_widths(fastest):
+    window = Grid().apart()[1]
+    widths = {width: replace(window, jacobi_verify_width=width) for width in (0, 4, 8, 16)}
+    world = World(0, 1, 10**9, drafted=True, steps={window: 2, widths[fastest]: 1})
+    table, _ = world.search()
+    assert {w.jacobi_verify_width for w in world.begun if w in widths.values()} == {0, 4, 8, 16}
+    assert table[0].way == widths[fastest]
+    assert ("drafted window",) in world.trial.prices()
+    assert ("window",) not in world.trial.prices()
+    plain = World(0, 1, 10**9, steps={window: 2})
+    plain.search()
+    assert not any(getattr(way, "jacobi_verify_width", 0) for way in plain.begun)
+
+
+def test_few_settings_are_tried_where_each_compiles():
+    world = World(0, 1, 10**9)
+    world.search(COMPILED)
+    assert len(world.begun) == 8  # ordinary and assisted decoding among them
+
+
+def test_prices_are_medians_so_that_a_hiccup_changes_nothing():
+    fast, slow = Grid().apart()[1], Grid().apart()[3]
+    times = {None: [1.0] * 9, slow: [0.5] * 9, fast: [0.5] * 4 + [50.0]}
+    trial = Trial(lambda way, _: Run({9: times[way]}, 0.1, 10, len(times[way])), [0], lambda: False)
+    trial.open()
+    trial.run(times, 1)
+    assert trial.ranked(times) == [fast, slow, None]
+    assert trial.prices()[("window",)] == {9: 500.0}
+
+
+def test_batches_that_end_at_once_are_passed_over():
+    trial = Trial(lambda way, batch: Run({1: [1.0]} if batch == 2 else {}, 0.1, 1, 1), [0, 1, 2], lambda: True)
+    trial.open()
+    assert trial.batches == [2]
+    with pytest.raises(ValueError, match="every prompt ends at its first new token"):
+        Trial(lambda way, batch: Run({}, 0.1, 1, 1), [0, 1], lambda: False).open()
+
+
+class FakeModel:
+    """Answers with two tokens; its calls compile and record as `jacobi_stats` says one after the other."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *stats):
+        self.stats, self.calls = list(stats), []
+
+    def generate(self, input_ids, **arguments):
+        self.calls.append(arguments)
+        torch.rand(3)
+        sequences = torch.cat([input_ids, torch.ones(len(input_ids), 2, dtype=torch.long)], 1)
+        if "streamer" in arguments:
+            for tokens in (input_ids, sequences[0, -2:-1], sequences[0, -1:]):
+                arguments["streamer"].put(tokens)
+        if arguments["decoding"] is None and not arguments.get("return_dict_in_generate"):
+            return sequences
+        stats = (
+            self.stats.pop(0)
+            if self.stats
+            else JacobiStats(new_tokens=[2], row_forwards=[2], seconds_by_width={5: [1.0]})
+        )
+        return SimpleNamespace(sequences=sequences, jacobi_stats=stats)
+
+
+def first_call(**counts):
+    slow = JacobiStats(new_tokens=[2], row_forwards=[2], seconds_by_width={5: [1000.0]})
+    return SimpleNamespace(**vars(slow) | counts)
+
+
+def test_calls_that_compile_or_record_do_not_count():
+    model = FakeModel(first_call(compiled_steps=2), first_call(compiled_steps=0, captured_steps=1))
+    assert Stopwatch(model, {}).measure(WINDOW, BATCH).seconds_by_width == {5: [1.0]}
+    assert len(model.calls) == 3
+
+
+@pytest.mark.slow
+def test_no_way_is_timed_while_it_compiles():
+    """Ordinary decoding neither, nor steps of the same widths under another config."""
+    torch.compiler.reset()  # what other tests have compiled
+    model, compiled = fresh_model("qwen3"), []
+    watch = Stopwatch(
+        model,
+        {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0},
+        compile_config=CompileConfig(backend="eager", mode=None),
+    )
+    watch._compile_config._compile_all_devices = True
+    generate = model.generate
+
+    def noted(*args, **kwargs):
+        before = unique_graphs()
+        output = generate(*args, **kwargs)
+        compiled.append(unique_graphs() > before)
+        return output
+
+    model.generate = noted
+    alike = replace(WINDOW, jacobi_block_size=2, jacobi_max_blocks=2)
+    for way in (None, WINDOW, alike):
+        compiled.clear()
+        watch.measure(way, BATCH)
+        assert compiled[0]
+        assert not compiled[-1]
+
+
+def unique_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_ways_are_compared_with_compiled_ordinary_decoding():
+    model, config, draft = FakeModel(), CompileConfig(), object()
+    watch = Stopwatch(model, {"top_k": 5}, draft, config, room=99)
+    for way in (None, WINDOW, ASSISTED):
+        watch.measure(way, BATCH)
+    ordinary, ours, assisted = model.calls[:3]
+    del ordinary["streamer"]
+    static = {"cache_implementation": "static", "compile_config": config, "max_cache_len": 99}
+    assert ordinary == {"decoding": None, "top_k": 5, **static}
+    assert ours == {**WINDOW.to_knobs(), "top_k": 5, "compile_config": config, "return_dict_in_generate": True}
+    assert assisted == {"decoding": None, "top_k": 5, "assistant_model": draft}  # transformers does not compile it
+
+
+def test_assisted_decoding_is_warmed_up_and_its_time_is_a_median(monkeypatch):
+    model = FakeModel()
+    watch = Stopwatch(model, {}, assistant_model=object())
+    watch.warm_up(BATCH)
+    assert [call for call in model.calls if "assistant_model" in call]
+    seconds = iter([9.0, 1.0, 2.0])
+    generate = watch._generate
+    monkeypatch.setattr(watch, "_generate", lambda *args: (generate(*args)[0], next(seconds)))
+    assert watch.measure(ASSISTED, BATCH) == Run({}, 2.0, 2, 0)
+
+
+def test_all_calls_draw_the_same_and_the_callers_generator_stands_still():
+    model, draws = FakeModel(), []
+    generate = model.generate
+    model.generate = lambda **arguments: draws.append(torch.rand(1).item()) or generate(**arguments)
+    before = torch.get_rng_state()
+    for way in (None, WINDOW, WINDOW):
+        Stopwatch(model, {}).measure(way, BATCH)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(set(draws)) == 1
+
+
+@pytest.mark.parametrize("extra", [{}, {"return_dict_in_generate": True}])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_ordinary_decoding_is_told_in_steps(extra, rows):
+    run = Stopwatch(FakeModel(), extra).measure(None, {"input_ids": torch.ones(rows, 3, dtype=torch.long)})
+    assert (run.tokens, run.forwards, {width: len(times) for width, times in run.seconds_by_width.items()}) == (
+        2 * rows,
+        2 * rows,
+        {1: 1},
+    )
+    assert run.fixed > 0
+
+
+def test_names():
+    both = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=2, jacobi_lookup_tokens=4, jacobi_pool_size=2)
+    topk = replace(both, jacobi_topk_branches=5)
+    assert (describe(topk), sources_of(topk)) == (
+        "n=8 K=2, lookup 4, pool 2x8, topk 5",
+        ("window", "lookup", "pool", "topk"),
+    )
+    assert describe(both) == "n=8 K=2, lookup 4, pool 2x8"
+    assert describe(both, drafted=True) == "n=8 K=2, drafter, lookup 4, pool 2x8"
+    assert describe(replace(WINDOW, jacobi_verify_width=3), drafted=True) == "n=4 K=1, drafter verifying 3"
+    assert describe(Grid().apart()[0], drafted=True) == "lookup 8"
+    assert (describe(None), describe(ASSISTED)) == ("ordinary decoding", "assisted decoding")
+    assert sources_of(both) == ("window", "lookup", "pool")
+    assert sources_of(both, drafted=True) == ("drafted window", "lookup", "pool")
+    assert sources_of(Grid().apart()[0], drafted=True) == ("lookup",)
+    assert sources_of(None) == sources_of(ASSISTED) == ()

@@ -1,0 +1,84 @@
+"""What a run was, read from its arguments and its data's manifest."""
+
+from __future__ import annotations
+
+import pytest
+
+from jacobi_hf.results.schema import Strategy, Training, TrainingData
+from jacobi_hf.trainer import JacobiForcingConfig
+from jacobi_hf.trainer.run_record import training_facts
+
+PACKED = {
+    "schedule": "reverse",
+    "window": 4,
+    "min_noise": 0.1,
+    "max_noise": 0.9,
+    "phase": "fixed",
+    "visits": 1,
+    "views": 1,
+    "of": {
+        "a": {"name": "code", "dataset": "code.jsonl", "prompts": 7},
+        "b": {"name": "math", "dataset": "user/math", "prompts": 5},
+    },
+}
+FACTS = {
+    "base_model": "tiny",
+    "train_dataset": "packed",
+    "steps": 3,
+    "epochs": 0.5,
+    "slots": 9,
+    "minutes": 1.5,
+    "weights_dtype": "float32",
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **kwargs: JacobiForcingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [({}, "forcing"), ({"consistency_loss_weight": 0, "ar_loss_weight": 1}, "sft"), ({"method": "gated"}, "gated")],
+)
+def test_the_method_is_what_was_trained(config, arguments, method):
+    facts = training_facts(config(**arguments), **FACTS)
+    assert facts.method == method
+    assert (facts.loss_weights is None) == (method == "gated")
+
+
+def test_data_and_strategy_come_from_the_manifest(config):
+    facts = training_facts(config(block_size=8), packed=PACKED, replay_dataset="replay.jsonl", **FACTS)
+    assert facts.data == [
+        TrainingData(name="code", source="code.jsonl", samples=7),
+        TrainingData(name="math", source="user/math", samples=5),
+        TrainingData(name="replay", source="replay.jsonl"),
+    ]
+    noise = {"window": 4, "min_noise": 0.1, "max_noise": 0.9, "phase": "fixed", "visits": 1, "views": 1}
+    assert facts.strategy == Strategy(schedule="reverse", block_size=8, **noise)
+
+
+def test_without_a_manifest_nothing_is_made_up(config):
+    facts = training_facts(config(), **FACTS)
+    assert facts.data == [TrainingData(name="packed", source="packed")]
+    assert facts.strategy is None
+
+
+def test_a_drafter_drafts_itself_whatever_noise_was_packed(config):
+    facts = training_facts(
+        config(method="gated", gated_width=6, gated_windows=2, gated_visits=5), packed=PACKED, **FACTS
+    )
+    assert facts.strategy == Strategy(schedule="gated", block_size=6, window=2, visits=5)
+
+
+def test_it_survives_being_written(config):
+    args = config(muon_learning_rate=1e-3, bf16=True, gradient_accumulation_steps=4)
+    facts = training_facts(args, packed=PACKED, arguments={"seed": 1, "warmup_steps": 5, "window": None}, **FACTS)
+    assert facts.arguments == {"warmup_steps": 5}
+    assert (facts.optimizer, facts.precision, facts.schedule, facts.batch.accumulation) == (
+        "muon",
+        "bf16",
+        "cosine",
+        4,
+    )
+    assert Training.model_validate_json(facts.model_dump_json(exclude_none=True)) == facts

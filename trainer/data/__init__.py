@@ -1,0 +1,1 @@
+"""Training data: trajectories, packed records, and the tensors made from them."""

@@ -1,0 +1,337 @@
+"""Collecting trajectories from a dataset of prompts: sharded, resumable, over several processes.
+
+Shard k holds the trajectories of the prompts `k * shard_size .. (k + 1) * shard_size - 1`, whoever collects it and however
+often the run was interrupted: batches and the generator's seed depend on the shard alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jacobi_hf.trainer.data.loading import open_dataset
+from jacobi_hf.trainer.data.shards import (
+    ManifestError,
+    ShardFolder,
+    processes,
+    read_manifest,
+    read_shards,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from jacobi_hf.trainer.data.trajectories import AnswerConfig, Trajectory, collect_trajectories, end_ids, pad_id
+from jacobi_hf.trainer.options import option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+BUCKET_TOKENS = 32
+LONG_PROMPTS = ("drop", "truncate")
+
+
+@dataclass
+class CollectConfig:
+    """What is collected, from which prompts, and where it goes.
+
+    Parameters:
+        model, revision, dtype: the model, by name or path.
+        dataset, split: a JSONL or parquet file, or a dataset of the Hub, with a column `messages`, `prompt` or `text`.
+        output_dir: folder of the shards.
+        name: first part of each row's `data_id`.
+        block_size: n.
+        max_new_tokens: longest answer, a multiple of n.
+        prompt_tokens: where `text` is cut to become a prompt.
+        max_prompt_tokens, long_prompts: longer prompts are dropped (and counted), or truncated to their last tokens.
+        system_prompt: put before `messages` that have none of their own; None leaves it to the tokenizer's template.
+        chat_template: file with a template to use instead of the tokenizer's.
+        chat_template_options: arguments of the template as JSON, for example `{"enable_thinking": false}`.
+        limit: rows of the dataset to take, those whose prompts are then dropped included; None takes all.
+        random_start: blocks begin behind a random number of the answer's tokens, below n, instead of with its first. A model that only saw
+            blocks on one grid learns that grid, and drafts worse across its lines, where every other window lies.
+        batch_size, shard_size: prompts per batch and per shard.
+        do_sample, temperature, top_k, top_p, min_p, seed: how answers are written, see `AnswerConfig`.
+    """
+
+    model: str = option("", "Model name or path.")
+    dataset: str = option("", "JSONL or parquet file, or dataset of the Hub, with messages, prompt or text.")
+    output_dir: str = option("", "Folder of the shards.")
+    revision: str | None = option(None, "Revision of the model.")
+    dtype: str = option("auto", "dtype of the model: auto, float32, bfloat16.")
+    split: str = option("train", "Split of a Hub dataset.")
+    name: str = option("data", "First part of each row's data_id.")
+    block_size: int = option(16, "Tokens of a block (n).")
+    max_new_tokens: int = option(256, "Longest answer, a multiple of block_size.")
+    prompt_tokens: int = option(64, "Where text is cut to become a prompt.")
+    max_prompt_tokens: int = option(1024, "Longer prompts are dropped or truncated.")
+    long_prompts: str = option("drop", "drop or truncate.")
+    system_prompt: str | None = option(None, "System prompt for messages that have none.")
+    chat_template: str | None = option(None, "File with a chat template.")
+    chat_template_options: str | None = option(None, "Arguments of the template, as JSON.")
+    limit: int | None = option(None, "Rows of the dataset to take.")
+    random_start: bool = option(False, "Blocks begin behind a random number of the answer's tokens.")
+    batch_size: int = option(32, "Prompts per batch.")
+    shard_size: int = option(512, "Prompts per shard.")
+    do_sample: bool = option(False, "Sample the answers.")
+    temperature: float = option(1.0, "Temperature of the sampling.")
+    top_k: int | None = option(None, "Top-k of the sampling.")
+    top_p: float | None = option(None, "Top-p of the sampling.")
+    min_p: float | None = option(None, "Min-p of the sampling.")
+    seed: int = option(0, "Seed of the sampling.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size", "prompt_tokens", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} must be at least 2.")
+        if self.max_new_tokens < 1 or self.max_new_tokens % self.block_size:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} must be a multiple of block_size={self.block_size}."
+            )
+        if self.long_prompts not in LONG_PROMPTS:
+            raise ValueError(
+                f"long_prompts={self.long_prompts!r} must be one of {', '.join(map(repr, LONG_PROMPTS))}."
+            )
+        if isinstance(self.chat_template_options, dict):  # as a recipe may have it
+            self.chat_template_options = json.dumps(self.chat_template_options)
+        if self.chat_template_options:
+            try:
+                options = json.loads(self.chat_template_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"chat_template_options={self.chat_template_options!r} is not JSON ({error})."
+                ) from None
+            if not isinstance(options, dict):
+                raise ValueError(
+                    f'chat_template_options={self.chat_template_options!r} is no JSON object, such as {{"enable_thinking": false}}.'
+                )
+        self.answers()
+
+    def answers(self) -> AnswerConfig:
+        """How answers are written."""
+        return AnswerConfig(self.max_new_tokens, self.do_sample, self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+def read_prompts(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: CollectConfig
+) -> tuple[list[list[int]], int]:
+    """Prompt ids of each row, and how many rows were dropped for their length.
+
+    `messages` (or a `prompt` that is a list) goes through the chat template, without its last turn if that is the assistant's; a
+    `prompt` string is taken as it stands; `text` is cut behind `prompt_tokens` tokens.
+
+    Raises:
+        ValueError: a row with none of these columns, or an empty prompt, named by its number.
+    """
+    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+    prompts, dropped = [], 0
+    for number, row in enumerate(rows):
+        if config.limit is not None and number >= config.limit:
+            break
+        prompt = row.get("prompt")
+        messages = (
+            row.get("messages") if row.get("messages") is not None else prompt if isinstance(prompt, list) else None
+        )
+        if messages is not None:
+            ids = _chat_ids(messages, tokenizer, config, template, number)
+        elif prompt is not None:
+            ids = tokenizer(prompt)["input_ids"]
+        elif row.get("text") is not None:
+            ids = tokenizer(row["text"])["input_ids"][: config.prompt_tokens]
+        else:
+            raise ValueError(
+                f"row {number} of {config.dataset} has none of the columns messages, prompt, text; it has {', '.join(row) or 'none'}."
+            )
+        if not ids:
+            raise ValueError(f"row {number} of {config.dataset} is an empty prompt.")
+        if len(ids) > config.max_prompt_tokens:
+            if config.long_prompts == "drop":
+                dropped += 1
+                continue
+            ids = ids[-config.max_prompt_tokens :]
+        prompts.append(list(ids))
+    return prompts, dropped
+
+
+def _chat_ids(
+    messages: Any, tokenizer: PreTrainedTokenizerBase, config: CollectConfig, template: str | None, number: int
+) -> list[int]:
+    turns = [dict(turn) for turn in messages]
+    if turns and turns[-1].get("role") == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError(f"row {number} of {config.dataset} has no turn to answer.")
+    if config.system_prompt is not None and turns[0].get("role") != "system":
+        turns = [{"role": "system", "content": config.system_prompt}, *turns]
+    options = json.loads(config.chat_template_options) if config.chat_template_options else {}
+    ids: list[int] = tokenizer.apply_chat_template(
+        turns, chat_template=template, add_generation_prompt=True, return_dict=False, **options
+    )
+    return ids
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CollectConfig,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+) -> Counter[str]:
+    """Collect the trajectories of all prompts into `config.output_dir`, or what is missing there.
+
+    Under `accelerate launch` (`torchrun` on CPUs), process r of R collects the shards r, r + R, ..
+
+    Args:
+        model, tokenizer: loaded; the model in eval mode, on its device.
+        config: what to collect.
+        rows: the prompts' rows, instead of `config.dataset`.
+
+    Returns:
+        Counts over the whole folder: prompts, rows, tokens, forwards, too_long, too_short.
+
+    Raises:
+        ManifestError: the folder was begun under other settings.
+        ValueError: rows without prompts.
+    """
+    from tqdm.auto import tqdm
+
+    state = processes()
+    prompts, too_long = read_prompts(
+        open_dataset(config.dataset, config.split) if rows is None else rows, tokenizer, config
+    )
+    if not prompts:
+        raise ValueError(
+            f"{config.dataset} holds no prompt of at most {config.max_prompt_tokens} tokens ({too_long} are longer)."
+        )
+    folder = ShardFolder(config.output_dir, _settings(config, model, tokenizer, prompts))
+    starts = range(0, len(prompts), config.shard_size)
+    names = [f"shard-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
+    done = folder.finished()
+    mine = range(state.process_index, len(starts), state.num_processes)
+    before = sum(done[names[s]]["prompts"] for s in mine if names[s] in done)
+    total = sum(min(config.shard_size, len(prompts) - starts[s]) for s in mine)
+    tokens, forwards, began = 0, 0, time.perf_counter()
+    with tqdm(
+        total=total,
+        initial=before,
+        unit=" prompts",
+        desc=f"collect {config.name}",
+        disable=not state.is_local_main_process,
+    ) as bar:
+        for shard in mine:
+            if names[shard] in done:
+                continue
+            part = prompts[starts[shard] : starts[shard] + config.shard_size]
+            trajectories: list[Trajectory | None] = [None] * len(part)
+            order = sorted(range(len(part)), key=lambda i: (len(part[i]), i))
+            for first in range(0, len(order), config.batch_size):
+                chosen = order[first : first + config.batch_size]
+                seed = zlib.crc32(f"{config.seed}/{shard}/{first}".encode())
+                begins = [_start(config, starts[shard] + i) for i in chosen]
+                batch = collect_trajectories(
+                    model, [part[i] for i in chosen], config.block_size, config.answers(), seed, begins
+                )
+                for i, trajectory in zip(chosen, batch, strict=True):
+                    trajectories[i] = trajectory
+                    tokens, forwards = tokens + len(trajectory.answer_ids), forwards + trajectory.forwards
+                bar.update(len(chosen))
+                bar.set_postfix(tok_s=f"{tokens / (time.perf_counter() - began):.0f}", TPF=f"{tokens / forwards:.2f}")
+            kept = [(i, t) for i, t in enumerate(trajectories) if t is not None and len(t.answer_ids) > 1]
+            folder.write(
+                names[shard],
+                [_row(config, starts[shard] + i, t) for i, t in kept],
+                _counts(part, [t for _, t in kept]),
+            )
+    state.wait_for_everyone()
+    finished = folder.finished()
+    if state.is_main_process and len(finished) == len(names):
+        folder.complete()
+    totals = Counter({"too_long": too_long})
+    for counts in finished.values():
+        totals.update({name: value for name, value in counts.items() if isinstance(value, int)})
+    if too_long or totals["too_short"]:
+        logger.warning(
+            "left out: %d prompts over max_prompt_tokens, %d answers of one token", too_long, totals["too_short"]
+        )
+    return totals
+
+
+def _start(config: CollectConfig, number: int) -> int:
+    """How many tokens of an answer are in front of its first block."""
+    return zlib.crc32(f"{config.seed}/start/{number}".encode()) % config.block_size if config.random_start else 0
+
+
+def _settings(
+    config: CollectConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    without = {
+        "output_dir",
+        "chat_template",
+        "chat_template_options",
+        "system_prompt",
+        "limit",
+        "prompt_tokens",
+        "max_prompt_tokens",
+        "long_prompts",
+        "split",
+    }
+    kept = {name: value for name, value in asdict(config).items() if name not in without}
+    return {
+        **kept,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_fingerprint(model),
+        "end_and_pad": [sorted(end_ids(model)), pad_id(model)],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "prompts": len(prompts),
+        "prompts_fingerprint": f"{zlib.crc32(json.dumps(prompts).encode()):08x}",
+    }
+
+
+def _row(config: CollectConfig, number: int, trajectory: Trajectory) -> dict[str, Any]:
+    bucket = len(trajectory.prompt_ids) // BUCKET_TOKENS
+    return {
+        "data_id": f"{config.name}_bucket_{bucket}_data_{number}",
+        "prompt_ids": trajectory.prompt_ids,
+        "answer_ids": trajectory.answer_ids,
+        "blocks": trajectory.blocks,
+    }
+
+
+def _counts(prompts: Sequence[Sequence[int]], kept: Sequence[Trajectory]) -> dict[str, int]:
+    return {
+        "prompts": len(prompts),
+        "rows": len(kept),
+        "too_short": len(prompts) - len(kept),
+        "tokens": sum(len(t.answer_ids) for t in kept),
+        "forwards": sum(t.forwards for t in kept),
+    }
+
+
+def load_trajectories(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, block_size: int | None = None
+) -> Any:
+    """Collected trajectories as a `datasets.Dataset` with the columns `data_id`, `prompt_ids`, `answer_ids`, `blocks`.
+
+    Args:
+        tokenizer, block_size: what the data must have been collected with; None takes any.
+
+    Raises:
+        ManifestError: a folder that is unfinished or damaged, or was collected with another tokenizer or block size.
+    """
+    settings = read_manifest(path)["settings"]
+    if tokenizer is not None and settings.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+        raise ManifestError(
+            f"{path} was collected with another tokenizer (model {settings.get('model')!r}): collect it again for this one."
+        )
+    if block_size is not None and settings.get("block_size") != block_size:
+        raise ManifestError(f"{path} was collected with block_size={settings.get('block_size')}, not {block_size}.")
+    return read_shards(path)

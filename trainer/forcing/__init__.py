@@ -1,0 +1,1 @@
+"""Jacobi Forcing: finetuning a causal LM on its own Jacobi trajectories."""
