@@ -9,22 +9,22 @@ import jacobi_hf.integration  # noqa: F401  # isort: skip  (first: it refuses re
 from jacobi_hf._version import __version__
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.drafts.loading import load_drafter, set_drafter, unload_drafter
-from jacobi_hf.drafts.lora import Drafter, DrafterError
+from jacobi_hf.drafts.lora import DrafterError, LoraDrafter
 from jacobi_hf.execution.buffers import clear_graphs
 from jacobi_hf.integration.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
-from jacobi_hf.streaming import Draft, SeenStep, StepStreamer
+from jacobi_hf.streaming import Candidate, StepEvent, StepStreamer
 from jacobi_hf.tuning.autotune import Tuning, autotune
 
 __all__ = [
-    "Draft",
-    "Drafter",
+    "Candidate",
     "DrafterError",
     "JacobiConfig",
     "JacobiDecoderOnlyOutput",
     "JacobiGenerationMixin",
     "JacobiStats",
-    "SeenStep",
+    "LoraDrafter",
+    "StepEvent",
     "StepStreamer",
     "Tuning",
     "__version__",

@@ -21,11 +21,11 @@ class JacobiStats:
         accepted_lengths: how often a row committed that many tokens in one decoding forward.
         accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup", "topk".
         drafted: guesses of the window that were sent to the model; `verified` of them were verified (all, without a drafter), and
-            `drafted_confirmed` confirmed.
+            `accepted` confirmed.
         slots: positions computed in decoding forwards, per row of the batch.
         seconds_by_width: wall time of each decoding step, from one forward to the next, by the slots of its forward.
         compiled_steps: shapes of steps that this call compiled; 0 when they were kept from an earlier call.
-        captured_steps: kinds of steps that this call recorded as graphs of the device; 0 when they were kept.
+        cuda_graphs: kinds of steps that this call recorded as graphs of the device; 0 when they were kept.
         prefill_seconds, decode_seconds: wall time of the call, split behind the prefill.
     """
 
@@ -36,10 +36,10 @@ class JacobiStats:
     accepted_from: Counter[str] = field(default_factory=Counter)
     drafted: int = 0
     verified: int = 0
-    drafted_confirmed: int = 0
+    accepted: int = 0
     seconds_by_width: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     compiled_steps: int = 0
-    captured_steps: int = 0
+    cuda_graphs: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -71,7 +71,7 @@ class JacobiStats:
     @property
     def window_acceptance(self) -> float:
         """Share of the window's verified guesses that the forward confirmed."""
-        return self.drafted_confirmed / max(1, self.verified)
+        return self.accepted / max(1, self.verified)
 
 
 @dataclass

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Draft:
+class Candidate:
     """Guesses for the tokens behind the text, as they went into a forward.
 
     Attributes:
@@ -37,7 +37,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class SeenStep:
+class StepEvent:
     """What one forward did.
 
     Attributes:
@@ -46,7 +46,7 @@ class SeenStep:
     """
 
     token_ids: tuple[int, ...]
-    drafts: tuple[Draft, ...] = ()
+    drafts: tuple[Candidate, ...] = ()
 
 
 class StepStreamer(BaseStreamer):
@@ -59,7 +59,7 @@ class StepStreamer(BaseStreamer):
         ValueError: `generate` was called with more than one sequence.
     """
 
-    def step(self, step: SeenStep) -> None:
+    def step(self, step: StepEvent) -> None:
         """A forward is over. What is raised here ends the call of `generate`."""
         raise NotImplementedError
 
@@ -68,18 +68,18 @@ class StepStreamer(BaseStreamer):
         if len(value) != 1:
             raise ValueError(f"{type(self).__name__} follows one sequence; this call generates {len(value)}.")
         if value.dim() == 1:  # the prompt has a dimension more
-            self.step(SeenStep(tuple(value.tolist())))
+            self.step(StepEvent(tuple(value.tolist())))
 
     def end(self) -> None:
         """The text is complete; called by `generate`."""
 
 
-def drafts_of(slots: Slots, names: Sequence[str]) -> tuple[Draft, ...]:
+def candidates_of(slots: Slots, names: Sequence[str]) -> tuple[Candidate, ...]:
     """What the first row has to verify in a forward; `names` are those of the segments that contend."""
     layout, token_Q = slots.layout, slots.token_BQ[0].tolist()
     segments = zip(layout.path_SD.tolist(), slots.length_BS[0].tolist(), strict=True)
     chains = [tuple(token_Q[slot] for slot in path[1 : 1 + length]) for path, length in segments]
-    drafts = [Draft(name, chain, len(chain)) for name, chain in zip(names, chains, strict=False)]
+    drafts = [Candidate(name, chain, len(chain)) for name, chain in zip(names, chains, strict=False)]
     if layout.noisy:  # the stream that drafts has the whole window, of which as much is verified as the other one has
-        drafts[0] = Draft("window", chains[layout.drafting], len(chains[0]))
+        drafts[0] = Candidate("window", chains[layout.drafting], len(chains[0]))
     return tuple(draft for draft in drafts if draft.token_ids)

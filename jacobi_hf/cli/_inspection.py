@@ -23,7 +23,7 @@ from jacobi_hf.integration.mixin import check_can_decode, registered
 from jacobi_hf.integration.support import contradiction_in, unserved_in
 
 if TYPE_CHECKING:
-    from jacobi_hf.drafts.lora import Drafter
+    from jacobi_hf.drafts.lora import LoraDrafter
 
 RUNS, FALLS_BACK, REFUSED = "runs", "falls back", "refused"
 
@@ -193,7 +193,7 @@ def _verdict(model: Any, generation_config: GenerationConfig) -> tuple[str, str 
     return RUNS, None
 
 
-def _about(drafter: Drafter) -> dict[str, Any]:
+def _about(drafter: LoraDrafter) -> dict[str, Any]:
     config = drafter.config
     return {
         "base_model": config.base_model,

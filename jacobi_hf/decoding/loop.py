@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from jacobi_hf.decoding.layout import build_layout, chain_layout
 from jacobi_hf.decoding.selection import Selector, best, check_samples, confirmed, pick
-from jacobi_hf.decoding.step import Slots, Step, Verdict, Widths
+from jacobi_hf.decoding.step import Acceptance, Slots, Step, Widths
 from jacobi_hf.execution.base import Eager
 from jacobi_hf.output import JacobiStats
-from jacobi_hf.streaming import drafts_of
+from jacobi_hf.streaming import candidates_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.prompt import Prompt
     from jacobi_hf.decoding.step import Forward
-    from jacobi_hf.decoding.stopping import Frontier, Scores
+    from jacobi_hf.decoding.stopping import Scores, StoppingRules
     from jacobi_hf.execution.base import Execution
-    from jacobi_hf.streaming import Draft
+    from jacobi_hf.streaming import Candidate
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Launched:
     tokens: int
     verified: int
     report: Callable[[], torch.Tensor]
-    drafts: tuple[Draft, ...] = ()
+    drafts: tuple[Candidate, ...] = ()
 
 
 class Decoder:
@@ -87,7 +87,7 @@ class Decoder:
         forward: `(token_BQ or None, embeds_BQH or None, layout, column_S, keep_BN or None) -> logits`, written to the step's cache.
         step: the state of all rows, opened for this call; its cache stands as it does before the prompt.
         selector: the model's choice under the call's processors and noise.
-        frontier: criteria, streamer, output ids.
+        stopping: criteria, streamer, output ids.
         scores, logits: filled when the caller asked for them.
         fills: whether finished rows are decoded on (as pads), because cache or scores are handed out.
         execution: how steps run; as they stand by default. Those of which more than the tokens is wanted always do.
@@ -106,7 +106,7 @@ class Decoder:
         forward: Forward,
         step: Step,
         selector: Selector,
-        frontier: Frontier,
+        stopping: StoppingRules,
         scores: Scores | None = None,
         logits: Scores | None = None,
         fills: bool = False,
@@ -120,7 +120,7 @@ class Decoder:
             step,
             step.cache,
             selector,
-            frontier,
+            stopping,
         )
         self._scores, self._logits, self._fills = scores, logits, fills
         self._wants_tokens_alone = selector.is_vectorised and scores is None and logits is None
@@ -129,7 +129,7 @@ class Decoder:
         self._text_start = int(step.start_B.max())
         self._lag = int(
             self._wants_tokens_alone
-            and not frontier.is_one_by_one
+            and not stopping.is_one_by_one
             and self._cache.lengths_B.device.type in self.LAGS_ON
         )
         self._launched: deque[Launched] = deque()
@@ -155,7 +155,7 @@ class Decoder:
         self._tell(waiting=0)
         if not self._frontier.is_one_by_one:
             self._frontier.take(self._step.text_BL, self._step.start_B, self._plan.generated)
-        self.stats.compiled_steps, self.stats.captured_steps = self._execution.compiled, self._execution.captured
+        self.stats.compiled_steps, self.stats.cuda_graphs = self._execution.compiled, self._execution.captured
         self.stats.prefill_seconds, self.stats.decode_seconds = prefilled - started, time.perf_counter() - prefilled
         self.stats.new_tokens = [end or 0 for end in self._frontier.ended]
         for row, first, last, name, confirmed_guesses in self._runs:
@@ -165,8 +165,8 @@ class Decoder:
 
     def _finished(self) -> bool:
         """Whether every row has ended, and with `fills` has its pads too."""
-        frontier = self._frontier
-        return frontier.done and not (self._fills and frontier.pads and min(self._plan.generated) < frontier.generated)
+        stopping = self._frontier
+        return stopping.done and not (self._fills and stopping.pads and min(self._plan.generated) < stopping.generated)
 
     def _prefill(self, prompt: Prompt) -> None:
         device = prompt.length_B.device
@@ -213,7 +213,7 @@ class Decoder:
         layout = widths.layout(self._cache.lengths_B.device)
         column_S = self._cache.columns(layout.slots, self._longest_cached())
         names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
-        drafts = drafts_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
+        drafts = candidates_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
         if self._wants_tokens_alone:
             some_over, text_columns = self._some_over(), self._text_columns(layout)
             self._draw(layout)
@@ -276,14 +276,14 @@ class Decoder:
         some_over = self._some_over()
         if selector.is_vectorised:
             scores_BQV = logits_BQV if selector.is_argmax else selector.scores(logits_BQV, layout, slots.token_BQ)
-            verdict = step.accept(slots, scores_BQV, self._noise(layout), some_over=some_over)
+            acceptance = step.accept(slots, scores_BQV, self._noise(layout), some_over=some_over)
         else:
-            scores_BQV, verdict = logits_BQV, self._accept_one_by_one(logits_BQV, slots)
-        step.advance(slots, verdict, self._text_columns(layout), some_over=some_over)
+            scores_BQV, acceptance = logits_BQV, self._accept_one_by_one(logits_BQV, slots)
+        step.advance(slots, acceptance, self._text_columns(layout), some_over=some_over)
         if selector.is_vectorised:
-            selector.commit(verdict.run_BD, verdict.count_B)
-            self._record(self._scores, scores_BQV, verdict)
-            self._record(self._logits, logits_BQV, verdict)
+            selector.commit(acceptance.run_BD, acceptance.count_B)
+            self._record(self._scores, scores_BQV, acceptance)
+            self._record(self._logits, logits_BQV, acceptance)
 
     def _text_columns(self, layout: Layout) -> int:
         """So much of the text may be in use behind a step."""
@@ -303,13 +303,13 @@ class Decoder:
         noise = self._selector.noise
         return None if noise is None else noise.at(self._step.generated_B[:, None] + layout.depth_Q)
 
-    def _accept_one_by_one(self, logits_BQV: torch.Tensor, slots: Slots) -> Verdict:
+    def _accept_one_by_one(self, logits_BQV: torch.Tensor, slots: Slots) -> Acceptance:
         """For processors that must see each token's true prefix, in order, with the full batch: all rows move in step.
 
         Every token goes through processors, choice, criteria and streamer before the next one is looked at, as in ordinary
         decoding. Slots behind the last committed token get the choice without processors, which is as good a guess as any.
         """
-        selector, frontier, layout, step = self._selector, self._frontier, slots.layout, self._step
+        selector, stopping, layout, step = self._selector, self._frontier, slots.layout, self._step
         halted_B, row_B = step.halted_B, torch.arange(len(slots.token_BQ), device=slots.token_BQ.device)
         if selector.noise is None or not selector.noise.ahead:
             choice_BQ = best(logits_BQV)
@@ -319,14 +319,14 @@ class Decoder:
         alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
         for depth in range(path_SD.shape[1]):
             best_B = alive_BS.long().argmax(1)
-            index, slot_B = frontier.generated, path_SD[best_B, depth]
+            index, slot_B = stopping.generated, path_SD[best_B, depth]
             logits_BV = logits_BQV[row_B, slot_B].to(torch.float32, copy=True)
-            scores_BV = selector.processors(frontier.sequences, logits_BV)
+            scores_BV = selector.processors(stopping.sequences, logits_BV)
             if selector.noise is not None:
                 selector.noise.draw(index, index, tuple(scores_BV.shape))
             token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
             selector.check()
-            token_B = torch.where(halted_B, frontier.pad, token_B)
+            token_B = torch.where(halted_B, stopping.pad, token_B)
             # Segments may share slots: those that are not alive write to one place more than there are.
             slot_BS = torch.where(alive_BS, path_SD[:, depth], choice_BQ.shape[1])
             choice_BQ = functional.pad(choice_BQ, (0, 1)).scatter(1, slot_BS, token_B[:, None].expand_as(slot_BS))[
@@ -335,11 +335,11 @@ class Decoder:
             for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
                 if wanted is not None:
                     wanted.record(value_BV[:, None], [index] * len(row_B), [1] * len(row_B))
-            frontier.write(token_B[:, None], torch.full_like(row_B, index), torch.ones_like(row_B))
-            frontier.advance([index + 1] * len(row_B), [False] * len(row_B))
-            if frontier.pads:
-                halted_B = torch.tensor([end is not None for end in frontier.ended], device=row_B.device)
-            if frontier.done or depth + 1 == path_SD.shape[1]:
+            stopping.write(token_B[:, None], torch.full_like(row_B, index), torch.ones_like(row_B))
+            stopping.advance([index + 1] * len(row_B), [False] * len(row_B))
+            if stopping.pads:
+                halted_B = torch.tensor([end is not None for end in stopping.ended], device=row_B.device)
+            if stopping.done or depth + 1 == path_SD.shape[1]:
                 break
             alive_BS = alive_BS & (length_BS > depth) & (slots.token_BQ[:, path_SD[:, depth + 1]] == token_B[:, None])
             if not alive_BS.any(1).all():
@@ -348,7 +348,7 @@ class Decoder:
         agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         count_B = torch.full_like(row_B, depth + 1)
         run_BD = choice_BQ.gather(1, path_BD)
-        return Verdict(
+        return Acceptance(
             choice_BQ,
             agrees_BSD,
             accepted_BS,
@@ -361,14 +361,14 @@ class Decoder:
             logits_BQV,
         )
 
-    def _record(self, scores: Scores | None, value_BQV: torch.Tensor, verdict: Verdict) -> None:
+    def _record(self, scores: Scores | None, value_BQV: torch.Tensor, acceptance: Acceptance) -> None:
         if scores is None:
             return
-        counts, row_B1 = verdict.count_B.tolist(), torch.arange(len(value_BQV), device=value_BQV.device)[:, None]
-        scores.record(value_BQV[row_B1, verdict.path_BD[:, : max(counts)]], self._plan.generated, counts)
+        counts, row_B1 = acceptance.count_B.tolist(), torch.arange(len(value_BQV), device=value_BQV.device)[:, None]
+        scores.record(value_BQV[row_B1, acceptance.path_BD[:, : max(counts)]], self._plan.generated, counts)
 
     def _launch(
-        self, names: list[str], slots: int, tokens: int, verified: int, drafts: tuple[Draft, ...] = ()
+        self, names: list[str], slots: int, tokens: int, verified: int, drafts: tuple[Candidate, ...] = ()
     ) -> None:
         """Send for the report of the step that was just handed to the device."""
         report_N = self._step.report_N
@@ -394,15 +394,15 @@ class Decoder:
         )
         check_samples(any(broken))
         self._plan = plan = Plan(generated, widths, [bool(e) for e in at_eos], best, in_window, branches)
-        frontier = self._frontier
-        if frontier.is_one_by_one and self._selector.is_vectorised:
-            frontier.take(step.text_BL, step.start_B, plan.generated)
-        stopped = frontier.advance(plan.generated, plan.at_eos)
+        stopping = self._frontier
+        if stopping.is_one_by_one and self._selector.is_vectorised:
+            stopping.take(step.text_BL, step.start_B, plan.generated)
+        stopped = stopping.advance(plan.generated, plan.at_eos)
         self._count(former, launched)
-        self._running = [end is None for end in frontier.ended]
+        self._running = [end is None for end in stopping.ended]
         if stopped:
             self._halt(stopped)
-        frontier.show(launched.drafts)
+        stopping.show(launched.drafts)
 
     def _count(self, former: Plan, launched: Launched) -> None:
         stats, names = self.stats, launched.names
@@ -418,7 +418,7 @@ class Decoder:
             self._runs.append((row, first, last, name, last - first - 1))
             stats.drafted += former.widths[row]
             stats.verified += min(former.widths[row], launched.verified)
-            stats.drafted_confirmed += self._plan.confirmed_in_window[row]
+            stats.accepted += self._plan.confirmed_in_window[row]
             self._reach.note(self._plan.confirmed_in_window[row])
 
     def _halt(self, rows: list[int]) -> None:

@@ -53,7 +53,7 @@ def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-class FixedNoise:
+class SamplingNoise:
     """Exponential noise `(B, V)` per new-token index, drawn in order from torch's default generator of the device.
 
     Indices may be drawn ahead of the tokens that are finally kept; `rewind` sets the generator to where ordinary sampling of a
@@ -168,7 +168,7 @@ class Selector:
     def __init__(
         self,
         processors: LogitsProcessorList,
-        noise: FixedNoise | None,
+        noise: SamplingNoise | None,
         prompt_BP: torch.Tensor,
         hold: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:

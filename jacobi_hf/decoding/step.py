@@ -82,7 +82,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Acceptance:
     """What came of it.
 
     Attributes:
@@ -225,9 +225,9 @@ class Step:
         if selector.processors:
             scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
         noise_BQV = None if selector.noise is None else selector.noise.at(self.generated_B[:, None] + layout.depth_Q)
-        verdict = self.accept(slots, scores_BQV, noise_BQV, some_over=some_over)
-        self.advance(slots, verdict, text_columns, some_over=some_over, may_look=may_look)
-        selector.commit(verdict.run_BD, verdict.count_B)
+        acceptance = self.accept(slots, scores_BQV, noise_BQV, some_over=some_over)
+        self.advance(slots, acceptance, text_columns, some_over=some_over, may_look=may_look)
+        selector.commit(acceptance.run_BD, acceptance.count_B)
 
     def slots(self, widths: Widths, layout: Layout) -> Slots:
         """Pending token, window and branches, cut to `widths`; the layout is that of `widths.layout`."""
@@ -252,7 +252,7 @@ class Step:
 
     def accept(
         self, slots: Slots, scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None, *, some_over: bool = True
-    ) -> Verdict:
+    ) -> Acceptance:
         """All slots at once; the segment with the longest confirmed prefix wins."""
         layout = slots.layout
         choice_BQ, broken_BQ, merit_BQV = pick(scores_BQV, noise_BQV)
@@ -276,7 +276,7 @@ class Step:
         if broken_BQ is not None:
             broken_BD = broken_BQ.gather(1, path_BD.expand_as(run_BD)) & (layout.offset_D < count_B[:, None])
             broken_B = broken_BD.long().amax(1)
-        return Verdict(
+        return Acceptance(
             choice_BQ,
             agrees_BSD,
             accepted_BS,
@@ -316,7 +316,7 @@ class Step:
     def advance(
         self,
         slots: Slots,
-        verdict: Verdict,
+        acceptance: Acceptance,
         text_columns: int | None = None,
         *,
         some_over: bool = True,
@@ -329,72 +329,76 @@ class Step:
             some_over: False where the host knows that before this step no row had halted, or had all its tokens.
             may_look: whether the host may be asked for a value in between, where that saves work.
         """
-        run_BD, count_B = verdict.run_BD, verdict.count_B
+        run_BD, count_B = acceptance.run_BD, acceptance.count_B
         moves = slots.layout.contenders > 1 and not (
-            may_look and not bool(((verdict.best_B > 0) & (count_B > 1)).any())
+            may_look and not bool(((acceptance.best_B > 0) & (count_B > 1)).any())
         )
-        self.cache.commit(count_B, verdict.path_BD if moves else None)
+        self.cache.commit(count_B, acceptance.path_BD if moves else None)
         # What is behind `count_B` is written over before it counts.
         self.text_BL.scatter_(1, self.length_B[:, None] + slots.layout.offset_D, run_BD)
         self.length_B += count_B
         generated_B = self.generated_B + count_B
-        self._redraft(slots, verdict, generated_B, text_columns)
+        self._redraft(slots, acceptance, generated_B, text_columns)
         self.generated_B.copy_(generated_B)
-        if verdict.at_eos_B is not self.halted_B:
-            self.halted_B.copy_(verdict.at_eos_B)
+        if acceptance.at_eos_B is not self.halted_B:
+            self.halted_B.copy_(acceptance.at_eos_B)
         self.measure(some_over=some_over)
-        self._report(verdict)
+        self._report(acceptance)
 
-    def _redraft(self, slots: Slots, verdict: Verdict, generated_B: torch.Tensor, text_columns: int | None) -> None:
+    def _redraft(
+        self, slots: Slots, acceptance: Acceptance, generated_B: torch.Tensor, text_columns: int | None
+    ) -> None:
         """The next window and the next branches."""
         window, layout = self.window, slots.layout
         drafting, width = layout.drafting, layout.lengths[layout.drafting]
         drafted_B1 = slots.length_BS if layout.is_chain else slots.length_BS[:, drafting : drafting + 1]
-        agrees_BD = verdict.agrees_BSD[:, drafting] & (layout.offset_D[:-1] < drafted_B1) if window.waits else None
+        agrees_BD = acceptance.agrees_BSD[:, drafting] & (layout.offset_D[:-1] < drafted_B1) if window.waits else None
         window.append_blocks(self.generated_B, generated_B, agrees_BD)
         path_W1: torch.Tensor | slice = layout.path_SD[drafting, : width + 1] if layout.noisy else slice(width + 1)
-        choice_BW1 = verdict.choice_BQ if layout.is_chain else verdict.choice_BQ[:, path_W1]
+        choice_BW1 = acceptance.choice_BQ if layout.is_chain else acceptance.choice_BQ[:, path_W1]
         choices = [(choice_BW1, drafted_B1)]
         if layout.contenders > 1 or layout.noisy:
             # The branch that was followed knows better than the window what comes behind it: the window's guesses were refuted. Where the
             # window was followed, a drafter has the word behind the tokens that the model itself chose.
-            best_B1 = verdict.best_B[:, None]
+            best_B1 = acceptance.best_B[:, None]
             known_B1 = slots.length_BS.gather(1, best_B1)
             if layout.noisy:
-                known_B1 = torch.where(best_B1 > 0, known_B1, verdict.count_B[:, None] - 1)
-            choices = [(verdict.run_BD, known_B1), *choices]
+                known_B1 = torch.where(best_B1 > 0, known_B1, acceptance.count_B[:, None] - 1)
+            choices = [(acceptance.run_BD, known_B1), *choices]
         if self.sources and width:
             learnt_BW1 = choice_BW1
             if layout.noisy:
                 # What follows a refuted guess is for the model to say, as far as it was asked; behind that the drafter's word stands.
                 verified_BW1 = layout.offset_D[: width + 1] <= slots.length_BS[:, :1]
                 learnt_BW1 = torch.where(
-                    verified_BW1, verdict.choice_BQ[:, layout.path_SD[0, : width + 1]], choice_BW1
+                    verified_BW1, acceptance.choice_BQ[:, layout.path_SD[0, : width + 1]], choice_BW1
                 )
-            rejection = Rejection(slots.token_BQ[:, path_W1], learnt_BW1, verdict.in_window_B, drafted_B1[:, 0])
+            rejection = Rejection(slots.token_BQ[:, path_W1], learnt_BW1, acceptance.in_window_B, drafted_B1[:, 0])
             for source in self.sources:
                 source.learn(rejection)
-        window.redraft(generated_B, verdict.count_B, choices, self.text_BL, self.length_B)
+        window.redraft(generated_B, acceptance.count_B, choices, self.text_BL, self.length_B)
         if not self.sources:
             return
         text = Text(self.text_BL if text_columns is None else self.text_BL[:, :text_columns], self.length_B)
         drafts = (
-            self._drafts(slots, verdict) if any(isinstance(source, OtherChoices) for source in self.sources) else None
+            self._drafts(slots, acceptance)
+            if any(isinstance(source, OtherChoices) for source in self.sources)
+            else None
         )
         for source, (token_BCL, length_BC) in zip(self.sources, self._branches, strict=True):
             tokens, lengths = source.propose(text, drafts)
             token_BCL.copy_(tokens)
             length_BC.copy_(lengths)
 
-    def _drafts(self, slots: Slots, verdict: Verdict) -> Drafts:
+    def _drafts(self, slots: Slots, acceptance: Acceptance) -> Drafts:
         """The next window, and what else the model held likely at the slots that its first guesses come from."""
         layout, draft_BW = slots.layout, self.window.draft_BW
         path_D, offset_S = layout.path_SD[layout.drafting], torch.arange(1 + max(self.starts), device=draft_BW.device)
-        depth_BS = verdict.count_B[:, None] + offset_S
+        depth_BS = acceptance.count_B[:, None] + offset_S
         slot_BS = path_D[depth_BS.clamp(max=path_D.shape[0] - 1)]
         row_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
-        likeliest_BSK = verdict.merit_BQV[row_B1, slot_BS].topk(1 + OtherChoices.PER_GUESS).indices
-        known_B = (slots.length_BS[:, layout.drafting] + 1 - verdict.count_B).clamp(min=0)
+        likeliest_BSK = acceptance.merit_BQV[row_B1, slot_BS].topk(1 + OtherChoices.PER_GUESS).indices
+        known_B = (slots.length_BS[:, layout.drafting] + 1 - acceptance.count_B).clamp(min=0)
         return Drafts(draft_BW, likeliest_BSK[..., 1:], known_B)
 
     def measure(self, *, some_over: bool = True) -> None:
@@ -424,7 +428,14 @@ class Step:
         self.halted_B[row] = True
         self.window.front_BX[row, 0] = self.text_BL[row, self.length_B[row] - 1]
 
-    def _report(self, verdict: Verdict) -> None:
-        broken_B = self._none_B if verdict.broken_B is None else verdict.broken_B
-        numbers = [self.generated_B, self.width_B, self.halted_B.long(), verdict.best_B, verdict.in_window_B, broken_B]
+    def _report(self, acceptance: Acceptance) -> None:
+        broken_B = self._none_B if acceptance.broken_B is None else acceptance.broken_B
+        numbers = [
+            self.generated_B,
+            self.width_B,
+            self.halted_B.long(),
+            acceptance.best_B,
+            acceptance.in_window_B,
+            broken_B,
+        ]
         self.report_N.copy_(torch.cat([*numbers, *(length_BC.T.flatten() for _, length_BC in self._branches)]))

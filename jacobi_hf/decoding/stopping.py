@@ -1,6 +1,6 @@
 """Stopping criteria and streamer, called as `generate` calls them: one token at a time, with the full batch.
 
-Rows run ahead of each other; the *frontier* is the number of tokens that every unfinished row has. It moves on as far as the
+Rows run ahead of each other; the *stopping* is the number of tokens that every unfinished row has. It moves on as far as the
 slowest row allows, replaying for each index what ordinary decoding does there, and tokens behind a stop are dropped.
 """
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from jacobi_hf.streaming import SeenStep, StepStreamer
+from jacobi_hf.streaming import StepEvent, StepStreamer
 
 if TYPE_CHECKING:
     from transformers.generation import BaseStreamer
 
-    from jacobi_hf.streaming import Draft
+    from jacobi_hf.streaming import Candidate
 
 
 class Scores:
@@ -40,7 +40,7 @@ def token_limit(criteria: StoppingCriteriaList, max_length: int, prompt_columns:
     return max(1, min(lengths) - prompt_columns)
 
 
-class Frontier:
+class StoppingRules:
     """Output ids of the batch, and who has finished.
 
     Args:
@@ -54,7 +54,7 @@ class Frontier:
 
     Attributes:
         ids_BT: the output so far, `P + limit` columns and one that is thrown away.
-        generated: tokens behind the frontier.
+        generated: tokens behind the stopping.
         is_one_by_one: whether criteria or streamer look at every token.
         pads: whether a finished row is followed by pads (it goes on generating where no criterion knows an end token).
         eos_E: ids that end a row.
@@ -104,16 +104,16 @@ class Frontier:
         """Whether somebody follows the forwards; see `show`."""
         return self._watcher is not None
 
-    def show(self, drafts: tuple[Draft, ...]) -> None:
+    def show(self, drafts: tuple[Candidate, ...]) -> None:
         """Tell who follows the forwards of one that verified `drafts`, and of what was committed since the one before."""
         if self._watcher is not None:
             token_ids = self.ids_BT[0, self._prompt + self._shown : self._prompt + self.generated].tolist()
             self._shown = self.generated
-            self._watcher.step(SeenStep(tuple(token_ids), drafts))
+            self._watcher.step(StepEvent(tuple(token_ids), drafts))
 
     @property
     def sequences(self) -> torch.Tensor:
-        """The output up to the frontier, `(B, P + generated)`."""
+        """The output up to the stopping, `(B, P + generated)`."""
         return self.ids_BT[:, : self._prompt + self.generated].clone()
 
     def output(self, row: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ class Page:
                     paint.message(f"Writing, {shown}."),
                     gr.skip(),
                 ]
-            words, is_error = self.verdict(race)
+            words, is_error = self.acceptance(race)
         last = max(len(runner.steps) for runner in race.runners if runner.lane.decoding)
         forwards = gr.Slider(maximum=max(last, 2), value=1, interactive=last > 0)
         yield [
@@ -132,7 +132,7 @@ class Page:
             forwards,
         ]
 
-    def verdict(self, race: Race) -> tuple[str, bool]:
+    def acceptance(self, race: Race) -> tuple[str, bool]:
         """What is to say at the end, and whether something went wrong."""
         if failed := [runner for runner in race.runners if runner.error]:
             return f"{failed[0].lane.title}: {failed[0].error}", True

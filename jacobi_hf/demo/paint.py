@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from jacobi_hf.demo.race import Runner
-    from jacobi_hf.streaming import Draft
+    from jacobi_hf.streaming import Candidate
 
 COLOURS = 6  # of the classes f0, f1, .. in page.css
 ROWS = 6  # forwards that a replay shows at a time
@@ -120,7 +120,7 @@ class Replay:
         return Markup('<div class="windows"><table>{}</table></div>').format(join(painted))
 
 
-def _kind(draft: Draft | None, place: int, committed: Sequence[int], becomes: Sequence[int]) -> str:
+def _kind(draft: Candidate | None, place: int, committed: Sequence[int], becomes: Sequence[int]) -> str:
     """The class of a guess: "confirmed" in this forward; "right" already, though not yet confirmed; "wrong"; and whether "unverified"."""
     assert draft is not None
     unverified = " unverified" * (place >= draft.verified)
@@ -129,7 +129,7 @@ def _kind(draft: Draft | None, place: int, committed: Sequence[int], becomes: Se
     return ("right" if place < len(becomes) and draft.token_ids[place] == becomes[place] else "wrong") + unverified
 
 
-def _branch(draft: Draft, committed: Sequence[int], tokenizer: Any) -> Markup:
+def _branch(draft: Candidate, committed: Sequence[int], tokenizer: Any) -> Markup:
     confirmed = draft.confirmed(committed)
     guesses = join(
         Markup('<span class="{}">{}</span>').format(

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from jacobi_hf.streaming import SeenStep, StepStreamer
+from jacobi_hf.streaming import StepEvent, StepStreamer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Pieces:
     token_ids: list[int] = field(default_factory=list)
     _written: int = 0
 
-    def add(self, step: SeenStep) -> None:
+    def add(self, step: StepEvent) -> None:
         """One more forward."""
         self.token_ids += step.token_ids
         unwritten = self._unwritten()
@@ -83,7 +83,7 @@ class Runner(StepStreamer):
 
     def __init__(self, lane: Lane, token_ids: Sequence[int], options: dict[str, Any]) -> None:
         self.lane, self._prompt, self._options = lane, list(token_ids), options
-        self.steps: list[SeenStep] = []
+        self.steps: list[StepEvent] = []
         self.pieces = Pieces(lane.tokenizer)
         self.seconds, self.is_done, self.error = 0.0, False, ""
         self._go, self._told, self._stops = threading.Semaphore(0), threading.Semaphore(0), False
@@ -115,7 +115,7 @@ class Runner(StepStreamer):
         self._stops = True
         self._go.release()
 
-    def step(self, step: SeenStep) -> None:
+    def step(self, step: StepEvent) -> None:
         """A forward is over; called by `generate`."""
         self.steps.append(step)
         self._told.release()

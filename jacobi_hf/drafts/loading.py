@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, Drafter, DrafterError, check_fits
+from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, DrafterError, LoraDrafter, check_fits
 from jacobi_hf.execution.buffers import clear_graphs
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class _Loaded:
     """The drafters of a model, and the one in use."""
 
     def __init__(self) -> None:
-        self.by_name: dict[str, Drafter] = {}
+        self.by_name: dict[str, LoraDrafter] = {}
         self.active: str | None = None
 
 
@@ -66,18 +66,18 @@ def load_drafter(
 
 def read_drafter(
     model: Any, source: str | Path, *, revision: str | None = None, token: str | bool | None = None
-) -> Drafter:
+) -> LoraDrafter:
     """A drafter that is for a model of this shape, which may be without weights (on the meta device).
 
     Raises:
         DrafterError: as `load_drafter`.
     """
-    drafter = Drafter.from_pretrained(_folder_of(source, revision, token))
+    drafter = LoraDrafter.from_pretrained(_folder_of(source, revision, token))
     check_fits(drafter, model)
     return drafter
 
 
-def attach(model: PreTrainedModel, drafter: Drafter, name: str = "default") -> None:
+def attach(model: PreTrainedModel, drafter: LoraDrafter, name: str = "default") -> None:
     """Make a drafter one of a model's, and the one in use."""
     model = _base_of(model)
     drafters = _loaded.setdefault(model, _Loaded())
@@ -87,7 +87,7 @@ def attach(model: PreTrainedModel, drafter: Drafter, name: str = "default") -> N
 
 
 @contextlib.contextmanager
-def using(model: Any, drafter: Drafter) -> Iterator[None]:
+def using(model: Any, drafter: LoraDrafter) -> Iterator[None]:
     """A drafter in use for a while, and then again what was before."""
     drafters = _loaded.setdefault(_base_of(model), _Loaded())
     former, name = drafters.active, f"for a while {id(drafter)}"
@@ -164,7 +164,7 @@ def set_drafter(model: PreTrainedModel, name: str | None) -> None:
     clear_graphs(model)
 
 
-def drafter_of(model: Any) -> Drafter | None:
+def drafter_of(model: Any) -> LoraDrafter | None:
     """The drafter that a model's next call drafts with."""
     drafters = _loaded.get(_base_of(model))
     return None if drafters is None or drafters.active is None else drafters.by_name[drafters.active]

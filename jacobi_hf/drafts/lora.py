@@ -32,7 +32,7 @@ class DrafterError(ValueError):
 
 
 @dataclass(frozen=True)
-class DrafterConfig:
+class LoraDrafterConfig:
     """What a drafter is and which model it was made for; `drafter_config.json`.
 
     Attributes:
@@ -128,7 +128,7 @@ class _Gate(threading.local):
     rows: int = 0
 
 
-class Drafter(torch.nn.Module):
+class LoraDrafter(torch.nn.Module):
     """LoRA factors for linear layers of a model, and the embedding added to draft tokens.
 
     Args:
@@ -140,7 +140,7 @@ class Drafter(torch.nn.Module):
         embedding: `(H,)`.
     """
 
-    def __init__(self, config: DrafterConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, config: LoraDrafterConfig, shapes: dict[str, tuple[int, int]]) -> None:
         super().__init__()
         self.config = config
         self.scale = config.lora_alpha / config.r
@@ -170,7 +170,7 @@ class Drafter(torch.nn.Module):
         Args:
             r, lora_alpha: rank, and scale times rank (the rank when not given).
             target_modules: last parts of layer names, or "all-linear": all linear layers but the LM head.
-            constant_draft: see `DrafterConfig`.
+            constant_draft: see `LoraDrafterConfig`.
 
         Raises:
             DrafterError: a name that is no linear layer of the model.
@@ -189,7 +189,9 @@ class Drafter(torch.nn.Module):
             for name, layer in layers.items()
             if name.rpartition(".")[2] in wanted
         }
-        config = DrafterConfig.of(model, r, r if lora_alpha is None else lora_alpha, sorted(wanted), constant_draft)
+        config = LoraDrafterConfig.of(
+            model, r, r if lora_alpha is None else lora_alpha, sorted(wanted), constant_draft
+        )
         return cls(config, shapes)
 
     @classmethod
@@ -200,7 +202,7 @@ class Drafter(torch.nn.Module):
             DrafterError: something is missing, damaged, pickled, or not finite; the file is named.
         """
         folder = Path(folder)
-        config, path = DrafterConfig.read(folder), folder / WEIGHTS_FILE
+        config, path = LoraDrafterConfig.read(folder), folder / WEIGHTS_FILE
         if not path.is_file():
             pickled = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
             hint = f"; {pickled[0]} is pickled, which is never read" if pickled else ""
@@ -363,7 +365,7 @@ def linear_layers(model: Any) -> dict[str, Any]:
     return found
 
 
-def check_fits(drafter: Drafter, model: Any) -> None:
+def check_fits(drafter: LoraDrafter, model: Any) -> None:
     """Refuse a drafter that was made for another model.
 
     Raises:
@@ -389,7 +391,7 @@ def check_fits(drafter: Drafter, model: Any) -> None:
             )
 
 
-def _shapes_in(tensors: dict[str, torch.Tensor], config: DrafterConfig, path: Path) -> dict[str, tuple[int, int]]:
+def _shapes_in(tensors: dict[str, torch.Tensor], config: LoraDrafterConfig, path: Path) -> dict[str, tuple[int, int]]:
     shapes, known = {}, {EMBEDDING}
     for name in sorted(tensors):
         layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

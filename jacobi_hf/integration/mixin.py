@@ -27,9 +27,9 @@ from jacobi_hf.attention.interface import OURS, StepMasks, attention_of
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
 from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.decoding.prompt import read_prompt
-from jacobi_hf.decoding.selection import FixedNoise, Selector
+from jacobi_hf.decoding.selection import SamplingNoise, Selector
 from jacobi_hf.decoding.step import step_slots
-from jacobi_hf.decoding.stopping import Frontier, Scores, token_limit
+from jacobi_hf.decoding.stopping import Scores, StoppingRules, token_limit
 from jacobi_hf.drafts.loading import drafter_of
 from jacobi_hf.execution.base import Eager, cannot_compile, whole_steps
 from jacobi_hf.execution.buffers import Arena, borrowed
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from jacobi_hf.decoding.cache import JacobiStaticCache
     from jacobi_hf.decoding.layout import Layout
-    from jacobi_hf.drafts.lora import Drafter
+    from jacobi_hf.drafts.lora import LoraDrafter
     from jacobi_hf.execution.base import Execution
 
 _REQUEST = "_jacobi_request"
@@ -267,16 +267,16 @@ class _Call:
         foreign = any(not type(p).__module__.startswith("transformers.") for p in processors)
         noise = None
         if options.do_sample:
-            noise = FixedNoise(input_BP.device, ahead=not foreign, room=arena.step.depths, ring_IBV=arena.ring_IBV)
+            noise = SamplingNoise(input_BP.device, ahead=not foreign, room=arena.step.depths, ring_IBV=arena.ring_IBV)
         selector = Selector(processors, noise, input_BP, arena.hold if is_kept else None)
         pad = None if options._pad_token_tensor is None else int(options._pad_token_tensor)
         one_by_one = not selector.is_vectorised
-        frontier = Frontier(input_BP, self._criteria, streamer, self._limit, pad, scores, one_by_one=one_by_one)
+        stopping = StoppingRules(input_BP, self._criteria, streamer, self._limit, pad, scores, one_by_one=one_by_one)
         if prompt.past and self._target is not None:
             arena.cache.load(self._target, prompt.pad_B)
         hands_out_cache = wants_dict or self._own_cache is not None
         fills = bool(hands_out_cache or scores or logits or one_by_one)
-        arena.step.open(prompt, self._limit, frontier.pad, arena.hold("end tokens", frontier.eos_E), fills=fills)
+        arena.step.open(prompt, self._limit, stopping.pad, arena.hold("end tokens", stopping.eos_E), fills=fills)
         last_position = arena.hold(
             "last position", torch.tensor(prompt.total + self._limit - 1, device=input_BP.device)
         )
@@ -292,7 +292,7 @@ class _Call:
                     forward,
                     arena.step,
                     selector,
-                    frontier,
+                    stopping,
                     scores,
                     logits,
                     fills,
@@ -305,20 +305,20 @@ class _Call:
                 )
         finally:
             if noise is not None:
-                noise.rewind(frontier.generated)
+                noise.rewind(stopping.generated)
                 arena.ring_IBV = noise.ring_IBV
         if hands_out_cache and self._target is not None:
             arena.cache.append_to(
-                self._target, prompt.past, prompt.total + frontier.generated - 1, prompt.pad_B, frees=not is_kept
+                self._target, prompt.past, prompt.total + stopping.generated - 1, prompt.pad_B, frees=not is_kept
             )
         if streamer is not None:
             streamer.end()
         if not wants_dict:
-            return frontier.sequences
+            return stopping.sequences
         return JacobiDecoderOnlyOutput(
-            sequences=frontier.sequences,
-            scores=None if scores is None else tuple(scores.steps[: frontier.generated]),
-            logits=None if logits is None else tuple(logits.steps[: frontier.generated]),
+            sequences=stopping.sequences,
+            scores=None if scores is None else tuple(scores.steps[: stopping.generated]),
+            logits=None if logits is None else tuple(logits.steps[: stopping.generated]),
             jacobi_stats=decoder.stats,
             **{CACHE: self._target},
         )
@@ -397,7 +397,7 @@ class _Forward:
     """
 
     def __init__(
-        self, model: Any, cache: JacobiStaticCache, last: torch.Tensor, drafter: Drafter | None = None
+        self, model: Any, cache: JacobiStaticCache, last: torch.Tensor, drafter: LoraDrafter | None = None
     ) -> None:
         self._model, self._cache, self._last = model, cache, last
         self._drafter = drafter

@@ -176,7 +176,7 @@ class Stopwatch:
 
     def _ours(self, way: Way, batch: dict[str, torch.Tensor]) -> Run:
         stats, seconds = self._generate_with_stats(way, batch)
-        compiled = bool(stats.compiled_steps or stats.captured_steps)
+        compiled = bool(stats.compiled_steps or stats.cuda_graphs)
         fixed = seconds - stats.decode_seconds
         return Run(dict(stats.seconds_by_width), fixed, sum(stats.new_tokens), sum(stats.row_forwards), compiled)
 

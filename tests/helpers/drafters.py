@@ -10,12 +10,12 @@ import torch
 
 import jacobi_hf
 from jacobi_hf.drafts.loading import attach
-from jacobi_hf.drafts.lora import Drafter
+from jacobi_hf.drafts.lora import LoraDrafter
 
 
-def random_drafter(model: Any, seed: int = 0, scale: float = 1.0, r: int = 4) -> Drafter:
+def random_drafter(model: Any, seed: int = 0, scale: float = 1.0, r: int = 4) -> LoraDrafter:
     """A drafter whose factors and embedding are normal noise of that scale."""
-    drafter, generator = Drafter.new(model, r=r), torch.Generator().manual_seed(seed)
+    drafter, generator = LoraDrafter.new(model, r=r), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
@@ -23,7 +23,7 @@ def random_drafter(model: Any, seed: int = 0, scale: float = 1.0, r: int = 4) ->
 
 
 @contextlib.contextmanager
-def drafting(model: Any, drafter: Drafter) -> Iterator[None]:
+def drafting(model: Any, drafter: LoraDrafter) -> Iterator[None]:
     """The model with this drafter in use."""
     attach(model, drafter, "test")
     try:

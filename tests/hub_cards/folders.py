@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, DrafterConfig
+from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, LoraDrafterConfig
 
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
-DRAFTER = DrafterConfig("user/base", "abc", "qwen3", 8, 1, 11, 2, 2.0, ["q_proj"])
+DRAFTER = LoraDrafterConfig("user/base", "abc", "qwen3", 8, 1, 11, 2, 2.0, ["q_proj"])
 KINDS = {
     "model": ("config.json", {"model_type": "qwen3"}, "model.safetensors"),
     "adapter": (

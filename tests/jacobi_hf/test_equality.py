@@ -55,7 +55,7 @@ def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict
     assert torch.equal(output.sequences, reference)
     stats = output.jacobi_stats
     if share == 1.0:
-        assert stats.drafted_confirmed == stats.drafted
+        assert stats.accepted == stats.drafted
     if share == 1.0 and setting.get("jacobi_max_blocks", 1):
         assert stats.forwards <= 1 + -(-(tokens - 1) // setting["jacobi_block_size"]) * 2
     if share == 0.0 and setting.get("jacobi_pool_size", 0) == 0 and setting.get("jacobi_lookup_tokens", 0) == 0:
@@ -90,14 +90,14 @@ def test_a_step_accepts_at_least_what_its_window_alone_would(case: Case) -> None
     accept, steps = Step.accept, []
 
     def watch(self, slots, *rest, **options):
-        verdict = accept(self, slots, *rest, **options)
-        width_B = torch.minimum(verdict.accepted_BS[:, 0] + 1, self._limit - self.generated_B)
-        best_B = verdict.accepted_BS.max(1).values
-        assert torch.equal(verdict.accepted_BS.gather(1, verdict.best_B[:, None])[:, 0], best_B)
-        going = ~self.halted_B & ~verdict.at_eos_B
-        assert (verdict.count_B >= width_B)[going].all()
-        steps.append(verdict)
-        return verdict
+        acceptance = accept(self, slots, *rest, **options)
+        width_B = torch.minimum(acceptance.accepted_BS[:, 0] + 1, self._limit - self.generated_B)
+        best_B = acceptance.accepted_BS.max(1).values
+        assert torch.equal(acceptance.accepted_BS.gather(1, acceptance.best_B[:, None])[:, 0], best_B)
+        going = ~self.halted_B & ~acceptance.at_eos_B
+        assert (acceptance.count_B >= width_B)[going].all()
+        steps.append(acceptance)
+        return acceptance
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "accept", watch)

@@ -134,7 +134,7 @@ def test_under_a_drafter_more_is_guessed_than_verified():
 
 def test_ordinary_decoding_has_a_token_a_step():
     tokens, _, seen = generated(tiny_model("qwen3"), 8)
-    assert seen.steps == [jacobi_hf.SeenStep((token,)) for token in tokens]
+    assert seen.steps == [jacobi_hf.StepEvent((token,)) for token in tokens]
 
 
 @pytest.mark.parametrize("decoding", [None, "jacobi_multiblock"])

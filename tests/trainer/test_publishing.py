@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, Drafter
+from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, LoraDrafter
 from jacobi_hf.hub_cards import push
 from jacobi_hf.hub_cards.folder import FolderError
 from jacobi_hf.results.schema import Results
@@ -160,7 +160,7 @@ def test_a_drafter(tmp_path):
         "results/results-1.json",
     }
     assert (folder / "custom_generate" / "generate.py").read_text().endswith('generate = entry("drafter")\n')
-    drafter = Drafter.from_pretrained(folder)
+    drafter = LoraDrafter.from_pretrained(folder)
     assert (drafter.config.base_model, drafter.config.r) == ("user/base", 4)
     (stage,) = Results.read(folder / "results" / "results-1.json").training
     assert (stage.method, stage.lora_rank, stage.strategy.schedule) == ("gated", 4, "gated")

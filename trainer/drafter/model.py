@@ -27,7 +27,7 @@ from jacobi_hf.trainer.head_hook import AtHead
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jacobi_hf.drafts.lora import Drafter
+    from jacobi_hf.drafts.lora import LoraDrafter
 
 TARGETS = ("hard", "soft")
 
@@ -222,7 +222,7 @@ class DraftedModel(torch.nn.Module):
     """
 
     def __init__(
-        self, base: Any, drafter: Drafter, targets: str = "hard", decay: float = 1.0, chunk_numbers: int = 2**24
+        self, base: Any, drafter: LoraDrafter, targets: str = "hard", decay: float = 1.0, chunk_numbers: int = 2**24
     ) -> None:
         super().__init__()
         self.drafter = drafter

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from jacobi_hf.attention.interface import LAYER_TYPES, TAKES_MASK, attention_of, layer_types
 from jacobi_hf.drafts.loading import using
-from jacobi_hf.drafts.lora import Drafter
+from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.trainer.data.loading import checked
 from jacobi_hf.trainer.data.trajectories import special_ids
 from jacobi_hf.trainer.drafter.model import DraftedModel
@@ -311,9 +311,9 @@ def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
         )
 
 
-def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> Drafter:
+def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> LoraDrafter:
     if peft_config is None:
-        return Drafter.new(model, constant_draft=constant_draft).place(model, torch.float32)
+        return LoraDrafter.new(model, constant_draft=constant_draft).place(model, torch.float32)
     from peft import LoraConfig
 
     if type(peft_config) is not LoraConfig:
@@ -327,6 +327,6 @@ def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> Dr
     if differing:
         raise ValueError(f"peft_config sets {', '.join(sorted(differing))}, which a drafter does not have.")
     modules = "all-linear" if peft_config.target_modules is None else peft_config.target_modules
-    return Drafter.new(model, peft_config.r, peft_config.lora_alpha, modules, constant_draft).place(
+    return LoraDrafter.new(model, peft_config.r, peft_config.lora_alpha, modules, constant_draft).place(
         model, torch.float32
     )

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from jacobi_hf.decoding.layout import build_layout
-from jacobi_hf.decoding.selection import FixedNoise, Selector, best, confirmed
+from jacobi_hf.decoding.selection import SamplingNoise, Selector, best, confirmed
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
     sampled = [torch.multinomial(step.softmax(-1), 1)[:, 0] for step in scores]
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    noise = FixedNoise(CPU)
+    noise = SamplingNoise(CPU)
     noise.draw(0, tokens + 3, (batch, vocab))
     selector = Selector(LogitsProcessorList(), noise, torch.zeros(batch, 1, dtype=torch.long))
     chosen = selector.choose(scores.transpose(0, 1), torch.arange(tokens).expand(batch, -1))
@@ -55,7 +55,7 @@ def test_an_index_keeps_its_noise_however_far_rows_are_apart(steps, seed, rewoun
         table.append(torch.empty(2, 5).exponential_())
         states.append(torch.get_rng_state())
     torch.manual_seed(seed)
-    noise, first = FixedNoise(CPU), 0
+    noise, first = SamplingNoise(CPU), 0
     for moved, beyond in steps:
         first += moved
         noise.draw(first, first + beyond, (2, 5))
@@ -66,7 +66,7 @@ def test_an_index_keeps_its_noise_however_far_rows_are_apart(steps, seed, rewoun
 
 
 def test_the_ring_is_not_rebuilt_while_it_has_room():
-    noise = FixedNoise(CPU)
+    noise = SamplingNoise(CPU)
     noise.draw(0, 7, (1, 3))
     address = noise.ring_IBV.data_ptr()
     for first in range(1, 40):
@@ -202,7 +202,7 @@ def test_fixed_noise_is_multinomial_on_cuda():
         sampled = torch.multinomial(probabilities, 1)[:, 0]
         after = torch.cuda.get_rng_state()
         torch.cuda.set_rng_state(state)
-        noise = FixedNoise(device)
+        noise = SamplingNoise(device)
         noise.draw(0, 0, (3, 1000))
         assert torch.equal(
             (probabilities / noise.at(torch.zeros(3, 1, dtype=torch.long, device=device))[:, 0]).argmax(-1), sampled

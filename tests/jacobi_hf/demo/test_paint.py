@@ -10,7 +10,7 @@ import pytest
 
 from jacobi_hf.demo import paint
 from jacobi_hf.demo.race import Lane, Pieces
-from jacobi_hf.streaming import Draft, SeenStep
+from jacobi_hf.streaming import Candidate, StepEvent
 
 HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned=1">&amp;\'{{ value }}${window.pwned = 1}'
 
@@ -40,11 +40,11 @@ def text_of(html):
 
 
 def steps_of(*parts):
-    return [SeenStep(tuple(part.encode()), drafts) for part, drafts in parts]
+    return [StepEvent(tuple(part.encode()), drafts) for part, drafts in parts]
 
 
 def draft(source, text, verified=None):
-    return Draft(source, tuple(text.encode()), len(text) if verified is None else verified)
+    return Candidate(source, tuple(text.encode()), len(text) if verified is None else verified)
 
 
 def test_a_pane_has_each_forward_in_its_colour_and_counts():

@@ -11,7 +11,7 @@ import torch
 
 from jacobi_hf.demo import race as races
 from jacobi_hf.demo.race import Lane, Pieces, Race, Runner, twin
-from jacobi_hf.streaming import SeenStep
+from jacobi_hf.streaming import StepEvent
 from tests.helpers.models import VOCAB, tiny_model
 
 PROMPT = [5, 6, 7, 8]
@@ -121,7 +121,7 @@ def test_a_character_of_several_forwards_is_the_last_ones():
     pieces = Pieces(Letters())
     euro = tuple("€".encode())
     for ids in ((*b"a", euro[0]), euro[1:2], (euro[2], *b"b"), euro[:1]):
-        pieces.add(SeenStep(ids))
+        pieces.add(StepEvent(ids))
     assert pieces.of_step == ["", "", "a€b", ""]
     pieces.finish()
     assert pieces.of_step == ["", "", "a€b", "\ufffd"]

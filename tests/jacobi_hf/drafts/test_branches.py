@@ -125,7 +125,7 @@ def test_other_choices_are_the_models_second_and_third(model):
     accept, former, seen = Step.accept, [], []
 
     def watch(self, slots, *rest, **options):
-        verdict = accept(self, slots, *rest, **options)
+        acceptance = accept(self, slots, *rest, **options)
         if former:
             former_slots, former_verdict = former.pop()
             depths = self._branches[0][1][0].tolist()
@@ -138,8 +138,8 @@ def test_other_choices_are_the_models_second_and_third(model):
                 first = int(slots.token_BQ[0, slots.layout.path_SD[segment, start + 1]])
                 assert first == likeliest[1 + branch % 2]
                 seen.append(first)
-        former.append((slots, verdict))
-        return verdict
+        former.append((slots, acceptance))
+        return acceptance
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "accept", watch)

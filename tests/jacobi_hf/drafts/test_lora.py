@@ -18,7 +18,7 @@ from jacobi_hf.decoding.cache import BOUND, JacobiStaticCache
 from jacobi_hf.decoding.layout import attention_mask, build_layout
 from jacobi_hf.decoding.loop import Decoder, Reach
 from jacobi_hf.drafts.loading import attach, drafter_of, using
-from jacobi_hf.drafts.lora import CONFIG_FILE, EMBEDDING, WEIGHTS_FILE, Drafter, DrafterError, linear_layers
+from jacobi_hf.drafts.lora import CONFIG_FILE, EMBEDDING, WEIGHTS_FILE, DrafterError, LoraDrafter, linear_layers
 from jacobi_hf.integration import mixin
 from tests.helpers.cases import Case, cases, check_thousands, differences
 from tests.helpers.drafters import drafting, random_drafter
@@ -85,7 +85,7 @@ def test_no_drafter_reaches_a_clean_row(kind, attention):
         broken.embedding.fill_(float("nan"))
     clean, noisy = [], []
     for drafter in (
-        Drafter.new(model, r=4).requires_grad_(requires_grad=False),
+        LoraDrafter.new(model, r=4).requires_grad_(requires_grad=False),
         random_drafter(model, 1),
         endless,
         broken,
@@ -210,10 +210,10 @@ def test_compiled_steps():
     assert compiled.jacobi_stats.compiled_steps > 0
     assert torch.equal(plain.sequences, compiled.sequences)
     first, second = plain.jacobi_stats, compiled.jacobi_stats
-    assert (first.forwards, first.accepted_lengths, first.drafted_confirmed) == (
+    assert (first.forwards, first.accepted_lengths, first.accepted) == (
         second.forwards,
         second.accepted_lengths,
-        second.drafted_confirmed,
+        second.accepted,
     )
 
 
@@ -233,7 +233,7 @@ def test_verify_width_and_statistics():
     assert narrow.verified < narrow.drafted
     assert whole.verified == whole.drafted
     assert max(narrow.slots_by_width) <= 1 + 2 + 8
-    assert whole.window_acceptance == whole.drafted_confirmed / whole.verified
+    assert whole.window_acceptance == whole.accepted / whole.verified
 
 
 def test_save_load_and_unload(tmp_path):
@@ -366,7 +366,7 @@ class TestBadInput:
 
     def test_merging_is_refused(self):
         with pytest.raises(DrafterError, match="cannot be merged"):
-            Drafter.new(fresh_model("qwen3")).merge_and_unload()
+            LoraDrafter.new(fresh_model("qwen3")).merge_and_unload()
 
     def test_knobs(self):
         model = fresh_model("qwen3")
@@ -380,7 +380,7 @@ class TestBadInput:
 
     def test_target_modules(self):
         with pytest.raises(DrafterError, match="target_modules lm_head are no linear layers"):
-            Drafter.new(fresh_model("qwen3"), target_modules=["q_proj", "lm_head"])
+            LoraDrafter.new(fresh_model("qwen3"), target_modules=["q_proj", "lm_head"])
 
 
 def test_states_are_held_to_a_bound_in_the_cache():

@@ -71,7 +71,7 @@ def test_captured_steps_give_the_same_tokens_statistics_and_cache(kind, setting,
             patched.setattr(Decoder, "LAGS_ON", ("cpu",) if lag else ())
             captured = generate(model, ids, **arguments, compile_config=CAPTURED)
         assert_same(plain, captured, lag=lag if plain.jacobi_stats.forwards > 1 else 0)
-        recorded.append(captured.jacobi_stats.captured_steps)
+        recorded.append(captured.jacobi_stats.cuda_graphs)
         assert captured.jacobi_stats.compiled_steps == 0
     assert sum(recorded) > 0
     assert recorded[-1] == 0  # all that this call needs has run before, and then been recorded
@@ -98,7 +98,7 @@ def test_other_lengths_and_values_record_nothing():
         captured = generate(model, ids, **arguments, compile_config=CAPTURED)
         assert torch.equal(captured.sequences, generate(model, ids, **arguments).sequences)
         kinds |= set(captured.jacobi_stats.slots_by_width)
-        total += captured.jacobi_stats.captured_steps
+        total += captured.jacobi_stats.cuda_graphs
         assert len(arena.kept_for(model).arenas) == 1
     assert total <= len(kinds)
     assert TapeGraphs.replayed - before > 5 * total
@@ -116,7 +116,7 @@ def test_a_recording_is_not_replayed_when_the_model_has_become_another(change):
     model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["window"]}
     for _ in range(3):
         before = generate(model, ids, **arguments, compile_config=CAPTURED)
-    assert before.jacobi_stats.captured_steps == 0
+    assert before.jacobi_stats.cuda_graphs == 0
     if change == "weights moved":
         for parameter in model.parameters():
             parameter.data = parameter.data * 1.3
@@ -217,7 +217,7 @@ def test_inference_mode_has_buffers_of_its_own():
 
 def test_recordings_go_with_the_model():
     model, ids = fresh_model("qwen3"), prompt(1, 5)
-    assert generate(model, ids, do_sample=False, **BOTH, compile_config=CAPTURED).jacobi_stats.captured_steps > 0
+    assert generate(model, ids, do_sample=False, **BOTH, compile_config=CAPTURED).jacobi_stats.cuda_graphs > 0
     kept = weakref.ref(arena.kept_for(model))
     gone = weakref.ref(model)
     del model
@@ -266,7 +266,7 @@ def test_steps_are_compiled_and_then_captured(monkeypatch):
         options = CompileConfig(backend="aot_eager", mode="reduce-overhead")
         output = generate(model, ids, **arguments, compile_config=options)
         assert_same(generate(model, ids, **arguments), output)
-        totals.append((output.jacobi_stats.compiled_steps, output.jacobi_stats.captured_steps))
+        totals.append((output.jacobi_stats.compiled_steps, output.jacobi_stats.cuda_graphs))
         if number == 0:
             counters.clear()
     assert totals == [(2, 2), (0, 0), (0, 0)]  # with and without a match
@@ -278,4 +278,4 @@ def test_hooks_switch_capturing_off():
     model.model.layers[0].register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
         output = generate(model, ids, do_sample=False, **BOTH, compile_config=CAPTURED)
-    assert output.jacobi_stats.captured_steps == 0
+    assert output.jacobi_stats.cuda_graphs == 0

@@ -199,8 +199,10 @@ def test_a_drafter_is_loaded_once_and_another_one_comes_back(tmp_path, prompt, m
     for number, name in enumerate(("own", "theirs")):
         random_drafter(model, number).save_pretrained(tmp_path / name)
     loads = []
-    read = jacobi_hf.Drafter.from_pretrained
-    monkeypatch.setattr(jacobi_hf.Drafter, "from_pretrained", lambda folder: loads.append(folder.name) or read(folder))
+    read = jacobi_hf.LoraDrafter.from_pretrained
+    monkeypatch.setattr(
+        jacobi_hf.LoraDrafter, "from_pretrained", lambda folder: loads.append(folder.name) or read(folder)
+    )
 
     def custom(custom_generate):  # transformers calls the function from a frame with this argument
         output = generate_with_drafter(model=model, **prompt, **ASKED)

@@ -188,7 +188,7 @@ def first_call(**counts):
 
 
 def test_calls_that_compile_or_record_do_not_count():
-    model = FakeModel(first_call(compiled_steps=2), first_call(compiled_steps=0, captured_steps=1))
+    model = FakeModel(first_call(compiled_steps=2), first_call(compiled_steps=0, cuda_graphs=1))
     assert Stopwatch(model, {}).measure(WINDOW, BATCH).seconds_by_width == {5: [1.0]}
     assert len(model.calls) == 3
 

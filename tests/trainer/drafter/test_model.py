@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.decoding.step import Step
-from jacobi_hf.drafts.lora import Drafter
+from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.trainer.drafter.model import (
     DraftedModel,
     Windows,
@@ -48,16 +48,16 @@ def test_a_training_row_is_the_decoders_own_step(kind):
     accept, steps = Step.accept, []
 
     def watch(self, slots, *rest, **options):
-        verdict = accept(self, slots, *rest, **options)
+        acceptance = accept(self, slots, *rest, **options)
         if slots.layout.noisy:
             steps.append(
                 (
                     int(self.length_B[0]) - 1,
                     slots.token_BQ[:, -slots.layout.noisy :],
-                    verdict.choice_BQ[:, -slots.layout.noisy :],
+                    acceptance.choice_BQ[:, -slots.layout.noisy :],
                 )
             )
-        return verdict
+        return acceptance
 
     trained = drafted(model, drafter)
     for row, prompt in enumerate(PROMPTS):
@@ -144,7 +144,7 @@ def test_learning_on_a_text_makes_its_drafts_come_true(targets):
     model = fresh_model("qwen3")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids, prompt_B, length_B = answered(model)
-    trained = drafted(model, Drafter.new(model, r=16), targets=targets)
+    trained = drafted(model, LoraDrafter.new(model, r=16), targets=targets)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     assert sum(p.numel() for p in trained.parameters()) == sum(p.numel() for p in trained.drafter.parameters())
     tokens, forwards = trained.tokens_per_forward(ids, prompt_B, length_B, 8)
@@ -203,7 +203,7 @@ def test_a_window_sees_nothing_of_the_others():
 def test_constant_drafts_hide_the_drafts():
     model = fresh_model("qwen3")
     ids, prompt_B, length_B = answered(model)
-    drafter = Drafter.new(model, r=4, constant_draft=1)
+    drafter = LoraDrafter.new(model, r=4, constant_draft=1)
     with torch.no_grad():
         drafter.embedding.normal_()
     trained = drafted(model, drafter)
