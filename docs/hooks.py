@@ -1,4 +1,4 @@
-"""What mkdocs has to know of this repository: where the packages are, pages outside of `docs`, links that leave it."""
+"""Hooks of mkdocs: where the packages are, which pages lie outside of `docs`, what becomes of links that leave `docs`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PACKAGES = {"jacobi_hf": "jacobi_hf", "trainer": "jacobi_hf/trainer", "hub_cards
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 KNOB = re.compile(r"= _knob\(([\d.]+), .*\)")  # a knob's default is shown as the number that it is
 ARGUMENT = re.compile(r"^( {8})([a-z_, ]+): ", re.MULTILINE)  # in groups, which are shown as lists
-LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)[^)]*\)")
+LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)([^)]*)\)")
 
 
 def on_startup(**_: Any) -> None:
-    """Lay the packages out as they are installed, for mkdocstrings to read."""
+    """Copy the packages to the places that they have when installed, for mkdocstrings to read."""
     target = ROOT / "build" / "docs"
     shutil.rmtree(target, ignore_errors=True)
     for source, name in PACKAGES.items():
@@ -40,12 +40,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Name what a link outside of `docs` leads to, which is in the repository and not on the site."""
+    """Replace links that leave `docs`: by the page of the site if there is one, else by the name of the file."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def named(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[2]))
         text = link[1].strip("`")
+        if path in PAGES:
+            return (
+                f"[{link[1]}]({posixpath.relpath(PAGES[path], posixpath.dirname(page.file.src_uri) or '.')}{link[3]})"
+            )
         if path.startswith("docs/"):
             return link[0]
         return f"`{path}`" if path.endswith(text) else f"{link[1]} (`{path}`)"

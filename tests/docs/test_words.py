@@ -1,0 +1,47 @@
+"""One word for one thing: words that the glossary replaces do not occur."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+SUFFIXES = {".py", ".md", ".yaml", ".yml", ".jinja", ".sh", ".ipynb"}
+# Old word, as a pattern, and what to say instead. CHANGELOG.md may use old words; the results' documents keep what was measured.
+REPLACED = {
+    r"\bwish(es|ed)?\b": "guess, proposal or request",
+}
+
+
+def texts():
+    """The path and the text of every file that the words bind."""
+    places = ("jacobi_hf", "trainer", "hub_cards", "docs", "examples")
+    paths = [path for place in places for path in (ROOT / place).rglob("*") if path.suffix in SUFFIXES]
+    for path in [*paths, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def found(pattern, text):
+    """The lines of a text that hold a pattern, with their numbers."""
+    return [
+        f"{number}: {line.strip()[:100]}"
+        for number, line in enumerate(text.splitlines(), 1)
+        if re.search(pattern, line, re.IGNORECASE)
+    ]
+
+
+@pytest.mark.parametrize("pattern", REPLACED)
+def test_replaced_words_do_not_occur(pattern):
+    lines = [f"{name}:{line}" for name, text in texts() for line in found(pattern, text)]
+    assert not lines, f"say {REPLACED[pattern]}"
+
+
+def test_an_old_word_is_found():
+    assert found(next(iter(REPLACED)), "a\nmany Wishes\nwishful") == ["2: many Wishes"]
+
+
+def test_all_packages_are_read():
+    names = {name for name, _ in texts()}
+    assert {"jacobi_hf/config.py", "trainer/run.py", "hub_cards/card.py", "docs/glossary.md", "README.md"} <= names
