@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
+from jacobi_hf.evaluation.decoding import prompt_ids
 from jacobi_hf.results.schema import Hardware
 from jacobi_hf.trainer.data.loading import load_packed
 from jacobi_hf.trainer.data.shards import differences
 from jacobi_hf.trainer.data.texts import read_jsonl, read_prompts
-from jacobi_hf.trainer.evaluation import prompt_ids
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer, last_finished_checkpoint
 from jacobi_hf.trainer.options import option

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jacobi_hf.evaluation.decoding import is_looping
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.results.schema import Agreement, Measurement, Prompts, Results, Speedup
-from jacobi_hf.trainer.evaluation import is_looping
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
 Model = Annotated[str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")]

@@ -199,8 +199,8 @@ class _Kept:
 def _loss(
     model: Any, tokenizer: Any, texts: list[str], domain: str, config: BenchConfig, bar: Bar
 ) -> list[Measurement]:
+    from jacobi_hf.evaluation.quality import held_out_loss
     from jacobi_hf.results.schema import Decoder, Measurement, Prompts
-    from jacobi_hf.trainer.evaluation import held_out_loss
 
     loss, tokens = held_out_loss(model, tokenizer, texts, config.held_out_tokens, track=bar)
     described = Prompts(domain=domain, source="held-out text", count=tokens, max_new_tokens=0)
@@ -210,8 +210,8 @@ def _loss(
 def _solved(
     model: Any, tokenizer: Any, problems: list[dict[str, Any]], config: BenchConfig, bar: Bar
 ) -> list[Measurement]:
+    from jacobi_hf.evaluation.quality import right_answers
     from jacobi_hf.results.schema import Decoder, Measurement, Prompts
-    from jacobi_hf.trainer.evaluation import right_answers
 
     quality = right_answers(model, tokenizer, problems, config.answer_pattern, config.max_new_tokens, track=bar)
     described = Prompts(
@@ -231,7 +231,7 @@ def _decoded(
     config: BenchConfig,
     bar: Bar,
 ) -> list[Measurement]:
-    from jacobi_hf.trainer.evaluation import measurements
+    from jacobi_hf.evaluation.decoding import measurements
 
     return measurements(model, tokenizer, prompts, decoders, config.max_new_tokens, config.drafter, bar)
 

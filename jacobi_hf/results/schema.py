@@ -16,13 +16,16 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from jacobi_hf.attention.interface import attention_of
 from jacobi_hf.config import JACOBI, JacobiConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _SECRET_OPTION = re.compile(r"(token|password|secret|key)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"hf_\w{8,}")
@@ -147,6 +150,15 @@ class Agreement(_Strict):
     identical: int
     total: int
     different: list[int] = []
+
+    @classmethod
+    def between(
+        cls, outputs: Sequence[list[int]], references: Sequence[list[int]], baseline: str = "generate"
+    ) -> Self:
+        """Compare the output ids of each prompt with those of the baseline."""
+        different = [i for i, (a, b) in enumerate(zip(outputs, references, strict=True)) if a != b]
+        total = len(outputs)
+        return cls(baseline=baseline, identical=total - len(different), total=total, different=different)
 
 
 class Quality(_Strict):

@@ -13,8 +13,8 @@ import pytest
 import torch
 import typer
 
+from jacobi_hf.evaluation.decoding import is_looping
 from jacobi_hf.results.schema import Results
-from jacobi_hf.trainer.evaluation import is_looping
 from tests.helpers.models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

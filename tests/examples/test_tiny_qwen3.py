@@ -158,7 +158,7 @@ def test_the_forced_checkpoint_was_made_by_the_recipes(report, recipe):
 def test_forcing_paid(trained, corpus):
     """On held-out problems: the window alone of the forced model takes less than half the forwards of the base's, and writes its text."""
     from jacobi_hf import JacobiConfig
-    from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
+    from jacobi_hf.evaluation.decoding import measure_decoding, ordinary_outputs
 
     base, tokenizer = trained
     forced = AutoModelForCausalLM.from_pretrained(EXAMPLE / "forced", dtype=torch.float32).eval()

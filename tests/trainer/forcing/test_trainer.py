@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import jacobi_hf
+from jacobi_hf.evaluation.decoding import measure_decoding, ordinary_outputs
 from jacobi_hf.trainer import BadRecordError, JacobiForcingConfig, JacobiForcingTrainer
-from jacobi_hf.trainer.evaluation import measure_decoding, ordinary_outputs
 from tests.helpers.models import VOCAB, fresh_model
 from tests.helpers.records import END, own_records, records
 from tests.trainer.forcing.test_losses import by_hand

@@ -1,0 +1,181 @@
+"""Measure greedy decoding of prompts: tokens per forward, slots per step, and agreement with ordinary `generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from jacobi_hf.config import JacobiConfig
+
+
+@dataclass(frozen=True)
+class DecodingReport:
+    """Counts and outputs of decoding a list of prompts one at a time.
+
+    Attributes:
+        new_tokens: new tokens of each prompt.
+        forwards: model forwards of each prompt, prefill included.
+        mean_slots: positions per decoding forward, over all prompts.
+        outputs: ids of the new tokens of each prompt.
+    """
+
+    new_tokens: list[int]
+    forwards: list[int]
+    mean_slots: float
+    outputs: list[list[int]]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens over forwards, all prompts together."""
+        return sum(self.new_tokens) / sum(self.forwards)
+
+    @property
+    def per_prompt(self) -> list[float]:
+        """Tokens per forward of each prompt."""
+        return [tokens / forwards for tokens, forwards in zip(self.new_tokens, self.forwards, strict=True)]
+
+    @property
+    def looping(self) -> list[int]:
+        """Indices of the prompts whose output ends in a loop."""
+        return [number for number, output in enumerate(self.outputs) if is_looping(output)]
+
+    @property
+    def loop_free(self) -> float | None:
+        """Tokens per forward over the prompts whose output ends in no loop; None if there is no such prompt."""
+        looping = set(self.looping)
+        free = [
+            counts
+            for number, counts in enumerate(zip(self.new_tokens, self.forwards, strict=True))
+            if number not in looping
+        ]
+        return sum(tokens for tokens, _ in free) / sum(forwards for _, forwards in free) if free else None
+
+
+def is_looping(tokens: Sequence[int], tail: int = 48, longest_period: int = 19) -> bool:
+    """Return whether the last `tail` tokens repeat with a period of at most `longest_period` tokens."""
+    last = list(tokens[-tail:])
+    return len(last) == tail and any(last[p:] == last[:-p] for p in range(1, longest_period + 1))
+
+
+def untracked(rows: Iterable[Any], what: str) -> Iterable[Any]:  # noqa: ARG001
+    """Return the rows unchanged: a progress bar that shows nothing.
+
+    Args:
+        rows: items to iterate over.
+        what: label that a visible progress bar would show.
+    """
+    return rows
+
+
+def measure_decoding(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: JacobiConfig,
+    max_new_tokens: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
+    what: str = "",
+) -> DecodingReport:
+    """Decode prompts greedily with Jacobi decoding, one prompt at a time, and return the counts.
+
+    Args:
+        model: model of a registered class, in eval mode.
+        prompts: token ids of each prompt.
+        config: how to decode.
+        max_new_tokens: most new tokens of each prompt.
+        track: progress bar, called as `untracked` is.
+        what: label of the progress bar.
+    """
+    tokens, forwards, outputs = [], [], []
+    slots = steps = 0
+    for prompt in track(prompts, what):
+        output = _generate(model, prompt, max_new_tokens, return_dict_in_generate=True, **config.to_knobs())
+        stats = output.jacobi_stats
+        tokens.append(stats.new_tokens[0])
+        forwards.append(stats.forwards)
+        slots += stats.slots
+        steps += stats.slots_by_width.total()
+        outputs.append(output.sequences[0, len(prompt) :].tolist())
+    return DecodingReport(tokens, forwards, slots / max(1, steps), outputs)
+
+
+def ordinary_outputs(model: PreTrainedModel, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """Return the new token ids that ordinary greedy decoding writes for each prompt, one prompt at a time."""
+    return [_generate(model, prompt, max_new_tokens, decoding=None)[0, len(prompt) :].tolist() for prompt in prompts]
+
+
+def _generate(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> Any:
+    """Return the output of one greedy call of `generate` for one prompt."""
+    ids_1P = torch.tensor([list(prompt)], device=model.device)
+    return model.generate(
+        input_ids=ids_1P,
+        attention_mask=torch.ones_like(ids_1P),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        **options,
+    )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the ids of a prompt: a string is tokenized unchanged, messages go through the chat template."""
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    of_messages: list[int] = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+    return of_messages
+
+
+def measurements(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Any]],
+    decoders: Mapping[str, JacobiConfig],
+    max_new_tokens: int,
+    drafter: str | None = None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
+) -> list[Measurement]:
+    """Return tokens per forward, slots per forward and agreement of each decoder on the prompts of each domain.
+
+    Args:
+        model: model of a registered class, in eval mode.
+        tokenizer: the model's tokenizer.
+        prompts: prompts by the name of their domain; each prompt is a string or a list of messages.
+        decoders: settings of Jacobi decoding by the name that the results give them.
+        max_new_tokens: most new tokens of each prompt.
+        drafter: name that the results give the drafter in use; None without a drafter.
+        track: progress bar, called as `untracked` is.
+    """
+    measured = []
+    for domain, texts in prompts.items():
+        ids = [prompt_ids(tokenizer, text) for text in texts]
+        references = ordinary_outputs(model, track(ids, f"{domain}, generate"), max_new_tokens)
+        described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
+        for name, config in decoders.items():
+            report = measure_decoding(model, ids, config, max_new_tokens, track, f"{domain}, {name}")
+            measured.append(_measurement(Decoder.of(name, config, drafter), described, report, references))
+    return measured
+
+
+def _measurement(
+    decoder: Decoder, prompts: Prompts, report: DecodingReport, references: Sequence[list[int]]
+) -> Measurement:
+    return Measurement(
+        decoder=decoder,
+        prompts=prompts,
+        new_tokens=sum(report.new_tokens),
+        forwards=sum(report.forwards),
+        tokens_per_forward=report.tokens_per_forward,
+        tokens_per_forward_loop_free=report.loop_free,
+        per_prompt_tokens_per_forward=report.per_prompt,
+        looping=report.looping,
+        mean_slots=report.mean_slots,
+        agreement=Agreement.between(report.outputs, references),
+    )
