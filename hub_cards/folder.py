@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE
+from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.hub_cards.custom_generate import FOLDER, write_custom_generate
 from jacobi_hf.hub_cards.metadata import is_repo_id
 from jacobi_hf.results.schema import Results

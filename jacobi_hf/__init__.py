@@ -9,7 +9,8 @@ import jacobi_hf.integration  # noqa: F401  # isort: skip  (first: it refuses re
 from jacobi_hf._version import __version__
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.drafts.loading import load_drafter, set_drafter, unload_drafter
-from jacobi_hf.drafts.lora import DrafterError, LoraDrafter
+from jacobi_hf.drafts.lora import LoraDrafter
+from jacobi_hf.drafts.lora_format import DrafterError
 from jacobi_hf.execution.buffers import clear_graphs
 from jacobi_hf.integration.mixin import JacobiGenerationMixin, register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats

@@ -30,7 +30,7 @@ class Candidate:
     token_ids: tuple[int, ...]
     verified: int
 
-    def confirmed(self, token_ids: Sequence[int]) -> int:
+    def accepted(self, token_ids: Sequence[int]) -> int:
         """How many of the guesses became text, where a forward committed `token_ids`."""
         pairs = zip(self.token_ids[: self.verified], token_ids, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -80,6 +80,8 @@ def candidates_of(slots: Slots, names: Sequence[str]) -> tuple[Candidate, ...]:
     segments = zip(layout.path_SD.tolist(), slots.length_BS[0].tolist(), strict=True)
     chains = [tuple(token_Q[slot] for slot in path[1 : 1 + length]) for path, length in segments]
     drafts = [Candidate(name, chain, len(chain)) for name, chain in zip(names, chains, strict=False)]
-    if layout.noisy:  # the stream that drafts has the whole window, of which as much is verified as the other one has
-        drafts[0] = Candidate("window", chains[layout.drafting], len(chains[0]))
+    if (
+        layout.draft_slots
+    ):  # the stream that drafts has the whole window, of which as much is verified as the other one has
+        drafts[0] = Candidate("window", chains[layout.draft_segment], len(chains[0]))
     return tuple(draft for draft in drafts if draft.token_ids)

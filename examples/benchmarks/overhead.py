@@ -74,7 +74,7 @@ class Clock:
         selector: Any,
         widths: Any,
         layout: Any,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         *rest: Any,
         **options: Any,
     ) -> None:
@@ -83,19 +83,19 @@ class Clock:
             self.steps.append(time.perf_counter() - self._last - sum(self._replaying))
         self._replaying.clear()
         slots = step.slots(widths, layout)
-        bare, read_S = self._model.forward, column_S.view(-1)
+        bare, read_K = self._model.forward, key_column_K.view(-1)
         if self._forwards is not None:
             bare = self._forwards.setdefault(layout.slots, compiled(self._model))
-            torch._dynamo.mark_dynamic(read_S, 0)
-        step.cache.open_step(layout.slots, read_S)
-        arguments = forward.arguments(slots.token_BQ, None, layout, read_S, None)
+            torch._dynamo.mark_dynamic(read_K, 0)
+        step.cache.open_step(layout.slots, read_K)
+        arguments = forward.arguments(slots.token_BQ, None, layout, read_K, None)
         if self._forwards is not None:
             torch._dynamo.mark_dynamic(arguments["attention_mask"], 3)
         began = time.perf_counter()
         bare(**arguments)
         self._last = time.perf_counter()
         self.bare.append(self._last - began)
-        self._execution.run(step, forward, selector, widths, layout, column_S, *rest, **options)
+        self._execution.run(step, forward, selector, widths, layout, key_column_K, *rest, **options)
 
 
 def compiled(model: Any) -> Any:

@@ -166,10 +166,12 @@ def timed_steps(
         cache.lengths_B.fill_(context)
         step.width_B.fill_(width - 1)
         layout = build_layout((width - 1,), device)
-        column_S = cache.columns(width, context)
+        key_column_K = cache.columns(width, context)
         synchronize(device)
         started = time.perf_counter()
-        execution.run(step, forward, selector, Widths(width - 1, ()), layout, column_S, context + 1, some_over=False)
+        execution.run(
+            step, forward, selector, Widths(width - 1, ()), layout, key_column_K, context + 1, some_over=False
+        )
         returned = time.perf_counter()
         synchronize(device)
         return time.perf_counter() - started, returned - started

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import ListedColormap
 
-from jacobi_hf.decoding.layout import attention_mask, build_layout
+from jacobi_hf.attention.masks import attention_mask
+from jacobi_hf.decoding.layout import build_layout
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "images" / "streams.png"
 TEXT, WINDOW, BRANCH, NOISY = 3, 3, 2, 5

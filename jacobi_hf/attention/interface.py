@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jacobi_hf.attention.kernels import flash, flash_attn_with_kvcache, flex, grouped_mask, grouped_sdpa, has_flex
-from jacobi_hf.decoding.layout import attention_mask, block_mask, mask_from_table, mask_table
+from jacobi_hf.attention.masks import attention_mask, block_mask, mask_from_table, mask_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +99,7 @@ def step_attention(
     """The attention function of `OURS[own]`.
 
     Args:
-        query: `(B, heads, Q, head_dim)`; key, value: `(B, key/value heads, S, head_dim)`.
+        query: `(B, heads, Q, head_dim)`; key, value: `(B, key/value heads, K, head_dim)`.
         attention_mask: one of `StepMasks`, or anything that the implementation `own` takes.
 
     Returns:
@@ -163,7 +163,7 @@ class MaskBuilder:
         """The argument for one forward.
 
         Args:
-            mask: gives the bool mask `(B, 1, Q, S)`, True where attention is allowed, for a sliding window or None.
+            mask: gives the bool mask `(B, 1, Q, K)`, True where attention is allowed, for a sliding window or None.
             device: where the model takes it.
         """
         return self._by_kind(lambda window: self._additive(mask(window)).to(device))
@@ -185,7 +185,7 @@ class StepMasks(MaskBuilder):
     | kernel | mask |
     |---|---|
     | sdpa of a prefill that needs none | an empty tensor, `(1, 1, 0, 0)` |
-    | sdpa | additive `(B, 1, groups * Q, S)`; bool `(B, 1, Q, S)` for wide forwards |
+    | sdpa | additive `(B, 1, groups * Q, K)`; bool `(B, 1, Q, K)` for wide forwards |
     | FlexAttention | a `BlockMask` |
     | flash-attn | int32 `(B, 1, 1, 1)`, the columns that are filled |
 
@@ -205,10 +205,10 @@ class StepMasks(MaskBuilder):
             head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
             self._usable = usable_kernels(self._own, device, model.dtype, head_dim)
 
-    def of_step(self, layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor) -> Any:
-        """The argument for a forward over the layout's slots; see `layout.attention_mask` for the arguments."""
+    def of_step(self, layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> Any:
+        """The argument for a forward over the layout's slots; see `masks.attention_mask` for the arguments."""
         kernel = self._kernel(layout) if lengths_B.device == self._device else SDPA
-        return self._by_kind(lambda window: self._of_layer(kernel, layout, lengths_B, column_S, window))
+        return self._by_kind(lambda window: self._of_layer(kernel, layout, lengths_B, key_column_K, window))
 
     def is_causal(self, slots: int) -> bool:
         """Whether a chain of `slots` slots with nothing before it needs no mask in any layer, since plain causality is all there is."""
@@ -229,20 +229,22 @@ class StepMasks(MaskBuilder):
         return FLEX if FLEX in self._usable and (compiling or self._own == FLEX) else SDPA
 
     def _of_layer(
-        self, kernel: str, layout: Layout, lengths_B: torch.Tensor, column_S: torch.Tensor, window: int | None
+        self, kernel: str, layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor, window: int | None
     ) -> Any:
         if kernel == FLASH:
             return (lengths_B + layout.slots).int()[:, None, None, None]
         if layout.without_past and self._sees_all(layout.slots, window):
             return torch.empty(1, 1, 0, 0, device=self._device)
         if kernel == FLEX:
-            return block_mask(layout, lengths_B, column_S, window)
+            return block_mask(layout, lengths_B, key_column_K, window)
         grouped = self._is_ours and layout.slots <= GROUPED_SLOTS
         if (
             grouped and window is None and not torch.compiler.is_compiling()
         ):  # a compiler makes one kernel of the plain way
-            return mask_from_table(mask_table(layout, self._groups, self._dtype), lengths_B, column_S).to(self._device)
-        allowed = attention_mask(layout, lengths_B, column_S, window)
+            return mask_from_table(mask_table(layout, self._groups, self._dtype), lengths_B, key_column_K).to(
+                self._device
+            )
+        allowed = attention_mask(layout, lengths_B, key_column_K, window)
         if grouped:
             return grouped_mask(allowed, self._groups, self._dtype).to(self._device)
         return self._additive(allowed).to(self._device)

@@ -1,6 +1,6 @@
 """Attention over a step's slots, keys and values as the cache holds them: never repeated for the query heads of a group.
 
-Shapes: queries `(B, heads, Q, head_dim)`, keys and values `(B, key/value heads, S, head_dim)`, output `(B, Q, heads, head_dim)`.
+Shapes: queries `(B, heads, Q, head_dim)`, keys and values `(B, key/value heads, K, head_dim)`, output `(B, Q, heads, head_dim)`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def grouped_sdpa(
 
 
 def grouped_mask(allowed: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of `grouped_sdpa`, `(B, 1, groups * Q, S)`, from a bool one `(B, 1, Q, S)`.
+    """The mask of `grouped_sdpa`, `(B, 1, groups * Q, K)`, from a bool one `(B, 1, Q, K)`.
 
     It is additive, which sdpa would otherwise make of it in every layer.
     """

@@ -35,12 +35,12 @@ class JacobiStaticLayer(StaticLayer):
         """Write `(B, heads, Q, head_dim)` states; returns `(B, heads, extent, head_dim)` keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._step.noisy:
+        if self._step.draft_slots:
             for states in (key_states, value_states):
                 # A masked column still takes part as 0 times its value: NaN or Inf of a broken drafter must not get to other slots.
-                states[:, :, -self._step.noisy :].nan_to_num_(0.0, BOUND, -BOUND).clamp_(-BOUND, BOUND)
+                states[:, :, -self._step.draft_slots :].nan_to_num_(0.0, BOUND, -BOUND).clamp_(-BOUND, BOUND)
         self.write(self._step.slot_BQ, key_states, value_states)
-        extent = len(self._step.column_S)
+        extent = len(self._step.key_column_K)
         return self.keys[:, :, :extent], self.values[:, :, :extent]
 
     def write(self, index_BQ: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -67,8 +67,8 @@ class _Step:
     """What the layers share while one forward runs: where its slots go and how far the cache is read."""
 
     slot_BQ: torch.Tensor
-    column_S: torch.Tensor
-    noisy: int = 0
+    key_column_K: torch.Tensor
+    draft_slots: int = 0
 
 
 class JacobiStaticCache(StaticCache):
@@ -100,7 +100,7 @@ class JacobiStaticCache(StaticCache):
         self.column_C = torch.arange(columns, device=device)
 
     def columns(self, slots: int, longest: int) -> torch.Tensor:
-        """`column_S`, the numbers of the columns that a forward of `slots` slots reads; on the host.
+        """`key_column_K`, the numbers of the columns that a forward of `slots` slots reads; on the host.
 
         Args:
             longest: the largest of `lengths_B`.
@@ -115,11 +115,11 @@ class JacobiStaticCache(StaticCache):
     def _extent(self, columns: int) -> int:
         return -(-columns // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE
 
-    def open_step(self, slots: int, column_S: torch.Tensor, noisy: int = 0) -> None:
-        """Prepare for a forward of `slots` slots, the last `noisy` of them a drafter's, that reads the columns `column_S`."""
-        self._step.noisy = noisy
+    def open_step(self, slots: int, key_column_K: torch.Tensor, draft_slots: int = 0) -> None:
+        """Prepare for a forward of `slots` slots, the last `draft_slots` of them a drafter's, that reads the columns `key_column_K`."""
+        self._step.draft_slots = draft_slots
         self._step.slot_BQ = self.lengths_B[:, None] + self.column_C[:slots]
-        self._step.column_S = column_S
+        self._step.key_column_K = key_column_K
 
     @property
     def slot_BQ(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from jacobi_hf.decoding.layout import build_layout, chain_layout
-from jacobi_hf.decoding.selection import Selector, best, check_samples, confirmed, pick
+from jacobi_hf.decoding.selection import Selector, accepted_prefixes, best, check_samples, pick
 from jacobi_hf.decoding.step import Acceptance, Slots, Step, Widths
 from jacobi_hf.execution.base import Eager
 from jacobi_hf.output import JacobiStats
@@ -84,7 +84,7 @@ class Decoder:
     """One call of `generate`.
 
     Args:
-        forward: `(token_BQ or None, embeds_BQH or None, layout, column_S, keep_BN or None) -> logits`, written to the step's cache.
+        forward: `(token_BQ or None, embeds_BQH or None, layout, key_column_K, keep_BN or None) -> logits`, written to the step's cache.
         step: the state of all rows, opened for this call; its cache stands as it does before the prompt.
         selector: the model's choice under the call's processors and noise.
         stopping: criteria, streamer, output ids.
@@ -196,9 +196,9 @@ class Decoder:
             layout = chain_layout(
                 prompt.inputs[:, part].shape[1], last_B1.device, without_past=not cached and not first
             )
-            column_S = self._cache.columns(layout.slots, cached + first)
+            key_column_K = self._cache.columns(layout.slots, cached + first)
             place_B1 = last_B1 - first
-            logits_B1V = self._forward(ids_BP, embeds_BPH, layout, column_S, place_B1.clamp(0, layout.slots - 1))
+            logits_B1V = self._forward(ids_BP, embeds_BPH, layout, key_column_K, place_B1.clamp(0, layout.slots - 1))
             kept = logits_B1V if kept is None else torch.where(place_B1[..., None] < 0, kept, logits_B1V)
             self._cache.commit((place_B1[:, 0] + 1).clamp(0, layout.slots))
         assert kept is not None
@@ -211,18 +211,25 @@ class Decoder:
     def _decode(self) -> None:
         widths = self._execution.widths(self._greatest_widths() if self._lag else self._widths())
         layout = widths.layout(self._cache.lengths_B.device)
-        column_S = self._cache.columns(layout.slots, self._longest_cached())
+        key_column_K = self._cache.columns(layout.slots, self._longest_cached())
         names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
         drafts = candidates_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
         if self._wants_tokens_alone:
             some_over, text_columns = self._some_over(), self._text_columns(layout)
             self._draw(layout)
             self._execution.run(
-                self._step, self._forward, self._selector, widths, layout, column_S, text_columns, some_over=some_over
+                self._step,
+                self._forward,
+                self._selector,
+                widths,
+                layout,
+                key_column_K,
+                text_columns,
+                some_over=some_over,
             )
         else:
             slots = self._step.slots(widths, layout)
-            self._settle(slots, self._forward(slots.token_BQ, None, layout, column_S, None))
+            self._settle(slots, self._forward(slots.token_BQ, None, layout, key_column_K, None))
         self._launch(names, layout.slots, layout.offset_D.shape[0], widths.window, drafts)
         self._tell(waiting=self._lag)
 
@@ -315,7 +322,7 @@ class Decoder:
             choice_BQ = best(logits_BQV)
         else:
             choice_BQ, _, _ = pick(logits_BQV, self._noise(layout))
-        path_SD, length_BS = layout.path_SD[: layout.contenders], slots.length_BS[:, : layout.contenders]
+        path_SD, length_BS = layout.path_SD[: layout.verified_segments], slots.length_BS[:, : layout.verified_segments]
         alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
         for depth in range(path_SD.shape[1]):
             best_B = alive_BS.long().argmax(1)
@@ -345,7 +352,7 @@ class Decoder:
             if not alive_BS.any(1).all():
                 break
         path_BD = layout.path_SD[best_B]
-        agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
+        agrees_BSD, accepted_BS = accepted_prefixes(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         count_B = torch.full_like(row_B, depth + 1)
         run_BD = choice_BQ.gather(1, path_BD)
         return Acceptance(

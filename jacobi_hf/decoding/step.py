@@ -15,7 +15,7 @@ import torch
 
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 from jacobi_hf.decoding.layout import Layout, build_layout
-from jacobi_hf.decoding.selection import confirmed, pick
+from jacobi_hf.decoding.selection import accepted_prefixes, pick
 from jacobi_hf.drafts.base import CandidateSource, Drafts, NgramLookup, NgramPool, OtherChoices, Rejection, Text
 from jacobi_hf.drafts.window import Window
 
@@ -33,7 +33,7 @@ class Forward(Protocol):
         token_BQ: torch.Tensor | None,
         embeds_BQH: torch.Tensor | None,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         keep_BN: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`."""
@@ -87,7 +87,7 @@ class Acceptance:
 
     Attributes:
         choice_BQ: the model's token at every slot.
-        agrees_BSD, accepted_BS: as `selection.confirmed` returns them; in_window_B: accepted in the window.
+        agrees_BSD, accepted_BS: as `selection.accepted_prefixes` returns them; in_window_B: accepted in the window.
         best_B: the segment that each row follows.
         path_BD: its slots by depth.
         run_BD: the choices along it, of which the first `count_B` are committed.
@@ -207,7 +207,7 @@ class Step:
         selector: Selector,
         widths: Widths,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         text_columns: int | None = None,
         *,
         some_over: bool = True,
@@ -216,12 +216,12 @@ class Step:
         """A whole step of a call that wants its tokens alone.
 
         Args:
-            forward, layout, column_S: as in `Decoder`, for `widths.layout`.
+            forward, layout, key_column_K: as in `Decoder`, for `widths.layout`.
             selector: vectorised; with the noise of every slot's new-token index, to sample.
             text_columns, some_over, may_look: as in `advance`.
         """
         slots = self.slots(widths, layout)
-        scores_BQV = forward(slots.token_BQ, None, layout, column_S, None)
+        scores_BQV = forward(slots.token_BQ, None, layout, key_column_K, None)
         if selector.processors:
             scores_BQV = selector.scores(scores_BQV, layout, slots.token_BQ)
         noise_BQV = None if selector.noise is None else selector.noise.at(self.generated_B[:, None] + layout.depth_Q)
@@ -258,16 +258,16 @@ class Step:
         choice_BQ, broken_BQ, merit_BQV = pick(scores_BQV, noise_BQV)
         if some_over:
             choice_BQ = torch.where(self.halted_B[:, None], self._pad, choice_BQ)
-        agrees_BSD, accepted_BS = confirmed(layout, slots.token_BQ, choice_BQ, slots.length_BS)
+        agrees_BSD, accepted_BS = accepted_prefixes(layout, slots.token_BQ, choice_BQ, slots.length_BS)
         in_window_B = accepted_BS[:, 0]
-        if layout.contenders == 1:
+        if layout.verified_segments == 1:
             best_B, accepted_B = self._none_B, in_window_B
             path_BD = layout.path_SD if layout.is_chain else layout.path_SD[:1]
             run_BD = choice_BQ if layout.is_chain else choice_BQ[:, layout.path_SD[0]]
         else:
             # Of equals the window wins: nothing has to be moved.
-            rank_S = layout.rank_S[: layout.contenders]
-            best_B = (accepted_BS[:, : layout.contenders] * len(rank_S) - rank_S).max(1).indices
+            rank_S = layout.rank_S[: layout.verified_segments]
+            best_B = (accepted_BS[:, : layout.verified_segments] * len(rank_S) - rank_S).max(1).indices
             path_BD = layout.path_SD[best_B]
             run_BD = choice_BQ.gather(1, path_BD)
             accepted_B = accepted_BS.gather(1, best_B[:, None])[:, 0]
@@ -330,7 +330,7 @@ class Step:
             may_look: whether the host may be asked for a value in between, where that saves work.
         """
         run_BD, count_B = acceptance.run_BD, acceptance.count_B
-        moves = slots.layout.contenders > 1 and not (
+        moves = slots.layout.verified_segments > 1 and not (
             may_look and not bool(((acceptance.best_B > 0) & (count_B > 1)).any())
         )
         self.cache.commit(count_B, acceptance.path_BD if moves else None)
@@ -350,24 +350,26 @@ class Step:
     ) -> None:
         """The next window and the next branches."""
         window, layout = self.window, slots.layout
-        drafting, width = layout.drafting, layout.lengths[layout.drafting]
+        drafting, width = layout.draft_segment, layout.lengths[layout.draft_segment]
         drafted_B1 = slots.length_BS if layout.is_chain else slots.length_BS[:, drafting : drafting + 1]
         agrees_BD = acceptance.agrees_BSD[:, drafting] & (layout.offset_D[:-1] < drafted_B1) if window.waits else None
         window.append_blocks(self.generated_B, generated_B, agrees_BD)
-        path_W1: torch.Tensor | slice = layout.path_SD[drafting, : width + 1] if layout.noisy else slice(width + 1)
+        path_W1: torch.Tensor | slice = (
+            layout.path_SD[drafting, : width + 1] if layout.draft_slots else slice(width + 1)
+        )
         choice_BW1 = acceptance.choice_BQ if layout.is_chain else acceptance.choice_BQ[:, path_W1]
         choices = [(choice_BW1, drafted_B1)]
-        if layout.contenders > 1 or layout.noisy:
+        if layout.verified_segments > 1 or layout.draft_slots:
             # The branch that was followed knows better than the window what comes behind it: the window's guesses were refuted. Where the
             # window was followed, a drafter has the word behind the tokens that the model itself chose.
             best_B1 = acceptance.best_B[:, None]
             known_B1 = slots.length_BS.gather(1, best_B1)
-            if layout.noisy:
+            if layout.draft_slots:
                 known_B1 = torch.where(best_B1 > 0, known_B1, acceptance.count_B[:, None] - 1)
             choices = [(acceptance.run_BD, known_B1), *choices]
         if self.sources and width:
             learnt_BW1 = choice_BW1
-            if layout.noisy:
+            if layout.draft_slots:
                 # What follows a refuted guess is for the model to say, as far as it was asked; behind that the drafter's word stands.
                 verified_BW1 = layout.offset_D[: width + 1] <= slots.length_BS[:, :1]
                 learnt_BW1 = torch.where(
@@ -393,12 +395,15 @@ class Step:
     def _drafts(self, slots: Slots, acceptance: Acceptance) -> Drafts:
         """The next window, and what else the model held likely at the slots that its first guesses come from."""
         layout, draft_BW = slots.layout, self.window.draft_BW
-        path_D, offset_S = layout.path_SD[layout.drafting], torch.arange(1 + max(self.starts), device=draft_BW.device)
+        path_D, offset_S = (
+            layout.path_SD[layout.draft_segment],
+            torch.arange(1 + max(self.starts), device=draft_BW.device),
+        )
         depth_BS = acceptance.count_B[:, None] + offset_S
         slot_BS = path_D[depth_BS.clamp(max=path_D.shape[0] - 1)]
         row_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
         likeliest_BSK = acceptance.merit_BQV[row_B1, slot_BS].topk(1 + OtherChoices.PER_GUESS).indices
-        known_B = (slots.length_BS[:, layout.drafting] + 1 - acceptance.count_B).clamp(min=0)
+        known_B = (slots.length_BS[:, layout.draft_segment] + 1 - acceptance.count_B).clamp(min=0)
         return Drafts(draft_BW, likeliest_BSK[..., 1:], known_B)
 
     def measure(self, *, some_over: bool = True) -> None:

@@ -86,8 +86,8 @@ class Replay:
         step, of = self.runner.steps[number - 1], f"Forward {number} of {len(self.runner.steps)}"
         if not step.drafts:
             return f"{of}: no guesses, 1 token." if number > 1 else f"{of}: the prompt, and the first token."
-        best = max(step.drafts, key=lambda draft: draft.confirmed(step.token_ids))
-        confirmed = best.confirmed(step.token_ids)
+        best = max(step.drafts, key=lambda draft: draft.accepted(step.token_ids))
+        confirmed = best.accepted(step.token_ids)
         whence = f" ({'the window' if best.source == 'window' else best.source})" if confirmed else ""
         guesses = sum(draft.verified for draft in step.drafts)
         tokens = f"{len(step.token_ids)} token{'s' * (len(step.token_ids) != 1)}"
@@ -124,13 +124,13 @@ def _kind(draft: Candidate | None, place: int, committed: Sequence[int], becomes
     """The class of a guess: "confirmed" in this forward; "right" already, though not yet confirmed; "wrong"; and whether "unverified"."""
     assert draft is not None
     unverified = " unverified" * (place >= draft.verified)
-    if place < draft.confirmed(committed):
+    if place < draft.accepted(committed):
         return "confirmed"
     return ("right" if place < len(becomes) and draft.token_ids[place] == becomes[place] else "wrong") + unverified
 
 
 def _branch(draft: Candidate, committed: Sequence[int], tokenizer: Any) -> Markup:
-    confirmed = draft.confirmed(committed)
+    confirmed = draft.accepted(committed)
     guesses = join(
         Markup('<span class="{}">{}</span>').format(
             "confirmed" if place < confirmed else "wrong", _shown(tokenizer, token)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, DrafterError, LoraDrafter, check_fits
+from jacobi_hf.drafts.lora import LoraDrafter
+from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE, DrafterError, check_fits
 from jacobi_hf.execution.buffers import clear_graphs
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_drafter(
         DrafterError: as `load_drafter`.
     """
     drafter = LoraDrafter.from_pretrained(_folder_of(source, revision, token))
-    check_fits(drafter, model)
+    check_fits(drafter.config, drafter.shapes(), model)
     return drafter
 
 

@@ -86,7 +86,7 @@ class Execution(Protocol):
         selector: Selector,
         widths: Widths,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         text_columns: int,
         *,
         some_over: bool,
@@ -110,14 +110,14 @@ class Eager:
         selector: Selector,
         widths: Widths,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         text_columns: int,
         *,
         some_over: bool,
     ) -> None:
         """One step; see `Step.run`."""
-        may_look = column_S.device.type == "cpu"  # at the host's own memory
-        step.run(forward, selector, widths, layout, column_S, text_columns, some_over=some_over, may_look=may_look)
+        may_look = key_column_K.device.type == "cpu"  # at the host's own memory
+        step.run(forward, selector, widths, layout, key_column_K, text_columns, some_over=some_over, may_look=may_look)
 
 
 class WholeSteps:
@@ -156,13 +156,13 @@ class WholeSteps:
         selector: Selector,
         widths: Widths,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         text_columns: int,
         *,
         some_over: bool,
     ) -> None:
         """One step; `text_columns` and `some_over` are not looked at, so that they change nothing in what is compiled or recorded."""
-        step.run(forward, selector, widths, layout, column_S)
+        step.run(forward, selector, widths, layout, key_column_K)
 
 
 class Compiled(WholeSteps):
@@ -210,7 +210,7 @@ class Compiled(WholeSteps):
         selector: Selector,
         widths: Widths,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         text_columns: int,
         *,
         some_over: bool,
@@ -223,21 +223,21 @@ class Compiled(WholeSteps):
         if self._switches is None:
             self._switches = Switches(self._model)  # as the prefill has left them
             _mark_lengths(step)
-        column_S = column_S.view(-1)
-        torch._dynamo.mark_dynamic(column_S, 0)
+        key_column_K = key_column_K.view(-1)
+        torch._dynamo.mark_dynamic(key_column_K, 0)
         kind = self.kind(step, selector, widths)
         ready = self._ready.get(kind)
         if ready is None:
             ready = self._ready[kind] = self._find(kind, self._switches)
         before = self._switches if ready.is_settled else Switches(self._model)
         try:
-            ready(step, forward, selector, widths, layout, column_S)
+            ready(step, forward, selector, widths, layout, key_column_K)
         except (
             torch._dynamo.exc.Unsupported,
             torch._dynamo.exc.FailOnRecompileLimitHit,
         ) as error:  # nothing of the step has run
             ready = self._ready[kind] = self._instead(ready, error)
-            self.run(step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over)
+            self.run(step, forward, selector, widths, layout, key_column_K, text_columns, some_over=some_over)
             return
         if isinstance(ready, CompiledStep) and not ready.is_settled:
             self._ready[kind] = self._settled(ready, before)

@@ -40,7 +40,13 @@ class CompiledStep:
         )
 
     def __call__(
-        self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor
+        self,
+        step: Step,
+        forward: Forward,
+        selector: Selector,
+        widths: Widths,
+        layout: Layout,
+        key_column_K: torch.Tensor,
     ) -> None:
         """One step.
 
@@ -48,7 +54,7 @@ class CompiledStep:
             torch._dynamo.exc.Unsupported: it cannot be compiled; nothing of it has run.
             torch._dynamo.exc.FailOnRecompileLimitHit: it was compiled too often; nothing of it has run.
         """
-        self._run(step, forward, selector, widths, layout, column_S)
+        self._run(step, forward, selector, widths, layout, key_column_K)
 
     @property
     def is_settled(self) -> bool:
@@ -83,10 +89,16 @@ class UncompiledStep:
         self._names, self._under = names, switches.of(names)
 
     def __call__(
-        self, step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor
+        self,
+        step: Step,
+        forward: Forward,
+        selector: Selector,
+        widths: Widths,
+        layout: Layout,
+        key_column_K: torch.Tensor,
     ) -> None:
         """One step, as it stands."""
-        whole_step(step, forward, selector, widths, layout, column_S)
+        whole_step(step, forward, selector, widths, layout, key_column_K)
 
     def fits(self, switches: Switches) -> bool:
         """Whether compiling would fail again."""
@@ -94,10 +106,10 @@ class UncompiledStep:
 
 
 def whole_step(
-    step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, column_S: torch.Tensor
+    step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, key_column_K: torch.Tensor
 ) -> None:
     """What is compiled."""
-    step.run(forward, selector, widths, layout, column_S)
+    step.run(forward, selector, widths, layout, key_column_K)
 
 
 def of_its_own(function: Any) -> Any:

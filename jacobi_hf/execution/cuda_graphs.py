@@ -117,16 +117,16 @@ class Captured:
         selector: Selector,
         widths: Widths,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         text_columns: int,
         *,
         some_over: bool,
     ) -> None:
         """One step; it reads the cache in few lengths, since each is a recording of its own."""
-        column_S = step.cache.column_C[: rounded_up(len(column_S))]
-        kind = len(column_S), self._steps.kind(step, selector, widths)
+        key_column_K = step.cache.column_C[: rounded_up(len(key_column_K))]
+        kind = len(key_column_K), self._steps.kind(step, selector, widths)
         work = partial(
-            self._steps.run, step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over
+            self._steps.run, step, forward, selector, widths, layout, key_column_K, text_columns, some_over=some_over
         )
         if self._recordings is None:
             self._recordings = self._kept()  # not before, since a prefill may set what a model decides by

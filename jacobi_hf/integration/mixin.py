@@ -26,8 +26,9 @@ from transformers import (
 from jacobi_hf.attention.interface import OURS, StepMasks, attention_of
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
 from jacobi_hf.decoding.loop import Decoder
+from jacobi_hf.decoding.noise import SamplingNoise
 from jacobi_hf.decoding.prompt import read_prompt
-from jacobi_hf.decoding.selection import SamplingNoise, Selector
+from jacobi_hf.decoding.selection import Selector
 from jacobi_hf.decoding.step import step_slots
 from jacobi_hf.decoding.stopping import Scores, StoppingRules, token_limit
 from jacobi_hf.drafts.loading import drafter_of
@@ -410,19 +411,19 @@ class _Forward:
         token_BQ: torch.Tensor | None,
         embeds_BQH: torch.Tensor | None,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         keep_BN: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `column_S` as `cache.columns` gives them."""
-        self._cache.open_step(layout.slots, column_S, layout.noisy)
-        if self._drafter is not None and layout.noisy and token_BQ is not None:
-            token_BQ = self._drafter.shown(token_BQ, layout.noisy)
-        arguments = self.arguments(token_BQ, embeds_BQH, layout, column_S, keep_BN)
-        if self._drafter is not None and layout.noisy:
-            with self._drafter.drafting(layout.slots - layout.noisy, layout.slots, len(self._cache.lengths_B)):
+        """Logits `(B, Q, V)`, or `(B, N, V)` of the slots `keep_BN`; `key_column_K` as `cache.columns` gives them."""
+        self._cache.open_step(layout.slots, key_column_K, layout.draft_slots)
+        if self._drafter is not None and layout.draft_slots and token_BQ is not None:
+            token_BQ = self._drafter.shown(token_BQ, layout.draft_slots)
+        arguments = self.arguments(token_BQ, embeds_BQH, layout, key_column_K, keep_BN)
+        if self._drafter is not None and layout.draft_slots:
+            with self._drafter.drafting(layout.slots - layout.draft_slots, layout.slots, len(self._cache.lengths_B)):
                 outputs = self._model(**arguments)
             outputs.logits[
-                :, -layout.noisy :
+                :, -layout.draft_slots :
             ].nan_to_num_()  # a broken drafter is no reason for a processor to give up
         else:
             outputs = self._model(**arguments)
@@ -438,7 +439,7 @@ class _Forward:
         token_BQ: torch.Tensor | None,
         embeds_BQH: torch.Tensor | None,
         layout: Layout,
-        column_S: torch.Tensor,
+        key_column_K: torch.Tensor,
         keep_BN: torch.Tensor | None,
     ) -> dict[str, Any]:
         """What the model is called with, the cache's step being open."""
@@ -447,7 +448,7 @@ class _Forward:
         return {
             "input_ids": None if token_BQ is None else token_BQ.to(self._device),
             "inputs_embeds": embeds_BQH,
-            "attention_mask": self._masks.of_step(layout, lengths_B, column_S),
+            "attention_mask": self._masks.of_step(layout, lengths_B, key_column_K),
             "position_ids": position_BQ.clamp(max=self._last).to(self._device),
             CACHE: self._cache,
             "use_cache": True,

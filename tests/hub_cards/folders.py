@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, LoraDrafterConfig
+from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE, LoraDrafterConfig
 
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
 DRAFTER = LoraDrafterConfig("user/base", "abc", "qwen3", 8, 1, 11, 2, 2.0, ["q_proj"])

@@ -94,7 +94,7 @@ def test_steps_are_forwards_and_their_tokens_the_output(seed, new, end, stops, p
     assert seen.ended == 1
     assert not seen.steps[0].drafts
     for step in seen.steps[1:-1]:  # a stop may cut the last one short
-        assert len(step.token_ids) == 1 + max([draft.confirmed(step.token_ids) for draft in step.drafts], default=0)
+        assert len(step.token_ids) == 1 + max([draft.accepted(step.token_ids) for draft in step.drafts], default=0)
     assert sum(len(draft.token_ids) for step in seen.steps for draft in step.drafts if draft.source == "window") == (
         output.jacobi_stats.drafted
     )

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE, LoraDrafter
+from jacobi_hf.drafts.lora import LoraDrafter
+from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.hub_cards import push
 from jacobi_hf.hub_cards.folder import FolderError
 from jacobi_hf.results.schema import Results

@@ -24,7 +24,8 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 
 from jacobi_hf.attention.interface import LAYER_TYPES, TAKES_MASK, MaskBuilder, attention_of, layer_types
 from jacobi_hf.decoding.cache import JacobiStaticCache
-from jacobi_hf.decoding.selection import best, generator_state, set_generator_state
+from jacobi_hf.decoding.noise import generator_state, set_generator_state
+from jacobi_hf.decoding.selection import best
 from jacobi_hf.drafts.window import ids_of_the_text
 from jacobi_hf.integration.compat import CACHE
 
@@ -446,11 +447,11 @@ class _Blocks:
         clean_BQ = (
             self._length_B[:, None] + block_BQ * n + wrong_BT.gather(1, block_BQ)
         )  # clean tokens in front of each slot's block
-        column_S = self._cache.columns(index_BQ.shape[1], columns)
-        self._cache.open_step(index_BQ.shape[1], column_S)
+        key_column_K = self._cache.columns(index_BQ.shape[1], columns)
+        self._cache.open_step(index_BQ.shape[1], key_column_K)
 
         def mask(window: int | None) -> torch.Tensor:
-            column_C = column_S[:columns]
+            column_C = key_column_K[:columns]
             clean_BQC = column_C < clean_BQ[..., None]
             own_BQQ = (
                 (block_BQ[..., None] == block_BQ[:, None])
@@ -460,8 +461,8 @@ class _Blocks:
             if window is not None:
                 clean_BQC &= column_C > position_BQ[..., None] - window
                 own_BQQ &= index_BQ[:, None] > index_BQ[..., None] - window
-            allowed_BQS = torch.cat([clean_BQC, own_BQQ], -1)
-            return torch.nn.functional.pad(allowed_BQS, (0, len(column_S) - allowed_BQS.shape[-1]))[:, None]
+            allowed_BQK = torch.cat([clean_BQC, own_BQQ], -1)
+            return torch.nn.functional.pad(allowed_BQK, (0, len(key_column_K) - allowed_BQK.shape[-1]))[:, None]
 
         outputs = self.model(
             input_ids=self._state_BTn.view(len(index_BQ), -1).gather(1, index_BQ),

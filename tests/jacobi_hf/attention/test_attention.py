@@ -27,7 +27,8 @@ from jacobi_hf.attention.interface import (
     step_attention,
     usable_kernels,
 )
-from jacobi_hf.decoding.layout import attention_mask, build_layout, chain_layout
+from jacobi_hf.attention.masks import attention_mask
+from jacobi_hf.decoding.layout import build_layout, chain_layout
 from jacobi_hf.integration import mixin
 from jacobi_hf.integration.compat import CACHE
 from tests.helpers.models import VOCAB, fresh_model, tiny_model

@@ -21,12 +21,12 @@ def test_rows_hold_exactly_what_was_committed(counts):
     cache = JacobiStaticCache(model.config, 2, 40, torch.device("cpu"))
     kept = [[], []]
     for count in counts:
-        column_S = cache.columns(4, int(cache.lengths_B.max()))
-        cache.open_step(4, column_S)
+        key_column_K = cache.columns(4, int(cache.lengths_B.max()))
+        cache.open_step(4, key_column_K)
         keys = states(2, 2, 4, 8)
         for layer in range(len(cache.layers)):
             read, _ = cache.update(keys, keys + 1, layer)
-            assert read.shape[2] == len(column_S)
+            assert read.shape[2] == len(key_column_K)
         cache.commit(torch.tensor(count))
         for row in (0, 1):
             kept[row] += keys[row, :, : count[row]].unbind(1)

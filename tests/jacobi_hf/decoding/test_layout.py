@@ -5,15 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.attention.kernels import grouped_mask
-from jacobi_hf.decoding.layout import (
-    FLEX_BLOCK,
-    attention_mask,
-    block_mask,
-    build_layout,
-    chain_layout,
-    mask_from_table,
-    mask_table,
-)
+from jacobi_hf.attention.masks import FLEX_BLOCK, attention_mask, block_mask, mask_from_table, mask_table
+from jacobi_hf.decoding.layout import build_layout, chain_layout
 
 CPU = torch.device("cpu")
 
@@ -54,17 +47,17 @@ def test_mask_is_as_defined(lengths, cached, window, slack):
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),
     starts=st.lists(st.integers(0, 3), max_size=3),
-    noisy=st.integers(0, 4),
+    draft_slots=st.integers(0, 4),
     cached=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     slack=st.integers(0, 4),
     groups=st.integers(1, 3),
 )
-def test_the_mask_from_a_table_is_the_mask(lengths, starts, noisy, cached, slack, groups):
+def test_the_mask_from_a_table_is_the_mask(lengths, starts, draft_slots, cached, slack, groups):
     starts = tuple(min(start, lengths[0]) for start in starts[: len(lengths) - 1])
-    layout = build_layout(lengths, CPU, noisy, starts)
-    cached_B, column_S = torch.tensor(cached), torch.arange(max(cached) + layout.slots + slack)
-    mask = mask_from_table(mask_table(layout, groups, torch.float32), cached_B, column_S)
-    assert torch.equal(mask, grouped_mask(attention_mask(layout, cached_B, column_S), groups, torch.float32))
+    layout = build_layout(lengths, CPU, draft_slots, starts)
+    cached_B, key_column_K = torch.tensor(cached), torch.arange(max(cached) + layout.slots + slack)
+    mask = mask_from_table(mask_table(layout, groups, torch.float32), cached_B, key_column_K)
+    assert torch.equal(mask, grouped_mask(attention_mask(layout, cached_B, key_column_K), groups, torch.float32))
 
 
 @given(length=st.integers(1, 8), cached=st.integers(0, 5), window=st.none() | st.integers(1, 4))
@@ -104,9 +97,9 @@ def dense_from_blocks(mask, batch):
 )
 def test_blocks_hold_the_same_mask(lengths, cached, window):
     layout, lengths_B = build_layout(lengths, CPU), torch.tensor(cached)
-    column_S = torch.arange(-(-(max(cached) + layout.slots) // 64) * 64)
-    mask = block_mask(layout, lengths_B, column_S, window)
-    assert torch.equal(dense_from_blocks(mask, len(cached)), attention_mask(layout, lengths_B, column_S, window))
+    key_column_K = torch.arange(-(-(max(cached) + layout.slots) // 64) * 64)
+    mask = block_mask(layout, lengths_B, key_column_K, window)
+    assert torch.equal(dense_from_blocks(mask, len(cached)), attention_mask(layout, lengths_B, key_column_K, window))
 
 
 def test_a_row_reads_only_the_blocks_that_it_uses():

@@ -16,14 +16,14 @@ from tests.jacobi_hf.execution.test_compiled import CALLS, SETTINGS, counts, gen
 class Watched(Eager):
     """Steps as they stand, each of which finds what it needs: the host has to prepare it without knowing where rows are."""
 
-    def run(self, step, forward, selector, widths, layout, column_S, text_columns, *, some_over):
+    def run(self, step, forward, selector, widths, layout, key_column_K, text_columns, *, some_over):
         deepest, new = len(layout.offset_D) - 1, int(step.generated_B.max())
-        assert len(column_S) >= int(step.cache.lengths_B.max()) + layout.slots
+        assert len(key_column_K) >= int(step.cache.lengths_B.max()) + layout.slots
         assert widths.window >= int(step.width_B.max())
         if selector.noise is not None:
             assert selector.noise._drawn > new + deepest
             assert len(selector.noise.ring_IBV) > new + deepest - int(step.generated_B.min())
-        super().run(step, forward, selector, widths, layout, column_S, text_columns, some_over=some_over)
+        super().run(step, forward, selector, widths, layout, key_column_K, text_columns, some_over=some_over)
         assert text_columns >= int(step.length_B.max())
 
 

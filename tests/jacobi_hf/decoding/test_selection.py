@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from jacobi_hf.decoding.layout import build_layout
-from jacobi_hf.decoding.selection import SamplingNoise, Selector, best, confirmed
+from jacobi_hf.decoding.noise import SamplingNoise
+from jacobi_hf.decoding.selection import Selector, accepted_prefixes, best
 
 CPU = torch.device("cpu")
 
@@ -183,7 +184,7 @@ def test_confirmed_prefixes_are_as_defined(lengths, seed):
     layout, generator = build_layout(lengths, CPU), torch.Generator().manual_seed(seed)
     tokens, choices = (torch.randint(0, 2, (2, layout.slots), generator=generator) for _ in range(2))
     valid = torch.stack([torch.randint(0, length + 1, (2,), generator=generator) for length in lengths], 1)
-    _, accepted = confirmed(layout, tokens, choices, valid)
+    _, accepted = accepted_prefixes(layout, tokens, choices, valid)
     for row in range(2):
         for segment in range(len(lengths)):
             path, run = layout.path_SD[segment].tolist(), 0

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import jacobi_hf
+from jacobi_hf.attention.masks import attention_mask
 from jacobi_hf.decoding.cache import BOUND, JacobiStaticCache
-from jacobi_hf.decoding.layout import attention_mask, build_layout
+from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.loop import Decoder, Reach
 from jacobi_hf.drafts.loading import attach, drafter_of, using
-from jacobi_hf.drafts.lora import CONFIG_FILE, EMBEDDING, WEIGHTS_FILE, DrafterError, LoraDrafter, linear_layers
+from jacobi_hf.drafts.lora import LoraDrafter
+from jacobi_hf.drafts.lora_format import CONFIG_FILE, EMBEDDING, WEIGHTS_FILE, DrafterError, linear_layers
 from jacobi_hf.integration import mixin
 from tests.helpers.cases import Case, cases, check_thousands, differences
 from tests.helpers.drafters import drafting, random_drafter
@@ -97,8 +99,8 @@ def test_no_drafter_reaches_a_clean_row(kind, attention):
             forward(torch.arange(16).view(2, 8) % VOCAB, None, prompt, cache.columns(8, 0), None)
             cache.commit(torch.tensor([8, 5]))
             logits_BQV = forward(token_BQ, None, layout, cache.columns(layout.slots, 8), None)
-        clean.append(logits_BQV[:, : -layout.noisy])
-        noisy.append(logits_BQV[:, -layout.noisy :])
+        clean.append(logits_BQV[:, : -layout.draft_slots])
+        noisy.append(logits_BQV[:, -layout.draft_slots :])
     assert all(torch.equal(clean[0], other) for other in clean[1:])
     assert bool(clean[0].isfinite().all())
     assert not torch.equal(noisy[0], noisy[1])
@@ -132,8 +134,8 @@ def test_the_mask_of_two_streams(lengths, noisy, cached, window):
                 if window is not None:
                     sees = sees and position > length + depth - window
                 assert bool(allowed[row, 0, q, column]) == sees
-    assert layout.contenders == len(lengths)
-    assert layout.lengths[layout.drafting] == noisy
+    assert layout.verified_segments == len(lengths)
+    assert layout.lengths[layout.draft_segment] == noisy
 
 
 def test_the_gate_leaves_other_rows_bit_identical():

@@ -49,12 +49,12 @@ def test_a_training_row_is_the_decoders_own_step(kind):
 
     def watch(self, slots, *rest, **options):
         acceptance = accept(self, slots, *rest, **options)
-        if slots.layout.noisy:
+        if slots.layout.draft_slots:
             steps.append(
                 (
                     int(self.length_B[0]) - 1,
-                    slots.token_BQ[:, -slots.layout.noisy :],
-                    acceptance.choice_BQ[:, -slots.layout.noisy :],
+                    slots.token_BQ[:, -slots.layout.draft_slots :],
+                    acceptance.choice_BQ[:, -slots.layout.draft_slots :],
                 )
             )
         return acceptance

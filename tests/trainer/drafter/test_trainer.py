@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 import jacobi_hf
 from jacobi_hf.drafts.loading import attach, drafter_of
-from jacobi_hf.drafts.lora import CONFIG_FILE, WEIGHTS_FILE
+from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer
 from jacobi_hf.trainer.drafter.model import DraftedModel
 from jacobi_hf.trainer.drafter.trainer import Answers, GatedForcingTrainer, collate
