@@ -168,10 +168,12 @@ def _data(data: list[dict[str, Any]]) -> str:
 
 def _strategy(strategy: dict[str, Any]) -> str:
     """How drafts were made."""
-    if strategy["schedule"] == "gated":
-        visits = strategy.get("visits", 1)
-        return f"the drafter's own guesses, {strategy['block_size']} a window, {strategy['window']} windows a text, {visits} steps each"
-    shown = [f"{escape.text(strategy['schedule'])} noise", f"n={strategy['block_size']}", f"w={strategy['window']}"]
+    if strategy["schedule"] == "drafter":
+        width, windows = strategy["window_width"], strategy["windows_per_text"]
+        steps = strategy["steps_per_window"]
+        return f"the drafter's own guesses, {width} a window, {windows} windows a text, {steps} steps each"
+    shown = [f"{escape.text(strategy['schedule'])} noise", f"n={strategy['block_size']}"]
+    shown.append(f"w={strategy['noise_levels']}")
     if "min_noise" in strategy or "max_noise" in strategy:
         shown.append(f"levels {strategy.get('min_noise', 0):g} to {strategy.get('max_noise', 1):g}")
     shown += [f"{strategy[name]} {name}" for name in ("visits", "views") if name in strategy]
@@ -207,8 +209,8 @@ def _time(minutes: float) -> str:
 
 def _method(method: str) -> str:
     return {
-        "forcing": "Jacobi Forcing",
-        "gated": "gated: a drafter beside the frozen model",
+        "finetune": "Jacobi Forcing",
+        "drafter": "a drafter; the model is frozen",
         "sft": "supervised finetuning",
     }[method]
 

@@ -168,9 +168,9 @@ class Publishing:
         language: str | None,
         datasets: Iterable[str],
     ) -> ModelCard:
-        gated, adapter = self.args.method == "gated", _rank(self._trained_model()) is not None
+        drafter, adapter = self.args.method == "drafter", _rank(self._trained_model()) is not None
         base = base_model or _repository_of(self._base())
-        if base is None and (gated or adapter):
+        if base is None and (drafter or adapter):
             raise FolderError(
                 f"the base model was loaded from {_name_of(self._base())!r}, which is no repository: say which with base_model."
             )
@@ -181,8 +181,8 @@ class Publishing:
             license=license,
             language=language,
             datasets=datasets,
-            drafter=gated,
-            adapter=adapter and not gated,
+            drafter=drafter,
+            adapter=adapter and not drafter,
         )
 
     def _trained_model(self) -> Any:
@@ -191,7 +191,7 @@ class Publishing:
     def _base(self) -> Any:
         """The model that decodes."""
         trained = self._trained_model()
-        return trained.base if self.args.method == "gated" else base_of(trained)
+        return trained.base if self.args.method == "drafter" else base_of(trained)
 
     def _run(self, base_model: str | None, datasets: Iterable[str]) -> Results:
         """A document of results that holds what this run was."""

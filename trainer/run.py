@@ -102,7 +102,7 @@ def train(data: TrainData, args: JacobiForcingConfig, command: str) -> Finished:
         slots=slots,
         minutes=round(run.minutes, 2),
         weights_dtype=data.dtype,
-        lora_rank=data.lora_r or (64 if args.method == "gated" else None),
+        lora_rank=data.lora_r or (64 if args.method == "drafter" else None),
         threads=torch.get_num_threads(),
         hardware=Hardware.of(args.device),
         loss=output.training_loss,
@@ -142,12 +142,12 @@ def _trainer(data: TrainData, args: JacobiForcingConfig, run: Run) -> JacobiForc
     if data.lora_r:
         from peft import LoraConfig
 
-        alpha = data.lora_r if args.method == "gated" else 2 * data.lora_r
+        alpha = data.lora_r if args.method == "drafter" else 2 * data.lora_r
         peft_config = LoraConfig(r=data.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     options: dict[str, Any] = {"dtype": data.dtype}
     if data.attn_implementation:
         options["attn_implementation"] = data.attn_implementation
-    holds = args.kl_loss_weight and args.method == "full"
+    holds = args.kl_loss_weight and args.method == "finetune"
     return JacobiForcingTrainer(
         model=AutoModelForCausalLM.from_pretrained(data.model, **options).eval(),
         args=args,
@@ -280,7 +280,7 @@ def check_space(trainer: JacobiForcingTrainer, dtype: torch.dtype) -> None:
     """
     parameters = list(trainer.model.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    final = trained if trainer.args.method == "gated" else sum(p.numel() for p in parameters) * dtype.itemsize
+    final = trained if trainer.args.method == "drafter" else sum(p.numel() for p in parameters) * dtype.itemsize
     needed = final + (0 if trainer.args.save_strategy == "no" else 3 * trained)
     folder = Path(trainer.args.output_dir).resolve()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
@@ -292,9 +292,9 @@ def check_space(trainer: JacobiForcingTrainer, dtype: torch.dtype) -> None:
 
 
 def save_final(trainer: JacobiForcingTrainer, final: Path, dtype: torch.dtype, report: Mapping[str, Any]) -> None:
-    """The finished model, whole or not at all; an adapter is merged into its base. Of gated training, the drafter."""
+    """The finished model, whole or not at all; an adapter is merged into its base. With method="drafter", the drafter."""
     part = final.with_name("final.part")
-    if trainer.args.method != "gated":
+    if trainer.args.method != "drafter":
         if hasattr(trainer.model, "merge_and_unload"):
             trainer.model = trainer.model.merge_and_unload()
         trainer.model.to(dtype)  # on every process: a sharded model is gathered from all of them

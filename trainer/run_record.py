@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 _TYPED = (
     "method",
     "block_size",
-    "gated_width",
-    "gated_windows",
-    "gated_visits",
+    "window_width",
+    "windows_per_text",
+    "steps_per_window",
     "learning_rate",
     "lr_scheduler_type",
     "muon_learning_rate",
@@ -60,9 +60,9 @@ def training_facts(
         arguments: arguments of the run by name; those that have no field of their own are kept as `Training.arguments`.
         facts: the other fields of `Training`: steps, epochs, slots, minutes, weights_dtype, and what else is known.
     """
-    method = "gated" if args.method == "gated" else "forcing" if args.consistency_loss_weight else "sft"
+    method = "drafter" if args.method == "drafter" else "finetune" if args.consistency_loss_weight else "sft"
     data = _sources(train_dataset, packed)
-    if replay_dataset is not None and method != "gated":
+    if replay_dataset is not None and method != "drafter":
         data.append(TrainingData(name="replay", source=replay_dataset))
     return Training(
         method=method,  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def training_facts(
             accumulation=args.gradient_accumulation_steps,
         ),
         precision="bf16" if args.bf16 else "fp32",
-        loss_weights=None if method == "gated" else _loss_weights(args),
+        loss_weights=None if method == "drafter" else _loss_weights(args),
         seed=args.seed,
         arguments={
             name: value for name, value in (arguments or {}).items() if name not in _TYPED and value is not None
@@ -119,16 +119,17 @@ def _sources(train_dataset: str, packed: Mapping[str, Any] | None) -> list[Train
 
 def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> Strategy | None:
     """Where the drafts came from; None where no manifest says."""
-    if args.method == "gated":
+    if args.method == "drafter":
         return Strategy(
-            schedule="gated", block_size=args.gated_width, window=args.gated_windows, visits=args.gated_visits
+            schedule="drafter",
+            window_width=args.window_width,
+            windows_per_text=args.windows_per_text,
+            steps_per_window=args.steps_per_window,
         )
     if packed is None:
         return None
-    same: dict[str, Any] = {
-        name: packed.get(name) for name in ("window", "min_noise", "max_noise", "phase", "visits", "views")
-    }
-    return Strategy(schedule=packed["schedule"], block_size=args.block_size, **same)
+    same: dict[str, Any] = {name: packed.get(name) for name in ("min_noise", "max_noise", "phase", "visits", "views")}
+    return Strategy(schedule=packed["schedule"], block_size=args.block_size, noise_levels=packed.get("window"), **same)
 
 
 def _loss_weights(args: JacobiForcingConfig) -> LossWeights:

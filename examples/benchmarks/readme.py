@@ -178,7 +178,7 @@ def bars() -> dict[str, dict[str, dict[str, float]]]:
     """
     sources = {
         "Jacobi": document("forcing/base"),
-        "Jacobi + drafter": document("gated/drafter-seed42"),
+        "Jacobi + drafter": document("drafter/drafter-seed42"),
         "Jacobi Forcing": document("forcing/forced-seed42"),
     }
     forwards = {"ordinary": dict.fromkeys(DOMAINS, 1.0)}

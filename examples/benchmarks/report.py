@@ -518,10 +518,10 @@ def lossless(documents: dict[str, Results]) -> str:
         text += f"- **{name}**: {setting(results)}  Trained by {report_lossless.training(results)}.\n"
     head = ["domain", "decoder", "drafter", "TPF", "loop-free", "slots", "identical to generate"]
     text += "\n" + table(head, report_lossless.drafter_rows(documents))
-    varied, peers_file = group("control-", "gated"), HERE / "results" / "peers.json"
+    varied, peers_file = group("control-", "drafter"), HERE / "results" / "peers.json"
     if varied:
         text += (
-            "\n### Controls\n\nEach row changes what its name says of `short`, 250 steps of the recipe (examples/tiny_qwen3/gated_controls.py). "
+            "\n### Controls\n\nEach row changes what its name says of `short`, 250 steps of the recipe (examples/tiny_qwen3/drafter_controls.py). "
             "Window of 14 to 16, all of it or 8 verified, no candidates, 32 prompts, one seed. Minutes on one of two cores that were not idle.\n\n"
         )
         head = ["variation", "minutes", "arithmetic", "8 verified", "code", "8 verified", "code, loop-free"]
@@ -595,7 +595,7 @@ def page() -> str:
         parts.append(forcing(models))
     if varied := group("ablation-"):
         parts.append(ablations(varied))
-    if drafters := group("drafter-", "gated"):
+    if drafters := group("drafter-", "drafter"):
         parts.append(lossless(drafters))
     return "\n".join(parts)
 

@@ -39,7 +39,7 @@ VARIATIONS = {
     "short": Variation(),
     "cross-entropy-for-kl": Variation(train=CROSS_ENTROPY),
     "noisy-context": Variation(train="--context noisy"),
-    "window-context": Variation(train="--context window --window 2"),
+    "window-context": Variation(train="--context window --context_window 2"),
     "fixed-phase": Variation(pack="--phase fixed --views 1"),  # against one-view: of one phase, all views are alike
     "no-replay": Variation(train="--replay_ratio 0"),
     "ar-weight-3": Variation(train="--ar_loss_weight 3"),

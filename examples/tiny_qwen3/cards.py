@@ -37,7 +37,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "drafter": {
         "results": [
             RESULTS / "peers.json",
-            RESULTS / "gated" / "drafter-seed42.json",
+            RESULTS / "drafter" / "drafter-seed42.json",
             RESULTS / "forcing" / "base.json",
             RESULTS / "cards" / "drafter-eval.json",
         ],

@@ -14,7 +14,7 @@ import typer
 from transformers import HfArgumentParser
 
 from jacobi_hf.cli._options import json_object, section_of
-from jacobi_hf.trainer.options import option
+from jacobi_hf.trainer.options import RENAMED, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,7 +74,10 @@ def parse(kinds: Sequence[type], section: Mapping[str, Any], words: Sequence[str
         ValueError: a name that is unknown, with the nearest one; a value that cannot be.
     """
     hints = {f.name: typing.get_type_hints(kind)[f.name] for kind in kinds for f in fields(kind) if f.init}
+    renamed = RENAMED.get(verb, {})
     for name in section:
+        if name in renamed:
+            raise ValueError(f"the recipe's section {verb!r} has {name!r}, which is now {renamed[name]!r}.")
         if name not in hints:
             raise ValueError(
                 f"the recipe's section {verb!r} has {name!r}, which is no option of {verb}{_nearest(str(name), hints)}"
@@ -88,7 +91,10 @@ def parse(kinds: Sequence[type], section: Mapping[str, Any], words: Sequence[str
         name = rest[0].split("=")[0]
         if not name.startswith("--"):
             raise ValueError(f"{name!r} belongs to no option; options are written as --name value.")
-        close = _nearest(name.removeprefix("--").replace("-", "_"), hints, "--")
+        plain = name.removeprefix("--").replace("-", "_")
+        if plain in renamed:
+            raise ValueError(f"{name} is now --{renamed[plain]}.")
+        close = _nearest(plain, hints, "--")
         raise ValueError(f"{name} is no option of {verb}{close}")
     return tuple(configs)
 

@@ -13,7 +13,7 @@ from jacobi_hf.cli._options import check_folder, errors_in_one_line, need
 
 
 def train(context: typer.Context) -> None:
-    """Finetune a model on its own packed trajectories, or with `--method gated` train a drafter for it.
+    """Finetune a model on its own packed trajectories, or with `--method drafter` train a drafter for it.
 
     The finished model or drafter is OUTPUT_DIR/final. Interrupted, it goes on from its last checkpoint when it is run again. Several
     processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.

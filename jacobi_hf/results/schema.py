@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jacobi_hf.attention.interface import attention_of
 from jacobi_hf.config import JACOBI, JacobiConfig
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _SECRET_OPTION = re.compile(r"(token|password|secret|key)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"hf_\w{8,}")
 _Z = 1.96  # of a 95 % interval
+_RENAMED_METHODS = {"forcing": "finetune", "gated": "drafter"}
 _PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
 
@@ -246,23 +247,40 @@ class TrainingData(_Strict):
 
 
 class Strategy(_Strict):
-    """How noisy drafts were made.
+    """How the drafts of a training run were made, for model cards.
 
     Attributes:
-        schedule: of the noise (`NoiseSchedule`); "gated" where the drafter's own guesses are the drafts.
-        block_size: n of the trajectories; gated, the drafts of a training window.
-        window: w, levels of the schedule; gated, training windows of each text.
-        min_noise, max_noise, phase, visits, views: as in `PackConfig`; gated, `visits` are decoding steps of a window.
+        schedule: name of the noise schedule (`NoiseSchedule.kind`), or "drafter" where the drafter made its own drafts.
+        block_size: n of the trajectories; None for a drafter.
+        noise_levels, min_noise, max_noise, phase, visits, views: as in `PackConfig`; None for a drafter.
+        window_width, windows_per_text, steps_per_window: as in `DrafterConfig`; None without a drafter.
     """
 
     schedule: str
-    block_size: int
-    window: int
+    block_size: int | None = None
+    noise_levels: int | None = None
     min_noise: float | None = None
     max_noise: float | None = None
     phase: str | None = None
     visits: int | None = None
     views: int | None = None
+    window_width: int | None = None
+    windows_per_text: int | None = None
+    steps_per_window: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_former_names(cls, given: Any) -> Any:
+        """Raise an error that gives the new name of each former key or value."""
+        former = given if isinstance(given, dict) else {}
+        if former.get("schedule") == "gated":
+            raise ValueError(
+                'schedule "gated" is now "drafter"; there, block_size is now window_width, window is now '
+                "windows_per_text, and visits is now steps_per_window: rename them in the document."
+            )
+        if "window" in former:
+            raise ValueError("window is now noise_levels: rename the key in the document.")
+        return given
 
 
 class Batch(_Strict):
@@ -286,7 +304,8 @@ class Training(_Strict):
     """A stage of a model's training: one run of one program.
 
     Attributes:
-        method: "forcing" trains the model on its Jacobi trajectories, "gated" a drafter beside it, "sft" the model on the texts alone.
+        method: "finetune" trains the model on its Jacobi trajectories, "drafter" trains a drafter and leaves the model
+            as it is, "sft" trains the model on the texts alone.
         base_model: what the stage began from; `reference_model` is what KL held it to, where that was another one.
         optimizer: as the trainer calls it, or "muon": Muon for the matrices inside the layers, AdamW for the rest.
         precision: of the forwards; `weights_dtype` is that of the weights that the optimiser changes.
@@ -298,7 +317,7 @@ class Training(_Strict):
         arguments: the other arguments of the run, by name.
     """
 
-    method: Literal["forcing", "gated", "sft"]
+    method: Literal["finetune", "drafter", "sft"]
     base_model: str
     command: str | None = None
     reference_model: str | None = None
@@ -322,6 +341,14 @@ class Training(_Strict):
     seed: int
     loss: float | None = None
     arguments: dict[str, Any] = {}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _no_former_method(cls, method: Any) -> Any:
+        """Raise an error that gives the new name of a former method."""
+        if method in _RENAMED_METHODS:
+            raise ValueError(f'"{method}" is now "{_RENAMED_METHODS[method]}": rename it in the document.')
+        return method
 
 
 class Results(_Strict):

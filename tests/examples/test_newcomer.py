@@ -52,7 +52,7 @@ def test_a_command_that_fails_is_named(newcomer, repository, tmp_path):
 
 
 def test_the_table_has_every_command_and_what_came_out(newcomer):
-    stored = newcomer.Results.read(newcomer.HERE / "results" / "gated" / "drafter-seed42.json")
+    stored = newcomer.Results.read(newcomer.HERE / "results" / "drafter" / "drafter-seed42.json")
     costs = [
         newcomer.Cost(name=n, value=v, unit="s", setting={"beside": "alone", "cpu_seconds": v / 2})
         for n, v in (("a b", 50), ("c", 90))

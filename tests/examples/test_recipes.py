@@ -42,8 +42,8 @@ def test_every_section_of_a_recipe_is_understood(path):
     assert data.train_dataset == packed.output_dir
     assert data.model == collected.model
     (evaluation,) = parse((BenchConfig,), recipe["bench"], [], "bench")
-    assert (evaluation.drafter if args.method == "gated" else evaluation.model) == f"{args.output_dir}/final"
-    assert args.method == "full" or evaluation.model == data.model
+    assert (evaluation.drafter if args.method == "drafter" else evaluation.model) == f"{args.output_dir}/final"
+    assert args.method == "finetune" or evaluation.model == data.model
     assert {name: JacobiConfig(**knobs) for name, knobs in evaluation.decoders.items()}
 
 
@@ -68,14 +68,14 @@ def test_the_newcomers_recipe_evaluates_what_it_trains():
 
 
 def test_every_control_of_the_drafter_is_understood():
-    spec = importlib.util.spec_from_file_location("gated_controls", ROOT / "examples/tiny_qwen3/gated_controls.py")
+    spec = importlib.util.spec_from_file_location("drafter_controls", ROOT / "examples/tiny_qwen3/drafter_controls.py")
     controls = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(controls)
     recipe = yaml.safe_load((ROOT / controls.RECIPE).read_text(encoding="utf-8"))
     for arguments in controls.VARIATIONS.values():
         section = {**recipe["train"], "use_cpu": True, "bf16": False}
         _, args = parse((TrainData, JacobiForcingConfig), section, arguments.split(), "train")
-        assert args.method == "gated"
+        assert args.method == "drafter"
 
 
 def test_every_ablation_is_understood():

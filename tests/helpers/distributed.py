@@ -37,7 +37,7 @@ def train(way: str, folder: Path) -> dict:
     # Chunks of ten rows, each with a backward of its own through the sharded head.
     options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
     if way == "drafter":
-        options = {"method": "gated", "gated_width": 4, "gated_windows": 2}
+        options = {"method": "drafter", "window_width": 4, "windows_per_text": 2}
     args = config(folder, per_device_train_batch_size=batch, **options)
     trainer = JacobiForcingTrainer(fresh_model("qwen3"), args, records(20, 4, seed=1))
     if way == "fsdp":

@@ -27,12 +27,12 @@ from jacobi_hf.results.schema import (
 
 def training(text: str = "plain") -> Training:
     return Training(
-        method="forcing",
+        method="finetune",
         base_model=text,
         command=text,
         reference_model=text,
         data=[TrainingData(name=text, source=text, samples=1000)],
-        strategy=Strategy(schedule=text, block_size=16, window=8, min_noise=0.25, visits=2),
+        strategy=Strategy(schedule=text, block_size=16, noise_levels=8, min_noise=0.25, visits=2),
         epochs=1.5,
         steps=200,
         optimizer=text,

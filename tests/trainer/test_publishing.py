@@ -19,7 +19,7 @@ from tests.helpers.models import fresh_model
 from tests.helpers.records import records
 from tests.hub_cards.folders import make
 from tests.trainer.drafter.test_trainer import answers
-from tests.trainer.drafter.test_trainer import config as gated_config
+from tests.trainer.drafter.test_trainer import config as drafter_config
 from tests.trainer.forcing.test_trainer import N, config
 
 TOKEN = "hf_" + "trainer" * 6
@@ -87,7 +87,7 @@ def test_a_finished_run_becomes_a_repository(tmp_path, caplog):
     assert all((a == b).all() for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
     assert json.loads((folder / "generation_config.json").read_text())["decoding"] == "jacobi_multiblock"
     (stage,) = Results.read(folder / "results" / "results-1.json").training
-    assert (stage.method, stage.base_model, stage.steps, stage.batch.per_device) == ("forcing", "user/base", 2, 4)
+    assert (stage.method, stage.base_model, stage.steps, stage.batch.per_device) == ("finetune", "user/base", 2, 4)
     assert (stage.learning_rate, stage.schedule, stage.optimizer, stage.lora_rank) == (2e-2, "constant", "sgd", None)
     assert (stage.data[0].source, stage.data[0].samples, stage.loss_weights.ar) == ("user/code", 8, 3.0)
     assert stage.slots > 0
@@ -126,7 +126,7 @@ def trained_drafter(tmp_path, **options):
     model = fresh_model("qwen3")
     trainer = JacobiForcingTrainer(
         model=model,
-        args=gated_config(tmp_path / "out", max_steps=1, **REPO, **options),
+        args=drafter_config(tmp_path / "out", max_steps=1, **REPO, **options),
         train_dataset=answers(model),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     )
@@ -164,7 +164,7 @@ def test_a_drafter(tmp_path):
     drafter = LoraDrafter.from_pretrained(folder)
     assert (drafter.config.base_model, drafter.config.r) == ("user/base", 4)
     (stage,) = Results.read(folder / "results" / "results-1.json").training
-    assert (stage.method, stage.lora_rank, stage.strategy.schedule) == ("gated", 4, "gated")
+    assert (stage.method, stage.lora_rank, stage.strategy.schedule) == ("drafter", 4, "drafter")
 
 
 def test_what_is_told_before_anything_is_saved(tmp_path):

@@ -39,12 +39,16 @@ def config(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "method"),
-    [({}, "forcing"), ({"consistency_loss_weight": 0, "ar_loss_weight": 1}, "sft"), ({"method": "gated"}, "gated")],
+    [
+        ({}, "finetune"),
+        ({"consistency_loss_weight": 0, "ar_loss_weight": 1}, "sft"),
+        ({"method": "drafter"}, "drafter"),
+    ],
 )
 def test_the_method_is_what_was_trained(config, arguments, method):
     facts = training_facts(config(**arguments), **FACTS)
     assert facts.method == method
-    assert (facts.loss_weights is None) == (method == "gated")
+    assert (facts.loss_weights is None) == (method == "drafter")
 
 
 def test_data_and_strategy_come_from_the_manifest(config):
@@ -54,7 +58,7 @@ def test_data_and_strategy_come_from_the_manifest(config):
         TrainingData(name="math", source="user/math", samples=5),
         TrainingData(name="replay", source="replay.jsonl"),
     ]
-    noise = {"window": 4, "min_noise": 0.1, "max_noise": 0.9, "phase": "fixed", "visits": 1, "views": 1}
+    noise = {"noise_levels": 4, "min_noise": 0.1, "max_noise": 0.9, "phase": "fixed", "visits": 1, "views": 1}
     assert facts.strategy == Strategy(schedule="reverse", block_size=8, **noise)
 
 
@@ -66,14 +70,16 @@ def test_without_a_manifest_nothing_is_made_up(config):
 
 def test_a_drafter_drafts_itself_whatever_noise_was_packed(config):
     facts = training_facts(
-        config(method="gated", gated_width=6, gated_windows=2, gated_visits=5), packed=PACKED, **FACTS
+        config(method="drafter", window_width=6, windows_per_text=2, steps_per_window=5), packed=PACKED, **FACTS
     )
-    assert facts.strategy == Strategy(schedule="gated", block_size=6, window=2, visits=5)
+    assert facts.strategy == Strategy(schedule="drafter", window_width=6, windows_per_text=2, steps_per_window=5)
 
 
 def test_it_survives_being_written(config):
     args = config(muon_learning_rate=1e-3, bf16=True, gradient_accumulation_steps=4)
-    facts = training_facts(args, packed=PACKED, arguments={"seed": 1, "warmup_steps": 5, "window": None}, **FACTS)
+    facts = training_facts(
+        args, packed=PACKED, arguments={"seed": 1, "warmup_steps": 5, "context_window": None}, **FACTS
+    )
     assert facts.arguments == {"warmup_steps": 5}
     assert (facts.optimizer, facts.precision, facts.schedule, facts.batch.accumulation) == (
         "muon",

@@ -1,4 +1,4 @@
-"""`JacobiForcingTrainer` with `method="gated"`: the model is frozen, a drafter is trained (`jacobi_hf.drafts.lora`)."""
+"""`JacobiForcingTrainer` with `method="drafter"`: the model is frozen, a drafter is trained (`jacobi_hf.drafts.lora`)."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-class GatedForcingTrainer(JacobiForcingTrainer):
-    """What `JacobiForcingTrainer(args=JacobiForcingConfig(method="gated"))` is; arguments as there.
+class DrafterTrainer(JacobiForcingTrainer):
+    """What `JacobiForcingTrainer(args=JacobiForcingConfig(method="drafter"))` is; arguments as there.
 
     `train_dataset` and `eval_dataset` hold answers of the very model that is given; replay and `ref_model` have no meaning, since it is
     not changed. `peft_config` is a `LoraConfig` with rank, scale and target modules; by default rank 64 on all linear layers.
@@ -129,7 +129,7 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         for name, value in (("replay_dataset", replay_dataset), ("ref_model", ref_model)):
             if value is not None:
                 raise ValueError(
-                    f"{name} has no meaning with method='gated': the model itself is not trained, so it cannot drift."
+                    f"{name} has no meaning with method='drafter': the model itself is not trained, so it cannot drift."
                 )
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
@@ -154,12 +154,12 @@ class GatedForcingTrainer(JacobiForcingTrainer):
             None if train_dataset is None else _answers(model, args, train_dataset, "train_dataset", ends)
         )
         self._eval_prompts = dict(eval_prompts or {})
-        drafter = _new_drafter(model, peft_config, args.gated_constant_draft)
+        drafter = _new_drafter(model, peft_config, args.constant_draft)
         if not hasattr(model, "hf_device_map"):
             model.to(args.device)  # type: ignore[arg-type]  # the trainer moves what it trains, which is the drafter
         Trainer.__init__(
             self,
-            model=DraftedModel(model, drafter, args.gated_targets, args.gated_decay, args.loss_chunk_numbers),
+            model=DraftedModel(model, drafter, args.targets, args.position_decay, args.loss_chunk_numbers),
             args=args,
             data_collator=collate,
             train_dataset=self._records,
@@ -200,16 +200,16 @@ class GatedForcingTrainer(JacobiForcingTrainer):
         args: JacobiForcingConfig = self.args
         loss, totals = model(
             **{name: inputs[name] for name in ("input_ids", "prompt_length", "length")},
-            windows=args.gated_windows,
-            width=args.gated_width,
-            visits=args.gated_visits,
+            windows=args.windows_per_text,
+            width=args.window_width,
+            visits=args.steps_per_window,
         )
         if model.training:
             self._samples_of_step.append(inputs["index"])
             # Trainer leaves the division to us (loss_is_scaled_for_ga); an epoch's last step may have fewer batches.
             loss = loss / self.current_gradient_accumulation_steps
             slots = totals.new_tensor(
-                [len(inputs["length"]) * args.gated_windows * args.gated_width * args.gated_visits]
+                [len(inputs["length"]) * args.windows_per_text * args.window_width * args.steps_per_window]
             )
             former = self._totals if self._totals is not None else 0
             self._totals = former + torch.cat([totals, slots]).double()
@@ -234,7 +234,7 @@ class GatedForcingTrainer(JacobiForcingTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Adds the tokens per forward of the held-out answers (greedy ones, windows alone), and what decoding the prompts takes."""
         output = Trainer.evaluation_loop(self, dataloader, description, *args, **kwargs)
-        prefix, trained, width = kwargs.get("metric_key_prefix", "eval"), self._trained, self.args.gated_width
+        prefix, trained, width = kwargs.get("metric_key_prefix", "eval"), self._trained, self.args.window_width
         counts = torch.zeros(2, device=self.args.device, dtype=torch.double)
         for batch in dataloader:
             inputs = {name: batch[name].to(self.args.device) for name in ("input_ids", "prompt_length", "length")}
@@ -271,7 +271,7 @@ class GatedForcingTrainer(JacobiForcingTrainer):
 def _answers(model: Any, args: JacobiForcingConfig, data: Any, name: str, ends: Sequence[int]) -> Answers:
     if not isinstance(data, Sized):
         raise TypeError(
-            f"{name} is streamed; method='gated' takes records with a length (datasets.Dataset or a list)."
+            f"{name} is streamed; method='drafter' takes records with a length (datasets.Dataset or a list)."
         )
     if not len(data):
         raise ValueError(f"{name} is empty.")
@@ -307,7 +307,7 @@ def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
         )
     if args.activation_checkpointing or args.gradient_checkpointing:
         raise ValueError(
-            "checkpointing of activations drops the keys and values that windows stand on: leave it off with method='gated'."
+            "checkpointing of activations drops the keys and values that windows stand on: leave it off with method='drafter'."
         )
 
 

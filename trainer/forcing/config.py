@@ -17,7 +17,8 @@ from jacobi_hf.trainer.forcing.mask import window_of
 from jacobi_hf.trainer.optimizer import NO_MUON
 from jacobi_hf.trainer.options import option
 
-METHODS = ("full", "gated")
+METHODS = ("finetune", "drafter")
+RENAMED_METHODS = {"full": "finetune", "gated": "drafter"}
 
 
 @dataclass
@@ -29,15 +30,15 @@ class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
     code's and the published Qwen3-1.7B run's sets are in examples/recipes.
 
     Parameters that choose what is trained:
-        method: `"full"`, the model (or an adapter that acts everywhere); `"gated"`, a drafter (`jacobi_hf.load_drafter`) that acts on
-            draft positions alone, while the model stays as it is. Of the options below, gated training knows max_length (its texts
+        method: `"finetune"`, the model (or an adapter that acts everywhere); `"drafter"`, a drafter (`jacobi_hf.load_drafter`) that acts on
+            draft positions alone, while the model stays as it is. Of the options below, drafter training knows max_length (its texts
             are cut there), loss_chunk_numbers, those of decoding and its own.
-        gated_width: W, drafts of a training window.
-        gated_windows: windows at random places of each text.
-        gated_visits: decoding steps that each window makes in a training step, every one learnt from.
-        gated_decay: weight of a slot over that of the one before it, from the first wrong draft on.
-        gated_targets: `"hard"`, the model's choice; `"soft"`, its distribution.
-        gated_constant_draft: an id that the drafter is given in place of every draft, here and when it decodes. A control: what is
+        window_width: W, drafts of a training window.
+        windows_per_text: windows at random places of each text.
+        steps_per_window: decoding steps that each window makes in a training step, every one learnt from.
+        position_decay: weight of a slot over that of the one before it, from the first wrong draft on.
+        targets: `"hard"`, the model's choice; `"soft"`, its distribution.
+        constant_draft: an id that the drafter is given in place of every draft, here and when it decodes. A control: what is
             learnt then is plain multi-token prediction.
 
     Parameters that describe the data:
@@ -49,7 +50,7 @@ class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
 
     Parameters that control what noisy blocks see:
         context: `"clean"`, `"noisy"` (noise-conditioned) or `"window"` (see `jacobi_hf.trainer.forcing.mask`).
-        window: blocks per window of `context="window"`.
+        context_window: blocks per window of `context="window"`.
         layout: `"packed"` (one row, a mask of our own) or `"rows"` (plain causal rows, any attention).
 
     Parameters that control the loss:
@@ -86,19 +87,19 @@ class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
         None, "Peak learning rate of Muon for the matrices inside the layers; AdamW trains all else."
     )
     remove_unused_columns: bool = option(False, "The collator needs the raw columns.")
-    method: str = option("full", "full trains the model, gated a drafter.")
-    gated_width: int = option(16, "Drafts of a training window (W).")
-    gated_windows: int = option(4, "Training windows of each text.")
-    gated_visits: int = option(3, "Decoding steps of each window in a training step.")
-    gated_decay: float = option(1.0, "Weight of a slot over that of the one before it.")
-    gated_targets: str = option("hard", "hard or soft.")
-    gated_constant_draft: int | None = option(None, "An id that stands in for all drafts, as a control.")
+    method: str = option("finetune", "finetune trains the model, drafter a drafter.")
+    window_width: int = option(16, "Drafts of a training window (W).")
+    windows_per_text: int = option(4, "Training windows of each text.")
+    steps_per_window: int = option(3, "Decoding steps of each window in a training step.")
+    position_decay: float = option(1.0, "Weight of a slot over that of the one before it.")
+    targets: str = option("hard", "hard or soft.")
+    constant_draft: int | None = option(None, "An id that stands in for all drafts, as a control.")
     block_size: int = option(16, "Tokens of a block (n).")
     max_length: int = option(2048, "Slots of a packed row.")
     too_long: str = option("drop", "Samples longer than max_length: drop or truncate.")
     on_bad_row: str = option("raise", "Malformed records: raise or skip.")
     context: str = option("clean", "What noisy blocks see: clean, noisy or window.")
-    window: int | None = option(None, "Blocks per window of context=window.")
+    context_window: int | None = option(None, "Blocks per window of context=window.")
     layout: str = option("packed", "packed or rows.")
     ar_loss_weight: float = option(0.0, "Factor of the AR loss.")
     consistency_loss_weight: float = option(1.0, "Factor of the consistency loss.")
@@ -125,23 +126,25 @@ class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:
             # The collator's rows refer to each other: a batch must not be cut up between processes.
             self.accelerator_config.dispatch_batches = False
+        if self.method in RENAMED_METHODS:
+            raise ValueError(f"method={self.method!r} is now method={RENAMED_METHODS[self.method]!r}.")
         for name, allowed in (
             ("layout", LAYOUTS),
             ("too_long", TOO_LONG),
             ("on_bad_row", ON_BAD_ROW),
             ("consistency_reduction", REDUCTIONS),
             ("method", METHODS),
-            ("gated_targets", TARGETS),
+            ("targets", TARGETS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}.")
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} must be at least 2.")
-        if not 0 < self.gated_decay <= 1:
-            raise ValueError(f"gated_decay={self.gated_decay} must be above 0 and at most 1.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1.")
-        window_of(self.context, self.window)
+        if not 0 < self.position_decay <= 1:
+            raise ValueError(f"position_decay={self.position_decay} must be above 0 and at most 1.")
+        if self.context_window is not None and self.context_window < 1:
+            raise ValueError(f"context_window={self.context_window} must be at least 1.")
+        window_of(self.context, self.context_window)
         if self.layout == "rows" and self.context == "clean":
             raise ValueError(
                 "layout='rows' has no clean context (see jacobi_hf.trainer.data.collator): use layout='packed' or another context."
@@ -163,9 +166,9 @@ class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
             "loss_chunk_numbers",
             "eval_max_new_tokens",
             "eval_prompt_count",
-            "gated_width",
-            "gated_windows",
-            "gated_visits",
+            "window_width",
+            "windows_per_text",
+            "steps_per_window",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -55,7 +55,7 @@ class JacobiForcingTrainer(Publishing, Trainer):
         eval_prompts: prompts (ids) decoded at each evaluation of `eval_dataset`, by name of their set: tokens per forward and identity.
         replay_dataset: ordinary text (`text`, `messages` or `input_ids`) mixed in against drift.
         processing_class: the tokenizer.
-        peft_config: trains an adapter instead of the model; with `args.method="gated"`, rank and layers of the drafter.
+        peft_config: trains an adapter instead of the model; with `args.method="drafter"`, rank and layers of the drafter.
         ref_model: the frozen model of `kl_loss_weight`; when not given, a copy of `model`, or with an adapter the model without it.
             Each process holds it whole.
 
@@ -69,11 +69,11 @@ class JacobiForcingTrainer(Publishing, Trainer):
     loss_is_scaled_for_ga = True
 
     def __new__(cls, model: Any = None, args: Any = None, *_: Any, **__: Any) -> Any:  # noqa: ARG004  (__init__ has its say)
-        """With `method="gated"`, the subclass that trains a drafter."""
-        if cls is JacobiForcingTrainer and getattr(args, "method", None) == "gated":
-            from jacobi_hf.trainer.drafter.trainer import GatedForcingTrainer
+        """With `method="drafter"`, the subclass that trains a drafter."""
+        if cls is JacobiForcingTrainer and getattr(args, "method", None) == "drafter":
+            from jacobi_hf.trainer.drafter.trainer import DrafterTrainer
 
-            return super().__new__(GatedForcingTrainer)
+            return super().__new__(DrafterTrainer)
         return super().__new__(cls)
 
     def __init__(
@@ -91,9 +91,9 @@ class JacobiForcingTrainer(Publishing, Trainer):
     ) -> None:
         if not isinstance(args, JacobiForcingConfig):
             raise TypeError(f"args is a {type(args).__name__}; JacobiForcingTrainer takes a JacobiForcingConfig.")
-        if args.method == "gated":
+        if args.method == "drafter":
             raise TypeError(
-                "method='gated' in a subclass of JacobiForcingTrainer: derive it from trainer.gated.GatedForcingTrainer."
+                "method='drafter' in a subclass of JacobiForcingTrainer: derive it from trainer.drafter.trainer.DrafterTrainer."
             )
         check_devices(args)
         if isinstance(model, str):
@@ -277,7 +277,9 @@ class JacobiForcingTrainer(Publishing, Trainer):
         slots = Slots.of(inputs)
         if attention_of(base_of(self.model).config) == "flex_attention":
             return self._block_masks(slots)
-        return self._masks(lambda sliding: dense_mask(slots, args.context, args.window, sliding), slots.sample.device)
+        return self._masks(
+            lambda sliding: dense_mask(slots, args.context, args.context_window, sliding), slots.sample.device
+        )
 
     def _block_masks(self, slots: Slots) -> Any:
         """FlexAttention's masks, one per kind of layer where there are several."""
@@ -287,7 +289,7 @@ class JacobiForcingTrainer(Publishing, Trainer):
         batch, length = slots.sample.shape
         masks = {
             kind: create_block_mask(
-                mask_mod(slots, args.context, args.window, sliding),
+                mask_mod(slots, args.context, args.context_window, sliding),
                 batch,
                 None,
                 length,
@@ -498,7 +500,7 @@ def _collator(
         pad_token_id=(pad or ends or (0,))[0],
         layout=args.layout,
         context=args.context,
-        window=args.window,
+        window=args.context_window,
         max_length=args.max_length,
         prompt_loss=args.prompt_loss,
         noisy=args.consistency_loss_weight > 0,

@@ -15,6 +15,7 @@ from jacobi_hf.cli.bench import BenchConfig
 from jacobi_hf.trainer import JacobiForcingConfig
 from jacobi_hf.trainer.data.collection import CollectConfig
 from jacobi_hf.trainer.data.packing import PackConfig
+from jacobi_hf.trainer.options import RENAMED
 from jacobi_hf.trainer.run import TrainData
 
 invoke = CliRunner().invoke
@@ -94,6 +95,15 @@ def test_what_is_wrong_is_named(section, words, message):
     with pytest.raises(ValueError, match=r"option|value|argument") as raised:
         parse((Everything,), section, words, "verb")
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED["train"].items())
+def test_a_renamed_option_of_train_is_named_by_its_new_name(old, new):
+    kinds = VERBS["train"]
+    with pytest.raises(ValueError, match=f"the recipe's section 'train' has '{old}', which is now '{new}'"):
+        parse(kinds, {old: 1}, [], "train")
+    with pytest.raises(ValueError, match=f"^--{old} is now --{new}"):
+        parse(kinds, {}, [f"--{old}", "1"], "train")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -111,7 +111,7 @@ def test_what_comes_of_all_stages(recipe):
     assert report["command"] == f"jacobi-hf train --config {recipe}"
     (stage,) = results.training
     assert (stage.method, stage.steps, stage.strategy.schedule, stage.strategy.block_size) == (
-        "forcing",
+        "finetune",
         2,
         "progressive",
         4,

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Strategy, Training
 from tests.helpers.models import tiny_model
 
 
@@ -50,6 +50,24 @@ def test_what_does_not_fit_the_schema_is_named(tmp_path, model, change, named):
     (tmp_path / "results.json").write_text(json.dumps(content))
     with pytest.raises(ValidationError, match=named):
         Results.read(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(("old", "new"), [("forcing", "finetune"), ("gated", "drafter")])
+def test_a_former_method_is_named_by_its_new_name(old, new):
+    with pytest.raises(ValidationError, match=f'"{old}" is now "{new}": rename it'):
+        Training.model_validate({"method": old})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "named"),
+    [
+        ({"schedule": "progressive", "block_size": 16, "window": 8}, "window is now noise_levels"),
+        ({"schedule": "gated", "block_size": 16, "window": 5, "visits": 3}, 'schedule "gated" is now "drafter"'),
+    ],
+)
+def test_a_former_strategy_is_named_by_its_new_names(strategy, named):
+    with pytest.raises(ValidationError, match=named):
+        Strategy.model_validate(strategy)
 
 
 def test_a_documents_command_shows_no_secret(monkeypatch):

@@ -9,7 +9,7 @@ from jacobi_hf.drafts.loading import attach, drafter_of
 from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer
 from jacobi_hf.trainer.drafter.model import DraftedModel
-from jacobi_hf.trainer.drafter.trainer import Answers, GatedForcingTrainer, collate
+from jacobi_hf.trainer.drafter.trainer import Answers, DrafterTrainer, collate
 from tests.helpers.drafters import random_drafter
 from tests.helpers.models import VOCAB, fresh_model
 
@@ -29,7 +29,7 @@ def answers(model, tokens=20):
 def config(folder, **options):
     defaults = {
         "output_dir": str(folder),
-        "method": "gated",
+        "method": "drafter",
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
@@ -37,9 +37,9 @@ def config(folder, **options):
         "per_device_train_batch_size": 3,
         "max_steps": 6,
         "save_strategy": "no",
-        "gated_width": 4,
-        "gated_windows": 2,
-        "gated_visits": 2,
+        "window_width": 4,
+        "windows_per_text": 2,
+        "steps_per_window": 2,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "seed": 3,
@@ -69,7 +69,7 @@ def test_the_same_trainer_trains_a_drafter_and_nothing_else(tmp_path):
         jacobi_lookup_tokens=0,
         eval_max_new_tokens=20,
     )
-    assert type(mine) is GatedForcingTrainer
+    assert type(mine) is DrafterTrainer
     first = mine.evaluate()
     mine.train()
     last = mine.evaluate()
@@ -160,7 +160,7 @@ def test_a_subclass_of_the_full_trainer_is_told_what_to_derive_from(tmp_path):
     class Mine(JacobiForcingTrainer):
         pass
 
-    with pytest.raises(TypeError, match=r"derive it from trainer.gated.GatedForcingTrainer"):
+    with pytest.raises(TypeError, match=r"derive it from trainer.drafter.trainer.DrafterTrainer"):
         Mine(fresh_model("qwen3"), config(tmp_path), [])
 
 
@@ -188,7 +188,7 @@ def test_answers_of_packed_records_and_of_rows():
 class TestBadInput:
     def test_what_has_no_meaning(self, tmp_path):
         model = fresh_model("qwen3")
-        with pytest.raises(ValueError, match="ref_model has no meaning with method='gated'"):
+        with pytest.raises(ValueError, match="ref_model has no meaning with method='drafter'"):
             trainer(model, tmp_path, given={"ref_model": fresh_model("qwen3")})
         with pytest.raises(ValueError, match="replay_dataset has no meaning"):
             trainer(model, tmp_path, given={"replay_dataset": [{"text": "a"}]})
@@ -224,8 +224,13 @@ class TestBadInput:
             )
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("method", "both"), ("gated_targets", "firm"), ("gated_width", 0), ("gated_visits", 0)]
+        ("name", "value"), [("method", "both"), ("targets", "firm"), ("window_width", 0), ("steps_per_window", 0)]
     )
     def test_arguments(self, tmp_path, name, value):
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
             config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize(("old", "new"), [("full", "finetune"), ("gated", "drafter")])
+    def test_a_renamed_method(self, tmp_path, old, new):
+        with pytest.raises(ValueError, match=f"method='{old}' is now method='{new}'"):
+            config(tmp_path, method=old)

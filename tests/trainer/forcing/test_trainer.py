@@ -129,7 +129,7 @@ def test_every_reduction_survives_accumulation(tmp_path, reduction):
 @pytest.mark.slow
 def test_layouts_and_chunks_train_alike(tmp_path):
     data = records(20, N, seed=4)
-    options = {"context": "window", "window": 2, "kl_loss_weight": 2.0}
+    options = {"context": "window", "context_window": 2, "kl_loss_weight": 2.0}
     packed = forced(tmp_path, data, **options)
     rows = forced(tmp_path, data, layout="rows", **options)
     chunked = forced(tmp_path, data, loss_chunk_numbers=10 * VOCAB, **options)
@@ -425,7 +425,7 @@ def test_overfitting_eight_samples(tmp_path):
     ("options", "message"),
     [
         ({"block_size": 1}, "block_size=1"),
-        ({"window": 0}, "window=0"),
+        ({"context_window": 0}, "context_window=0"),
         ({"context": "any"}, "context='any'"),
         ({"context": "window"}, "needs a window"),
         ({"layout": "rows"}, "layout='rows' has no clean context"),

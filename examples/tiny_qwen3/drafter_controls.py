@@ -1,8 +1,8 @@
 """Controls of the drafter's training: one factor at a time, by the short recipe.
 
-    python examples/tiny_qwen3/gated_controls.py --output-dir examples/benchmarks/results/gated [NAME ...]
+    python examples/tiny_qwen3/drafter_controls.py --output-dir examples/benchmarks/results/drafter [NAME ...]
 
-Needs what the stages collect and pack of examples/recipes/tiny_qwen3_gated.yaml wrote. Each variation's results document is finished before
+Needs what the stages collect and pack of examples/recipes/tiny_qwen3_drafter.yaml wrote. Each variation's results document is finished before
 the next one starts; those already there are left alone.
 """
 
@@ -16,17 +16,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Relative to the root, from where the stages run: documents record the command.
-RECIPE = "examples/recipes/tiny_qwen3_gated_short.yaml"
+RECIPE = "examples/recipes/tiny_qwen3_drafter_short.yaml"
 MUON = "--muon_learning_rate 8e-3"
 VARIATIONS = {
     "short": MUON,
-    "constant-draft": f"{MUON} --gated_constant_draft 1",  # plain multi-token prediction
-    "soft-targets": f"{MUON} --gated_targets soft",
+    "constant-draft": f"{MUON} --constant_draft 1",  # plain multi-token prediction
+    "soft-targets": f"{MUON} --targets soft",
     "rank-16": f"{MUON} --lora_r 16",
     "rank-32": f"{MUON} --lora_r 32",
-    "no-decay": f"{MUON} --gated_decay 1",
-    "one-visit": f"{MUON} --gated_visits 1 --gated_windows 15",
-    "six-visits": f"{MUON} --gated_visits 6 --gated_windows 3",
+    "no-decay": f"{MUON} --position_decay 1",
+    "one-step": f"{MUON} --steps_per_window 1 --windows_per_text 15",
+    "six-steps": f"{MUON} --steps_per_window 6 --windows_per_text 3",
     "adamw": "",
 }
 
@@ -38,7 +38,7 @@ def stage(name: str, *arguments: str) -> None:
 
 def run(name: str, seed: str, out: Path) -> None:
     """One variation, from training to its results document."""
-    folder = f"build/forcing/gated/controls/{name}-seed{seed}"
+    folder = f"build/forcing/drafter/controls/{name}-seed{seed}"
     stage("train", "--output_dir", folder, "--seed", seed, *VARIATIONS[name].split())
     stage("bench", "--drafter", f"{folder}/final", "--name", f"control {name}", "--output", os.path.relpath(out, ROOT))
 
