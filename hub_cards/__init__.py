@@ -1,4 +1,4 @@
-"""Publishing on the Hub: what a repository needs so that its model decodes in parallel for everybody, its card, and the push."""
+"""Publishing on the Hub: the card of a model, the `custom_generate` of its repository, and the push."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jacobi_hf.hub_cards.card import generate_model_card, model_card_cells
     from jacobi_hf.hub_cards.dataset_card import generate_dataset_card
-    from jacobi_hf.hub_cards.folder import FolderError
     from jacobi_hf.hub_cards.push import Pushed, PushError, push_to_hub
+    from jacobi_hf.hub_cards.scan import FolderError
 
-# Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.hub_cards.custom_generate).
+# Loaded on demand, so that a module of the package can be run (python -m jacobi_hf.hub_cards.single_file).
 _MODULE_OF = {
-    "FolderError": "folder",
+    "FolderError": "scan",
     "PushError": "push",
     "Pushed": "push",
     "generate_dataset_card": "dataset_card",

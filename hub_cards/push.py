@@ -12,9 +12,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from jacobi_hf.hub_cards.card import generate_model_card
-from jacobi_hf.hub_cards.custom_generate import FOLDER
 from jacobi_hf.hub_cards.folder import CARD, CONFIG, WEIGHTS, Staged, base_named, kind_of, matches, stage
 from jacobi_hf.hub_cards.metadata import check_repo_id
+from jacobi_hf.hub_cards.single_file import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

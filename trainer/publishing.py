@@ -12,9 +12,10 @@ import torch
 from transformers import TrainingArguments
 
 from jacobi_hf.hub_cards.card import generate_model_card
-from jacobi_hf.hub_cards.folder import CARD, FolderError
+from jacobi_hf.hub_cards.folder import CARD
 from jacobi_hf.hub_cards.metadata import is_repo_id
 from jacobi_hf.hub_cards.push import push_to_hub
+from jacobi_hf.hub_cards.scan import FolderError
 from jacobi_hf.results.schema import Hardware, Results, TrainingData
 from jacobi_hf.trainer.data.trajectories import base_of
 from jacobi_hf.trainer.run_record import stages_of, training_facts

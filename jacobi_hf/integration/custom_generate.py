@@ -1,6 +1,6 @@
 """A `generate` that decodes with Jacobi unless told otherwise, for models whose class nobody has registered.
 
-It is what the `custom_generate/generate.py` of a repository holds (`hub_cards/custom_generate.py` builds that file from this module and
+It is what the `custom_generate/generate.py` of a repository holds (`hub_cards/single_file.py` builds that file from this module and
 those that it imports). A model is of another class while a call runs, and only then: its own class, other models, and its next plain
 `generate` are as they were.
 """

@@ -1,4 +1,4 @@
-"""What of a folder is sent, what is left out, and what stops a push."""
+"""Which files of a folder are sent, which are left out, and what stops a push."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from jacobi_hf.hub_cards.custom_generate import REQUIREMENTS, build
-from jacobi_hf.hub_cards.folder import FolderError, stage
+from jacobi_hf.hub_cards.folder import stage
+from jacobi_hf.hub_cards.scan import FolderError
+from jacobi_hf.hub_cards.single_file import REQUIREMENTS, build
 from jacobi_hf.results.schema import Results
 from tests.helpers.tiny import EXAMPLE
 from tests.hub_cards.folders import CARD, KINDS, make, weights
@@ -74,7 +75,7 @@ def test_a_folder_becomes_a_repository(tmp_path, kind):
     assert staged.left_out == {
         "checkpoint-5/": "never sent",
         "runs/": "never sent",
-        "training_args.bin": "the trainer's own",
+        "training_args.bin": "state of the trainer",
         "run.json": "not part of a model",
         "notes.txt": "not part of a model",
         "curve.png": "not part of a model",
@@ -94,7 +95,7 @@ def test_nothing_is_written_over(tmp_path):
     staged = stage(make(tmp_path / "run"))
     (tmp_path / "there").mkdir()
     staged.write(tmp_path / "there")
-    with pytest.raises(FolderError, match="there is there already"):
+    with pytest.raises(FolderError, match="there already exists"):
         staged.write(tmp_path / "there")
     staged.files["config.json"] = tmp_path / "gone"
     with pytest.raises(FileNotFoundError):
@@ -133,15 +134,15 @@ def test_nothing_is_written_over(tmp_path):
         (
             "model.safetensors",
             "version https://git-lfs.github.com/spec/v1",
-            "model.safetensors is damaged or no safetensors",
+            "model.safetensors is damaged or not a safetensors file",
         ),
-        ("config.json", "{", "config.json is no JSON"),
+        ("config.json", "{", "config.json is not JSON"),
         ("config.json", "[]", "config.json holds no JSON object"),
         ("config.json", '{"auto_map": {"AutoModel": "x.Y"}}', "config.json names code of its own"),
-        ("adapter_config.json", "{}", "config.json, adapter_config.json: a model, an adapter and a drafter"),
-        ("model-00001-of-00001.safetensors", None, "model.safetensors and the parts of another save"),
-        ("README.md", "---\na: [\n---\n", "README.md is no card"),
-        ("README.md", b"\xff", "README.md is no card"),
+        ("adapter_config.json", "{}", "config.json, adapter_config.json. Put a model, an adapter and a drafter"),
+        ("model-00001-of-00001.safetensors", None, "holds model.safetensors and the parts of another save"),
+        ("README.md", "---\na: [\n---\n", "README.md is not a card"),
+        ("README.md", b"\xff", "README.md is not a card"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, name, content, message):
@@ -160,10 +161,10 @@ def test_folders_that_are_refused(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("model.safetensors", "there is no model.safetensors"),
+        ("model.safetensors", "model.safetensors is missing"),
         ("config.json", "holds none of config.json, adapter_config.json, drafter_config.json"),
-        ("tokenizer_config.json", "there is no tokenizer"),
-        ("README.md", "there is no card"),
+        ("tokenizer_config.json", "tokenizer_config.json. is missing"),
+        ("README.md", "The card is missing"),
     ],
 )
 def test_what_a_model_needs(tmp_path, missing, message):
@@ -171,7 +172,7 @@ def test_what_a_model_needs(tmp_path, missing, message):
     (folder / missing).unlink()
     with pytest.raises(FolderError, match=message):
         stage(folder)
-    with pytest.raises(FolderError, match="is no folder"):
+    with pytest.raises(FolderError, match="is not a folder"):
         stage(folder / "config.json")
 
 
@@ -180,11 +181,11 @@ def test_parts_of_weights_are_those_of_the_index(tmp_path):
     (folder / "model.safetensors").unlink()
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     weights(folder / names[0])
-    with pytest.raises(FolderError, match=r"but no model\.safetensors\.index\.json"):
+    with pytest.raises(FolderError, match=r"but model\.safetensors\.index\.json is missing"):
         stage(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
-    with pytest.raises(FolderError, match=f"lists {names[1]}, which is not there"):
+    with pytest.raises(FolderError, match=f"lists {names[1]}, which is missing"):
         stage(folder)
     weights(folder / names[1])
     assert {*names, index.name} <= stage(folder).files.keys()
@@ -203,9 +204,9 @@ def test_links(tmp_path):
     (tmp_path / "elsewhere.txt").write_text("mine")
     (tmp_path / "other").mkdir()
     for target, message in (
-        ("../elsewhere.txt", "LICENSE is a link that leaves the folder"),
-        ("../other", "LICENSE is a link that leaves the folder"),
-        ("../run/../elsewhere.txt", "LICENSE is a link that leaves the folder"),
+        ("../elsewhere.txt", "LICENSE is a link out of the folder"),
+        ("../other", "LICENSE is a link out of the folder"),
+        ("../run/../elsewhere.txt", "LICENSE is a link out of the folder"),
         ("nowhere", "LICENSE is a link, but not to a file"),
         (".", "LICENSE is a link, but not to a file"),
     ):
@@ -236,7 +237,7 @@ def test_the_base_is_a_repository(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     for base in ("", "../base", "/models/base", "a/b/c", "models/base", "user/a\nb"):
         (folder / name).write_text(json.dumps(config | {field: base}))
-        with pytest.raises(FolderError, match="which is no repository of the Hub: say which with base_model"):
+        with pytest.raises(FolderError, match=r"which is no repository of the Hub\. Give base_model="):
             stage(folder)
     with pytest.raises(FolderError, match="no repository"):
         stage(folder, base_model="models/base")
@@ -252,15 +253,15 @@ def test_results_plots_and_cards_from_elsewhere(tmp_path):
     assert staged.files["README.md"] == (CARD + "by hand").encode()
     (tmp_path / "x.json").write_text('{"what": "x"}')
     for results, message in (
-        ([tmp_path / "x.json"], "x.json holds no results of this package"),
+        ([tmp_path / "x.json"], "x.json holds no results of jacobi_hf"),
         ([tmp_path / "none.json"], "none.json holds no results"),
-        ([RESULTS, RESULTS], "two files would be results/forced-seed42.json"),
+        ([RESULTS, RESULTS], "Two files would become results/forced-seed42.json"),
     ):
         with pytest.raises(FolderError, match=message):
             stage(folder, results=results)
-    with pytest.raises(FolderError, match=r"x\.json is no picture"):
+    with pytest.raises(FolderError, match=r"x\.json is not a picture"):
         stage(folder, plots=[tmp_path / "x.json"])
-    with pytest.raises(FolderError, match=r"^README\.md holds the token") as refused:
+    with pytest.raises(FolderError, match=r"^README\.md holds the token of this push") as refused:
         stage(folder, card=CARD + "my own word").refuse("my own word")
     assert "my own word" not in str(refused.value).partition("README.md holds the token")[2]
 

@@ -238,7 +238,7 @@ def test_bad_input_is_told_before_anything_is_sent(tmp_path, monkeypatch):
     for name in ("a", "a/b/c", "user/a b", "", "user/--x", "user/a\n"):
         with pytest.raises(ValueError, match=r"^repo_id="):
             push_to_hub(folder, name)
-    with pytest.raises(FolderError, match=r"README\.md holds the token that it would be pushed with"):
+    with pytest.raises(FolderError, match=r"README\.md holds the token of this push"):
         push_to_hub(folder, "user/a", card=CARD + "a-token-of-mine", token="a-token-of-mine")
     (folder / "x.pt").write_bytes(b"")
     with pytest.raises(FolderError, match=r"x\.pt is pickled"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.hub_cards import push
-from jacobi_hf.hub_cards.folder import FolderError
+from jacobi_hf.hub_cards.scan import FolderError
 from jacobi_hf.results.schema import Results
 from jacobi_hf.trainer import JacobiForcingTrainer
 from tests.helpers.models import fresh_model

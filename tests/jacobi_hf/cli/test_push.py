@@ -122,12 +122,12 @@ def test_options_reach_push_to_hub(asked, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "user/name"], "nowhere is no folder"),
+        (["nowhere", "user/name"], "nowhere is not a folder"),
         (["FOLDER", "name"], "'user/name'"),
         (["FOLDER", "a/b/c"], "no name of a Hub repository"),
         (["FOLDER", "user/name", "--card", "nowhere.md"], "nowhere.md"),
         (["FOLDER", "user/name", "--results", "nowhere.json"], "nowhere.json"),
-        (["FOLDER", "user/name", "--dry-run", "FOLDER"], "is there already"),
+        (["FOLDER", "user/name", "--dry-run", "FOLDER"], "already exists"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message):

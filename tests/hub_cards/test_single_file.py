@@ -1,4 +1,4 @@
-"""`custom_generate/generate.py`: built from the package, and doing its work on machines that have nothing but transformers."""
+"""`custom_generate/generate.py` is built from the package and decodes on machines that have only transformers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from types import ModuleType
 import pytest
 
 import jacobi_hf
-from jacobi_hf.hub_cards import custom_generate
-from jacobi_hf.hub_cards.custom_generate import REQUIREMENTS, build, write_custom_generate
+from jacobi_hf.hub_cards import single_file
+from jacobi_hf.hub_cards.single_file import REQUIREMENTS, Module, build, check_names, write_custom_generate
 from tests.helpers.models import fresh_model
 from tests.helpers.tiny import EXAMPLE
 
@@ -90,36 +90,140 @@ def test_requirements_are_those_of_the_package(tmp_path):
         assert {line.removeprefix(package) for line in lines if line.startswith(package)} == wanted[package]
 
 
+ODD_IMPORT = "does not work in custom_generate/generate.py. Write `from jacobi_hf.module import name` at the top"
+
+
+def replaced(monkeypatch, name, text):
+    """Build with another source for one module; its last lines are `text`."""
+    modules = [
+        Module(one.name, one.file, f"{one.text}\n{text}\n") if one.name == name else one
+        for one in single_file._modules()
+    ]
+    monkeypatch.setattr(single_file, "_modules", lambda: modules)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def generate(): pass", "generate is what transformers calls.generate and jacobi_hf.config.generate"),
-        ("from math import ceil as JacobiConfig", "JacobiConfig is math.ceil and jacobi_hf.config.JacobiConfig"),
-        ("sum = 3", "sum is builtins.sum and jacobi_hf.config.sum"),
+        ("def generate(): pass", r"`generate` has two meanings: .*transformers calls .* jacobi_hf.streaming.generate"),
         (
-            "def late():\n    from jacobi_hf.decoding.step import Step",
-            "config.py imports a sibling in a way that one file cannot",
+            "from math import ceil as warnings",
+            r"`warnings` has two meanings: .* math.ceil \(jacobi_hf/streaming.py:\d",
         ),
-        ("import jacobi_hf.decoding.step", "config.py imports a sibling in a way that one file cannot"),
+        ("sum = 3", r"`sum` has two meanings: builtins.sum \(Python\) and jacobi_hf.streaming.sum \(jacobi_hf/strea"),
+        ("def late():\n    from jacobi_hf.config import JacobiConfig", ODD_IMPORT),
+        ("try:\n    from jacobi_hf.config import JacobiConfig\nfinally:\n    pass", ODD_IMPORT),
+        ("import jacobi_hf.config", ODD_IMPORT),
+        ("import jacobi_hf.config as settings", ODD_IMPORT),
+        ("from jacobi_hf.config import JacobiConfig as Knobs", ODD_IMPORT),
+        ("from jacobi_hf import JacobiConfig", ODD_IMPORT),
+        ("from .config import JacobiConfig", ODD_IMPORT),
+        ("from . import config", ODD_IMPORT),
         (
-            "from jacobi_hf.decoding.step import Step as OneStep",
-            "config.py imports a sibling in a way that one file cannot",
+            "from jacobi_hf.config import Nothing",
+            r"`Nothing` is not defined in jacobi_hf.config\. Import names, not m",
         ),
-        ("from .step import Step", "config.py imports a sibling in a way that one file cannot"),
+        (
+            "from jacobi_hf.drafts import lora",
+            r"`lora` is not defined in jacobi_hf.drafts\. Import names, not modules",
+        ),
     ],
 )
 def test_modules_that_cannot_become_one_file_are_refused(monkeypatch, text, message):
-    modules = custom_generate._modules()
-    monkeypatch.setattr(custom_generate, "_modules", lambda: modules | {"config": text})
+    replaced(monkeypatch, "streaming", text)
+    with pytest.raises(ValueError, match=message) as refused:
+        build()
+    assert re.search(r"jacobi_hf/streaming\.py:\d+", str(refused.value))
+
+
+def test_imports_for_type_checkers_have_any_form(monkeypatch):
+    replaced(monkeypatch, "streaming", "if TYPE_CHECKING:\n    import jacobi_hf.decoding.loop\n    sum = 3")
+    assert "jacobi_hf.decoding.loop" not in build()
+
+
+def package(monkeypatch, folder, sources):
+    """Make a package jacobi_hf of these sources the one that the builder reads."""
+    for name, text in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(single_file.resources, "files", lambda name: folder)
+
+
+def test_packages_and_their_reexports_become_one_file(monkeypatch, tmp_path):
+    sources = {
+        "integration/custom_generate.py": "from jacobi_hf.drafts import SOURCES, guess\n\n\ndef entry(kind):\n"
+        "    return lambda: [source() for source in SOURCES] + [guess()]\n",
+        "drafts/__init__.py": "from jacobi_hf.drafts.window import guess\nfrom jacobi_hf.drafts.lookup import find\n\n"
+        "SOURCES = (guess, find)\n",
+        "drafts/window.py": "import math\n\n\ndef guess():\n    return math.floor(1.5)\n",
+        "drafts/lookup.py": "import math\nfrom jacobi_hf.drafts.window import guess\n\n\ndef find():\n"
+        "    return guess() + 1\n",
+    }
+    package(monkeypatch, tmp_path, sources)
+    text = build()
+    assert re.findall(r"^# -+ jacobi_hf/(\S+)$", text, re.MULTILINE) == [
+        "drafts/window.py",
+        "drafts/lookup.py",
+        "drafts/__init__.py",
+        "integration/custom_generate.py",
+    ]
+    built = {}
+    exec(compile(text, "generate.py", "exec"), built)
+    assert built["generate"]() == [1, 2, 1]
+
+
+def test_two_definitions_of_a_name_are_reported_with_both_places(monkeypatch, tmp_path):
+    entry = "from jacobi_hf.a.x import f\nfrom jacobi_hf.b import g\n"
+    package(
+        monkeypatch,
+        tmp_path,
+        {
+            "integration/custom_generate.py": entry,
+            "a/x.py": "def f(): ...\ndef _head(): ...\n",
+            "b.py": "def g(): ...\n\n\nif True:\n    _head = 3\n",
+        },
+    )
+    with pytest.raises(ValueError, match="two meanings") as refused:
+        build()
+    assert str(refused.value) == (
+        "`_head` has two meanings: jacobi_hf.a.x._head (jacobi_hf/a/x.py:2) and jacobi_hf.b._head (jacobi_hf/b.py:5). "
+        "custom_generate/generate.py holds both in one namespace. Rename one of them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            {"integration/custom_generate.py": "from jacobi_hf.a import f", "a.py": "from jacobi_hf.b.c import g"},
+            r"jacobi_hf\.a imports jacobi_hf\.b\.c, which does not exist",
+        ),
+        (
+            {
+                "integration/custom_generate.py": "from jacobi_hf.a import f",
+                "a.py": "from jacobi_hf.b import g",
+                "b.py": "from jacobi_hf.a import f",
+            },
+            r"cannot become one file: jacobi_hf\.a -> jacobi_hf\.b -> jacobi_hf\.a\.",
+        ),
+    ],
+)
+def test_imports_that_lead_nowhere_or_in_a_circle_are_refused(monkeypatch, tmp_path, sources, message):
+    package(monkeypatch, tmp_path, sources)
     with pytest.raises(ValueError, match=message):
         build()
 
 
+def test_names_inside_functions_and_comprehensions_have_one_meaning():
+    text = "def f():\n    sum = 3\n\n\nLISTED = [max for max in (1,)]\nCALLED = lambda: [min for min in (1,)]\n"
+    check_names([Module("a", "jacobi_hf/a.py", text)])
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["custom_generate", str(tmp_path), "--drafter"])
-    monkeypatch.delitem(sys.modules, "jacobi_hf.hub_cards.custom_generate")
+    monkeypatch.setattr(sys, "argv", ["single_file", str(tmp_path), "--drafter"])
+    monkeypatch.delitem(sys.modules, "jacobi_hf.hub_cards.single_file")
     with pytest.raises(SystemExit) as done:
-        runpy.run_module("jacobi_hf.hub_cards.custom_generate", run_name="__main__")
+        runpy.run_module("jacobi_hf.hub_cards.single_file", run_name="__main__")
     assert not done.value.code
     assert capsys.readouterr().out.split() == [
         str(tmp_path / "custom_generate" / name) for name in ("generate.py", "requirements.txt")
