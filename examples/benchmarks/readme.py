@@ -15,7 +15,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from report_lossless import TINY
+from report.documents import TINY
 
 from jacobi_hf.results.schema import Measurement, Results
 

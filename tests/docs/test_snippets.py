@@ -261,7 +261,7 @@ jacobi-hf eval --model x --limit none
 jacobi-hf eval --limit 3
 python examples/nothing.py
 python examples/benchmarks/decode.py compare --prompt 3
-python examples/benchmarks/report.py --fast
+python examples/benchmarks/write_report.py --fast
 python -m jacobi_hf.nothing
 accelerate launch
 make everything

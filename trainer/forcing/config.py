@@ -26,7 +26,7 @@ class JacobiForcingConfig(CheckpointingArguments, TrainingArguments):
     """`TrainingArguments` for Jacobi Forcing (arXiv 2512.14681).
 
     Losses, context and replay default to one consistent set, that of the tiny model's recipe, which its ablations led to
-    (docs/results.md); optimizer and schedule to what suits models of a billion parameters and more. The paper's, the reference
+    (docs/results/forcing.md); optimizer and schedule to what suits models of a billion parameters and more. The paper's, the reference
     code's and the published Qwen3-1.7B run's sets are in examples/recipes.
 
     Parameters that choose what is trained:
