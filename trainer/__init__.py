@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jacobi_hf.trainer.data.collator import JacobiForcingCollator
-    from jacobi_hf.trainer.data.loading import BadRecordError, load_packed
+    from jacobi_hf.trainer.data.loading import load_packed
+    from jacobi_hf.trainer.data.record import BadRecordError, PackedRecord
     from jacobi_hf.trainer.data.schedule import NoiseSchedule, pack
     from jacobi_hf.trainer.data.trajectories import AnswerConfig, Trajectory, collect_trajectories, record_trajectories
     from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 # Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.trainer.forcing.mask) and imports stay quick.
 _MODULE_OF = {
     "AnswerConfig": "data.trajectories",
-    "BadRecordError": "data.loading",
+    "BadRecordError": "data.record",
     "JacobiForcingCollator": "data.collator",
     "JacobiForcingConfig": "forcing.config",
     "JacobiForcingTrainer": "forcing.trainer",
     "NoiseSchedule": "data.schedule",
+    "PackedRecord": "data.record",
     "Trajectory": "data.trajectories",
     "collect_trajectories": "data.trajectories",
     "load_packed": "data.loading",
@@ -33,6 +35,7 @@ __all__ = [
     "JacobiForcingConfig",
     "JacobiForcingTrainer",
     "NoiseSchedule",
+    "PackedRecord",
     "Trajectory",
     "collect_trajectories",
     "load_packed",

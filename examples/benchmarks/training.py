@@ -33,6 +33,7 @@ from jacobi_hf.trainer import (
     AnswerConfig,
     JacobiForcingConfig,
     JacobiForcingTrainer,
+    PackedRecord,
     collect_trajectories,
     record_trajectories,
 )
@@ -92,18 +93,12 @@ def random_record(rng: random.Random, length: int, vocab: int) -> dict[str, Any]
     """A packed record of exactly `length` slots: a prompt and blocks that are wrong from a random place on."""
     blocks = (length - 8) // (2 * BLOCK)
     prompt = [rng.randrange(2, vocab) for _ in range(length - 2 * BLOCK * blocks)]
-    sequence = list(prompt)
+    noisy, clean = [], []
     for _ in range(blocks):
-        clean = [rng.randrange(2, vocab) for _ in range(BLOCK)]
+        clean.append([rng.randrange(2, vocab) for _ in range(BLOCK)])
         wrong = rng.randint(1, BLOCK)
-        sequence += [*clean[:wrong], *(rng.randrange(2, vocab) for _ in range(BLOCK - wrong)), *clean]
-    return {
-        "data_id": "random",
-        "prompt_ids": prompt,
-        "prompt_ids_len": len(prompt),
-        "complete_training_sequence_ids": sequence,
-        "traj_position_indices": [0] * blocks,
-    }
+        noisy.append([*clean[-1][:wrong], *(rng.randrange(2, vocab) for _ in range(BLOCK - wrong))])
+    return {"data_id": "random", **PackedRecord.build(prompt, [noisy], clean, states=[0] * blocks).to_row()}
 
 
 def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from jacobi_hf.trainer import AnswerConfig, NoiseSchedule, collect_trajectories, pack
+from jacobi_hf.trainer import AnswerConfig, NoiseSchedule, PackedRecord, collect_trajectories, pack
 from tests.helpers.models import VOCAB
 
 END = 1
@@ -31,16 +31,9 @@ def random_record(
         return clean[:first_wrong] + [rng.randrange(2, VOCAB) if token != 0 else 0 for token in clean[first_wrong:]]
 
     clean_blocks = [answer[block * n : (block + 1) * n] for block in range(blocks)]
-    sequence = [*prompt_ids, *(token for clean in clean_blocks for token in noisy(clean) + clean)]
-    others = [[token for clean in clean_blocks for token in noisy(clean)] for _ in range(views - 1)]
-    more = {"more_noisy_ids": others} if others else {}
-    return more | {
-        "data_id": f"random {rng.random()}",
-        "prompt_ids": prompt_ids,
-        "prompt_ids_len": len(prompt_ids),
-        "complete_training_sequence_ids": sequence,
-        "traj_position_indices": [0] * blocks,
-    }
+    noisy_views = [[noisy(clean) for clean in clean_blocks] for _ in range(views)]
+    record = PackedRecord.build(prompt_ids, noisy_views, clean_blocks, states=[0] * blocks)
+    return {"data_id": f"random {rng.random()}", **record.to_row()}
 
 
 def records(count: int, n: int, seed: int = 0, **options) -> list[dict]:

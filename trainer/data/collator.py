@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from jacobi_hf.trainer.data.record import SEQUENCE, PackedRecord, interleave
 from jacobi_hf.trainer.forcing.losses import IGNORE
 from jacobi_hf.trainer.forcing.mask import CLEAN, NOISY, PADDING, PROMPT, window_of
 
@@ -59,12 +60,22 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A record taken apart: the blocks of each noisy view (N of them) and the clean ones; `end` is the length of the answer."""
+    """What a row of training data holds, ready to be laid out.
+
+    Attributes:
+        index: number of the row in the data set.
+        prompt_P: token ids of the prompt, or of the whole text of a replay row.
+        noisy_MTn, clean_Tn, position_Tn: as in `PackedRecord`; M is 0 if no noisy block is wanted, T is 0 in a replay row.
+        end: length of the answer in tokens, its end-of-sequence id included.
+        ended: whether the answer has an end-of-sequence id.
+        is_replay: whether it is a replay row.
+    """
 
     index: int
-    prompt: np.ndarray
-    noisy_NTn: np.ndarray
+    prompt_P: np.ndarray
+    noisy_MTn: np.ndarray
     clean_Tn: np.ndarray
+    position_Tn: np.ndarray
     end: int
     ended: bool
     is_replay: bool
@@ -75,28 +86,32 @@ class _Sample:
 
     @property
     def noisy_blocks(self) -> int:
-        return len(self.noisy_NTn) * self.blocks
-
-    def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The next token behind each prompt slot and each slot of the clean blocks."""
-        answer = self.clean_Tn.reshape(-1)
-        behind = np.full(len(answer), IGNORE)
-        behind[: max(0, self.end - 1)] = answer[1 : self.end]
-        of_prompt = np.full(len(self.prompt), IGNORE)
-        if prompt_loss or self.is_replay:
-            of_prompt[:-1] = self.prompt[1:]
-        if len(answer):
-            of_prompt[-1] = answer[0]
-        return of_prompt, behind
+        return len(self.noisy_MTn) * self.blocks
 
     @cached_property
-    def kept_NTn(self) -> np.ndarray:
-        """Which slots of the noisy blocks carry a consistency loss: from the first wrong one on, where the answer goes on behind."""
-        slot_Tn = np.arange(self.clean_Tn.size).reshape(self.clean_Tn.shape)
-        wrong_NTn = (self.noisy_NTn != self.clean_Tn) & (slot_Tn < self.end)
-        behind = slot_Tn + 1 < self.end if self.ended else slot_Tn < self.end
-        kept: np.ndarray = np.logical_or.accumulate(wrong_NTn, axis=2) & behind
-        return kept
+    def offset_Tn(self) -> np.ndarray:
+        """The offset of each slot of the clean blocks in the answer: 0 to nT - 1."""
+        return self.position_Tn - len(self.prompt_P)
+
+    def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token after each slot of the prompt, and after each slot of the clean blocks; `IGNORE` where there is no AR loss."""
+        answer = self.clean_Tn.reshape(-1)
+        after_answer = np.full(len(answer), IGNORE)
+        after_answer[: max(0, self.end - 1)] = answer[1 : self.end]
+        after_prompt_P = np.full(len(self.prompt_P), IGNORE)
+        if prompt_loss or self.is_replay:
+            after_prompt_P[:-1] = self.prompt_P[1:]
+        if len(answer):
+            after_prompt_P[-1] = answer[0]
+        return after_prompt_P, after_answer
+
+    @cached_property
+    def kept_MTn(self) -> np.ndarray:
+        """Which slots of the noisy blocks have a consistency loss: from the first wrong token on, if the answer goes on after them."""
+        wrong_MTn = (self.noisy_MTn != self.clean_Tn) & (self.offset_Tn < self.end)
+        goes_on_Tn = self.offset_Tn + 1 < self.end if self.ended else self.offset_Tn < self.end
+        kept_MTn: np.ndarray = np.logical_or.accumulate(wrong_MTn, axis=2) & goes_on_Tn
+        return kept_MTn
 
 
 @dataclass
@@ -141,10 +156,10 @@ class JacobiForcingCollator:
             raise ValueError(f"layout={self.layout!r} must be one of {', '.join(map(repr, LAYOUTS))}.")
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} must be at least 2.")
-        self._bound = window_of(self.context, self.window)
+        self._blocks_per_window = window_of(self.context, self.window)
         # Behind clean context, nothing is lost with slots that carry no loss: before the first wrong one a noisy block is the
         # clean block, and what follows the answer is seen by nobody.
-        self._sparse = self._bound == 1
+        self._sparse = self._blocks_per_window == 1
         if self.layout == "rows" and self.context == "clean":
             raise ValueError(
                 "layout='rows' has no clean context: each noisy block would need a row of its own. Use layout='packed', or context='noisy' "
@@ -173,28 +188,26 @@ class JacobiForcingCollator:
         batch["samples_in_row"] = np.array([row.samples for row in rows])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
-    def _read(self, record: Mapping[str, Any], number: int) -> _Sample:
-        n, index = self.block_size, int(record.get("index", number))
-        empty_Tn = np.empty((0, n), dtype=np.int64)
-        if "complete_training_sequence_ids" not in record:
-            ids = np.asarray(record["input_ids"], dtype=np.int64)[: self.max_length]
-            return _Sample(index, ids, empty_Tn[None], empty_Tn, 0, ended=False, is_replay=True)
-        sequence = np.asarray(record["complete_training_sequence_ids"], dtype=np.int64)
-        prompt, body = np.split(sequence, [len(record["prompt_ids"])])
-        if len(body) % (2 * n):
-            raise ValueError(
-                f"record {record.get('data_id', index)!r} has {len(body)} ids behind its prompt, which are no pairs of blocks of {n}: "
-                "block_size must be that of the data."
-            )
-        blocks_T2n = body.reshape(-1, 2, n)
-        answer = blocks_T2n[:, 1].reshape(-1)
-        ends = np.isin(answer, self.eos_token_ids).nonzero()[0]
-        end = int(ends[0]) + 1 if len(ends) else len(answer)
-        others = np.asarray(record.get("more_noisy_ids") or [], dtype=np.int64).reshape(-1, len(blocks_T2n), n)
-        noisy_NTn = np.concatenate([blocks_T2n[None, :, 0], others])
-        if not self.noisy:
-            noisy_NTn = noisy_NTn[:0]
-        return _Sample(index, prompt, noisy_NTn, blocks_T2n[:, 1], end, ended=bool(len(ends)), is_replay=False)
+    def _read(self, row: Mapping[str, Any], number: int) -> _Sample:
+        """Return the sample of a row with a packed record, or of a replay row, which has `input_ids` alone."""
+        n = self.block_size
+        index = int(row.get("index", number))
+        if SEQUENCE not in row:
+            ids = np.asarray(row["input_ids"], dtype=np.int64)[: self.max_length]
+            empty_Tn = np.empty((0, n), dtype=np.int64)
+            return _Sample(index, ids, empty_Tn[None], empty_Tn, empty_Tn, end=0, ended=False, is_replay=True)
+        record = PackedRecord.from_row(row, f"record {row.get('data_id', index)!r}", block_size=n)
+        ends = np.isin(record.answer, self.eos_token_ids).nonzero()[0]
+        return _Sample(
+            index,
+            record.prompt_P,
+            record.noisy_MTn if self.noisy else record.noisy_MTn[:0],
+            record.clean_Tn,
+            record.position_Tn,
+            end=int(ends[0]) + 1 if len(ends) else len(record.answer),
+            ended=bool(len(ends)),
+            is_replay=False,
+        )
 
     def _packed_rows(self, samples: list[_Sample]) -> list[_Row]:
         """First fit, longest first: samples share rows as long as the longest of them, since attention costs a row's length squared."""
@@ -213,103 +226,97 @@ class JacobiForcingCollator:
         return rows
 
     def _packed_length(self, sample: _Sample) -> int:
+        """Return how many slots a sample takes in a packed row."""
         if self._sparse:
-            return len(sample.prompt) + sample.end + int(sample.kept_NTn.sum())
-        return len(sample.prompt) + sample.noisy_NTn.size + sample.clean_Tn.size
+            return len(sample.prompt_P) + sample.end + int(sample.kept_MTn.sum())
+        return len(sample.prompt_P) + sample.noisy_MTn.size + sample.clean_Tn.size
 
-    def _pack(self, sample: _Sample, row: _Row, number: int) -> None:
-        n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
-        of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
-        own, first = row.members, row.length + prompt_length
+    def _pack(self, sample: _Sample, row: _Row, row_number: int) -> None:
+        """Add a sample to a packed row: its prompt, then its blocks."""
+        after_prompt_P, after_answer = sample.labels(prompt_loss=self.prompt_loss)
         row.add(
-            sample.prompt,
-            np.arange(prompt_length),
+            sample.prompt_P,
+            np.arange(len(sample.prompt_P)),
             sample.index,
-            sample=own,
-            labels=of_prompt,
+            sample=row.members,
+            labels=after_prompt_P,
             replay=int(sample.is_replay),
         )
-        if blocks:
-            kept_NTn = sample.kept_NTn
-            views = len(kept_NTn)
-            # Per block: the first noisy view, the clean block, the other views; only the first two are the published format's.
-            clean_at = min(1, views)
-            order = [place for place in range(views + 1) if place != clean_at]
-
-            def laid_out(noisy_NTn: np.ndarray, clean_Tn: np.ndarray) -> np.ndarray:
-                whole_TVn = np.empty((blocks, views + 1, n), dtype=np.int64)
-                whole_TVn[:, order], whole_TVn[:, clean_at] = noisy_NTn.swapaxes(0, 1), clean_Tn
-                return whole_TVn.reshape(-1)
-
-            def everywhere(value_Tn: np.ndarray) -> np.ndarray:
-                return laid_out(np.broadcast_to(value_Tn, kept_NTn.shape), value_Tn)
-
-            slot_Tn = np.arange(n * blocks).reshape(blocks, n)
-            used = (
-                np.flatnonzero(laid_out(kept_NTn, slot_Tn < sample.end))
-                if self._sparse
-                else np.arange(n * blocks * (views + 1))
-            )
-            place = np.zeros(n * blocks * (views + 1), dtype=np.int64)
-            place[used] = first + np.arange(len(used))
-            nothing_NTn, nothing_Tn = np.full(kept_NTn.shape, IGNORE), np.full((blocks, n), -1)
-            teacher_NTn = np.where(kept_NTn, (number << 32) | place.reshape(blocks, views + 1, n)[:, clean_at], -1)
-            stream_NTn = np.broadcast_to(NOISY + np.arange(views)[:, None, None], kept_NTn.shape)
-            begin_NTn = np.broadcast_to(slot_Tn[:, :1], kept_NTn.shape)
-            if self._sparse:
-                begin_NTn = begin_NTn + kept_NTn.argmax(2)[..., None]
-            row.add(
-                laid_out(sample.noisy_NTn, sample.clean_Tn)[used],
-                everywhere(prompt_length + slot_Tn)[used],
-                sample.index,
-                sample=own,
-                stream=laid_out(stream_NTn, np.full((blocks, n), CLEAN))[used],
-                block=everywhere(np.arange(blocks).repeat(n).reshape(blocks, n))[used],
-                start=laid_out(
-                    prompt_length + begin_NTn, np.broadcast_to(prompt_length + slot_Tn[:, :1], (blocks, n))
-                )[used],
-                labels=laid_out(nothing_NTn, behind.reshape(blocks, n))[used],
-                teacher=laid_out(teacher_NTn, nothing_Tn)[used],
-                divisor=max(1, int(kept_NTn.sum()) * blocks),
-            )
+        if sample.blocks:
+            self._pack_blocks(sample, row, row_number, after_answer.reshape(sample.clean_Tn.shape))
         row.members += 1
-        row.samples += blocks > 0
+        row.samples += sample.blocks > 0
         row.blocks += sample.noisy_blocks
 
+    def _pack_blocks(self, sample: _Sample, row: _Row, row_number: int, label_Tn: np.ndarray) -> None:
+        """Add the noisy and clean blocks of a sample, in the order of the packed layout, to a row that ends with its prompt."""
+        kept_MTn = sample.kept_MTn
+        offset_Tn = sample.offset_Tn
+        position_Tn = sample.position_Tn
+        used = np.full(kept_MTn.size + offset_Tn.size, fill_value=True)
+        if self._sparse:
+            used = interleave(kept_MTn, offset_Tn < sample.end)
+
+        def laid_out(noisy: np.ndarray | int, clean: np.ndarray | int) -> np.ndarray:
+            return interleave(np.broadcast_to(noisy, kept_MTn.shape), np.broadcast_to(clean, offset_Tn.shape))[used]
+
+        # Columns of the clean slots in the row. Clean slots that are not used teach nobody, so any column does for them.
+        column = row.length + np.cumsum(used) - 1
+        is_clean = interleave(np.zeros_like(kept_MTn), np.ones_like(offset_Tn, dtype=bool))
+        teacher_Tn = (row_number << 32) | column[is_clean].reshape(offset_Tn.shape)
+        # A sparse noisy block begins at its first slot with a loss.
+        start_MTn = position_Tn[:, :1] + (kept_MTn.argmax(2)[..., None] if self._sparse else 0)
+        row.add(
+            laid_out(sample.noisy_MTn, sample.clean_Tn),
+            laid_out(position_Tn, position_Tn),
+            sample.index,
+            sample=row.members,
+            stream=laid_out(NOISY + np.arange(len(kept_MTn))[:, None, None], CLEAN),
+            block=laid_out(offset_Tn // self.block_size, offset_Tn // self.block_size),
+            start=laid_out(start_MTn, position_Tn[:, :1]),
+            labels=laid_out(IGNORE, label_Tn),
+            teacher=laid_out(np.where(kept_MTn, teacher_Tn, -1), -1),
+            divisor=max(1, int(kept_MTn.sum()) * sample.blocks),
+        )
+
     def _causal_rows(self, samples: list[_Sample]) -> list[_Row]:
-        """Per sample, one clean row `[prompt, l_0, l_1, ..]` and one per window `[prompt, l_.. of earlier windows, k_.. of its own]`."""
+        """Return plain causal rows that give the packed row's logits.
+
+        Each sample has one clean row, `[prompt, l_0, l_1, ..]`, and for each view and window of blocks a row
+        `[prompt, clean blocks of earlier windows, noisy blocks of this window]`.
+        """
         rows: list[_Row] = []
         for sample in samples:
-            n, prompt_length, blocks = self.block_size, len(sample.prompt), sample.blocks
-            of_prompt, behind = sample.labels(prompt_loss=self.prompt_loss)
+            after_prompt_P, after_answer = sample.labels(prompt_loss=self.prompt_loss)
             clean_row = len(rows)
-            rows.append(_Row(samples=int(blocks > 0), blocks=sample.noisy_blocks))
-            ids = np.concatenate([sample.prompt, sample.clean_Tn.reshape(-1)])
+            rows.append(_Row(samples=int(sample.blocks > 0), blocks=sample.noisy_blocks))
+            ids = np.concatenate([sample.prompt_P, sample.clean_Tn.reshape(-1)])
             rows[-1].add(
                 ids,
                 np.arange(len(ids)),
                 sample.index,
-                labels=np.concatenate([of_prompt, behind]),
+                labels=np.concatenate([after_prompt_P, after_answer]),
                 replay=int(sample.is_replay),
             )
-            kept_NTn, bound = sample.kept_NTn, self._bound or max(1, blocks)
-            for view, first in itertools.product(range(len(kept_NTn)), range(0, blocks, bound)):
-                noisy = sample.noisy_NTn[view, first : first + bound].reshape(-1)
-                before = prompt_length + first * n
-                ids = np.concatenate([sample.prompt, sample.clean_Tn[:first].reshape(-1), noisy])
-                column = np.arange(len(ids))
-                kept = np.concatenate(
-                    [np.zeros(before, dtype=bool), kept_NTn[view, first : first + bound].reshape(-1)]
-                )
+            window = self._blocks_per_window or max(1, sample.blocks)
+            for view, first in itertools.product(range(len(sample.noisy_MTn)), range(0, sample.blocks, window)):
                 rows.append(_Row())
-                rows[-1].add(
-                    ids,
-                    column,
-                    sample.index,
-                    teacher=np.where(kept, (clean_row << 32) | column, -1),
-                    divisor=max(1, int(kept_NTn.sum()) * blocks),
-                )
+                self._add_noisy_row(sample, rows[-1], clean_row, view, slice(first, first + window))
         return rows
+
+    def _add_noisy_row(self, sample: _Sample, row: _Row, clean_row: int, view: int, window: slice) -> None:
+        """Fill a plain causal row with one window of noisy blocks, after the prompt and the clean blocks of earlier windows."""
+        before = np.concatenate([sample.prompt_P, sample.clean_Tn[: window.start].reshape(-1)])
+        ids = np.concatenate([before, sample.noisy_MTn[view, window].reshape(-1)])
+        column = np.arange(len(ids))
+        kept = np.concatenate([np.zeros(len(before), dtype=bool), sample.kept_MTn[view, window].reshape(-1)])
+        row.add(
+            ids,
+            column,
+            sample.index,
+            teacher=np.where(kept, (clean_row << 32) | column, -1),
+            divisor=max(1, int(sample.kept_MTn.sum()) * sample.blocks),
+        )
 
 
 def clean_part(batch: Mapping[str, torch.Tensor], multiple: int = 1) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from jacobi_hf.trainer.data.record import COLUMNS, MORE_VIEWS, SEQUENCE, BadRecordError, PackedRecord
 from jacobi_hf.trainer.data.shards import MANIFEST, ManifestError, checked_shards, read_manifest, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -21,78 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("prompt_ids", "prompt_ids_len", "complete_training_sequence_ids", "traj_position_indices")
 ON_BAD_ROW = ("raise", "skip")
 TOO_LONG = ("drop", "truncate")
-
-
-class BadRecordError(ValueError):
-    """A packed record that breaks an invariant of the format."""
-
-
-def check_record(  # noqa: C901  (one branch an invariant)
-    record: Mapping[str, Any], name: str, block_size: int | None = None, vocab_size: int | None = None
-) -> int:
-    """Check one packed record, and return its n.
-
-    The invariants (the published sets'): `prompt_ids_len == P`, the sequence begins with the prompt, `len == P + 2 n T` with
-    `T = len(traj_position_indices)`, and both blocks of a pair begin with the same, verified token.
-
-    Args:
-        name: what to call the record in an error.
-        block_size: the n it must have; None takes any.
-        vocab_size: ids must be below it; None does not look.
-
-    Raises:
-        BadRecordError: named with record and reason.
-    """
-
-    def bad(reason: str) -> BadRecordError:
-        return BadRecordError(f"{name}: {reason}")
-
-    missing = [column for column in COLUMNS if record.get(column) is None]
-    lists = [c for c in COLUMNS if c != "prompt_ids_len" and not isinstance(record.get(c), Sequence | np.ndarray)]
-    if missing or lists:
-        missing = missing or lists
-        raise bad(f"the columns {', '.join(missing)} are missing; a packed record has {', '.join(COLUMNS)}")
-    prompt, sequence, blocks = (
-        record["prompt_ids"],
-        record["complete_training_sequence_ids"],
-        len(record["traj_position_indices"]),
-    )
-    prompt = _flat(prompt)
-    length = len(prompt)
-    if record["prompt_ids_len"] not in (length, [length]):
-        raise bad(f"prompt_ids_len is {record['prompt_ids_len']}, but there are {length} prompt ids")
-    if not length or not blocks:
-        raise bad(f"it has {length} prompt ids and {blocks} blocks; both must be at least 1")
-    n, rest = divmod(len(sequence) - length, 2 * blocks)
-    if rest or n < 2:
-        raise bad(f"{len(sequence)} ids are not P + 2 n T with P={length}, T={blocks} and an integer n of at least 2")
-    if block_size is not None and n != block_size:
-        raise bad(f"its blocks have {n} tokens, but block_size={block_size}: set block_size={n} or collect again")
-    if list(sequence[:length]) != list(prompt):
-        raise bad("the sequence does not begin with the prompt")
-    for block in range(blocks):
-        noisy, clean = length + 2 * n * block, length + 2 * n * block + n
-        if sequence[noisy] != sequence[clean]:
-            raise bad(
-                f"noisy and clean block {block} begin with different tokens: the blocks are not in the order k_0, l_0, k_1, l_1, .."
-            )
-    for view in record.get("more_noisy_ids") or []:
-        if len(view) != n * blocks or any(view[n * b] != sequence[length + 2 * n * b] for b in range(blocks)):
-            raise bad(
-                f"a view in more_noisy_ids does not have {blocks} blocks of {n} with the first tokens of the clean ones"
-            )
-    everything = [*sequence, *(token for view in record.get("more_noisy_ids") or [] for token in view)]
-    if any(isinstance(token, bool) or not isinstance(token, int | np.integer) for token in everything):
-        raise bad("there are ids that are no integers")
-    low, high = min(everything), max(everything)
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise bad(
-            f"id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}: another tokenizer's data?"
-        )
-    return n
 
 
 def load_packed(
@@ -165,7 +96,7 @@ def open_dataset(source: str, split: str = "train", *, streaming: bool = False, 
 def checked(
     dataset: Any, name: str, *, on_bad_row: str = "raise", block_size: int | None = None, vocab_size: int | None = None
 ) -> Any:
-    """`dataset` with every row checked by `check_record`, bad ones raising or left out.
+    """`dataset` with every row checked by `PackedRecord.from_row`, bad ones raising or left out.
 
     Takes a `datasets.Dataset`, a `datasets.IterableDataset` (checked while it is read) or a list of records.
     """
@@ -175,13 +106,12 @@ def checked(
 
     def good(record: Mapping[str, Any], index: int) -> bool:
         try:
-            n = check_record(record, f"row {index} of {name}", found[0], vocab_size)
+            found[0] = PackedRecord.from_row(record, f"row {index} of {name}", found[0], vocab_size).block_size
         except BadRecordError as error:
             if on_bad_row == "raise":
                 raise
             logger.warning("%s (skipped)", error)
             return False
-        found[0] = n
         return True
 
     if isinstance(dataset, list):
@@ -195,28 +125,24 @@ def checked(
     return dataset.filter(good, with_indices=True, **options)
 
 
-def slots_of(record: Mapping[str, Any]) -> int:
-    """Slots of a packed row that a record takes, its further noisy views included."""
-    return len(record["complete_training_sequence_ids"]) + sum(map(len, record.get("more_noisy_ids") or []))
+def fit(row: Mapping[str, Any], max_length: int, too_long: str) -> dict[str, Any] | None:
+    """Return a row whose record takes at most `max_length` slots, or None.
 
+    Args:
+        row: a row with a packed record.
+        max_length: most slots of the record, its further views included.
+        too_long: what happens to a longer record: `"truncate"` leaves out its last blocks, `"drop"` gives None.
 
-def fit(record: Mapping[str, Any], max_length: int, block_size: int, too_long: str) -> dict[str, Any] | None:
-    """The record in at most `max_length` slots: itself, with its last blocks cut off (`"truncate"`), or None."""
-    prompt, sequence = _flat(record["prompt_ids"]), record["complete_training_sequence_ids"]
-    if slots_of(record) <= max_length:
-        return {**record, "prompt_ids": prompt}
-    views = record.get("more_noisy_ids") or []
-    blocks = (max_length - len(prompt)) // ((2 + len(views)) * block_size)
-    if too_long == "drop" or blocks < 1:
-        return None
-    more = {"more_noisy_ids": [view[: block_size * blocks] for view in views]} if views else {}
-    return {
-        **record,
-        **more,
-        "prompt_ids": prompt,
-        "complete_training_sequence_ids": sequence[: len(prompt) + 2 * block_size * blocks],
-        "traj_position_indices": record["traj_position_indices"][:blocks],
-    }
+    Returns:
+        The row with plain lists, shortened if needed; None if the record is dropped, or if not even its first block fits.
+    """
+    record = PackedRecord.from_row(row)
+    if record.slots > max_length:
+        blocks = record.blocks_within(max_length) if too_long == "truncate" else 0
+        if not blocks:
+            return None
+        record = record.first_blocks(blocks)
+    return {**row, **record.to_row()}
 
 
 class _Mixture:
@@ -224,7 +150,7 @@ class _Mixture:
 
     Args:
         records: packed records.
-        max_length, block_size, too_long: see `fit`.
+        max_length, too_long: see `fit`.
         replay: rows with `input_ids`, or None.
         replay_ratio: replay rows per trajectory row.
 
@@ -236,7 +162,6 @@ class _Mixture:
         self,
         records: Any,
         max_length: int,
-        block_size: int,
         too_long: str = "drop",
         replay: Sequence[Mapping[str, Any]] | None = None,
         replay_ratio: float = 1.0,
@@ -245,13 +170,15 @@ class _Mixture:
             raise ValueError(f"too_long={too_long!r} must be one of {', '.join(map(repr, TOO_LONG))}.")
         if replay is not None and not len(replay):
             raise ValueError("replay_dataset is empty.")
-        self._records, self._max_length, self._block_size, self._too_long = records, max_length, block_size, too_long
+        self._records = records
+        self._max_length = max_length
+        self._too_long = too_long
         self._replay = replay or ()
         self._replay_ratio = replay_ratio if replay else 0.0
         self._order = random.Random(0).sample(range(len(self._replay)), len(self._replay))
 
     def _fitted(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
-        return fit(record, self._max_length, self._block_size, self._too_long)
+        return fit(record, self._max_length, self._too_long)
 
     def _replayed(self, number: int) -> dict[str, Any]:
         row = self._order[number % len(self._order)]
@@ -349,21 +276,16 @@ class StreamedRecords(_Mixture, torch.utils.data.IterableDataset[dict[str, Any]]
 
 
 def _slots(records: Any) -> Iterator[int]:
-    """`slots_of` every record; a `datasets.Dataset` is not turned into Python lists for it."""
+    """Yield `PackedRecord.slots` of each row, from the lengths of its lists alone: arrow need not become Python lists."""
     if isinstance(records, list):
-        yield from map(slots_of, records)
+        yield from (PackedRecord.from_row(row).slots for row in records)
         return
-    columns = [name for name in ("complete_training_sequence_ids", "more_noisy_ids") if name in records.column_names]
+    columns = [name for name in (SEQUENCE, MORE_VIEWS) if name in records.column_names]
     for batch in records.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        lengths = pc.list_value_length(batch[columns[0]]).to_numpy()
-        if len(columns) > 1:
-            lengths = lengths + np.array([sum(map(len, views or [])) for views in batch[columns[1]].to_pylist()])
+        lengths = pc.list_value_length(batch[SEQUENCE]).to_numpy()
+        if MORE_VIEWS in columns:
+            lengths = lengths + np.array([sum(map(len, views or [])) for views in batch[MORE_VIEWS].to_pylist()])
         yield from map(int, lengths)
-
-
-def _flat(ids: Any) -> Any:
-    """A row of ids that may come as a 2-D tensor of one row, as some published sets have it."""
-    return ids[0] if len(ids) and isinstance(ids[0], Sequence) else ids
 
 
 def tokenized_replay(

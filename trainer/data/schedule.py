@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jacobi_hf.trainer.data.record import PackedRecord
+
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
@@ -133,19 +135,11 @@ def pack(
     blocks = trajectory.blocks
     n = len(blocks[0][-1])
     lengths = [min(n, len(trajectory.answer_ids) - n * block) for block in range(len(blocks))]
-    chosen = schedule.choose(blocks, lengths, rng)
-    sequence = list(trajectory.prompt_ids)
-    for states, index in zip(blocks, chosen, strict=True):
-        sequence += [*states[index], *states[-1]]
-    others = []
-    for _ in range(views - 1):
-        picked = schedule.choose(blocks, lengths, rng)
-        others.append([token for states, index in zip(blocks, picked, strict=True) for token in states[index]])
-    more = {"more_noisy_ids": others} if others else {}
-    return more | {
-        "data_id": data_id,
-        "prompt_ids": list(trajectory.prompt_ids),
-        "prompt_ids_len": len(trajectory.prompt_ids),
-        "complete_training_sequence_ids": sequence,
-        "traj_position_indices": chosen,
-    }
+    chosen = [schedule.choose(blocks, lengths, rng) for _ in range(views)]
+    record = PackedRecord.build(
+        trajectory.prompt_ids,
+        views=[[states[index] for states, index in zip(blocks, view, strict=True)] for view in chosen],
+        clean=[states[-1] for states in blocks],
+        states=chosen[0],
+    )
+    return {"data_id": data_id, **record.to_row()}

@@ -15,6 +15,7 @@ from jacobi_hf.attention.interface import LAYER_TYPES, TAKES_MASK, attention_of,
 from jacobi_hf.drafts.loading import using
 from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.trainer.data.loading import checked
+from jacobi_hf.trainer.data.record import PackedRecord
 from jacobi_hf.trainer.data.trajectories import special_ids
 from jacobi_hf.trainer.drafter.model import DraftedModel
 from jacobi_hf.trainer.forcing.trainer import (
@@ -80,16 +81,8 @@ class Answers(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _text(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         prompt = np.asarray(record["prompt_ids"]).reshape(-1).tolist()
-        if record.get("answer_ids") is not None:
-            answer = list(record["answer_ids"])
-        else:
-            blocks = len(record["traj_position_indices"])
-            answer = (
-                np.asarray(record["complete_training_sequence_ids"][len(prompt) :])
-                .reshape(blocks, 2, -1)[:, 1]
-                .reshape(-1)
-                .tolist()
-            )
+        is_packed = record.get("answer_ids") is None
+        answer = PackedRecord.from_row(record).answer.tolist() if is_packed else list(record["answer_ids"])
         end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer) - 1)
         return prompt, answer[: min(end + 1, max(0, self._max_length - len(prompt)))]
 

@@ -21,7 +21,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from jacobi_hf.trainer.data.record import interleave
 
 CONTEXTS = ("noisy", "window", "clean")
 # A stream from NOISY on is one noisy view of the sample; there may be several.
@@ -114,18 +117,28 @@ def dense_mask(
 
 
 def sample_slots(prompt_length: int, blocks: int, block_size: int) -> Slots:
-    """The slots of one sample alone in its row, `L = P + 2 n T`."""
-    pair = torch.arange(2 * block_size)
-    block_L = torch.arange(blocks).repeat_interleave(2 * block_size)
-    stream_L = torch.where(pair < block_size, NOISY, CLEAN).repeat(blocks)
-    position_L = prompt_length + block_L * block_size + (pair % block_size).repeat(blocks)
-    zeros_P = torch.zeros(prompt_length, dtype=torch.long)
+    """Return the slots of one sample with one view, alone in its row: `L = P + 2nT`, or P without blocks.
+
+    Args:
+        prompt_length: P, tokens of the prompt.
+        blocks: T, blocks of the answer.
+        block_size: n, tokens of a block.
+    """
+    offset_Tn = np.arange(blocks * block_size).reshape(blocks, block_size)
+    block_Tn = offset_Tn // block_size
+
+    def with_prompt(prompt: int | np.ndarray, noisy_Tn: np.ndarray, clean_Tn: np.ndarray) -> torch.Tensor:
+        prompt_P = np.broadcast_to(prompt, prompt_length)
+        return torch.from_numpy(np.concatenate([prompt_P, interleave(noisy_Tn[None], clean_Tn)]))[None]
+
+    position_Tn = prompt_length + offset_Tn
+    start_Tn = prompt_length + block_Tn * block_size
     return Slots(
-        sample=torch.zeros(1, prompt_length + len(block_L), dtype=torch.long),
-        stream=torch.cat([zeros_P, stream_L])[None],
-        block=torch.cat([zeros_P, block_L])[None],
-        position=torch.cat([torch.arange(prompt_length), position_L])[None],
-        start=torch.cat([zeros_P, prompt_length + block_L * block_size])[None],
+        sample=with_prompt(0, np.zeros_like(block_Tn), np.zeros_like(block_Tn)),
+        stream=with_prompt(PROMPT, np.full_like(block_Tn, NOISY), np.full_like(block_Tn, CLEAN)),
+        block=with_prompt(0, block_Tn, block_Tn),
+        position=with_prompt(np.arange(prompt_length), position_Tn, position_Tn),
+        start=with_prompt(0, start_Tn, start_Tn),
     )
 
 

@@ -171,7 +171,7 @@ class JacobiForcingTrainer(Publishing, Trainer):
             dataset, name, on_bad_row=args.on_bad_row, block_size=args.block_size, vocab_size=_vocabulary(base)
         )
         kind = TrainingRecords if isinstance(records, Sized) else StreamedRecords
-        return kind(records, args.max_length, args.block_size, args.too_long, replay, args.replay_ratio)
+        return kind(records, args.max_length, args.too_long, replay, args.replay_ratio)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As `Trainer`'s, or with `muon_learning_rate` Muon for the matrices inside the layers and AdamW for the rest."""

@@ -8,14 +8,12 @@ import logging
 import pytest
 from datasets import Dataset
 
-from jacobi_hf.trainer import BadRecordError, load_packed
+from jacobi_hf.trainer import BadRecordError, PackedRecord, load_packed
 from jacobi_hf.trainer.data.loading import (
     StreamedRecords,
     TrainingRecords,
-    check_record,
     checked,
     fit,
-    slots_of,
     tokenized_replay,
 )
 from tests.helpers.records import records
@@ -44,45 +42,6 @@ def stored(request, data, tmp_path):
 def test_every_store_loads_the_same_rows(stored, data, streaming):
     loaded = list(load_packed(str(stored), streaming=streaming, block_size=N))
     assert [{k: row[k] for k in data[0]} for row in loaded] == data
-
-
-def broken(record, **changes):
-    return {**record, **changes}
-
-
-def test_each_kind_of_damage_is_named(data):
-    good = data[0]
-    sequence, length = good["complete_training_sequence_ids"], good["prompt_ids_len"]
-    two = {
-        **records(1, N, blocks=2, prompt=3)[0],
-        "complete_training_sequence_ids": [5, 6, 7, *([1] * 4), *([2] * 4), *([1] * 4), *([2] * 4)],
-    }
-    two["prompt_ids"] = [5, 6, 7]
-    cases = [
-        (broken(good, complete_training_sequence_ids=None), "complete_training_sequence_ids are missing"),
-        (broken(good, prompt_ids_len=length + 1), f"prompt_ids_len is {length + 1}, but there are {length}"),
-        (broken(good, prompt_ids=[], prompt_ids_len=0), "0 prompt ids"),
-        (broken(good, complete_training_sequence_ids=sequence[:-1]), "are not P \\+ 2 n T"),
-        (broken(good, prompt_ids=[t + 1 for t in good["prompt_ids"]]), "does not begin with the prompt"),
-        (two, "noisy and clean block 0 begin with different tokens: the blocks are not in the order"),
-        (broken(good, traj_position_indices=[]), "0 blocks"),
-    ]
-    for record, message in cases:
-        with pytest.raises(BadRecordError, match=f"row 3: .*{message}"):
-            check_record(record, "row 3", N)
-    with pytest.raises(BadRecordError, match="blocks have 4 tokens, but block_size=8: set block_size=4"):
-        check_record(good, "row 3", 8)
-    with pytest.raises(BadRecordError, match="outside the model's vocabulary of 5"):
-        check_record(good, "row 3", N, vocab_size=5)
-    for damage in (
-        {"complete_training_sequence_ids": [*sequence[:-1], None]},
-        {"traj_position_indices": 3},
-        {"complete_training_sequence_ids": [*sequence[:-1], "x"]},
-    ):
-        with pytest.raises(BadRecordError, match="row 3"):
-            check_record(broken(good, **damage), "row 3", N)
-    assert check_record(good, "it") == N
-    assert check_record(broken(good, prompt_ids=[good["prompt_ids"]], prompt_ids_len=[length]), "it") == N
 
 
 def test_bad_rows_are_fatal_or_skipped(data, tmp_path, caplog):
@@ -117,44 +76,34 @@ def test_missing_columns_and_files_are_named(tmp_path):
 
 
 def test_fit_drops_or_truncates_whole_blocks():
-    (record,) = records(1, N, blocks=3, prompt=5)
-    assert fit(record, 29, N, "drop") == record
-    assert fit(record, 28, N, "drop") is None
-    cut = fit(record, 28, N, "truncate")
-    assert cut is not None
-    assert check_record(cut, "cut", N) == N
-    assert len(cut["complete_training_sequence_ids"]) == 21
-    assert fit(record, 12, N, "truncate") is None
+    (row,) = records(1, N, blocks=3, prompt=5)
+    assert fit(row, 29, "drop") == row
+    assert fit(row, 28, "drop") is None
+    assert fit(row, 28, "truncate") == row | PackedRecord.from_row(row).first_blocks(2).to_row()
+    assert fit(row, 12, "truncate") is None
 
 
-def test_further_noisy_views_are_checked_counted_and_cut():
-    (record,) = records(1, N, blocks=3, prompt=5, views=3)
-    assert check_record(record, "it", N) == N
-    assert slots_of(record) == 5 + 4 * 3 * N
-    cut = fit(record, 5 + 4 * 2 * N, N, "truncate")
-    assert cut is not None
-    assert check_record(cut, "cut", N) == N
-    assert slots_of(cut) == 5 + 4 * 2 * N
-    assert len(TrainingRecords(Dataset.from_list([record]), 64, N)) == 1
-    with pytest.raises(ValueError, match="no record is left"):
-        TrainingRecords(Dataset.from_list([record]), 52, N)
-    record["more_noisy_ids"][1][N] += 1
-    with pytest.raises(BadRecordError, match="row 3: a view in more_noisy_ids"):
-        check_record(record, "row 3", N)
+def test_further_views_count_when_records_are_fitted():
+    (row,) = records(1, N, blocks=3, prompt=5, views=3)
+    assert fit(row, 5 + 4 * 2 * N, "truncate") == row | PackedRecord.from_row(row).first_blocks(2).to_row()
+    for stored in ([row], Dataset.from_list([row])):
+        assert len(TrainingRecords(stored, 5 + 4 * 3 * N)) == 1
+        with pytest.raises(ValueError, match="no record is left"):
+            TrainingRecords(stored, 5 + 4 * 3 * N - 1)
 
 
 def test_replay_is_mixed_in_by_ratio():
     data = records(10, N)
-    mixed = TrainingRecords(data, 64, N, replay=[{"input_ids": [1, 2]}, {"input_ids": [3, 4]}], replay_ratio=0.5)
+    mixed = TrainingRecords(data, 64, replay=[{"input_ids": [1, 2]}, {"input_ids": [3, 4]}], replay_ratio=0.5)
     assert len(mixed) == 15
     assert all("complete_training_sequence_ids" in mixed[i] for i in range(10))
     assert {tuple(mixed[i]["input_ids"]) for i in range(10, 15)} == {(1, 2), (3, 4)}
     assert mixed.name(11).startswith("replay ")
     assert [mixed[i]["index"] for i in range(15)] == list(range(15))
     with pytest.raises(ValueError, match="replay_dataset is empty"):
-        TrainingRecords(data, 64, N, replay=[])
+        TrainingRecords(data, 64, replay=[])
     with pytest.raises(ValueError, match="too_long='cut'"):
-        TrainingRecords(data, 64, N, too_long="cut")
+        TrainingRecords(data, 64, too_long="cut")
 
 
 class Letters:
@@ -184,12 +133,10 @@ def test_streamed_records_are_the_same_in_order():
 
     data, replay = records(9, N, seed=3), [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
     longest = max(len(r["complete_training_sequence_ids"]) for r in data)
-    whole = TrainingRecords(data, longest - 1, N, "truncate", replay, 0.5)
-    arrow = TrainingRecords(Arrow.from_list(data), longest - 1, N, "truncate", replay, 0.5)
+    whole = TrainingRecords(data, longest - 1, "truncate", replay, 0.5)
+    arrow = TrainingRecords(Arrow.from_list(data), longest - 1, "truncate", replay, 0.5)
     assert [arrow[i] for i in range(len(arrow))] == [whole[i] for i in range(len(whole))]
-    streamed = list(
-        StreamedRecords(Arrow.from_list(data).to_iterable_dataset(), longest - 1, N, "truncate", replay, 0.5)
-    )
+    streamed = list(StreamedRecords(Arrow.from_list(data).to_iterable_dataset(), longest - 1, "truncate", replay, 0.5))
     sequences = [r["complete_training_sequence_ids"] for r in streamed if "complete_training_sequence_ids" in r]
     assert sequences == [whole[i]["complete_training_sequence_ids"] for i in range(9)]
     assert [r["input_ids"] for r in streamed if "input_ids" in r] == [whole[i]["input_ids"] for i in range(9, 13)]
@@ -204,7 +151,7 @@ def test_workers_share_a_stream():
     data, replay = records(8, N, seed=3), [{"input_ids": [1, number]} for number in range(4)]
     for parts in (1, 2):
         stream = StreamedRecords(
-            Arrow.from_list(data).to_iterable_dataset(num_shards=parts), 128, N, "drop", replay, 0.25
+            Arrow.from_list(data).to_iterable_dataset(num_shards=parts), 128, "drop", replay, 0.25
         )
         rows = list(DataLoader(stream, batch_size=None, num_workers=2, collate_fn=lambda row: row))
         assert sorted(str(row["complete_training_sequence_ids"]) for row in rows if "prompt_ids" in row) == sorted(
@@ -218,7 +165,7 @@ def test_a_stream_of_which_nothing_fits_says_so():
     from datasets import Dataset as Arrow
 
     with pytest.raises(ValueError, match="all 3 of the stream are longer than max_length=4"):
-        list(StreamedRecords(Arrow.from_list(records(3, N)).to_iterable_dataset(), 4, N))
+        list(StreamedRecords(Arrow.from_list(records(3, N)).to_iterable_dataset(), 4))
 
 
 def test_replay_ids_outside_the_vocabulary_are_named():

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jacobi_hf.trainer import NoiseSchedule, Trajectory, pack
-from jacobi_hf.trainer.data.loading import check_record
+from jacobi_hf.trainer import NoiseSchedule, PackedRecord, Trajectory, pack
 from jacobi_hf.trainer.data.schedule import END_POINTS, KINDS, NOISES, PHASES, noise_of
 
 RNG = random.Random(0)
@@ -84,19 +83,16 @@ schedules = st.builds(
 
 @given(trajectories(), schedules, st.integers(0, 99), st.integers(1, 3))
 def test_packed_records_keep_the_format(trajectory, schedule, seed, views):
-    n = len(trajectory.blocks[0][0])
-    record = pack(trajectory, schedule, "name", random.Random(seed), views)
-    others = record.pop("more_noisy_ids", [])
-    assert len(others) == views - 1
-    for view in others:
-        for block, states in enumerate(trajectory.blocks):
-            assert view[n * block : n * (block + 1)] in states
-    assert check_record(record, "it", n) == n
-    sequence, prompt = record["complete_training_sequence_ids"], len(trajectory.prompt_ids)
-    for block, index in enumerate(record["traj_position_indices"]):
-        first = prompt + 2 * n * block
-        assert sequence[first : first + n] == trajectory.blocks[block][index]
-        assert sequence[first + n : first + 2 * n] == trajectory.blocks[block][-1]
+    row = pack(trajectory, schedule, "name", random.Random(seed), views)
+    record = PackedRecord.from_row(row)
+    assert row["data_id"] == "name"
+    assert record.prompt_P.tolist() == trajectory.prompt_ids
+    assert record.views == views
+    for number, states in enumerate(trajectory.blocks):
+        assert record.clean_Tn[number].tolist() == states[-1]
+        assert record.noisy_MTn[0, number].tolist() == states[record.state_T[number]]
+        for view in range(views):
+            assert record.noisy_MTn[view, number].tolist() in states
 
 
 @given(trajectories(), st.integers(0, 99))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.trainer.data.collator import JacobiForcingCollator
+from jacobi_hf.trainer.data.record import PackedRecord
 from jacobi_hf.trainer.forcing.mask import CONTEXTS, Slots, dense_mask, draw, mask_mod, sample_slots, window_of
 from tests.helpers.properties import at_most
 
@@ -103,21 +104,22 @@ def test_clean_context_is_the_window_of_one():
     assert torch.equal(dense_mask(slots, "noisy"), dense_mask(slots, "window", 4))
 
 
-@pytest.mark.parametrize("context", ["clean", "noisy"])
+@pytest.mark.parametrize("context", ["noisy", "window"])
 def test_collator_packs_the_slots_that_the_mask_is_drawn_from(context):
-    record = {"prompt_ids": [1, 2], "complete_training_sequence_ids": [1, 2, *([5, 4, 3, 4] * 3)]}
-    packed, expected = Slots.of(JacobiForcingCollator(block_size=2, context=context)([record])), sample_slots(2, 3, 2)
+    record = PackedRecord.build([1, 2], [[[3, 5]] * 3], [[3, 4]] * 3, [0] * 3)
+    batch = JacobiForcingCollator(block_size=2, context=context, window=2)([record.to_row()])
+    packed = Slots.of(batch)
+    expected = sample_slots(2, 3, 2)
     for name in ("sample", "stream", "block", "position", "start"):
         assert torch.equal(getattr(packed, name), getattr(expected, name)), name
 
 
 def test_behind_clean_context_only_slots_with_a_loss_are_laid_out():
     """Prompt 1 2; the first block wrong from its second slot on, the second right, the third wrong behind the end (9)."""
-    record = {
-        "prompt_ids": [1, 2],
-        "complete_training_sequence_ids": [1, 2, *[3, 7, 5, 3, 4, 5], *[6, 7, 8] * 2, *[3, 6, 7, 3, 9, 0]],
-    }
-    batch = JacobiForcingCollator(block_size=3, eos_token_ids=(9,))([record])
+    noisy = [[3, 7, 5], [6, 7, 8], [3, 6, 7]]
+    clean = [[3, 4, 5], [6, 7, 8], [3, 9, 0]]
+    record = PackedRecord.build([1, 2], [noisy], clean, [0, 0, 0])
+    batch = JacobiForcingCollator(block_size=3, eos_token_ids=(9,))([record.to_row()])
     assert batch["input_ids"].tolist() == [[1, 2, 7, 5, 3, 4, 5, 6, 7, 8, 3, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch["teacher"].tolist() == [[-1, -1, 5, 6, *[-1] * 8]]
