@@ -1,4 +1,13 @@
-"""Masks over a step's slots: a rule, a dense mask, a table from which masks are looked up, and a mask of blocks for FlexAttention."""
+"""Attention masks of a step: which cached tokens and which slots each slot attends to.
+
+There is one rule, `visibility_rule`, and a form of it for each kernel. All of them take the layout of the step's slots, the number of
+cached tokens of each row, and optionally a sliding window. Key column c of a row holds cached token c if there is one, otherwise the
+slots of the step, one after the other.
+
+The figures have a line for each query and a mark for each key column. The query attends where the mark is `#`. Labels are
+t for a cached token, p for the pending token, w for a guess of the window, b for a guess of a branch, d for a draft slot,
+and - for a column after the step's slots.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +20,35 @@ from torch.nn.attention.flex_attention import BlockMask
 if TYPE_CHECKING:
     from jacobi_hf.decoding.layout import Layout
 
-Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+VisibilityRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLEX_BLOCK = 128
 
 
-def visibility(layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None = None) -> Sees:
-    """Who sees whom when a step's slots are written behind `lengths_B` cached tokens, as a rule `(row, slot, column) -> bool`.
+def visibility_rule(layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None = None) -> VisibilityRule:
+    """Return the rule `(row, slot, key column) -> bool` that says whether a slot attends to a key column.
 
-    Column c of row b is cached token c for `c < lengths_B[b]`, and slot `c - lengths_B[b]` of this step from there on. The rule takes
-    index tensors that broadcast, on the device of `lengths_B`.
+    A slot attends to all cached tokens of its row, to the pending token, to the window's guesses that its segment follows, and
+    to its own segment up to itself. Figure: a window of 2 guesses, a branch of 2 guesses that follows w1, and 2 draft slots,
+    after 2 cached tokens.
+
+              t0 t1  p w1 w2 b1 b2 d1 d2
+         p     #  #  #  .  .  .  .  .  .
+         w1    #  #  #  #  .  .  .  .  .
+         w2    #  #  #  #  #  .  .  .  .
+         b1    #  #  #  #  .  #  .  .  .
+         b2    #  #  #  #  .  #  #  .  .
+         d1    #  #  #  .  .  .  .  #  .
+         d2    #  #  #  .  .  .  .  #  #
 
     Args:
-        lengths_B: cached tokens per row.
+        layout: the step's slots.
+        lengths_B: cached tokens of each row.
         sliding_window: positions that a query may look back, itself included; None for full attention.
+
+    Returns:
+        a function of three index tensors that broadcast against each other, on the device of `lengths_B`.
     """
-    sees_N = layout.sees_QQ.flatten()  # one index is looked up faster than two
+    sees_flat = layout.sees_QQ.flatten()  # one index is looked up faster than two
 
     def of_chain(row: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         position = lengths_B[row] + slot
@@ -35,7 +58,7 @@ def visibility(layout: Layout, lengths_B: torch.Tensor, sliding_window: int | No
     def of_tree(row: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         seen = column - lengths_B[row]
         inside = seen.clamp(0, layout.slots - 1)
-        allowed = (seen < 0) | ((seen < layout.slots) & sees_N[slot * layout.slots + inside])
+        allowed = (seen < 0) | ((seen < layout.slots) & sees_flat[slot * layout.slots + inside])
         if sliding_window is None:
             return allowed
         seen_depth = torch.where(seen < 0, seen, layout.depth_Q[inside])
@@ -47,11 +70,30 @@ def visibility(layout: Layout, lengths_B: torch.Tensor, sliding_window: int | No
 def attention_mask(
     layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor, sliding_window: int | None = None
 ) -> torch.Tensor:
-    """`visibility` as a dense mask.
+    """Return the rule as a dense mask.
+
+    Figure: a window of 2 guesses and a branch of 2 guesses that follows w1, with a sliding window of 3 positions. The first row has
+    3 cached tokens, the second has 1. Slots w2 and b1 have the same depth, hence the same position.
+
+              t0 t1 t2  p w1 w2 b1 b2
+         p     .  #  #  #  .  .  .  .
+         w1    .  .  #  #  #  .  .  .
+         w2    .  .  .  #  #  #  .  .
+         b1    .  .  .  #  #  .  #  .
+         b2    .  .  .  .  #  .  #  #
+
+              t0  p w1 w2 b1 b2  -  -
+         p     #  #  .  .  .  .  .  .
+         w1    #  #  #  .  .  .  .  .
+         w2    .  #  #  #  .  .  .  .
+         b1    .  #  #  .  #  .  .  .
+         b2    .  .  #  .  #  #  .  .
 
     Args:
-        lengths_B, sliding_window: as there.
-        key_column_K: 0, 1, 2, .., the part of the cache that is read.
+        layout: the step's slots.
+        lengths_B: cached tokens of each row.
+        key_column_K: 0, 1, 2, .., the key columns that attention reads.
+        sliding_window: positions that a query may look back, itself included; None for full attention.
 
     Returns:
         bool `(B, 1, Q, K)`, True where attention is allowed.
@@ -62,81 +104,138 @@ def attention_mask(
         if sliding_window is not None:
             allowed_BQK &= key_column_K > position_BQ1 - sliding_window
         return allowed_BQK[:, None]
-    batch, slots = len(lengths_B), layout.slots
-    # The rule of a tree looks each pair of slot and column up; the few columns of the step are scattered instead, which is much less work.
+    batch = len(lengths_B)
+    slots = layout.slots
+    # The rule of a tree looks up each pair of slot and column. Scattering the few columns of the step is much less work.
     cached_BQK = (key_column_K < lengths_B[:, None])[:, None].expand(-1, slots, -1)
     sees_QQ = layout.sees_QQ
     if sliding_window is not None:
         depth_Q1 = layout.depth_Q[:, None]
         cached_BQK = cached_BQK & (key_column_K > lengths_B[:, None, None] + depth_Q1 - sliding_window)
         sees_QQ = sees_QQ & (layout.depth_Q > depth_Q1 - sliding_window)
-    index_BQQ = (lengths_B[:, None] + torch.arange(slots, device=key_column_K.device))[:, None].expand(-1, slots, -1)
+    column_BQ = lengths_B[:, None] + torch.arange(slots, device=key_column_K.device)
+    index_BQQ = column_BQ[:, None].expand(-1, slots, -1)
     return cached_BQK.scatter(2, index_BQQ, sees_QQ.expand(batch, -1, -1))[:, None]
 
 
 def mask_table(layout: Layout, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """What the mask of a step of full attention is made of, whatever the lengths.
+    """Return a table that holds the mask of full attention for any number of cached tokens; `mask_from_table` reads it.
 
-    A sliding window would need a column for each position that it reaches, which is much to keep for every layout.
+    The table has a column for each slot and one for all columns after them. The column of the pending token also stands for the cached
+    tokens, because every slot attends to both. A sliding window has no table: it would need a column for each position that it reaches.
+
+    Figure: a window of 2 guesses and a branch of 1 guess that follows the pending token; the table has 0 where the mark is `#`, and -inf
+    elsewhere.
+
+               p w1 w2 b1  -
+         p     #  .  .  .  .
+         w1    #  #  .  .  .
+         w2    #  #  #  .  .
+         b1    #  .  .  #  .
 
     Args:
-        groups: query heads per key/value head.
+        layout: the step's slots. The table is kept in `layout.tables`.
+        groups: query heads for each key/value head.
+        dtype: of the table.
 
     Returns:
-        additive `(groups * Q, Q + 1)`: one column for each slot, of which the first, that every slot sees, stands for all that are cached
-        too, and one for all behind the slots.
+        additive `(groups * Q, Q + 1)`.
     """
     key = (groups, dtype)
     if key not in layout.tables:
         device = layout.depth_Q.device
         columns = torch.arange(layout.slots + 1, device=device)
-        allowed_QX = attention_mask(layout, torch.zeros(1, dtype=torch.long, device=device), columns)[0, 0]
-        layout.tables[key] = torch.where(allowed_QX, 0.0, float("-inf")).to(dtype).repeat(groups, 1)
+        allowed = attention_mask(layout, torch.zeros(1, dtype=torch.long, device=device), columns)[0, 0]
+        layout.tables[key] = torch.where(allowed, 0.0, float("-inf")).to(dtype).repeat(groups, 1)
     return layout.tables[key]
 
 
-def mask_from_table(table_QX: torch.Tensor, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> torch.Tensor:
-    """`attention_mask` by looking it up in `mask_table`: additive `(B, 1, groups * Q, K)`."""
-    place_BK = (key_column_K - lengths_B[:, None]).clamp_(0, table_QX.shape[1] - 1)
-    mask_QN = table_QX.index_select(1, place_BK.view(-1))
+def mask_from_table(table: torch.Tensor, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> torch.Tensor:
+    """Return the mask of full attention, looked up in the table of `mask_table`.
+
+    Figure: the table above, for a row of 2 cached tokens and 8 key columns. The columns t0, t1 and p repeat column p of the table; the
+    last two repeat its last one.
+
+              t0 t1  p w1 w2 b1  -  -
+         p     #  #  #  .  .  .  .  .
+         w1    #  #  #  #  .  .  .  .
+         w2    #  #  #  #  #  .  .  .
+         b1    #  #  #  .  .  #  .  .
+
+    Args:
+        table: as `mask_table` returns it.
+        lengths_B: cached tokens of each row.
+        key_column_K: 0, 1, 2, .., the key columns that attention reads.
+
+    Returns:
+        additive `(B, 1, groups * Q, K)`.
+    """
+    place_BK = (key_column_K - lengths_B[:, None]).clamp_(0, table.shape[1] - 1)
+    mask = table.index_select(1, place_BK.view(-1))  # (groups * Q, B * K)
     if place_BK.shape[0] == 1:
-        return mask_QN.view(1, 1, *mask_QN.shape)
-    return mask_QN.view(-1, *place_BK.shape).transpose(0, 1).contiguous()[:, None]
+        return mask.view(1, 1, *mask.shape)
+    return mask.view(-1, *place_BK.shape).transpose(0, 1).contiguous()[:, None]
 
 
 def block_mask(
     layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor, sliding_window: int | None = None
 ) -> BlockMask:
-    """`visibility` as FlexAttention takes it: every row reads the blocks of columns that it uses, whatever the longest row has.
+    """Return the rule as FlexAttention takes it: for each row, the blocks of `FLEX_BLOCK` key columns that are read.
 
-    Which blocks these are follows from the lengths, so nothing of size `(Q, K)` is made. Arguments as in `attention_mask`.
+    A row reads its own blocks only, however long the longest row is. The blocks follow from the lengths, so nothing of size `(Q, K)` is
+    made. In a whole block (`#`) every query attends to every column; in a partial block (`+`) the kernel asks the rule; other blocks (`.`)
+    are not read.
+
+    Figure: a chain of 200 slots after 300 cached tokens, with 640 key columns. Line q0 is the block of slots 0 to 127, q1 that of slots
+    128 to 199; k0 is the block of key columns 0 to 127, and so on.
+
+              k0 k1 k2 k3 k4
+         q0    #  #  +  +  .
+         q1    #  #  #  +  .
+
+    Args:
+        layout: the step's slots.
+        lengths_B: cached tokens of each row.
+        key_column_K: 0, 1, 2, .., the key columns that may be read.
+        sliding_window: positions that a query may look back, itself included; None for full attention. With a sliding window all blocks
+            that are read are partial.
     """
-    device, slots, columns = key_column_K.device, layout.slots, key_column_K.shape[0]
+    columns = key_column_K.shape[0]
     last_block = -(-columns // FLEX_BLOCK) - 1
-    first_X = torch.arange(0, slots, FLEX_BLOCK, device=device)  # slot with which each block of queries begins
-    # Slots of a tree see slots of any number, those of a chain none behind their own.
-    end_X = (first_X + FLEX_BLOCK).clamp(max=slots) if layout.is_chain else torch.full_like(first_X, slots)
-    earliest_X = first_X if layout.is_chain else torch.zeros_like(first_X)
-    end_BX = -(-(lengths_B[:, None] + end_X) // FLEX_BLOCK)
-    if sliding_window is None:
-        start_BX = (lengths_B[:, None] + earliest_X) // FLEX_BLOCK  # every query of the block sees all before it
-    else:
-        start_BX = (lengths_B[:, None] + earliest_X + 1 - sliding_window).clamp(min=0) // FLEX_BLOCK
-    # One more than there are: a compiled step would take a single block for another kind of tensor.
-    number_Y = torch.arange(last_block + 2, device=device)
-    partial_BXY = (start_BX[..., None] + number_Y).clamp(max=last_block)
-    whole_BXY = number_Y.clamp(max=last_block).expand_as(partial_BXY)
-    sees = visibility(layout, lengths_B, sliding_window)
+    start, end = _partial_blocks(layout, lengths_B, sliding_window)
+    # One number more than there are blocks: a compiled step would take an axis of size one for another kind of tensor.
+    number = torch.arange(last_block + 2, device=key_column_K.device)
+    partial = (start[..., None] + number).clamp(max=last_block)
+    whole = number.clamp(max=last_block).expand_as(partial)
+    rule = visibility_rule(layout, lengths_B, sliding_window)
 
     def mask_mod(row: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-        return sees(row, slot, column)
+        return rule(row, slot, column)
 
     return BlockMask.from_kv_blocks(
-        (end_BX - start_BX)[:, None].int(),
-        partial_BXY[:, None].int(),
-        start_BX[:, None].int() if sliding_window is None else None,
-        whole_BXY[:, None].int().contiguous() if sliding_window is None else None,
+        (end - start)[:, None].int(),
+        partial[:, None].int(),
+        start[:, None].int() if sliding_window is None else None,
+        whole[:, None].int().contiguous() if sliding_window is None else None,
         FLEX_BLOCK,
         mask_mod,
-        (slots, columns),
+        (layout.slots, columns),
     )
+
+
+def _partial_blocks(
+    layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first partial key block of each block of queries, and the end of its key blocks; both `(B, blocks of queries)`.
+
+    The blocks before the first partial one are whole with full attention, and not read with a sliding window.
+    """
+    slots = layout.slots
+    first_slot = torch.arange(0, slots, FLEX_BLOCK, device=lengths_B.device)
+    # A slot of a chain attends to no slot after itself; a slot of a tree may attend to a slot of any number.
+    first_seen = first_slot if layout.is_chain else torch.zeros_like(first_slot)
+    end_seen = (first_slot + FLEX_BLOCK).clamp(max=slots) if layout.is_chain else torch.full_like(first_slot, slots)
+    end = -(-(lengths_B[:, None] + end_seen) // FLEX_BLOCK)
+    if sliding_window is None:
+        return (lengths_B[:, None] + first_seen) // FLEX_BLOCK, end
+    return (lengths_B[:, None] + first_seen + 1 - sliding_window).clamp(min=0) // FLEX_BLOCK, end

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import jacobi_hf
-from jacobi_hf.attention.masks import attention_mask
 from jacobi_hf.decoding.cache import BOUND, JacobiStaticCache
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.loop import Decoder, Reach
@@ -105,37 +104,6 @@ def test_no_drafter_reaches_a_clean_row(kind, attention):
     assert bool(clean[0].isfinite().all())
     assert not torch.equal(noisy[0], noisy[1])
     assert bool((noisy[3] == 0).all())  # NaN throughout, made finite so that no processor trips over it
-
-
-@hypothesis.given(
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
-    noisy=st.integers(1, 5),
-    cached=st.lists(st.integers(0, 9), min_size=1, max_size=3),
-    window=st.none() | st.integers(1, 6),
-)
-def test_the_mask_of_two_streams(lengths, noisy, cached, window):
-    """Against the definition, slot by slot: what a slot is follows from its number alone."""
-    layout = build_layout(lengths, torch.device("cpu"), noisy)
-    kinds = [("pending", 0), *((s, d) for s, length in enumerate(lengths) for d in range(1, length + 1))]
-    kinds += [("noisy", d) for d in range(1, noisy + 1)]
-    extent = max(cached) + layout.slots
-    allowed = attention_mask(layout, torch.tensor(cached), torch.arange(extent), window)
-    for row, length in enumerate(cached):
-        for q, (stream, depth) in enumerate(kinds):
-            for column in range(extent):
-                if column < length:
-                    sees, position = True, column
-                elif column - length < layout.slots:
-                    other, other_depth = kinds[column - length]
-                    sees = other == "pending" or (other == stream and other_depth <= depth)
-                    position = length + other_depth
-                else:
-                    continue
-                if window is not None:
-                    sees = sees and position > length + depth - window
-                assert bool(allowed[row, 0, q, column]) == sees
-    assert layout.verified_segments == len(lengths)
-    assert layout.lengths[layout.draft_segment] == noisy
 
 
 def test_the_gate_leaves_other_rows_bit_identical():
