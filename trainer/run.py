@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 from jacobi_hf.evaluation.decoding import prompt_ids
+from jacobi_hf.io import read_jsonl, read_prompts_by_domain
 from jacobi_hf.results.schema import Hardware
 from jacobi_hf.trainer.data.loading import load_packed
 from jacobi_hf.trainer.data.shards import differences
-from jacobi_hf.trainer.data.texts import read_jsonl, read_prompts
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer, last_finished_checkpoint
 from jacobi_hf.trainer.options import option
@@ -133,7 +133,7 @@ def _trainer(data: TrainData, args: JacobiForcingConfig, run: Run) -> JacobiForc
     """Files are read before weights are, so that what is wrong with them is said at once."""
     tokenizer = AutoTokenizer.from_pretrained(data.model)
     checks: dict[str, Any] = {"block_size": args.block_size, "tokenizer": tokenizer, "on_bad_row": args.on_bad_row}
-    by_domain = read_prompts(data.eval_prompts) if data.eval_prompts else {}
+    by_domain = read_prompts_by_domain(data.eval_prompts) if data.eval_prompts else {}
     prompts = {domain: [prompt_ids(tokenizer, text) for text in texts] for domain, texts in by_domain.items()}
     replay = read_jsonl(data.replay_dataset) if data.replay_dataset else None
     train_dataset = load_packed(data.train_dataset, streaming=data.streaming, **checks)

@@ -7,7 +7,6 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import json
 import os
 import traceback
 import typing
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from safetensors import SafetensorError
 from typer.exceptions import TyperException
 
 from jacobi_hf.config import DECODINGS, JacobiConfig
+from jacobi_hf.io import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -173,10 +172,7 @@ def section_of(path: Path, section: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, it is no YAML, or has no such section with options by name.
     """
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is no recipe: it has to hold sections by name, such as {section!r}.")  # noqa: TRY004  (of a file)
     found = recipe.get(section)
@@ -194,18 +190,3 @@ def _as_typed(value: Any, option: Any) -> Any:
     if value is None or (isinstance(value, bool) and getattr(option, "is_flag", False)):
         return value
     return [str(value)] if several else str(value)
-
-
-def json_object(text: str, what: str) -> dict[str, Any]:
-    """The JSON object that a text holds; `what` is what errors call the text.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what} is not JSON: {error.msg} at column {error.colno}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{what} is not a JSON object but {text[:40]!r}.")  # noqa: TRY004  (of a text from outside, not of an argument)
-    return found

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from transformers import HfArgumentParser
 
-from jacobi_hf.cli._options import json_object, section_of
+from jacobi_hf.cli._options import section_of
+from jacobi_hf.io import parse_json_object
 from jacobi_hf.trainer.options import RENAMED, option
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class _Parser(HfArgumentParser):
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        return json_object(text, "the value")
+        return parse_json_object(text, "the value")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from None
 

@@ -67,10 +67,10 @@ def autotune(
     """
     with errors_in_one_line("autotune"):
         from jacobi_hf.cli._models import load
-        from jacobi_hf.io import encode_prompts, read_prompt_file
+        from jacobi_hf.io import encode_prompts, read_prompts
         from jacobi_hf.tuning.autotune import autotune as tune
 
-        sampling, texts = Sampling(do_sample, temperature, top_p, top_k), read_prompt_file(prompts)
+        sampling, texts = Sampling(do_sample, temperature, top_p, top_k), read_prompts(prompts)
         if save:
             _check_can_save(model, assistant_model)
         loaded, tokenizer = load(model, dtype, drafter)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jacobi_hf.cli._options import check_folder, errors_in_one_line, json_object
+from jacobi_hf.cli._options import check_folder, errors_in_one_line
+from jacobi_hf.io import read_json_object
 from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:
@@ -126,9 +127,9 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
 
 def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str]], list[dict[str, Any]]]:
     """Prompts by domain, held-out texts by domain, problems."""
-    from jacobi_hf.trainer.data.texts import read_jsonl, read_prompts
+    from jacobi_hf.io import read_jsonl, read_prompts_by_domain
 
-    by_domain = read_prompts(config.prompts)
+    by_domain = read_prompts_by_domain(config.prompts)
     domains = [domain.strip() for domain in config.domains.split(",")] if config.domains else list(by_domain)
     if unknown := [domain for domain in domains if domain not in by_domain]:
         raise ValueError(f"{config.prompts} has no domain {', '.join(unknown)}; it has {', '.join(by_domain)}.")
@@ -178,7 +179,7 @@ class _Kept:
         self._file, self._of = file, of
         self._done: dict[str, list[dict[str, Any]]] = {}
         if file.is_file():
-            former = json_object(file.read_text(encoding="utf-8"), str(file))
+            former = read_json_object(file)
             self._done = former["done"] if former.get("of") == of else {}
 
     def __call__(self, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:

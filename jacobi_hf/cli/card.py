@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path  # noqa: TC003  (typer reads the annotation)
 from typing import Annotated, Any
 
 import typer
 
 from jacobi_hf.cli._options import check_folder, errors_in_one_line, recipe_option
+from jacobi_hf.io import read_json_object
 
 SEVERAL = "; may be given several times."
 
@@ -108,5 +108,5 @@ def _base_in(folder: Path, kind: str) -> str | None:
     }.get(kind, ("", ""))
     if not file:
         return None
-    base = json_module.loads((folder / file).read_text(encoding="utf-8")).get(name)
+    base = read_json_object(folder / file).get(name)
     return str(base) if base else None

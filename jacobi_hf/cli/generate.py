@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from pathlib import Path  # noqa: TC003  (typer reads the annotation)
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ from jacobi_hf.cli._answers import (
     write,
 )
 from jacobi_hf.cli._options import errors_in_one_line, recipe_option, with_knobs
-from jacobi_hf.io import encode_prompts
+from jacobi_hf.io import STDIN, encode_prompts, read_text
 
 
 @with_knobs
@@ -115,10 +114,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     """
     if (prompt is None) == (file is None):
         raise ValueError("give one prompt: as an argument, - for stdin, or with --file.")
-    try:
-        text = file.read_text(encoding="utf-8") if file else sys.stdin.read() if prompt == "-" else str(prompt)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file or 'stdin'} is not UTF-8 text: {error}") from None
+    text = read_text(file or STDIN) if file or prompt == STDIN else str(prompt)
     if not text.strip():
         raise ValueError("the prompt is empty.")
     return text

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jacobi_hf.cli._options import errors_in_one_line, recipe_option
+from jacobi_hf.io import read_text
 
 if TYPE_CHECKING:
     from jacobi_hf.hub_cards.push import Pushed
@@ -62,7 +63,7 @@ def push(
             pushed = push_to_hub(
                 folder,
                 repo_id,
-                card=None if card is None else card.read_text(encoding="utf-8"),
+                card=None if card is None else read_text(card),
                 results=results or (),
                 plots=plots or (),
                 base_model=base_model,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jacobi_hf.cli._options import json_object
+from jacobi_hf.io import parse_json_object, read_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,22 +72,13 @@ class TaskFile:
         Raises:
             ValueError: the file is not there or no text, or a line is not what it should be; says which and why.
         """
-        path = Path(path)
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the task file {path} cannot be read: {error}") from None
-        rows = [
-            (number, json_object(line, f"{path}, line {number}"))
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        rows = [(place, parse_json_object(line, place)) for place, line in read_lines(path)]
         options = TaskOptions()
         if rows and "prompt" not in rows[0][1] and "answer" not in rows[0][1]:
-            options = _checked(path, *rows.pop(0), TaskOptions)
+            options = _checked(*rows.pop(0), TaskOptions)
         if not rows:
             raise ValueError(f"the task file {path} holds no problems.")
-        return cls(path.stem, options, [_checked(path, number, row, Problem) for number, row in rows])
+        return cls(Path(path).stem, options, [_checked(place, row, Problem) for place, row in rows])
 
     def config(self) -> dict[str, Any]:
         """The task as lm-evaluation-harness takes it."""
@@ -169,12 +160,12 @@ def _named(manager: Any, name: str) -> Any:
         raise
 
 
-def _checked(path: Path, number: int, row: dict[str, Any], kind: Any) -> Any:
+def _checked(where: str, row: dict[str, Any], kind: Any) -> Any:
     try:
         return kind.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
-    field, where = str(first["loc"][0]), f"{path}, line {number}"
+    field = str(first["loc"][0])
     close = difflib.get_close_matches(field, row if first["type"] == "missing" else kind.model_fields, 1)
     hint = f" (did you mean {close[0]!r}?)" if close and close != [field] else ""
     if first["type"] == "missing":

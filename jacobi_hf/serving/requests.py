@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jacobi_hf.cli._options import json_object
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
+from jacobi_hf.io import parse_json_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,7 +128,9 @@ def translate(kind: type[_Request], body: Mapping[str, Any], defaults: Generatio
     for name, neutral in _NEUTRAL.items():
         if name in body and body[name] not in neutral:
             raise ValueError(f"{name}={_short(body[name])} is not served: leave {name} out.")
-    own = {} if request.generation_config is None else json_object(request.generation_config, "generation_config")
+    own = (
+        {} if request.generation_config is None else parse_json_object(request.generation_config, "generation_config")
+    )
     reject_misspelt([*body, *own])
     given = {name: source[name] for source in (own, body) for name in KNOBS if name in source}
     decoding = JacobiConfig.from_knobs({name: getattr(defaults, name, None) for name in KNOBS} | given)

@@ -12,9 +12,9 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jacobi_hf.io import encode_messages, parse_json_object, read_text
 from jacobi_hf.trainer.data.loading import open_dataset
 from jacobi_hf.trainer.data.shards import (
     ManifestError,
@@ -30,6 +30,7 @@ from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,16 +106,7 @@ class CollectConfig:
         if isinstance(self.chat_template_options, dict):  # as a recipe may have it
             self.chat_template_options = json.dumps(self.chat_template_options)
         if self.chat_template_options:
-            try:
-                options = json.loads(self.chat_template_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"chat_template_options={self.chat_template_options!r} is not JSON ({error})."
-                ) from None
-            if not isinstance(options, dict):
-                raise ValueError(
-                    f'chat_template_options={self.chat_template_options!r} is no JSON object, such as {{"enable_thinking": false}}.'
-                )
+            parse_json_object(self.chat_template_options, f"chat_template_options={self.chat_template_options!r}")
         self.answers()
 
     def answers(self) -> AnswerConfig:
@@ -133,7 +125,9 @@ def read_prompts(
     Raises:
         ValueError: a row with none of these columns, or an empty prompt, named by its number.
     """
-    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+    options = json.loads(config.chat_template_options) if config.chat_template_options else {}
+    if config.chat_template:
+        options["chat_template"] = read_text(config.chat_template)
     prompts, dropped = [], 0
     for number, row in enumerate(rows):
         if config.limit is not None and number >= config.limit:
@@ -143,7 +137,8 @@ def read_prompts(
             row.get("messages") if row.get("messages") is not None else prompt if isinstance(prompt, list) else None
         )
         if messages is not None:
-            ids = _chat_ids(messages, tokenizer, config, template, number)
+            where = f"row {number} of {config.dataset}"
+            ids = encode_messages(messages, tokenizer, where, system_prompt=config.system_prompt, **options)
         elif prompt is not None:
             ids = tokenizer(prompt)["input_ids"]
         elif row.get("text") is not None:
@@ -161,23 +156,6 @@ def read_prompts(
             ids = ids[-config.max_prompt_tokens :]
         prompts.append(list(ids))
     return prompts, dropped
-
-
-def _chat_ids(
-    messages: Any, tokenizer: PreTrainedTokenizerBase, config: CollectConfig, template: str | None, number: int
-) -> list[int]:
-    turns = [dict(turn) for turn in messages]
-    if turns and turns[-1].get("role") == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise ValueError(f"row {number} of {config.dataset} has no turn to answer.")
-    if config.system_prompt is not None and turns[0].get("role") != "system":
-        turns = [{"role": "system", "content": config.system_prompt}, *turns]
-    options = json.loads(config.chat_template_options) if config.chat_template_options else {}
-    ids: list[int] = tokenizer.apply_chat_template(
-        turns, chat_template=template, add_generation_prompt=True, return_dict=False, **options
-    )
-    return ids
 
 
 def collect(

@@ -12,13 +12,11 @@ from typer.testing import CliRunner
 import jacobi_hf.tuning.autotune
 from jacobi_hf.cli import app
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.io import encode_prompts, read_prompt_file
 from jacobi_hf.tuning.autotune import ASSISTED, Setting, Tuning, describe
 from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
 FORCED, CHECKPOINT, DRAFTER, DRAFT = (str(EXAMPLE / name) for name in ("forced", "checkpoint", "drafter", "draft"))
-TASK = EXAMPLE / "tasks" / "arithmetic.jsonl"
 FOUND = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=1, jacobi_pool_size=0)
 
 
@@ -161,66 +159,3 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(
     monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.W_OK)
     result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
     assert (result.exit_code, "is not writable" in result.stderr, asked) == (2, True, [])
-
-
-MESSAGES = [{"role": "user", "content": "hi"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "wanted"),
-    [
-        ("a.txt", "one\n\n  two\n", ["one", "  two"]),
-        ("a.jsonl", '"one"\n\n{"prompt": "two", "answer": 3}\n', ["one", "two"]),
-        ("a.json", json.dumps(["one", {"messages": MESSAGES}, {"prompt": MESSAGES}]), ["one", MESSAGES, MESSAGES]),
-        ("a.jsonl", '{"stop": ["x"]}\n{"prompt": "one"}\n', ["one"]),
-    ],
-)
-def test_prompts_of_a_file(tmp_path, name, text, wanted):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert read_prompt_file(tmp_path / name) == wanted
-
-
-def test_a_task_file_is_a_file_of_prompts():
-    assert all(isinstance(prompt, str) for prompt in read_prompt_file(TASK))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.txt", "\n \n", "holds no prompts"),
-        ("a.json", '{"prompt": "x"}', "a list of prompts"),
-        ("a.jsonl", '"x"\n{\n', "line 2 is not JSON"),
-        ("a.json", "[3]", "prompt 1 is no prompt"),
-        ("a.jsonl", '"x"\n{"text": "y"}', "line 2 is no prompt"),
-        ("a.json", "[", "is not JSON"),
-        ("a.json", '[{"messages": []}]', "prompt 1"),
-        ("a.json", '[[{"role": "user"}]]', "prompt 1"),
-        ("a.json", '[""]', "prompt 1"),
-    ],
-)
-def test_what_is_no_file_of_prompts_is_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_prompt_file(tmp_path / name)
-
-
-class Template:
-    """A tokenizer that shows what it was asked."""
-
-    chat_template = "there is one"
-
-    def __call__(self, text):
-        return {"input_ids": [text]}
-
-    def apply_chat_template(self, turns, **_):
-        return [(turn["role"], turn["content"]) for turn in turns]
-
-
-def test_messages_and_chats_go_through_the_template():
-    answered = [*MESSAGES, {"role": "assistant", "content": "hello"}]
-    assert encode_prompts(["x", answered], Template(), "m", chat=False) == [["x"], [("user", "hi")]]
-    assert encode_prompts(["x"], Template(), "m", chat=True) == [[("user", "x")]]
-    tokenizer = Template()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="m has no chat template"):
-        encode_prompts([MESSAGES], tokenizer, "m", chat=False)

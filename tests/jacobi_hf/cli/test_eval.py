@@ -219,7 +219,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     binary = tmp_path / "x.jsonl"
     binary.write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "nowhere.jsonl", tmp_path, binary):
-        with pytest.raises(ValueError, match=re.escape(f"the task file {path} cannot be read")):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} (cannot be read|is not UTF-8)"):
             TaskFile.read(path)
 
 
@@ -388,9 +388,9 @@ def test_files_that_are_no_recipes_are_refused(tmp_path, text):
 
 def test_errors_of_the_verb_are_one_line_and_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
     result = invoke(app, ["eval", "--model", FORCED, "--task-file", "nowhere.jsonl"])
-    assert (result.exit_code, result.stderr.splitlines()[-1][:58]) == (
+    assert (result.exit_code, result.stderr.splitlines()[-1][:44]) == (
         2,
-        "jacobi-hf eval: the task file nowhere.jsonl cannot be read",
+        "jacobi-hf eval: nowhere.jsonl cannot be read",
     )
 
     def interrupt(*_, **__):

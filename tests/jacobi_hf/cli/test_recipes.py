@@ -122,7 +122,7 @@ def test_help_lists_every_option(verb):
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ("[1, 2", "cannot be read"),
+        ("[1, 2", "is not YAML"),
         ("- a\n- b", "is no recipe"),
         ("other: 3", "has no section '{verb}' with options by name; it has other."),
         ("{verb}: 3", "has no section '{verb}'"),

@@ -284,7 +284,7 @@ def test_what_is_missing_or_wrong_is_named_before_any_work(tmp_path, monkeypatch
         ((*bench, "--problems", "rows.jsonl"), "rows.jsonl, line 2 is not JSON"),
         ((*bench, "--problems", "good.jsonl"), "good.jsonl, row 1 has no prompt or no answer"),
         ((*bench, "--held_out", "good.jsonl"), "good.jsonl has no text of code"),
-        ((*bench, "--prompts", "good.jsonl"), "good.jsonl has to hold prompts by domain"),
+        ((*bench, "--prompts", "good.jsonl"), "good.jsonl must hold prompts by domain"),
         ((*bench, "--prompt_count", "0"), "prompt_count=0 must be at least 1"),
         (bench, "none cannot be loaded"),
     ):

@@ -216,7 +216,7 @@ def test_template_options_reach_the_template(tokenizer, tmp_path):
     assert tokenizer.decode(prompts[0]) == "quick hi"
     with pytest.raises(ValueError, match="chat_template_options='think' is not JSON"):
         CollectConfig(chat_template_options="think")
-    with pytest.raises(ValueError, match="chat_template_options='3' is no JSON object"):
+    with pytest.raises(ValueError, match="chat_template_options='3' is not a JSON object"):
         CollectConfig(chat_template_options="3")
     assert CollectConfig(chat_template_options={"think": False}).chat_template_options == '{"think": false}'
 
