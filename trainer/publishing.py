@@ -16,7 +16,9 @@ from jacobi_hf.hub_cards.folder import CARD
 from jacobi_hf.hub_cards.metadata import is_repo_id
 from jacobi_hf.hub_cards.push import push_to_hub
 from jacobi_hf.hub_cards.scan import FolderError
-from jacobi_hf.results.schema import Hardware, Results, TrainingData
+from jacobi_hf.results.environment import Hardware
+from jacobi_hf.results.schema import Results
+from jacobi_hf.results.training import TrainingData
 from jacobi_hf.trainer.data.trajectories import base_of
 from jacobi_hf.trainer.run_record import stages_of, training_facts
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
     from jacobi_hf.hub_cards.push import Pushed
-    from jacobi_hf.results.schema import Training
+    from jacobi_hf.results.training import Training
 
 # Arguments of `TrainingArguments` that a card's reader may ask for; never all of them, the Hub's token is one.
 _TOLD = ("weight_decay", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, s
 
 from jacobi_hf.evaluation.decoding import prompt_ids
 from jacobi_hf.io import read_jsonl, read_prompts_by_domain
-from jacobi_hf.results.schema import Hardware
+from jacobi_hf.results.environment import Hardware
 from jacobi_hf.trainer.data.loading import load_packed
 from jacobi_hf.trainer.data.shards import differences
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig

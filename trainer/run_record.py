@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jacobi_hf.results.schema import Batch, LossWeights, Strategy, Training, TrainingData
+from jacobi_hf.results.training import Batch, LossWeights, Training, TrainingData, TrainingDrafts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,10 +117,10 @@ def _sources(train_dataset: str, packed: Mapping[str, Any] | None) -> list[Train
     return found or [TrainingData(name="packed", source=train_dataset)]
 
 
-def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> Strategy | None:
+def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> TrainingDrafts | None:
     """Where the drafts came from; None where no manifest says."""
     if args.method == "drafter":
-        return Strategy(
+        return TrainingDrafts(
             schedule="drafter",
             window_width=args.window_width,
             windows_per_text=args.windows_per_text,
@@ -129,7 +129,9 @@ def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> St
     if packed is None:
         return None
     same: dict[str, Any] = {name: packed.get(name) for name in ("min_noise", "max_noise", "phase", "visits", "views")}
-    return Strategy(schedule=packed["schedule"], block_size=args.block_size, noise_levels=packed.get("window"), **same)
+    return TrainingDrafts(
+        schedule=packed["schedule"], block_size=args.block_size, noise_levels=packed.get("window"), **same
+    )
 
 
 def _loss_weights(args: JacobiForcingConfig) -> LossWeights:

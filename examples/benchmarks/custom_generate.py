@@ -23,7 +23,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from jacobi_hf import JacobiConfig
-from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Software
+from jacobi_hf.results.environment import Software
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results
 
 ROOT = common.EXAMPLES.parent
 sys.path.append(str(ROOT))

@@ -1,1 +1,1 @@
-"""Documents of results: what was measured, and on what machine."""
+"""Documents of measured results: what was measured, on what machine and software, with what training."""

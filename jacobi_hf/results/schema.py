@@ -1,80 +1,36 @@
-"""The one schema of measured results: whatever measures writes it, whatever reports reads it.
+"""Schema of measured results: every program that measures writes it, every report and model card reads it.
 
-A document holds one run of one program on one machine with one model, and a list of measurements. Every field of a measurement
-is something that was measured or set, never derived from another document.
+A `Results` document holds one run of one program on one machine with one model, and its list of measurements. Every field was
+measured or set; none is derived from another document.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
-import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field
 
 from jacobi_hf.attention.interface import attention_of
 from jacobi_hf.config import JACOBI, JacobiConfig
+from jacobi_hf.results.environment import Hardware, Part, Software, command_line
+from jacobi_hf.results.training import Training  # noqa: TC001  (pydantic reads annotations)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SECRET_OPTION = re.compile(r"(token|password|secret|key)$", re.IGNORECASE)
-_HUB_TOKEN = re.compile(r"hf_\w{8,}")
 _Z = 1.96  # of a 95 % interval
-_RENAMED_METHODS = {"forcing": "finetune", "gated": "drafter"}
-_PACKAGES = ("jacobi-hf", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Hardware(_Strict):
-    """The machine. `gpu` is None where none was used."""
-
-    cpu: str
-    cores: int
-    gpu: str | None = None
-
-    @classmethod
-    def of(cls, device: torch.device) -> Self:
-        """This machine, with the device's name where it is no CPU."""
-        cpu = platform.processor() or platform.machine()
-        info = Path("/proc/cpuinfo")
-        if info.is_file():
-            cpu = next(
-                (
-                    line.split(":", 1)[1].strip()
-                    for line in info.read_text().splitlines()
-                    if line.startswith("model name")
-                ),
-                cpu,
-            )
-        gpu = torch.get_device_module(device).get_device_name(device) if device.type not in ("cpu", "meta") else None
-        return cls(cpu=cpu, cores=os.cpu_count() or 1, gpu=gpu)
-
-
-class Software(_Strict):
-    """Versions of what ran, and the revision of this repository (with "+changes" when the working tree had any)."""
-
-    python: str
-    packages: dict[str, str]
-    git_revision: str | None = None
-
-
-class Decoder(_Strict):
-    """How text was produced. `name` is unique within a document; the other fields are None where they do not apply."""
+class Decoder(Part):
+    """How the text of a measurement was generated. A field is None if this kind of decoding has no such setting."""
 
     name: str
+    """Name of the decoder, unique within a document."""
     kind: Literal[
         "generate",
         "generate-static-compiled",
@@ -84,24 +40,37 @@ class Decoder(_Strict):
         "jacobi",
         "jacobi_multiblock",
     ]
-    compiled: bool = Field(default=False, description="whether steps or forwards ran through torch.compile")
-    block_size: int | None = Field(default=None, description="n")
-    max_blocks: int | None = Field(default=None, description="K")
-    activation_ratio: float | None = Field(default=None, description="r")
+    """Method: ordinary `generate`, one of transformers' own methods, or Jacobi decoding."""
+    compiled: bool = False
+    """Whether steps or forwards ran through torch.compile."""
+    block_size: int | None = None
+    """Tokens of a block (n)."""
+    max_blocks: int | None = None
+    """Blocks of the window (K)."""
+    activation_ratio: float | None = None
+    """Share of a block that must be accepted before the next block starts (r), from 0 to 1."""
     pool_size: int | None = None
+    """Branches that the n-gram pool proposes per step."""
     branch_length: int | None = None
-    lookup_tokens: int | None = Field(
-        default=None, description="length of the lookup branch, or draft tokens of prompt lookup"
-    )
-    topk_branches: int | None = Field(default=None, description="branches from the model's second and third choices")
-    drafter: str | None = Field(default=None, description="the drafter that makes the window's guesses")
-    verify_width: int | None = Field(
-        default=None, description="guesses verified at a time beside it, 0 = as acceptance suggests"
-    )
+    """Guesses of each branch of the n-gram pool."""
+    lookup_tokens: int | None = None
+    """Guesses of the lookup branch; for prompt lookup, draft tokens per forward."""
+    topk_branches: int | None = None
+    """Branches made of the model's second and third choices."""
+    drafter: str | None = None
+    """Name of the drafter that proposes the guesses of the window."""
+    verify_width: int | None = None
+    """Guesses of the drafter that each forward verifies; 0 means that recent acceptance decides."""
 
     @classmethod
     def of(cls, name: str, config: JacobiConfig, drafter: str | None = None) -> Self:
-        """The setting of a `JacobiConfig` under a name."""
+        """Return the description of Jacobi decoding with a config, under a name.
+
+        Args:
+            name: name of the decoder in the document.
+            config: settings of the decoding.
+            drafter: name of the drafter in use; None without a drafter.
+        """
         verify_width = config.jacobi_verify_width if drafter else None
         if config.decoding == JACOBI:
             return cls(
@@ -126,31 +95,43 @@ class Decoder(_Strict):
         )
 
 
-class Prompts(_Strict):
-    """What was continued."""
+class Prompts(Part):
+    """Prompts of a measurement, and how far each one was continued."""
 
     domain: str
+    """Kind of text, such as "code", or name of the task."""
     source: str
+    """Where the prompts come from."""
     count: int
+    """Number of prompts."""
     max_new_tokens: int
+    """Most new tokens of each prompt."""
     do_sample: bool = False
+    """Whether tokens were sampled; otherwise decoding was greedy."""
     batch_size: int = 1
+    """Prompts that were decoded together."""
 
 
-class Speedup(_Strict):
-    """Tokens per second over those of a decoder of the same document, on the same prompts, in the same process."""
+class Speedup(Part):
+    """Speed of a decoder relative to a baseline on the same prompts in the same process."""
 
     baseline: str
+    """Name of the baseline decoder, of the same document."""
     factor: float
+    """Tokens per second of the decoder divided by those of the baseline."""
 
 
-class Agreement(_Strict):
-    """Outputs equal, token for token, to those of `baseline`; `different` lists the prompts that are not."""
+class Agreement(Part):
+    """Comparison of a decoder's outputs with those of a baseline, token for token."""
 
     baseline: str
+    """Name of the baseline decoder, of the same document."""
     identical: int
+    """Number of prompts whose outputs are equal."""
     total: int
-    different: list[int] = []
+    """Number of prompts that were compared."""
+    different: list[int] = Field(default_factory=list)
+    """Indices of the prompts whose outputs differ."""
 
     @classmethod
     def between(
@@ -162,227 +143,141 @@ class Agreement(_Strict):
         return cls(baseline=baseline, identical=total - len(different), total=total, different=different)
 
 
-class Quality(_Strict):
-    """A score with its 95 % interval."""
+class Quality(Part):
+    """Score of a model's outputs with its 95 % interval."""
 
     metric: str
+    """Name of the score."""
     value: float
+    """The score."""
     low: float
+    """Lower end of the 95 % interval."""
     high: float
+    """Upper end of the 95 % interval."""
     samples: int
+    """Number of problems that were scored."""
 
     @classmethod
     def of_share(cls, metric: str, right: int, samples: int) -> Self:
-        """A share of right answers, with the interval of Wilson (1927)."""
-        share, spread = right / samples, _Z * _Z / samples
+        """Return the share of right answers as a score, with the interval of Wilson (1927)."""
+        share = right / samples
+        spread = _Z * _Z / samples
         centre = (share + spread / 2) / (1 + spread)
         half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / (4 * samples))
-        return cls(
-            metric=metric, value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), samples=samples
-        )
+        low = max(0.0, centre - half)
+        return cls(metric=metric, value=share, low=low, high=min(1.0, centre + half), samples=samples)
 
 
-class Measurement(_Strict):
-    """One decoder on one set of prompts.
-
-    Attributes:
-        model: where a document compares models, the one that was measured.
-        tokens_per_forward: new tokens over forwards, prefill counted, all prompts together.
-        mean_slots: positions per decoding forward.
-        seconds: median of the repeats, all prompts; `repeats` says how many there were.
-        accepted_lengths: in how many decoding forwards so many tokens were committed, as `JacobiStats` counts them.
-        ms_per_forward: milliseconds per decoding forward by its number of slots (wall time of the whole step).
-        per_prompt_tokens_per_forward: the figure of each prompt, in order.
-        looping: prompts whose output ends in a loop, by index; `tokens_per_forward_loop_free` leaves them out.
-        held_out_loss: nats per token on held-out text.
-        extra: anything specific to the program, by name.
-    """
+class Measurement(Part):
+    """One decoder on one set of prompts. A field is None if it was not measured."""
 
     decoder: Decoder
+    """How the text was generated."""
     prompts: Prompts
+    """Prompts that were continued."""
     model: str | None = None
+    """Model that was measured, if a document compares several."""
     new_tokens: int | None = None
+    """New tokens, all prompts together."""
     forwards: int | None = None
+    """Forwards of the full model, prefill included, all prompts together."""
     tokens_per_forward: float | None = None
+    """New tokens divided by forwards (TPF)."""
     tokens_per_forward_loop_free: float | None = None
+    """New tokens divided by forwards, over the prompts whose output ends in no loop."""
     per_prompt_tokens_per_forward: list[float] | None = None
+    """New tokens divided by forwards of each prompt, in order."""
     looping: list[int] | None = None
+    """Indices of the prompts whose output ends in a loop."""
     mean_slots: float | None = None
+    """Positions that the model computes per decoding forward, on average."""
     seconds: float | None = None
+    """Wall time in seconds for all prompts together; the median of the repeats."""
     repeats: int | None = None
+    """Number of timed repeats."""
     tokens_per_second: float | None = None
-    speedups: list[Speedup] = []
+    """New tokens divided by seconds."""
+    speedups: list[Speedup] = Field(default_factory=list)
+    """Speed relative to each baseline."""
     agreement: Agreement | None = None
+    """Comparison of the outputs with those of ordinary decoding."""
     quality: Quality | None = None
+    """Score of the outputs."""
     held_out_loss: float | None = None
+    """Next-token loss on held-out text, in nats per token."""
     accepted_lengths: dict[int, int] | None = None
+    """Number of decoding forwards by the number of tokens that they committed, as in `JacobiStats`."""
     ms_per_forward: dict[int, float] | None = None
-    extra: dict[str, Any] = {}
+    """Wall time of a decoding step in milliseconds, by the number of its slots."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further figures of the program that measured, by name."""
 
 
-class Cost(_Strict):
-    """What something other than decoding takes: training, collecting, memory.
-
-    Attributes:
-        value: median of `repeats` measurements, in `unit`.
-        baseline, factor: name of another cost of the document, and this value over its.
-        setting: what it was measured with.
-    """
+class Cost(Part):
+    """Measured cost of something other than decoding, such as training, collecting or memory."""
 
     name: str
+    """Name of the cost, unique within a document."""
     value: float
+    """Median of the repeats, in `unit`."""
     unit: str
+    """Unit of the value, such as "s", "GiB" or "tokens/s"."""
     repeats: int = 1
+    """Number of repeats."""
     baseline: str | None = None
+    """Name of another cost of the same document that `factor` refers to."""
     factor: float | None = None
-    setting: dict[str, Any] = {}
+    """Value divided by the value of the baseline."""
+    setting: dict[str, Any] = Field(default_factory=dict)
+    """Settings that the cost was measured with, by name."""
 
 
-class TrainingData(_Strict):
-    """Texts that a stage of training learnt from. `samples` is how many prompts (or texts) there were."""
-
-    name: str
-    source: str
-    samples: int | None = None
-
-
-class Strategy(_Strict):
-    """How the drafts of a training run were made, for model cards.
-
-    Attributes:
-        schedule: name of the noise schedule (`NoiseSchedule.kind`), or "drafter" where the drafter made its own drafts.
-        block_size: n of the trajectories; None for a drafter.
-        noise_levels, min_noise, max_noise, phase, visits, views: as in `PackConfig`; None for a drafter.
-        window_width, windows_per_text, steps_per_window: as in `DrafterConfig`; None without a drafter.
-    """
-
-    schedule: str
-    block_size: int | None = None
-    noise_levels: int | None = None
-    min_noise: float | None = None
-    max_noise: float | None = None
-    phase: str | None = None
-    visits: int | None = None
-    views: int | None = None
-    window_width: int | None = None
-    windows_per_text: int | None = None
-    steps_per_window: int | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_former_names(cls, given: Any) -> Any:
-        """Raise an error that gives the new name of each former key or value."""
-        former = given if isinstance(given, dict) else {}
-        if former.get("schedule") == "gated":
-            raise ValueError(
-                'schedule "gated" is now "drafter"; there, block_size is now window_width, window is now '
-                "windows_per_text, and visits is now steps_per_window: rename them in the document."
-            )
-        if "window" in former:
-            raise ValueError("window is now noise_levels: rename the key in the document.")
-        return given
-
-
-class Batch(_Strict):
-    """Rows of an optimiser step: devices x rows on each x accumulated batches."""
-
-    devices: int
-    per_device: int
-    accumulation: int
-
-
-class LossWeights(_Strict):
-    """Factors of the terms of the loss."""
-
-    consistency: float
-    ar: float
-    replay: float
-    kl: float
-
-
-class Training(_Strict):
-    """A stage of a model's training: one run of one program.
-
-    Attributes:
-        method: "finetune" trains the model on its Jacobi trajectories, "drafter" trains a drafter and leaves the model
-            as it is, "sft" trains the model on the texts alone.
-        base_model: what the stage began from; `reference_model` is what KL held it to, where that was another one.
-        optimizer: as the trainer calls it, or "muon": Muon for the matrices inside the layers, AdamW for the rest.
-        precision: of the forwards; `weights_dtype` is that of the weights that the optimiser changes.
-        loss_weights: None for a drafter, whose loss has one term.
-        lora_rank: of an adapter or drafter; None where all weights were trained.
-        slots: positions of noisy blocks that were learnt from.
-        minutes: of the whole run, interruptions left out.
-        loss: mean over the run.
-        arguments: the other arguments of the run, by name.
-    """
-
-    method: Literal["finetune", "drafter", "sft"]
-    base_model: str
-    command: str | None = None
-    reference_model: str | None = None
-    data: list[TrainingData] = []
-    strategy: Strategy | None = None
-    epochs: float
-    steps: int
-    optimizer: str | None = None
-    learning_rate: float
-    muon_learning_rate: float | None = None
-    schedule: str
-    batch: Batch
-    precision: Literal["fp32", "bf16"] | None = None
-    weights_dtype: str
-    loss_weights: LossWeights | None = None
-    lora_rank: int | None = None
-    slots: int
-    minutes: float
-    threads: int | None = None
-    hardware: Hardware | None = None
-    seed: int
-    loss: float | None = None
-    arguments: dict[str, Any] = {}
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _no_former_method(cls, method: Any) -> Any:
-        """Raise an error that gives the new name of a former method."""
-        if method in _RENAMED_METHODS:
-            raise ValueError(f'"{method}" is now "{_RENAMED_METHODS[method]}": rename it in the document.')
-        return method
-
-
-class Results(_Strict):
-    """A document of measured results. `training` lists the stages of the model's training, the first one first."""
+class Results(Part):
+    """Document of measured results: one run of one program on one machine with one model."""
 
     schema_version: Literal[1] = 1
+    """Version of this schema."""
     what: str
+    """What was measured, in a sentence."""
     command: str
+    """Command line of the run, without secrets."""
     created: str
+    """When the run started, in ISO 8601 format, UTC."""
     model: str
+    """Name or path of the model."""
     parameters: int
+    """Number of parameters of the model."""
     dtype: str
+    """Dtype of the model's weights."""
     device: str
+    """Type of torch device: "cpu", "cuda" and so on."""
     threads: int
+    """CPU threads of torch."""
     attention: str
+    """Attention implementation of the model."""
     hardware: Hardware
+    """Machine of the run."""
     software: Software
-    measurements: list[Measurement] = []
-    costs: list[Cost] = []
-    training: list[Training] = []
+    """Software versions of the run."""
+    measurements: list[Measurement] = Field(default_factory=list)
+    """What was measured of decoding."""
+    costs: list[Cost] = Field(default_factory=list)
+    """What was measured of training, collecting or memory."""
+    training: list[Training] = Field(default_factory=list)
+    """Stages of the model's training, the first stage first."""
 
     @classmethod
     def start(cls, what: str, model: Any, name: str) -> Self:
-        """A document without measurements, with everything that this process knows of itself.
+        """Return a document without measurements that describes the model, the machine and the software.
 
         Args:
             what: what is measured, in a sentence.
-            model: the model that is measured.
-            name: the model's name or path as a reader can find it.
+            model: loaded model that is measured.
+            name: name or path by which a reader finds the model.
         """
-        program = Path(sys.argv[0]).name if Path(sys.argv[0]).is_absolute() else sys.argv[0]
         return cls(
             what=what,
-            command=" ".join([program, *without_secrets(sys.argv[1:])]),
+            command=command_line(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=name,
             parameters=model.num_parameters(),
@@ -391,15 +286,15 @@ class Results(_Strict):
             threads=torch.get_num_threads(),
             attention=attention_of(model.config),
             hardware=Hardware.of(model.device),
-            software=Software(python=platform.python_version(), packages=_versions(), git_revision=_git_revision()),
+            software=Software.installed(),
         )
 
     def with_measurements(self, measurements: list[Measurement]) -> Self:
-        """A copy that holds these measurements."""
+        """Return a copy of the document that holds these measurements."""
         return self.model_copy(update={"measurements": measurements})
 
     def write(self, path: str | Path) -> None:
-        """Write the document as JSON, whole or not at all."""
+        """Write the document as JSON; an interruption leaves no half-written file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
@@ -409,46 +304,10 @@ class Results(_Strict):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a document.
+        """Return the document that a JSON file holds.
 
         Raises:
-            pydantic.ValidationError: unknown or missing fields, named, or a schema version that this package does not know.
+            pydantic.ValidationError: a field is unknown or missing, or this package does not know the schema version;
+                the error names the field.
         """
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-
-
-def without_secrets(words: list[str]) -> list[str]:
-    """Words of a command line with `...` for the values of options such as `--hub_token`, and for what looks like a token of the Hub."""
-    shown, hides = [], False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        secret = name.startswith("-") and _SECRET_OPTION.search(name) is not None
-        shown.append("..." if hides else f"{name}=..." if secret and equals else _HUB_TOKEN.sub("...", word))
-        hides = secret and not equals
-    return shown
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_revision() -> str | None:
-    folder = Path(__file__).resolve().parents[1]
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -7,22 +7,9 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from jacobi_hf.results.schema import (
-    Agreement,
-    Batch,
-    Decoder,
-    Hardware,
-    LossWeights,
-    Measurement,
-    Prompts,
-    Quality,
-    Results,
-    Software,
-    Speedup,
-    Strategy,
-    Training,
-    TrainingData,
-)
+from jacobi_hf.results.environment import Hardware, Software
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality, Results, Speedup
+from jacobi_hf.results.training import Batch, LossWeights, Training, TrainingData, TrainingDrafts
 
 
 def training(text: str = "plain") -> Training:
@@ -32,7 +19,7 @@ def training(text: str = "plain") -> Training:
         command=text,
         reference_model=text,
         data=[TrainingData(name=text, source=text, samples=1000)],
-        strategy=Strategy(schedule=text, block_size=16, noise_levels=8, min_noise=0.25, visits=2),
+        strategy=TrainingDrafts(schedule=text, block_size=16, noise_levels=8, min_noise=0.25, visits=2),
         epochs=1.5,
         steps=200,
         optimizer=text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jacobi_hf.results.schema import Strategy, Training, TrainingData
+from jacobi_hf.results.training import Training, TrainingData, TrainingDrafts
 from jacobi_hf.trainer import JacobiForcingConfig
 from jacobi_hf.trainer.run_record import training_facts
 
@@ -59,7 +59,7 @@ def test_data_and_strategy_come_from_the_manifest(config):
         TrainingData(name="replay", source="replay.jsonl"),
     ]
     noise = {"noise_levels": 4, "min_noise": 0.1, "max_noise": 0.9, "phase": "fixed", "visits": 1, "views": 1}
-    assert facts.strategy == Strategy(schedule="reverse", block_size=8, **noise)
+    assert facts.strategy == TrainingDrafts(schedule="reverse", block_size=8, **noise)
 
 
 def test_without_a_manifest_nothing_is_made_up(config):
@@ -72,7 +72,7 @@ def test_a_drafter_drafts_itself_whatever_noise_was_packed(config):
     facts = training_facts(
         config(method="drafter", window_width=6, windows_per_text=2, steps_per_window=5), packed=PACKED, **FACTS
     )
-    assert facts.strategy == Strategy(schedule="drafter", window_width=6, windows_per_text=2, steps_per_window=5)
+    assert facts.strategy == TrainingDrafts(schedule="drafter", window_width=6, windows_per_text=2, steps_per_window=5)
 
 
 def test_it_survives_being_written(config):

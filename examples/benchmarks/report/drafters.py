@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from jacobi_hf.results.schema import Measurement, Results, Training
+from jacobi_hf.results.schema import Measurement, Results
+from jacobi_hf.results.training import Training
 
 from .documents import DRAFTERS, FORCING, TINY, document, group
 from .tables import decimal, decoder_rows, domains, held_out_loss, identical, source, speedup, table

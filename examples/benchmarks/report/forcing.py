@@ -6,7 +6,8 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
-from jacobi_hf.results.schema import Cost, Results, Training
+from jacobi_hf.results.schema import Cost, Results
+from jacobi_hf.results.training import Training
 
 from .documents import FORCING, TINY, document, group
 from .tables import decimal, decoder_rows, domains, exact_match, held_out_loss, source, table

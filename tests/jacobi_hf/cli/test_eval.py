@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import re
 import sys
 
@@ -300,14 +299,6 @@ def test_the_shipped_task_is_what_its_script_writes_and_held_out(monkeypatch):
     prompts = {problem.prompt for problem in file.problems}
     assert len(prompts) == len(file.problems) == 200
     assert prompts.isdisjoint(problem.prompt for problem in arithmetic.training_problems(3000))
-
-
-def test_the_interval_is_wilsons():
-    from jacobi_hf.results.schema import Quality
-
-    quality = Quality.of_share("x", 3, 10)
-    for edge in (quality.low, quality.high):  # where the score test's statistic is 1.96
-        assert abs(0.3 - edge) / math.sqrt(edge * (1 - edge) / 10) == pytest.approx(1.96)
 
 
 def recipe(folder, section):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from pydantic import ValidationError
 
-from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Strategy, Training
-from tests.helpers.models import tiny_model
+from jacobi_hf.results import environment, schema, training
+from jacobi_hf.results.environment import Part
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality, Results
+from jacobi_hf.results.training import Training, TrainingDrafts
 
 
 def document(model):
@@ -67,21 +70,31 @@ def test_a_former_method_is_named_by_its_new_name(old, new):
 )
 def test_a_former_strategy_is_named_by_its_new_names(strategy, named):
     with pytest.raises(ValidationError, match=named):
-        Strategy.model_validate(strategy)
+        TrainingDrafts.model_validate(strategy)
 
 
-def test_a_documents_command_shows_no_secret(monkeypatch):
-    words = [
-        "run.py",
-        "--hub_token",
-        "hf_" + "a" * 30,
-        "--api-key=abc",
-        "--max_new_tokens",
-        "8",
-        "x=hf_" + "b" * 30,
-        "--password",
-        "secret",
-    ]
-    monkeypatch.setattr("sys.argv", words)
-    command = Results.start("a test", tiny_model("qwen3"), "tiny").command
-    assert command == "run.py --hub_token ... --api-key=... --max_new_tokens 8 x=... --password ..."
+def test_an_agreement_lists_the_prompts_whose_outputs_differ():
+    found = Agreement.between([[1, 2], [3], [4]], [[1, 2], [3, 3], [5]], "ordinary")
+    assert found == Agreement(baseline="ordinary", identical=1, total=3, different=[1, 2])
+
+
+def test_the_interval_is_wilsons():
+    quality = Quality.of_share("x", 3, 10)
+    for edge in (quality.low, quality.high):  # where the statistic of the score test is 1.96
+        assert abs(0.3 - edge) / math.sqrt(edge * (1 - edge) / 10) == pytest.approx(1.96)
+
+
+PARTS = [
+    part
+    for module in (environment, schema, training)
+    for part in vars(module).values()
+    if isinstance(part, type) and issubclass(part, Part) and part.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_field_says_what_it_is_in_one_sentence(part):
+    for name, field in part.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert ". " not in field.description, name
