@@ -1,7 +1,7 @@
-"""The table and the picture of the README, from the results: python examples/benchmarks/readme.py
+"""Write the table and the picture of the README from the results: python examples/benchmarks/readme.py
 
-The table is put between the two marks in README.md, the picture into docs/images/ways.png. Its bars are kept in the picture's metadata
-too, so that a test sees when it is older than the results.
+The table goes between the two marks in README.md, the picture into docs/images/ways.png. The picture's metadata hold the heights of its
+bars, so that a test sees when the picture is older than the results.
 """
 
 from __future__ import annotations
@@ -34,147 +34,164 @@ COLOURS = {
 }
 
 
-class Yield(NamedTuple):
-    """What a way comes to on a domain; None is not measured. `instead` is what autotune stays with, where that is no Jacobi decoding."""
+class Speed(NamedTuple):
+    """How fast a way to decode is on one domain.
 
-    tokens_per_forward: float | None
-    eager: float | None = None
-    compiled: float | None = None
-    instead: str | None = None
+    Attributes:
+        tokens_per_second: of the faster of eager and compiled.
+        speedup: over ordinary decoding, compiled, of the same model in the same process; None for ordinary decoding itself.
+        tokens_per_forward: None where it was not measured.
+        note: what to say about the setting.
+    """
+
+    tokens_per_second: float
+    speedup: float | None = None
+    tokens_per_forward: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
-        if self.instead:
-            return f"stays with {self.instead}"
-        tpf = "-" if self.tokens_per_forward is None else f"{self.tokens_per_forward:.2f}"
-        speeds = ("-" if speed is None else f"{speed:.0f}" for speed in (self.eager, self.compiled))
-        return " · ".join((tpf, *speeds))
+        factor = [] if self.speedup is None else [f"**{self.speedup:.1f}x**"]
+        forwards = [] if self.tokens_per_forward is None else [f"TPF {self.tokens_per_forward:.1f}"]
+        return " · ".join([*factor, f"{self.tokens_per_second:.0f} tok/s", *forwards]) + self.note
 
 
 class Way(NamedTuple):
-    """A row of the table."""
+    """A way to decode: a row of the table. Where Jacobi decoding is not the fastest, a cell says what is."""
 
     name: str
     colour: str
+    training: str
     text: str
-    by_domain: dict[str, Yield]
-    published: Path | None = None
-    training: str = ""
+    by_domain: dict[str, Speed | str]
+
+
+class Measured:
+    """The measurements of one model in a document of peers.py."""
+
+    def __init__(self, results: Results, model: str) -> None:
+        self._found = {(m.decoder.name, m.prompts.domain): m for m in results.measurements if m.model == model}
+
+    def speed(self, name: str, domain: str, note: str = "") -> Speed:
+        """Return how fast the decoder `name` is."""
+        m = self._found[name, domain]
+        assert m.tokens_per_second is not None
+        baseline = self._found["generate-compiled", domain].tokens_per_second
+        assert baseline is not None
+        return Speed(m.tokens_per_second, m.tokens_per_second / baseline, m.tokens_per_forward, note)
+
+    def ordinary(self, domain: str) -> Speed:
+        """Return the baseline: ordinary decoding, compiled."""
+        return self.speed("generate-compiled", domain)._replace(speedup=None, tokens_per_forward=1.0)
+
+    def lookup(self, domain: str) -> Speed:
+        """Return the fastest of transformers' prompt lookups."""
+        return max((self.speed(f"prompt-lookup-{n}", domain) for n in (5, 10, 16)), key=lambda s: s.tokens_per_second)
+
+    def tuned(self, domain: str) -> Speed | str:
+        """Return the answer of autotune, or in words that it is no Jacobi decoding."""
+        eager, compiled = self._found["autotuned", domain], self._found["autotuned-compiled", domain]
+        settings = {m.extra["setting"].removesuffix(" decoding") for m in (eager, compiled)}
+        if others := settings & {"assisted", "ordinary"}:
+            return f"none: autotune chooses {' or '.join(sorted(others))} decoding"
+        best = max(
+            (self.speed(name, domain) for name in ("autotuned", "autotuned-compiled")),
+            key=lambda s: s.tokens_per_second,
+        )
+        same = eager.extra["setting"] == compiled.extra["setting"]
+        alone = all(setting.startswith("lookup") for setting in settings)
+        return best._replace(
+            tokens_per_forward=eager.tokens_per_forward if same else None, note=" (lookup alone)" if alone else ""
+        )
 
 
 def ways() -> list[Way]:
-    """Ways to be faster, with what each costs."""
-    peers, base = document("peers"), document("forcing/base")
-    forced, published = document("forcing/forced-seed42"), document("custom_generate")
-
-    def measured(model: str, name: str, domain: str) -> Measurement:
-        return next(
-            m for m in peers.measurements if (m.model, m.decoder.name, m.prompts.domain) == (model, name, domain)
-        )
-
-    def theirs(name: str, domain: str) -> Yield:
-        m = measured("base", name, domain)
-        return Yield(m.tokens_per_forward, m.tokens_per_second)
-
-    def ordinary(domain: str) -> Yield:
-        return Yield(
-            1.0, theirs("generate", domain).eager, measured("base", "generate-compiled", domain).tokens_per_second
-        )
-
-    def lookup(domain: str) -> Yield:
-        return max((theirs(f"prompt-lookup-{n}", domain) for n in (5, 10, 16)), key=lambda found: found.eager or 0)
-
-    def tuned(model: str, domain: str) -> Yield:
-        eager, compiled = measured(model, "autotuned", domain), measured(model, "autotuned-compiled", domain)
-        others = {m.extra["setting"].removesuffix(" decoding") for m in (eager, compiled)} & {"assisted", "ordinary"}
-        if others:
-            return Yield(None, instead=", ".join(sorted(others)))
-        return Yield(eager.tokens_per_forward, eager.tokens_per_second, compiled.tokens_per_second)
-
-    def by_drafter(domain: str) -> Yield:
-        return Yield(next(m.tokens_per_forward for m in of(published, domain) if m.decoder.drafter))
-
-    drift = [held_out_loss(forced, d) - held_out_loss(base, d) for d in DOMAINS]
-    loss = f"+{min(drift):.2f} to {max(drift):.2f} nats per token"
+    """Return the rows of the table."""
+    peers = document("peers")
+    base, forced, drafted = (Measured(peers, name) for name in ("base", "forced", "base + drafter"))
+    losses = [
+        held_out_loss(document("forcing/forced-seed42"), d) - held_out_loss(document("forcing/base"), d)
+        for d in DOMAINS
+    ]
+    drift = f"changed: held-out loss +{min(losses):.2f} to +{max(losses):.2f} nats per token"
     forcing = minutes(TINY / "forced" / "forcing-stage1.json", TINY / "forced" / "forcing.json")
-    drafter, draft = TINY / "drafter", TINY / "draft"
-    return [
-        Way("ordinary `generate`", "ordinary", "its own", {d: ordinary(d) for d in DOMAINS}),
-        Way("prompt lookup of transformers", "prompt lookup", "the same", {d: lookup(d) for d in DOMAINS}),
-        Way(
-            "assisted, by a 1.1 M draft model",
+    draft = minutes(TINY / "draft" / "training.json", key="minutes_of_this_process_to_the_end_of_training")
+    drafter = minutes(TINY / "drafter" / "forcing.json")
+    rows = [
+        ("ordinary decoding", "ordinary", "none", "the model's", base.ordinary),
+        ("prompt lookup of transformers", "prompt lookup", "none", "the same", base.lookup),
+        (
+            "assisted decoding of transformers",
             "assisted",
+            f"a draft model of 1.1 M parameters: {draft}",
             "the same",
-            {d: theirs("assisted", d) for d in DOMAINS},
-            draft / "model.safetensors",
-            minutes(draft / "training.json", key="minutes_of_this_process_to_the_end_of_training"),
+            lambda domain: base.speed("assisted", domain),
         ),
-        Way("**Jacobi**, autotuned", "Jacobi", "the same", {d: tuned("base", d) for d in DOMAINS}),
-        Way(
-            "**Jacobi + drafter**",
-            "Jacobi + drafter",
-            "the same",
-            {d: by_drafter(d) for d in DOMAINS},
-            drafter / "drafter_model.safetensors",
-            minutes(drafter / "forcing.json"),
-        ),
-        Way(
-            "**Jacobi Forcing**, autotuned",
-            "Jacobi Forcing",
-            loss,
-            {d: tuned("forced", d) for d in DOMAINS},
-            TINY / "forced" / "model.safetensors",
-            forcing,
-        ),
+        ("**Jacobi decoding**", "Jacobi", "none", "the same", base.tuned),
+        ("**with a drafter**", "Jacobi + drafter", f"a drafter: {drafter}", "the same", drafted.tuned),
+        ("**after Jacobi Forcing**", "Jacobi Forcing", f"the model itself: {forcing}", drift, forced.tuned),
+    ]
+    return [
+        Way(name, colour, training, text, {d: speed(d) for d in DOMAINS})
+        for name, colour, training, text, speed in rows
     ]
 
 
+def compiled_by_transformers() -> str:
+    """Return a sentence with the speed of transformers' own lookup and assisted decoding compiled."""
+    results = document("peers-5.24")
+    base = Measured(results, "base")
+    lookup, assisted = (
+        ", ".join(f"{base.speed(name, d).speedup:.1f}x" for d in DOMAINS)
+        for name in ("prompt-lookup-10-compiled", "assisted-compiled")
+    )
+    (prompts,) = {m.prompts.count for m in results.measurements}
+    return (
+        f"Prompt lookup and assisted decoding ran uncompiled. Compiled, as transformers 5.24 allows, they reach {lookup} and {assisted} "
+        f"in a run with {prompts} prompts."
+    )
+
+
 def document(name: str) -> Results:
-    """One of the stored documents."""
+    """Return a stored document of results."""
     return Results.read(HERE / "results" / f"{name}.json")
 
 
 def of(results: Results, domain: str) -> list[Measurement]:
-    """The measurements of a domain."""
+    """Return the measurements of a domain."""
     return [m for m in results.measurements if m.prompts.domain == domain]
 
 
 def held_out_loss(results: Results, domain: str) -> float:
-    """Nats per token of held-out text."""
+    """Return the loss on held-out text, in nats per token."""
     return next(m.held_out_loss for m in of(results, domain) if m.held_out_loss is not None)
 
 
 def minutes(*files: Path, key: str = "minutes") -> str:
-    """How long the training runs took that these files report."""
+    """Return how long the training runs took that these files report."""
     reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     (threads,) = {report["threads"] for report in reports}
     return f"{sum(report[key] for report in reports):.0f} min, {threads} thread{'s' * (threads > 1)}"
 
 
 def table() -> str:
-    """The table, with the marks around it."""
-    head = ["", *DOMAINS, "text", "to publish", "training"]
-    rows = [
-        [
-            way.name,
-            *map(str, way.by_domain.values()),
-            way.text,
-            f"{way.published.stat().st_size / 1e6:.1f} MB" if way.published else "",
-            way.training,
-        ]
-        for way in ways()
-    ]
-    lines = [" | ".join(row).strip() for row in (head, ["---", *["---:"] * len(DOMAINS), "---", "---:", "---"], *rows)]
+    """Return the table, with the marks around it."""
+    head = ["way to decode", "training", "text", *DOMAINS]
+    rows = [[way.name, way.training, way.text, *map(str, way.by_domain.values())] for way in ways()]
+    lines = [" | ".join(row).strip() for row in (head, ["---"] * len(head), *rows)]
     peers = document("peers")
     (prompts,) = {m.prompts.count for m in peers.measurements}
-    source = f"Speeds: {prompts} held-out prompts per domain, {peers.hardware.cpu}, {peers.created[:10]}.\n"
+    source = (
+        f"{prompts} held-out prompts per domain, {peers.hardware.cpu}, {peers.threads} thread, {peers.dtype}, batch 1, {peers.created[:10]}. "
+        f"{compiled_by_transformers()}\n"
+    )
     return BEGIN + "".join(f"| {line} |\n" for line in lines) + "\n" + source + END
 
 
 def bars() -> dict[str, dict[str, dict[str, float]]]:
-    """What the picture shows: panel, way, domain.
+    """Return the heights of the picture's bars, by panel, way and domain.
 
-    Tokens per forward are of the default setting, over prompts whose output does not end in a loop; tokens per second are of whatever
-    is faster, eager or compiled.
+    Tokens per forward belong to the default setting and to prompts whose output does not end in a loop. Tokens per second are those of
+    the table.
     """
     sources = {
         "Jacobi": document("forcing/base"),
@@ -186,9 +203,7 @@ def bars() -> dict[str, dict[str, dict[str, float]]]:
         found = {d: [m for m in of(results, d) if m.decoder.name == "multiblock-both"] for d in DOMAINS}
         forwards[name] = {d: round(ms[0].tokens_per_forward_loop_free or 0, 2) for d, ms in found.items() if ms}
     speeds = {
-        way.colour: {
-            d: round(max(y.eager or 0, y.compiled or 0)) for d, y in way.by_domain.items() if y.eager is not None
-        }
+        way.colour: {d: round(s.tokens_per_second) for d, s in way.by_domain.items() if isinstance(s, Speed)}
         for way in ways()
     }
     return {
@@ -198,7 +213,7 @@ def bars() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def draw(panels: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """The picture."""
+    """Draw the picture."""
     figure, grid = plt.subplots(1, len(panels), figsize=(11, 3.6), layout="constrained")
     for axes, (panel, by_way) in zip(grid, panels.items(), strict=True):
         width = 0.85 / len(by_way)
@@ -218,7 +233,7 @@ def draw(panels: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def with_table(readme: str) -> str:
-    """The README with the table as it is now."""
+    """Return the README with a new table."""
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: table(), readme, count=1, flags=re.DOTALL)
 
 
