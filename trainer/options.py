@@ -5,6 +5,7 @@ from typing import Any
 
 # By verb: the new name of each option that was renamed, so that an old recipe ends in an error that says what to write.
 RENAMED = {
+    "pack": {"window": "noise_levels"},
     "train": {
         "window": "context_window",
         "gated_width": "window_width",
@@ -13,7 +14,7 @@ RENAMED = {
         "gated_decay": "position_decay",
         "gated_targets": "targets",
         "gated_constant_draft": "constant_draft",
-    }
+    },
 }
 
 

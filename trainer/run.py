@@ -16,7 +16,7 @@ from jacobi_hf.evaluation.decoding import prompt_ids
 from jacobi_hf.io import read_jsonl, read_prompts_by_domain
 from jacobi_hf.results.environment import Hardware
 from jacobi_hf.trainer.data.loading import load_packed
-from jacobi_hf.trainer.data.shards import differences
+from jacobi_hf.trainer.data.shards import MANIFEST, differences, read_manifest
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer, last_finished_checkpoint
 from jacobi_hf.trainer.options import option
@@ -265,10 +265,10 @@ def started_with(data: TrainData, args: JacobiForcingConfig) -> dict[str, Any]:
 
 
 def _packed_settings(data: TrainData) -> dict[str, Any] | None:
-    manifest = Path(data.train_dataset) / "manifest.json"
-    if not manifest.is_file():
+    """Return the settings of the folder that `pack` wrote, or None if the records have no manifest."""
+    if not (Path(data.train_dataset) / MANIFEST).is_file():
         return None
-    settings: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    settings: dict[str, Any] = read_manifest(data.train_dataset)["settings"]
     return settings
 
 

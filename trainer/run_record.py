@@ -128,10 +128,9 @@ def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> Tr
         )
     if packed is None:
         return None
-    same: dict[str, Any] = {name: packed.get(name) for name in ("min_noise", "max_noise", "phase", "visits", "views")}
-    return TrainingDrafts(
-        schedule=packed["schedule"], block_size=args.block_size, noise_levels=packed.get("window"), **same
-    )
+    names = ("noise_levels", "min_noise", "max_noise", "phase", "visits", "views")
+    same: dict[str, Any] = {name: packed.get(name) for name in names}
+    return TrainingDrafts(schedule=packed["schedule"], block_size=args.block_size, **same)
 
 
 def _loss_weights(args: JacobiForcingConfig) -> LossWeights:

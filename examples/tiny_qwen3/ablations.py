@@ -49,7 +49,7 @@ VARIATIONS = {
     "reference-reduction": Variation(train="--consistency_reduction reference"),
     "kl-weight-2": Variation(train="--kl_loss_weight 2"),
     "reference-bundle": Variation(
-        pack="--phase fixed --min_noise 0 --window 16 --views 1",
+        pack="--phase fixed --min_noise 0 --noise_levels 16 --views 1",
         train="--kl_loss_weight 0 --context noisy --ar_loss_weight 10 --consistency_reduction reference --replay_ratio 0",
     ),
     "ar-only": Variation(train=f"--consistency_loss_weight 0 {CROSS_ENTROPY}"),

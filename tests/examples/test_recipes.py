@@ -113,7 +113,7 @@ def test_the_published_runs_are_what_was_published():
     recipe = yaml.safe_load((ROOT / "examples/recipes/qwen3_1.7b.yaml").read_text(encoding="utf-8"))
     _, args = parse((TrainData, JacobiForcingConfig), recipe["train"] | {"use_cpu": True, "bf16": False}, [], "train")
     (packed,) = parse((PackConfig,), recipe["pack"], [], "pack")
-    assert (args.block_size, packed.window, packed.schedule, packed.max_blocks, packed.buckets) == (
+    assert (args.block_size, packed.noise_levels, packed.schedule, packed.max_blocks, packed.buckets) == (
         32,
         16,
         "progressive",

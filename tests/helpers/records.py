@@ -47,5 +47,5 @@ def own_records(model, count: int, n: int, tokens: int, seed: int = 0, visits: i
     rng = random.Random(seed)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 8))] for _ in range(count)]
     trajectories = collect_trajectories(model, prompts, n, AnswerConfig(tokens))
-    schedule = NoiseSchedule(window=4)
+    schedule = NoiseSchedule(noise_levels=4)
     return [pack(t, schedule, f"own {i} {v}", rng) for v in range(visits) for i, t in enumerate(trajectories)]

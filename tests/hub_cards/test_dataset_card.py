@@ -29,7 +29,7 @@ COLLECTED = {
     "complete": True,
 }
 PACKED = {
-    "settings": {"sources": ["a"], "schedule": "progressive", "window": 8, "of": {"a": SETTINGS}},
+    "settings": {"sources": ["a"], "schedule": "progressive", "noise_levels": 8, "of": {"a": SETTINGS}},
     "shards": {"packed": {"rows": 2500}},
     "complete": True,
 }

@@ -10,7 +10,7 @@ from jacobi_hf.trainer.run_record import training_facts
 
 PACKED = {
     "schedule": "reverse",
-    "window": 4,
+    "noise_levels": 4,
     "min_noise": 0.1,
     "max_noise": 0.9,
     "phase": "fixed",

@@ -32,7 +32,7 @@ class PackConfig:
         buckets: length buckets to keep, "8-11" or "3,5": the number in `data_id`, in ours the tokens in front of the first block over 32.
         visits: records per trajectory, each with its own phase.
         views: noisy versions within a record, each with its own phase, which share prompt and clean blocks (the published format has one).
-        schedule, window, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`.
+        schedule, noise_levels, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`.
         shard_size: records per file.
         seed: of the choice, the order and the phases.
     """
@@ -47,7 +47,7 @@ class PackConfig:
     visits: int = option(1, "Records per trajectory.")
     views: int = option(1, "Noisy versions within a record.")
     schedule: str = option("progressive", "progressive, reverse, random, cyclic or constant.")
-    window: int = option(8, "Levels of the schedule (w).")
+    noise_levels: int = option(8, "Levels of the schedule (w).")
     min_noise: float = option(0.0, "Lowest noise.")
     max_noise: float = option(1.0, "Highest noise.")
     end_points: str = option("reference", "reference or paper.")

@@ -28,25 +28,25 @@ class NoiseSchedule:
     """Target noise per block, and the state that comes nearest.
 
     Parameters:
-        kind: `"progressive"` rises over each window of w blocks, `"reverse"` falls, `"random"` draws one of the w levels per
+        kind: `"progressive"` rises over each run of w blocks, `"reverse"` falls, `"random"` draws one of the w levels per
             block, `"cyclic"` walks through the states by index instead of by noise (block j takes the state that lies
             `(j mod w) / (w - 1)` of the way from the fixed point back to the draft, whatever the levels are), `"constant"` asks for
             `max_noise` everywhere.
-        window: w, the levels of a schedule.
+        noise_levels: w, how many levels the schedule has.
         min_noise, max_noise: the ends of the levels, within 0 and 1.
         end_points: `"reference"` includes both ends (`linspace(min, max, w)`), `"paper"` leaves the upper one out (eq. 7:
             `{0, 1/w, .., (w-1)/w}`).
-        phase: `"random"` starts each sample somewhere in the window. With `"fixed"`, samples of fewer than w blocks never
+        phase: `"random"` starts each sample at a random level. With `"fixed"`, samples of fewer than w blocks never
             reach the high levels.
         noise: `"suffix"`, slots from the first wrong one on (the reference code), or `"fraction"`, wrong slots (the
             paper's text), each over n.
 
     Raises:
-        ValueError: an unknown word, a window below 1, or ends out of order.
+        ValueError: an unknown word, noise_levels below 1, or ends out of order.
     """
 
     kind: str = "progressive"
-    window: int = 8
+    noise_levels: int = 8
     min_noise: float = 0.0
     max_noise: float = 1.0
     end_points: str = "reference"
@@ -60,8 +60,8 @@ class NoiseSchedule:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} of a noise schedule must be one of {', '.join(map(repr, allowed))}."
                 )
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"window={self.window!r} must be an integer of at least 1.")
+        if isinstance(self.noise_levels, bool) or not isinstance(self.noise_levels, int) or self.noise_levels < 1:
+            raise ValueError(f"noise_levels={self.noise_levels!r} must be an integer of at least 1.")
         if not 0 <= self.min_noise <= self.max_noise <= 1:
             raise ValueError(
                 f"min_noise={self.min_noise} and max_noise={self.max_noise} must satisfy 0 <= min <= max <= 1."
@@ -74,12 +74,14 @@ class NoiseSchedule:
 
     def levels(self) -> list[float]:
         """The w levels, rising."""
-        steps = self.window - 1 if self.end_points == "reference" else self.window
-        return [self.min_noise + (self.max_noise - self.min_noise) * i / max(1, steps) for i in range(self.window)]
+        steps = self.noise_levels - 1 if self.end_points == "reference" else self.noise_levels
+        return [
+            self.min_noise + (self.max_noise - self.min_noise) * i / max(1, steps) for i in range(self.noise_levels)
+        ]
 
     def targets(self, blocks: int, rng: random.Random) -> list[float]:
         """The noise asked of each of `blocks` blocks; `rng` gives the phase and the draws of `"random"`."""
-        levels, w = self.levels(), self.window
+        levels, w = self.levels(), self.noise_levels
         shift = rng.randrange(w) if self.phase == "random" else 0
         if self.kind == "constant":
             return [self.max_noise] * blocks
@@ -97,10 +99,10 @@ class NoiseSchedule:
             rng: of the phase and the draws.
         """
         if self.kind == "cyclic":
-            shift = rng.randrange(self.window) if self.phase == "random" else 0
-            steps = [(block + shift) % self.window for block in range(len(blocks))]
+            shift = rng.randrange(self.noise_levels) if self.phase == "random" else 0
+            steps = [(block + shift) % self.noise_levels for block in range(len(blocks))]
             return [
-                len(states) - 1 - (len(states) - 1) * step // max(1, self.window - 1)
+                len(states) - 1 - (len(states) - 1) * step // max(1, self.noise_levels - 1)
                 for states, step in zip(blocks, steps, strict=True)
             ]
         chosen = []

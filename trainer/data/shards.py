@@ -128,6 +128,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ManifestError(f"{file} cannot be read ({error}).") from None
     if not {"settings", "shards"} <= manifest.keys():
         raise ManifestError(f"{file} is not a manifest of jacobi_hf.trainer.")
+    if "window" in manifest["settings"]:  # the former name, in folders that an earlier version packed
+        manifest["settings"]["noise_levels"] = manifest["settings"].pop("window")
     return manifest
 
 

@@ -97,13 +97,13 @@ def test_what_is_wrong_is_named(section, words, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED["train"].items())
-def test_a_renamed_option_of_train_is_named_by_its_new_name(old, new):
-    kinds = VERBS["train"]
-    with pytest.raises(ValueError, match=f"the recipe's section 'train' has '{old}', which is now '{new}'"):
-        parse(kinds, {old: 1}, [], "train")
+@pytest.mark.parametrize(("verb", "old", "new"), [(v, old, new) for v in RENAMED for old, new in RENAMED[v].items()])
+def test_a_renamed_option_is_named_by_its_new_name(verb, old, new):
+    kinds = VERBS[verb]
+    with pytest.raises(ValueError, match=f"the recipe's section '{verb}' has '{old}', which is now '{new}'"):
+        parse(kinds, {old: 1}, [], verb)
     with pytest.raises(ValueError, match=f"^--{old} is now --{new}"):
-        parse(kinds, {}, [f"--{old}", "1"], "train")
+        parse(kinds, {}, [f"--{old}", "1"], verb)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -59,7 +59,7 @@ def recipe(tmp_path_factory):
             "block_size": 4,
             "max_new_tokens": 16,
         },
-        "pack": {"sources": [str(folder / "trajectories")], "output_dir": str(folder / "packed"), "window": 4},
+        "pack": {"sources": [str(folder / "trajectories")], "output_dir": str(folder / "packed"), "noise_levels": 4},
         "train": {
             "model": str(CHECKPOINT),
             "train_dataset": str(folder / "packed"),
@@ -213,7 +213,7 @@ def test_an_interrupted_collection_says_what_is_kept(recipe, tmp_path, monkeypat
 def test_folders_of_other_runs_are_refused(recipe, tmp_path):
     folder, forced = recipe.parent, EXAMPLE / "forced"
     assert "under other settings (seed: 0, now 1)" in refused("collect", "--config", recipe, "--seed", 1)
-    assert "under other settings (window: 4, now 5)" in refused("pack", "--config", recipe, "--window", 5)
+    assert "under other settings (noise_levels: 4, now 5)" in refused("pack", "--config", recipe, "--noise_levels", 5)
     assert "under other arguments (learning_rate: 0.001, now 0.5)" in refused(
         "train", "--config", recipe, "--learning_rate", "0.5"
     )

@@ -374,7 +374,7 @@ def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, 
             tiny, tokenizer, settings(tmp_path, output_dir=str(tmp_path / name), name=name, max_new_tokens=16), rows
         )
     sources = [f"{tmp_path / 'code'}=0.6", f"{tmp_path / 'math'}=0.4"]
-    config = PackConfig(sources=sources, output_dir=str(tmp_path / "packed"), visits=2, rows=5, window=4)
+    config = PackConfig(sources=sources, output_dir=str(tmp_path / "packed"), visits=2, rows=5, noise_levels=4)
     amounts = pack_trajectories(config, tokenizer)
     assert list(amounts.values()) == [3, 2]
     packed = load_packed(str(tmp_path / "packed"), block_size=4)
@@ -389,9 +389,14 @@ def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, 
     first = packed.to_list()
     pack_trajectories(config, tokenizer)
     assert load_packed(str(tmp_path / "packed")).to_list() == first
+    manifest = tmp_path / "packed" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"noise_levels"', '"window"'))  # as an earlier version wrote it
+    pack_trajectories(config, tokenizer)
+    assert load_packed(str(tmp_path / "packed")).to_list() == first
     with pytest.raises(ManifestError, match="begun under other settings"):
         pack_trajectories(
-            PackConfig(sources=sources, output_dir=str(tmp_path / "packed"), visits=1, rows=5, window=4), tokenizer
+            PackConfig(sources=sources, output_dir=str(tmp_path / "packed"), visits=1, rows=5, noise_levels=4),
+            tokenizer,
         )
     with pytest.raises(ValueError, match=r"rows=50 cannot be had: .* at most 10"):
         pack_trajectories(PackConfig(sources=sources, output_dir=str(tmp_path / "more"), rows=50), tokenizer)
@@ -453,7 +458,7 @@ def test_filters_and_shares():
     PackConfig(schedule="random", phase="fixed", views=3)
     with pytest.raises(ValueError, match="kind='linear'"):
         PackConfig(schedule="linear")
-    assert PackConfig(schedule="reverse", window=3).noise_schedule() == NoiseSchedule("reverse", window=3)
+    assert PackConfig(schedule="reverse", noise_levels=3).noise_schedule() == NoiseSchedule("reverse", noise_levels=3)
 
 
 def test_fresh_models_have_fingerprints_of_their_own():

@@ -15,15 +15,15 @@ RNG = random.Random(0)
 
 
 def test_end_points_of_reference_and_paper():
-    assert NoiseSchedule(window=5).levels() == [0, 0.25, 0.5, 0.75, 1]
-    assert NoiseSchedule(window=4, end_points="paper").levels() == [0, 0.25, 0.5, 0.75]
-    assert NoiseSchedule(window=1).levels() == [0]
-    assert NoiseSchedule(window=3, min_noise=0.5).levels() == [0.5, 0.75, 1]
+    assert NoiseSchedule(noise_levels=5).levels() == [0, 0.25, 0.5, 0.75, 1]
+    assert NoiseSchedule(noise_levels=4, end_points="paper").levels() == [0, 0.25, 0.5, 0.75]
+    assert NoiseSchedule(noise_levels=1).levels() == [0]
+    assert NoiseSchedule(noise_levels=3, min_noise=0.5).levels() == [0.5, 0.75, 1]
 
 
 def test_kinds_walk_as_they_say():
     def targets(kind, blocks=7):
-        return NoiseSchedule(kind, window=3, phase="fixed").targets(blocks, random.Random(1))
+        return NoiseSchedule(kind, noise_levels=3, phase="fixed").targets(blocks, random.Random(1))
 
     assert targets("progressive") == [0, 0.5, 1, 0, 0.5, 1, 0]
     assert targets("reverse") == [1, 0.5, 0, 1, 0.5, 0, 1]
@@ -32,10 +32,10 @@ def test_kinds_walk_as_they_say():
 
 
 def test_random_phase_reaches_high_noise_in_short_samples():
-    schedule = NoiseSchedule(window=8)
+    schedule = NoiseSchedule(noise_levels=8)
     reached = {schedule.targets(2, random.Random(seed))[0] for seed in range(100)}
     assert reached == set(schedule.levels())
-    fixed = NoiseSchedule(window=8, phase="fixed")
+    fixed = NoiseSchedule(noise_levels=8, phase="fixed")
     assert max(fixed.targets(2, RNG)) < 0.2
 
 
@@ -50,7 +50,7 @@ def test_both_definitions_of_noise():
 
 def test_cyclic_walks_by_index():
     states = [[[9, 9, 9, 9], [9, 9, 9, 1], [9, 9, 2, 1], [9, 3, 2, 1], [4, 3, 2, 1]]] * 3
-    assert NoiseSchedule("cyclic", window=3, phase="fixed").choose(states, [4] * 3, RNG) == [4, 2, 0]
+    assert NoiseSchedule("cyclic", noise_levels=3, phase="fixed").choose(states, [4] * 3, RNG) == [4, 2, 0]
 
 
 @st.composite
@@ -74,7 +74,7 @@ def trajectories(draw):
 schedules = st.builds(
     NoiseSchedule,
     kind=st.sampled_from(KINDS),
-    window=st.integers(1, 9),
+    noise_levels=st.integers(1, 9),
     end_points=st.sampled_from(END_POINTS),
     phase=st.sampled_from(PHASES),
     noise=st.sampled_from(NOISES),
@@ -97,7 +97,7 @@ def test_packed_records_keep_the_format(trajectory, schedule, seed, views):
 
 @given(trajectories(), st.integers(0, 99))
 def test_the_nearest_state_is_taken(trajectory, seed):
-    schedule, n = NoiseSchedule("random", window=5), len(trajectory.blocks[0][0])
+    schedule, n = NoiseSchedule("random", noise_levels=5), len(trajectory.blocks[0][0])
     lengths = [min(n, len(trajectory.answer_ids) - n * b) for b in range(len(trajectory.blocks))]
     chosen = schedule.choose(trajectory.blocks, lengths, random.Random(seed))
     rng = random.Random(seed)
@@ -112,8 +112,8 @@ def test_the_nearest_state_is_taken(trajectory, seed):
     ("options", "message"),
     [
         ({"kind": "linear"}, "kind='linear'"),
-        ({"window": 0}, "window=0"),
-        ({"window": True}, "window=True"),
+        ({"noise_levels": 0}, "noise_levels=0"),
+        ({"noise_levels": True}, "noise_levels=True"),
         ({"min_noise": 0.5, "max_noise": 0.2}, "min_noise=0.5"),
         ({"phase": "any"}, "phase='any'"),
         ({"end_points": "x"}, "end_points='x'"),
