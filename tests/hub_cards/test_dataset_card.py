@@ -59,7 +59,7 @@ def test_packed_records_name_what_they_were_packed_from():
     sources, counts, settings = tables(card)
     assert sources[0][:2] == ["`math`", "`org/model`"]
     assert counts == [["rows", "2,500"]]
-    assert settings == [["schedule", "`progressive`"], ["window", "`8`"]]
+    assert settings == [["schedule", "`progressive`"], ["noise_levels", "`8`"]]
     assert "train_dataset: user/data" in card
     assert DatasetCard(card).data.size_categories == "1K<n<10K"
 
