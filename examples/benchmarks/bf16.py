@@ -1,9 +1,12 @@
-"""Equality in bf16: Jacobi against `generate`, beside `generate` against itself in another batch.
+"""Equality in bf16: how often Jacobi decoding differs from `generate`, and how often `generate` differs from itself.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/bf16.py
 
-In bf16 two logits often round to the same value, and then the shape of a matrix product decides the argmax. So outputs differ now
-and then from one decoder to the other, as they do from one batch size to the other. Both rates are measured on the same prompts.
+In bf16 two logits often round to the same value. Then the shape of a matrix product decides the argmax, so texts can
+differ between decoders, and also between batch sizes of ordinary decoding. Both rates are measured on the same
+prompts.
+
+Baseline: ordinary `generate` at batch 1. The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from jacobi_hf.results.schema import Agreement, Measurement, Prompts, Results
 def outputs(
     model: Any, tokenizer: Any, texts: list[str], batch_size: int, max_new_tokens: int, **knobs: Any
 ) -> list[list[int]]:
-    """Greedy continuations, in batches padded on the left."""
+    """Return greedy continuations, each up to its end-of-text token. Batches are padded on the left."""
     found: list[list[int]] = []
     for start in track(
         range(0, len(texts), batch_size), description=f"batch {batch_size} {knobs.get('decoding', 'generate')}"
@@ -39,19 +42,17 @@ def outputs(
 
 
 def until_difference(first: list[int], second: list[int]) -> int:
-    """Tokens up to and with the first that differs."""
+    """Return how many tokens there are up to the first difference, that token included."""
     return next((i + 1 for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
 
 
 def main(
-    model: Annotated[
-        str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "bf16.json",
+    model: Annotated[str | None, typer.Option(help="Model name or folder (default: the tiny checkpoint).")] = None,
+    output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS / "bf16.json",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
 ) -> None:
-    """Share of prompts whose text differs, and differing tokens per token compared up to the first difference."""
+    """Count the prompts whose text differs, and the tokens that were compared up to the first difference."""
     loaded, tokenizer, name = common.load(model, torch.bfloat16)
     results = Results.start("Equality in bf16: decoders against generate at batch 1", loaded, name)
     multiblock = common.jacobi("jacobi_multiblock")

@@ -1,8 +1,9 @@
-"""What the benchmarks share: the model, the prompts, the decoders, and a stopwatch on every forward.
+"""Parts that the benchmarks share: models, prompts, decoders, and a stopwatch on every forward.
 
-Terms. *TPF*: new tokens over forwards, prefill counted, so ordinary decoding is 1.0. *Slots*: positions that one decoding forward
-computes. *ms per forward*: wall time from the start of one forward to the start of the next, so everything around the forward is
-in it. *Looping*: the last 48 tokens of an output are periodic with a period under 20.
+- *TPF*: new tokens divided by forwards. The prefill counts, so ordinary decoding has 1.0.
+- *slots*: positions that one decoding forward computes.
+- *ms per forward*: wall time from the start of one forward to the start of the next, with everything between them.
+- *looping*: the last 48 tokens of an output repeat with a period below 20.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from jacobi_hf.results.schema import Decoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 TINY = EXAMPLES / "tiny_qwen3"
-CHECKPOINT, PROMPTS = TINY / "checkpoint", TINY / "prompts.json"
+CHECKPOINT = TINY / "checkpoint"
+PROMPTS = TINY / "prompts.json"
 MODELS = {"base": CHECKPOINT, "forced": TINY / "forced"}
 RESULTS = Path(__file__).resolve().parent / "results"
-NGRAM = 3  # longest n-gram that our lookup matches, given to prompt lookup too
+NGRAM = 3  # the longest n-gram that our lookup matches; prompt lookup gets the same
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to decode: how it is reported, and what `generate` is given for it."""
+    """A decoder: its entry in the results, and the arguments that `generate` gets for it."""
 
     decoder: Decoder
     arguments: dict[str, Any]
@@ -41,13 +43,16 @@ class Contender:
 
 @dataclass
 class Stopwatch:
-    """Start times and widths of a model's forwards."""
+    """Start times and widths of a model's forwards, in the order in which they ran."""
 
     starts: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
     def on(cls, model: Any) -> Stopwatch:
-        """The stopwatch of a model, attached when it is first asked for. One hook for good: a new one would recompile the model."""
+        """Return the stopwatch of a model.
+
+        The first call attaches a hook to the model. The hook stays, because a new one would recompile the model.
+        """
         if model not in _WATCHES:
             watch = cls()
 
@@ -61,7 +66,11 @@ class Stopwatch:
         return _WATCHES[model]
 
     def milliseconds(self, ended: float) -> dict[int, list[float]]:
-        """Times of decoding forwards by width; the prefill, which comes first, is left out."""
+        """Return the milliseconds of the decoding forwards by width, without the prefill.
+
+        Args:
+            ended: when the last forward ended, in seconds of `time.perf_counter`.
+        """
         times = defaultdict(list)
         for (start, width), (following, _) in zip(self.starts[1:], [*self.starts[2:], (ended, 0)], strict=False):
             times[width].append((following - start) * 1e3)
@@ -73,7 +82,7 @@ _WATCHES: WeakKeyDictionary[Any, Stopwatch] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Run:
-    """One output and what it took."""
+    """One output, with its forwards and its time."""
 
     tokens: list[int]
     forwards: int
@@ -82,12 +91,12 @@ class Run:
 
     @property
     def slots(self) -> list[int]:
-        """Width of every decoding forward."""
+        """The width of every decoding forward."""
         return [width for width, times in self.milliseconds.items() for _ in times]
 
 
 def load(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
-    """Model, tokenizer, and the name that they are reported under."""
+    """Return model, tokenizer, and the model's name in the results; without a name, the tiny checkpoint."""
     source = name or str(CHECKPOINT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
@@ -95,45 +104,43 @@ def load(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
 
 
 def prompts(count: int) -> dict[str, list[str]]:
-    """The first `count` held-out prompts of each domain."""
+    """Return the first `count` held-out prompts of each domain."""
     stored = json.loads(PROMPTS.read_text(encoding="utf-8"))["prompts"]
     return {domain: texts[:count] for domain, texts in stored.items()}
 
 
 def ordinary() -> Contender:
-    """`generate` as it is: eager, with a DynamicCache, whatever the checkpoint's generation config asks for."""
+    """Return ordinary eager `generate` with a DynamicCache, whatever the checkpoint's generation config says."""
     return Contender(Decoder(name="generate", kind="generate"), {"decoding": None})
 
 
 def sampled(contender: Contender) -> Contender:
-    """The same, at temperature 1."""
+    """Return the contender with sampling at temperature 1."""
     return Contender(contender.decoder, contender.arguments | {"do_sample": True, "top_k": 0})
 
 
 def compiled(room: int) -> Contender:
-    """`generate` with a StaticCache for `room` tokens and a compiled forward."""
-    config = CompileConfig(
-        mode="default", fullgraph=False
-    )  # the stopwatch breaks the graph once, in front of the forward
+    """Return ordinary `generate` with a StaticCache for `room` tokens and a compiled forward."""
+    config = CompileConfig(mode="default", fullgraph=False)  # the stopwatch breaks the graph once, before the forward
     config._compile_all_devices = True
     arguments = {"cache_implementation": "static", "max_cache_len": room, "compile_config": config}
     return Contender(Decoder(name="generate-static-compiled", kind="generate-static-compiled"), arguments)
 
 
 def prompt_lookup(tokens: int) -> Contender:
-    """Transformers' own prompt lookup."""
+    """Return transformers' own prompt lookup of so many tokens."""
     decoder = Decoder(name=f"prompt-lookup-{tokens}", kind="prompt-lookup", lookup_tokens=tokens)
     return Contender(decoder, {"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": NGRAM})
 
 
 def jacobi(name: str, drafter: str | None = None, **changes: Any) -> Contender:
-    """A setting of ours under a name, for a model that has `drafter` in use."""
+    """Return Jacobi decoding with these knobs under a name; `drafter` is the drafter that the model has loaded."""
     config = jacobi_hf.JacobiConfig(**changes)
     return Contender(Decoder.of(name, config, drafter), config.to_knobs())
 
 
 def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_tokens: int) -> Run:
-    """A continuation of one prompt: greedy, unless the contender's arguments sample; then always with the same seed."""
+    """Return a continuation of one prompt: greedy, or with a fixed seed if the contender's arguments sample."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     watch = Stopwatch.on(model)
     watch.starts.clear()
@@ -148,7 +155,10 @@ def run(model: Any, tokenizer: Any, contender: Contender, prompt: str, max_new_t
 def stats_of(
     model: Any, inputs: dict[str, torch.Tensor], arguments: dict[str, Any], max_new_tokens: int
 ) -> JacobiStats:
-    """The statistics of a greedy continuation by a decoder of ours. Apart from the clock: who asks for them is handed a cache too."""
+    """Return the statistics of a greedy continuation by Jacobi decoding.
+
+    Do not time this call: its output also holds the cache.
+    """
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **arguments
     )
@@ -157,12 +167,12 @@ def stats_of(
 
 
 def accepted_lengths(stats: list[JacobiStats]) -> dict[int, int]:
-    """In how many decoding forwards so many tokens were committed, all together."""
+    """Return how many decoding forwards committed how many tokens, over all statistics."""
     return dict(sorted(sum((one.accepted_lengths for one in stats), Counter[int]()).items()))
 
 
 def medians_by_width(runs: list[Run]) -> dict[int, float]:
-    """Median ms per forward of each width that was seen at least five times."""
+    """Return the median ms per forward of each width that ran at least five times."""
     times: dict[int, list[float]] = defaultdict(list)
     for one in runs:
         for width, values in one.milliseconds.items():

@@ -1,10 +1,13 @@
-"""The tiny models, published and used where nothing but transformers and torch is installed.
+"""Use the published tiny models in an environment that has transformers and torch, but not jacobi_hf.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/custom_generate.py
 
-Makes a fresh virtual environment with the versions of constraints.txt, serves a Hub on the loopback interface, publishes the tiny models on
-it (examples/publish_tiny.py), and decodes from it in that environment in the three ways that a model card shows. What comes out has to be
-the text of plain `generate`, with the tokens per forward of the benchmarks of the same prompts.
+The script makes a virtual environment with the versions of constraints.txt, and serves a Hub on the loopback
+interface. It publishes the tiny models there (examples/publish_tiny.py), and decodes in that environment in the three
+ways that a model card shows.
+
+Measured are tokens per forward and equality. Baseline: ordinary `generate` of the same models in the same environment.
+The exit status is 1 if a text differs. The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ REPORTED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetenso
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of a new virtual environment that has transformers and torch."""
+    """Create a virtual environment with transformers and torch, and return its interpreter."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     install = [
@@ -54,15 +57,17 @@ def environment(folder: Path) -> Path:
 
 
 def publish(hub: LoopbackHub, home: Path) -> None:
-    """The three repositories."""
+    """Publish the three repositories on the loopback Hub."""
     command = [sys.executable, ROOT / "examples" / "publish_tiny.py", USER, "--drafter"]
     subprocess.run(command, env=hub.environment(home), stdout=subprocess.DEVNULL, check=True)
 
 
 def measurement(run: dict[str, Any], config: JacobiConfig, max_new_tokens: int) -> Measurement:
-    """One of the client's runs in the schema."""
+    """Return one of the client's runs as a measurement."""
     drafter = "examples/tiny_qwen3/drafter" if run["usage"] == "drafter" else None
-    tokens, forwards, count = run["tokens"], run["forwards"], len(run["tokens"])
+    tokens = run["tokens"]
+    forwards = run["forwards"]
+    count = len(run["tokens"])
     return Measurement(
         decoder=Decoder.of(f"custom_generate, {run['usage']}", config, drafter),
         prompts=Prompts(domain=run["domain"], source="held-out prompts", count=count, max_new_tokens=max_new_tokens),
@@ -78,15 +83,17 @@ def measurement(run: dict[str, Any], config: JacobiConfig, max_new_tokens: int) 
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Document to write.")] = common.RESULTS / "custom_generate.json",
+    output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS
+    / "custom_generate.json",
     python: Annotated[
-        Path | None, typer.Option(help="Interpreter with torch and transformers alone, in place of a new one.")
+        Path | None,
+        typer.Option(help="Interpreter that has torch and transformers alone (default: a new environment)."),
     ] = None,
     forced_prompts: Annotated[int, typer.Option(help="Prompts of each domain for the forced model.")] = 32,
     drafter_prompts: Annotated[int, typer.Option(help="Prompts of each domain for the base with its drafter.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an output.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
 ) -> None:
-    """Publish, decode in a fresh environment, and write what came out."""
+    """Publish, decode in a new environment, and write the document."""
     model = AutoModelForCausalLM.from_pretrained(common.MODELS["forced"])
     config = JacobiConfig.from_generation_config(model.generation_config) or JacobiConfig()
     with tempfile.TemporaryDirectory() as folder, LoopbackHub() as hub:

@@ -1,8 +1,8 @@
-"""What custom_generate.py runs in a fresh environment: the tiny repositories used from the Hub of HF_ENDPOINT.
+"""Decode with the tiny repositories of a Hub; custom_generate.py runs this script in a new environment.
 
     python custom_generate_client.py USER PROMPTS FORCED_COUNT DRAFTER_COUNT MAX_NEW_TOKENS
 
-Needs transformers and torch, and no jacobi_hf. The last line of its output is one JSON document.
+HF_ENDPOINT names the Hub. The script needs transformers and torch, and refuses to run beside jacobi_hf. The last line on stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ TRUST = {"trust_remote_code": True}
 
 
 def load(name: str, **kwargs: Any) -> Any:
+    """Return a model in float32."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **kwargs).eval()
 
 
 def compare(
     plain: Any, usages: dict[str, Any], tokenizer: Any, prompts: dict[str, list[str]], max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Each usage on each prompt beside the plain model's own `generate`."""
+    """Run each usage on each prompt, and compare its tokens with those of the plain model's `generate`."""
     found = {
         (usage, domain): {"tokens": [], "forwards": [], "different": []} for usage in usages for domain in prompts
     }
@@ -38,7 +39,8 @@ def compare(
             asked = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
             expected = plain.generate(**inputs, **asked).sequences
             for usage, call in usages.items():
-                output, here = call(inputs, asked), found[usage, domain]
+                output = call(inputs, asked)
+                here = found[usage, domain]
                 here["tokens"] += output.jacobi_stats.new_tokens
                 here["forwards"].append(output.jacobi_stats.forwards)
                 if not torch.equal(output.sequences, expected):
@@ -54,11 +56,9 @@ def main() -> None:
     forced_count, drafter_count, max_new_tokens = map(int, counts)
     prompts: dict[str, list[str]] = json.loads(Path(prompts_file).read_text(encoding="utf-8"))["prompts"]
 
-    plain, trusting, tokenizer = (
-        load(forced_name),
-        load(forced_name, **TRUST),
-        AutoTokenizer.from_pretrained(forced_name),
-    )
+    plain = load(forced_name)
+    trusting = load(forced_name, **TRUST)
+    tokenizer = AutoTokenizer.from_pretrained(forced_name)
     usages = {
         "by name": lambda inputs, asked: plain.generate(**inputs, **asked, custom_generate=forced_name, **TRUST),
         "from_pretrained": lambda inputs, asked: trusting.generate(inputs["input_ids"], **asked),

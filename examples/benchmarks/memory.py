@@ -1,11 +1,13 @@
-"""Memory of a long generation: how much beyond the model, in units of one key/value cache.
+"""Measure the memory of a long generation, in units of one key/value cache.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/memory.py
 
-A random model whose cache for 2 048 tokens outweighs its weights several times, so that a second copy of the cache would show. Each
-setting runs in a process of its own; measured is the highest resident set during the generation, less the resident set before it
-(after a short warm-up that loads code and thread pools). glibc is told to hand every freed block of 64 KiB or more back at once, so
-that resident means allocated.
+The model is random, and its cache for 2048 tokens is several times as large as its weights, so a second copy of the
+cache would show. Each decoder runs in its own process. The figure is the highest resident set during the generation,
+minus the resident set before it. A short warm-up loads code and thread pools first. glibc returns each freed block of
+64 KiB or more at once, so resident memory is allocated memory.
+
+Baseline: ordinary `generate`. The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jacobi_hf.results.schema import Measurement, Prompts, Results
 
-PROMPT, LAYERS, KV_HEADS, HEAD_DIM = 16, 28, 8, 128
+PROMPT = 16
+LAYERS = 28
+KV_HEADS = 8
+HEAD_DIM = 128
 
 
 def random_model() -> Qwen3ForCausalLM:
-    """28 layers of 8 key/value heads of 128, as Qwen3-1.7B has, on a hidden size of 64."""
+    """Return a random model with 28 layers of 8 key/value heads of 128, as Qwen3-1.7B has, and a hidden size of 64."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=256,
@@ -49,21 +54,21 @@ def random_model() -> Qwen3ForCausalLM:
 
 
 def resident() -> int:
-    """Resident bytes now."""
+    """Return the resident bytes now."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak() -> int:
-    """Highest resident bytes so far."""
+    """Return the highest number of resident bytes so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def one_setting(tokens: int, knobs: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: generate and look at the high-water mark."""
+    """Generate with these knobs and return bytes, forwards and the bytes of the weights; for a process of its own."""
     model = random_model()
     ids = torch.randint(1, 256, (1, PROMPT))
     model.generate(ids, max_new_tokens=40, do_sample=False, **knobs)
-    # Fill what is free up to the high-water mark, so that the mark moves with the first byte that the generation needs.
+    # Ballast up to the highest mark so far, so that the first byte of the generation raises the mark.
     before = resident()
     ballast = torch.ones(max(0, peak() - before), dtype=torch.uint8)
     before = resident() - ballast.nbytes
@@ -75,11 +80,11 @@ def one_setting(tokens: int, knobs: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "memory.json",
+    output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS / "memory.json",
     tokens: Annotated[int, typer.Option(min=64, help="New tokens.")] = 2048,
     setting: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """`generate`, and Jacobi decoding with a pool of 0 and of 4."""
+    """Measure `generate`, and Jacobi decoding with a pool of 0 and of 4."""
     if setting is not None:
         print(json.dumps(one_setting(tokens, json.loads(setting))))
         return

@@ -1,8 +1,11 @@
-"""Goes the way of docs/newcomer.md and writes down what each command took: python examples/benchmarks/newcomer.py FOLDER
+"""Run the commands of docs/newcomer.md and measure the time of each.
 
-The commands are those of the page, in one shell, in FOLDER, from a fresh clone of this repository as it is committed. Their times, and the
-tokens per forward that the page's `bench` found, go into results/newcomer.json, and from there into the page's table.
-`--table` writes the table alone.
+    python examples/benchmarks/newcomer.py FOLDER
+
+The commands run in one shell in FOLDER, on a new clone of this repository as it is committed. Measured are the seconds
+of each command, by the clock and of a processor, and the tokens per forward that the page's `bench` command finds.
+Baseline of the latter: ordinary `generate`. The figures go to results/newcomer.json, and from there into the table of
+the page; `--table` writes the table alone. The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
@@ -22,30 +25,34 @@ ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "newcomer.md"
 DOCUMENT = HERE / "results" / "newcomer.json"
 BENCH = "build/newcomer/bench.json"
-BEGIN, END = "<!-- written by examples/benchmarks/newcomer.py -->\n", "<!-- end -->\n"
+BEGIN = "<!-- written by examples/benchmarks/newcomer.py -->\n"
+END = "<!-- end -->\n"
 UNTIMED = ("cd ", "export ")
 OURS = ("PYTHON", "VIRTUAL_ENV", "OMP_", "HF_", "TOKENIZERS_")
 
 
 def commands(page: str) -> list[str]:
-    """The lines of the page's shell blocks."""
+    """Return the commands in the shell blocks of a page."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
 class Took(NamedTuple):
-    """Seconds of a command: by the clock, and of a processor, which depends less on what else is running."""
+    """Seconds of a command: by the clock, and of a processor. The latter depends less on other running programs."""
 
     wall: float
     cpu: float
 
 
 def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, Took]:
-    """What each command took, one after the other in one shell.
+    """Run commands one after the other in one shell, and return the time of each.
+
+    Commands that only change the shell, such as `cd`, are left out of the result.
 
     Args:
-        lines: REPOSITORY in them stands for `repository`.
-        folder: where the shell begins; made when it is not there.
+        lines: the commands; REPOSITORY in them stands for `repository`.
+        folder: where the shell starts; created if missing.
+        repository: path of the repository to clone.
 
     Raises:
         RuntimeError: a command failed; the message ends with the command.
@@ -63,8 +70,9 @@ def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, Took]:
     done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=False)
     noted = clock.read_text().splitlines() if clock.is_file() else []
     if done.returncode:
-        raise RuntimeError(f"The way ends with exit code {done.returncode} at: {lines[len(noted) // 3]}")
-    took, before = {}, 0.0
+        raise RuntimeError(f"A command failed with exit code {done.returncode} at: {lines[len(noted) // 3]}")
+    took = {}
+    before = 0.0
     for line, wall, children in zip(lines, noted[::3], noted[2::3], strict=True):
         start, end = map(float, wall.split())
         after = sum(60 * float(m) + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", children))
@@ -74,8 +82,9 @@ def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, Took]:
 
 
 def table(results: Results) -> str:
-    """What the page says of the run."""
-    hardware, costs = results.hardware, results.costs
+    """Return the table of the page, between its marks."""
+    hardware = results.hardware
+    costs = results.costs
     rows = [(f"`{cost.name}`", cost.value, cost.setting["cpu_seconds"]) for cost in costs]
     rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     setting = f"On {hardware.cores} cores of {hardware.cpu}, {results.created[:10]}, {costs[0].setting['beside']}."
@@ -85,7 +94,8 @@ def table(results: Results) -> str:
     for m in found:
         assert m.agreement is not None
         text += (
-            f"\nTokens per forward with the drafter, `{m.decoder.name}`: {m.tokens_per_forward:.2f} on {m.prompts.count} problems; "
+            f"\nTokens per forward with the drafter, `{m.decoder.name}`: {m.tokens_per_forward:.2f} on "
+            f"{m.prompts.count} problems; "
             f"{m.agreement.identical} of {m.agreement.total} texts are those of ordinary decoding.\n"
         )
     return text + END
@@ -96,12 +106,12 @@ def _time(seconds: float) -> str:
 
 
 def with_table(page: str, results: Results) -> str:
-    """The page with the table of a run."""
+    """Return the page with the table of a run."""
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: table(results), page, count=1, flags=re.DOTALL)
 
 
 def measure(folder: Path, beside: str) -> Results:
-    """Go the whole way in a folder."""
+    """Run the page's commands in a folder and return the document; `beside` says what else the machine was doing."""
     from transformers import AutoModelForCausalLM
 
     seconds = timed(commands(PAGE.read_text(encoding="utf-8")), folder, ROOT)
@@ -126,4 +136,4 @@ if __name__ == "__main__":
         others = sys.argv[2] if len(sys.argv) > 2 else "nothing else running"
         measure(Path(sys.argv[1]), others).write(DOCUMENT)
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), Results.read(DOCUMENT)), encoding="utf-8")
-    print(DOCUMENT.name, PAGE.name)
+    print(DOCUMENT.relative_to(ROOT))

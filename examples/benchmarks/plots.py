@@ -1,7 +1,10 @@
-"""Pictures of the results: python examples/benchmarks/plots.py
+"""Draw the pictures of docs/results from the JSON documents under examples/benchmarks/results.
 
-From the JSON documents of step_cost.py: what a step costs by its width, and the speed-up of the replay against its tokens per forward;
-of `decode.py acceptance`: how many tokens a forward yields; of growth.py: the parts of a step by the cached tokens.
+    python examples/benchmarks/plots.py
+
+- from step_cost.py: the cost of a step by its width, and the speed-up of the replay by its tokens per forward;
+- from `decode.py acceptance`: the tokens that a forward commits;
+- from growth.py: the parts of a step by the cached tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ IMAGES = HERE.parents[1] / "docs" / "images"
 
 
 def cost(shape: str, results: Results, path: Path) -> None:
-    """Milliseconds per step, over those of a step of one slot, by slots."""
+    """Draw the milliseconds per step by slots, in units of a step of one slot."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for m in results.measurements:
         by_width = m.ms_per_forward or {}
@@ -41,7 +44,7 @@ def cost(shape: str, results: Results, path: Path) -> None:
 
 
 def speedup(shape: str, results: Results, path: Path) -> None:
-    """The replay."""
+    """Draw the speed-up of the replay by its tokens per forward."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     replayed = [m for m in results.measurements if m.prompts.domain == "replay" and m.speedups]
     for compiled in (False, True):
@@ -66,7 +69,7 @@ def speedup(shape: str, results: Results, path: Path) -> None:
 
 
 def acceptance(results: Results, path: Path) -> None:
-    """Share of the decoding forwards that commit so many tokens, per decoder and domain."""
+    """Draw the share of the decoding forwards that commit so many tokens, by decoder and domain."""
     decoders = list(dict.fromkeys(m.decoder.name for m in results.measurements))
     domains = list(dict.fromkeys(m.prompts.domain for m in results.measurements))
     figure, grid = plt.subplots(
@@ -91,7 +94,7 @@ def acceptance(results: Results, path: Path) -> None:
 
 
 def growth(results: Results, path: Path) -> None:
-    """The parts of our step by the tokens that are cached before it: those of the prompt, and those of a long generation."""
+    """Draw the parts of a Jacobi step by the cached tokens: those of the prompt, and those of a long generation."""
     figure, grid = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axes, domain in zip(grid, ("context", "new tokens"), strict=True):
         mine = [
@@ -112,20 +115,21 @@ def growth(results: Results, path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write and forget."""
+    """Write a picture, close it, and print its path."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
-    print(IMAGES.name, path.name)
+    print(f"docs/images/{path.name}")
 
 
 def title(shape: str, results: Results) -> str:
-    """Where it was measured."""
+    """Return the title of a picture: shape, machine and dtype."""
     return f"{shape}, random weights, {results.hardware.gpu or results.hardware.cpu}, {results.dtype}"
 
 
 if __name__ == "__main__":
     for document in sorted((HERE / "results").glob("step_cost-*.json")):
-        results, shape = Results.read(document), document.stem.removeprefix("step_cost-")
+        results = Results.read(document)
+        shape = document.stem.removeprefix("step_cost-")
         cost(shape, results, IMAGES / f"cost-{shape}.png")
         speedup(shape, results, IMAGES / f"replay-{shape}.png")
     for name, picture in {"acceptance": acceptance, "growth": growth}.items():

@@ -1,13 +1,17 @@
-"""What collecting and training cost.
+"""Measure the cost of collecting and training.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/training.py
 
-- *collection*: rows per second of all-blocks-together collection in batches, over the plain decoder at batch 1, same prompts and model;
-- *throughput*: slots per second of `JacobiForcingTrainer`, at its defaults, over tokens per second of transformers' `Trainer`, on rows of
-  the same length, both with sdpa, alternating in one process. All P + 2nT slots of a record count, though behind clean context those up to
-  the first wrong token of a noisy block are not computed;
-- *loss memory*: highest resident set of one forward and backward with the losses over 8 192 packed tokens and a vocabulary of 151 936,
-  less that of the model's own forward and backward over the same tokens; each in a process of its own.
+- *collection*: rows per second of collection with all blocks together, in batches. Baseline: the plain decoder at
+  batch 1, with the same prompts and model.
+- *throughput*: slots per second of `JacobiForcingTrainer` with its defaults. Baseline: tokens per second of
+  transformers' `Trainer` on rows of the same length. Both use sdpa and alternate in one process. All P + 2nT slots of
+  a record count, although with clean context the slots up to the first wrong token of a noisy block are not computed.
+- *loss memory*: highest resident set of one forward and backward with the losses, over 8192 packed tokens and a
+  vocabulary of 151936. Baseline: the model's own forward and backward over the same tokens. Each runs in its own
+  process.
+
+The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
@@ -38,18 +42,24 @@ from jacobi_hf.trainer import (
     record_trajectories,
 )
 
-VOCAB, TOKENS, BLOCK = 151_936, 8_192, 16
+VOCAB = 151_936
+TOKENS = 8_192
+BLOCK = 16
 
 
 def collection(model: Any, tokenizer: Any, prompts: int, repeats: int) -> list[Cost]:
-    """Rows per second, both ways, on as many prompts of code and of arithmetic; each a set of its own, as `collect` has it."""
+    """Return rows per second of both collectors, on so many prompts of code and as many of arithmetic.
+
+    The two domains are separate sets, as in `jacobi-hf collect`.
+    """
     texts = json.loads(common.PROMPTS.read_text(encoding="utf-8"))["prompts"]
     sets = [
         sorted((tokenizer(text)["input_ids"] for text in texts[domain][:prompts]), key=len)
         for domain in ("code", "arithmetic")
     ]
     ids = [prompt for of_domain in sets for prompt in of_domain]
-    answers, seconds = AnswerConfig(max_new_tokens=96), {"plain": [], "together": []}
+    answers = AnswerConfig(max_new_tokens=96)
+    seconds = {"plain": [], "together": []}
     for _ in range(repeats):
         started = time.perf_counter()
         for prompt in ids:
@@ -127,7 +137,7 @@ def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:
         [random_record(rng, length, vocab) for _ in range(batch * steps)],
     )
     seconds: dict[str, list[float]] = {"sft": [], "forcing": []}
-    for _ in range(repeats + 1):  # the first round warms up
+    for _ in range(repeats + 1):  # the first round is a warm-up
         for name, trainer in (("sft", plain), ("forcing", forced)):
             started = time.perf_counter()
             trainer.train()
@@ -150,7 +160,7 @@ def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:
 
 
 def loss_model() -> Qwen3ForCausalLM:
-    """A random model of hidden size 64 with Qwen's vocabulary."""
+    """Return a random model of hidden size 64 with Qwen's vocabulary."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -170,7 +180,7 @@ def loss_model() -> Qwen3ForCausalLM:
 
 
 def one_memory(setting: str) -> int:
-    """In a process of its own: bytes of one step, with the losses or with the sum of the hidden states."""
+    """Return the bytes of one step with the losses, or with the sum of the hidden states; for a process of its own."""
     rng = random.Random(0)
     args = JacobiForcingConfig(
         output_dir="build/benchmark",
@@ -198,7 +208,7 @@ def one_memory(setting: str) -> int:
 
 
 def loss_memory() -> list[Cost]:
-    """Highest resident set with the losses, less that without."""
+    """Return the memory of the losses: the highest resident set with them minus that without them."""
     used = {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for setting in ("model", "losses"):
@@ -217,14 +227,15 @@ def loss_memory() -> list[Cost]:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "training.json",
+    output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS
+    / "training.json",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of code, and as many of arithmetic.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per measurement.")] = 15,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    lengths: Annotated[str, typer.Option(help="Row lengths.")] = "256,512",
+    lengths: Annotated[str, typer.Option(help="Row lengths, separated by commas.")] = "256,512",
     setting: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Collection, throughput, memory."""
+    """Measure collection, throughput and memory."""
     if setting is not None:
         print(one_memory(setting))
         return

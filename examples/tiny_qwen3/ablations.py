@@ -2,8 +2,9 @@
 
     python examples/tiny_qwen3/ablations.py --output-dir examples/benchmarks/results/forcing [NAME ...]
 
-Needs what `forcing_data.py` wrote to build/forcing. The base's trajectories are collected first, for all variations alike. Each variation
-packs, trains and measures on its own, and its results document is finished before the next one starts; those already there are left alone.
+Needs what `forcing_data.py` wrote to build/forcing. The base's trajectories are collected first, for all variations
+alike. Each variation packs, trains and measures on its own, and its results document is finished before the next one
+starts; those already there are left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "examples/recipes/tiny_qwen3_short.yaml"
 BASE = "examples/tiny_qwen3/checkpoint"
 # Prompts of each domain, for the trajectories of the base and for those of a second stage.
-FIRST_PROMPTS, SECOND_PROMPTS = {"arithmetic": 7000, "code": 3000}, {"arithmetic": 1000, "code": 1000}
+FIRST_PROMPTS = {"arithmetic": 7000, "code": 3000}
+SECOND_PROMPTS = {"arithmetic": 1000, "code": 1000}
 # What holds the model in place of KL: cross entropy on its own answers and on replay, as published recipes have it.
 CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 
@@ -77,13 +79,13 @@ def collect(model: str, build: str, prompts: dict[str, int], *arguments: str) ->
 
 def run(name: str, seed: str, out: Path) -> None:
     """One variation, from packing to its results document."""
-    variation, build = VARIATIONS[name], f"build/forcing/ablations/{name}-seed{seed}"
-    pack, train = variation.pack.split(), variation.train.split()
+    variation = VARIATIONS[name]
+    build = f"build/forcing/ablations/{name}-seed{seed}"
+    pack = variation.pack.split()
+    train = variation.train.split()
     if variation.second_stage:
-        first, blocks = (
-            f"build/forcing/ablations/short-seed{seed}/model/final",
-            ("--block_size", str(variation.second_stage)),
-        )
+        first = f"build/forcing/ablations/short-seed{seed}/model/final"
+        blocks = ("--block_size", str(variation.second_stage))
         if not (ROOT / first).is_dir():
             raise FileNotFoundError(f"{name} goes on from {first}: run the variation short with this seed first.")
         pack += ["--sources", *collect(first, build, SECOND_PROMPTS, *blocks, *variation.collect.split())]

@@ -71,7 +71,8 @@ def _pair(rng: random.Random) -> tuple[str, str, str]:
 
 def buy_more(rng: random.Random) -> tuple[str, list[str], int]:
     name, _, things = _pair(rng)
-    a, b = rng.randint(5, 60), rng.randint(3, 40)
+    a = rng.randint(5, 60)
+    b = rng.randint(3, 40)
     return (
         f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
         [f"{name} starts with {a} {things}.", f"{name} buys {b} more, so we add: {a} + {b} = {a + b}."],
@@ -92,7 +93,8 @@ def give_away(rng: random.Random) -> tuple[str, list[str], int]:
 
 def boxes(rng: random.Random) -> tuple[str, list[str], int]:
     name, _, things = _pair(rng)
-    a, b = rng.randint(2, 9), rng.randint(3, 12)
+    a = rng.randint(2, 9)
+    b = rng.randint(3, 12)
     return (
         f"{name} fills {a} boxes with {b} {things} each. How many {things} are there in all?",
         [f"There are {a} boxes.", f"Each box holds {b} {things}, so we multiply: {a} * {b} = {a * b}."],
@@ -102,7 +104,8 @@ def boxes(rng: random.Random) -> tuple[str, list[str], int]:
 
 def share(rng: random.Random) -> tuple[str, list[str], int]:
     name, _, things = _pair(rng)
-    each, people = rng.randint(2, 12), rng.randint(2, 9)
+    each = rng.randint(2, 12)
+    people = rng.randint(2, 9)
     total = each * people
     return (
         f"{name} shares {total} {things} equally among {people} friends. How many {things} does each friend get?",
@@ -116,7 +119,9 @@ def share(rng: random.Random) -> tuple[str, list[str], int]:
 
 def boxes_then_more(rng: random.Random) -> tuple[str, list[str], int]:
     name, other, things = _pair(rng)
-    a, b, c = rng.randint(2, 9), rng.randint(3, 10), rng.randint(2, 30)
+    a = rng.randint(2, 9)
+    b = rng.randint(3, 10)
+    c = rng.randint(2, 30)
     return (
         f"{name} has {a} boxes with {b} {things} each. {other} brings {c} more. How many {things} are there now?",
         [
@@ -129,7 +134,8 @@ def boxes_then_more(rng: random.Random) -> tuple[str, list[str], int]:
 
 def spend(rng: random.Random) -> tuple[str, list[str], int]:
     name, _, things = _pair(rng)
-    price, count = rng.randint(2, 9), rng.randint(2, 8)
+    price = rng.randint(2, 9)
+    count = rng.randint(2, 8)
     money = price * count + rng.randint(1, 30)
     return (
         f"{name} has {money} dollars and buys {count} {things} for {price} dollars each. How many dollars are left?",
@@ -143,7 +149,9 @@ def spend(rng: random.Random) -> tuple[str, list[str], int]:
 
 def earn_weeks(rng: random.Random) -> tuple[str, list[str], int]:
     name = rng.choice(NAMES)
-    day, days, weeks = rng.randint(2, 9), rng.randint(2, 6), rng.randint(2, 4)
+    day = rng.randint(2, 9)
+    days = rng.randint(2, 6)
+    weeks = rng.randint(2, 4)
     week = day * days
     return (
         f"{name} earns {day} dollars a day and works {days} days a week. How many dollars does {name} earn in {weeks} weeks?",
@@ -167,7 +175,8 @@ def three_groups(rng: random.Random) -> tuple[str, list[str], int]:
 
 def compare(rng: random.Random) -> tuple[str, list[str], int]:
     name, other, things = _pair(rng)
-    a, more = rng.randint(5, 50), rng.randint(2, 30)
+    a = rng.randint(5, 50)
+    more = rng.randint(2, 30)
     b = a + more
     return (
         f"{name} has {a} {things} and {other} has {b}. How many more {things} does {other} have than {name}?",
@@ -178,7 +187,8 @@ def compare(rng: random.Random) -> tuple[str, list[str], int]:
 
 def times_as_many(rng: random.Random) -> tuple[str, list[str], int]:
     name, other, things = _pair(rng)
-    a, times = rng.randint(3, 15), rng.randint(2, 5)
+    a = rng.randint(3, 15)
+    times = rng.randint(2, 5)
     return (
         f"{name} has {a} {things}. {other} has {times} times as many. How many {things} do they have together?",
         [
@@ -191,7 +201,8 @@ def times_as_many(rng: random.Random) -> tuple[str, list[str], int]:
 
 def pages(rng: random.Random) -> tuple[str, list[str], int]:
     name = rng.choice(NAMES)
-    day, days = rng.randint(3, 12), rng.randint(2, 7)
+    day = rng.randint(3, 12)
+    days = rng.randint(2, 7)
     total = day * days + rng.randint(5, 60)
     return (
         f"A book has {total} pages. {name} reads {day} pages a day for {days} days. How many pages are left?",
@@ -204,7 +215,8 @@ def pages(rng: random.Random) -> tuple[str, list[str], int]:
 
 
 def rows_of_seats(rng: random.Random) -> tuple[str, list[str], int]:
-    rows, seats = rng.randint(3, 9), rng.randint(4, 12)
+    rows = rng.randint(3, 9)
+    seats = rng.randint(4, 12)
     taken = rng.randint(2, rows * seats - 1)
     return (
         f"A hall has {rows} rows of {seats} seats. {taken} seats are taken. How many seats are free?",
@@ -219,7 +231,8 @@ def rows_of_seats(rng: random.Random) -> tuple[str, list[str], int]:
 def lost_and_found(rng: random.Random) -> tuple[str, list[str], int]:
     name, _, things = _pair(rng)
     a = rng.randint(20, 70)
-    lost, found = rng.randint(2, 15), rng.randint(2, 20)
+    lost = rng.randint(2, 15)
+    found = rng.randint(2, 20)
     return (
         f"{name} has {a} {things}, loses {lost} and then finds {found}. How many {things} does {name} have at the end?",
         [
@@ -232,7 +245,8 @@ def lost_and_found(rng: random.Random) -> tuple[str, list[str], int]:
 
 def pooled_share(rng: random.Random) -> tuple[str, list[str], int]:
     name, other, things = _pair(rng)
-    each, people = rng.randint(2, 9), rng.randint(2, 6)
+    each = rng.randint(2, 9)
+    people = rng.randint(2, 6)
     a = rng.randint(1, each * people - 1)
     b = each * people - a
     return (
@@ -250,7 +264,9 @@ def pooled_share(rng: random.Random) -> tuple[str, list[str], int]:
 
 def ages(rng: random.Random) -> tuple[str, list[str], int]:
     name, other = rng.sample(NAMES, 2)
-    age, older, later = rng.randint(5, 40), rng.randint(2, 12), rng.randint(2, 15)
+    age = rng.randint(5, 40)
+    older = rng.randint(2, 12)
+    later = rng.randint(2, 15)
     return (
         f"{name} is {age} years old. {other} is {older} years older. How old will {other} be in {later} years?",
         [
@@ -262,7 +278,8 @@ def ages(rng: random.Random) -> tuple[str, list[str], int]:
 
 
 def two_buses(rng: random.Random) -> tuple[str, list[str], int]:
-    a, b = rng.randint(10, 45), rng.randint(10, 45)
+    a = rng.randint(10, 45)
+    b = rng.randint(10, 45)
     off = rng.randint(2, min(a, b))
     return (
         f"One bus carries {a} people and another carries {b}. {off} people get off. How many people are still on the buses?",

@@ -1,7 +1,8 @@
 """The corpus of the tiny model: code and prose from the running interpreter's standard library, and worked arithmetic.
 
-Three domains, each with held-out material: `code` (source files), `prose` (longer docstrings, and the language reference
-that `help()` shows), `arithmetic` (`arithmetic.py`). Modules in `held_out_modules.txt` are in no training text.
+Three domains, each with held-out material: `code` (source files), `prose` (longer docstrings, and the language
+reference that `help()` shows), `arithmetic` (`arithmetic.py`). Modules in `held_out_modules.txt` are in no training
+text.
 
     python examples/tiny_qwen3/corpus.py
 
@@ -36,7 +37,8 @@ def held_out_modules() -> frozenset[str]:
 
 def _modules(held_out: bool) -> Iterator[str]:
     """Sources of the standard library: the held-out ones, or all others. Tests and character tables are left out."""
-    root, chosen = Path(sysconfig.get_path("stdlib")), held_out_modules()
+    root = Path(sysconfig.get_path("stdlib"))
+    chosen = held_out_modules()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _SKIPPED_FOLDERS.intersection(relative.parts) or (
@@ -82,8 +84,8 @@ def arithmetic_texts(held_out: bool, count: int) -> list[str]:
 def prompts(domain: str, count: int) -> list[str]:
     """`count` held-out prompts of a domain, the same for the same interpreter version.
 
-    Code: from a `def` or `class` line of a held-out module to between 3 and 10 lines further on. Prose: the first 20 to
-    40 words of a held-out docstring. Arithmetic: the question of a held-out seed.
+    Code: from a `def` or `class` line of a held-out module to between 3 and 10 lines further on. Prose: the first 20
+    to 40 words of a held-out docstring. Arithmetic: the question of a held-out seed.
     """
     rng = random.Random(f"prompts/{domain}")
     if domain == "arithmetic":

@@ -2,8 +2,8 @@
 
     python examples/tiny_qwen3/drafter_controls.py --output-dir examples/benchmarks/results/drafter [NAME ...]
 
-Needs what the stages collect and pack of examples/recipes/tiny_qwen3_drafter.yaml wrote. Each variation's results document is finished before
-the next one starts; those already there are left alone.
+Needs what the stages collect and pack of examples/recipes/tiny_qwen3_drafter.yaml wrote. Each variation's results
+document is finished before the next one starts; those already there are left alone.
 """
 
 from __future__ import annotations

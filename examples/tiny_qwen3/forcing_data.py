@@ -3,8 +3,8 @@
 
     python examples/tiny_qwen3/forcing_data.py --output-dir build/forcing
 
-Everything comes from the corpus that the model was trained on: code prompts begin at a `def` or `class` line of a training
-module, prose prompts are the first words of docstrings, arithmetic prompts are questions of the even seeds.
+Everything comes from the corpus that the model was trained on: code prompts begin at a `def` or `class` line of a
+training module, prose prompts are the first words of docstrings, arithmetic prompts are questions of the even seeds.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 def main() -> None:
     (amounts,) = HfArgumentParser(Amounts).parse_args_into_dataclasses()
-    rng, out = random.Random(amounts.seed), Path(amounts.output_dir)
+    rng = random.Random(amounts.seed)
+    out = Path(amounts.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     problems = arithmetic.training_problems(amounts.arithmetic)
     write(out / "arithmetic.jsonl", ({"prompt": p.prompt} for p in problems))

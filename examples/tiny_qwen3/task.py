@@ -2,8 +2,8 @@
 
     python examples/tiny_qwen3/task.py
 
-The problems are the first of the odd seeds, of the templates that the checkpoint was trained on; `arithmetic.training_problems`, whose
-first ones the prompts are, leaves their questions out.
+The problems are the first of the odd seeds, of the templates that the checkpoint was trained on;
+`arithmetic.training_problems`, whose first ones the prompts are, leaves their questions out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import arithmetic
 
 HERE = Path(__file__).resolve().parent
-FILE, PROMPTS = HERE / "tasks" / "arithmetic.jsonl", HERE / "newcomer.jsonl"
+FILE = HERE / "tasks" / "arithmetic.jsonl"
+PROMPTS = HERE / "newcomer.jsonl"
 OPTIONS = {
     "answer_pattern": r"The answer is (-?\d+)",
     "max_new_tokens": 96,

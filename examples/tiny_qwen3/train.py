@@ -5,7 +5,8 @@
 
 The `MALLOC_*` variables keep glibc from handing the logits' memory back after each step (about a quarter of the time).
 Interrupted, the same command continues from the last checkpoint. The finished model lies in `OUTPUT_DIR/final`; its
-held-out losses and everything it was made with in `OUTPUT_DIR/final/training.json`. The committed checkpoint is a copy of that folder.
+held-out losses and everything it was made with in `OUTPUT_DIR/final/training.json`. The committed checkpoint is a copy
+of that folder.
 
 The draft model of the benchmarks (1.1 M): `--hidden-size 128 --layers 3 --tokenizer examples/tiny_qwen3/checkpoint`.
 """
@@ -37,7 +38,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-END_OF_TEXT, PAD, START, END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+START = "<|im_start|>"
+END = "<|im_end|>"
 # Words with their leading space, single digits, runs of punctuation, runs of white space up to the last one.
 PRE_TOKENS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
@@ -167,7 +171,9 @@ def exact_match(
 def main() -> None:
     (recipe,) = HfArgumentParser(Recipe).parse_args_into_dataclasses()
     transformers.set_seed(recipe.seed)
-    rng, started, out = random.Random(recipe.seed), time.perf_counter(), Path(recipe.output_dir)
+    rng = random.Random(recipe.seed)
+    started = time.perf_counter()
+    out = Path(recipe.output_dir)
 
     shares = {
         "code": recipe.code_share,

@@ -1,4 +1,4 @@
-"""The benchmarks run, and the page of results is what its documents say."""
+"""The benchmarks run, and the pages of results show their documents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_compare_writes_a_results_document(tmp_path):
     assert all((m.tokens_per_forward or 0) >= 1 for m in results.measurements)
 
 
-def test_peers_goes_on_only_where_the_same_code_measured(tmp_path, monkeypatch):
+def test_peers_resumes_only_measurements_of_the_same_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     peers = importlib.import_module("peers")
     document = Results.start("a test", tiny_model("qwen3"), "tiny")
@@ -49,13 +49,13 @@ def test_peers_goes_on_only_where_the_same_code_measured(tmp_path, monkeypatch):
     document.with_measurements(measurements).write(tmp_path / "peers.json")
     assert peers.kept(tmp_path / "peers.json", document) == measurements
     other = document.model_copy(update={"software": document.software.model_copy(update={"git_revision": "another"})})
-    with pytest.raises(typer.BadParameter, match="has another software"):
+    with pytest.raises(typer.BadParameter, match="measured with another software"):
         peers.kept(tmp_path / "peers.json", other)
 
 
 @pytest.mark.slow
 def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
-    """Tests, step_cost.py and growth.py at tiny shapes; a part that fails is told, and takes nothing from the others."""
+    """Tests, step_cost.py and growth.py run at tiny shapes, and each writes its document."""
     environment = {
         **os.environ,
         "DRY": "1",
@@ -120,7 +120,7 @@ def _readme_script():
     return readme
 
 
-def test_the_table_of_the_readme_is_what_the_documents_say():
+def test_the_table_of_the_readme_shows_the_documents():
     script = _readme_script()
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert script.table() in text
@@ -129,7 +129,7 @@ def test_the_table_of_the_readme_is_what_the_documents_say():
     assert script.with_table(stale) == text
 
 
-def test_the_picture_of_the_readme_is_what_the_documents_say(tmp_path):
+def test_the_picture_of_the_readme_shows_the_documents(tmp_path):
     from PIL import Image
 
     script = _readme_script()
@@ -150,18 +150,20 @@ def test_the_picture_of_the_readme_is_what_the_documents_say(tmp_path):
         ([5] * 20, False),
     ],
 )
-def test_loops_are_told(tail, looping):
+def test_loops_are_found(tail, looping):
     assert is_looping(tail) == looping
 
 
 @pytest.mark.parametrize("per_forward", [1.74, 2.0, 4.1])
-def test_a_replay_yields_just_so_many_tokens_per_forward(per_forward):
+def test_a_replay_has_the_given_tokens_per_forward(per_forward):
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import step_cost
     finally:
         sys.path.remove(str(BENCHMARKS))
-    model, ids, tokens = tiny_model("qwen3"), torch.tensor([[3, 4, 5]]), 123
+    model = tiny_model("qwen3")
+    ids = torch.tensor([[3, 4, 5]])
+    tokens = 123
     arguments = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     reference = model.generate(ids, **arguments).sequences
     truth = torch.cat([reference[:, 3:], reference[:, -1:].expand(-1, 160)], 1)
@@ -177,5 +179,5 @@ def test_a_replay_yields_just_so_many_tokens_per_forward(per_forward):
             jacobi_lookup_tokens=0,
         )
     assert torch.equal(output.sequences, reference)
-    # The prefill yields one token, and the last forward may be cut short.
+    # The prefill commits one token, and the last forward can end early.
     assert output.jacobi_stats.forwards - 1 == pytest.approx((tokens - 1) / per_forward, abs=1.5)

@@ -68,7 +68,8 @@ def test_the_table_has_every_command_and_what_came_out(newcomer):
 
 
 def test_the_page_shows_the_committed_run_of_its_own_commands(newcomer):
-    page, results = newcomer.PAGE.read_text(encoding="utf-8"), newcomer.Results.read(newcomer.DOCUMENT)
+    page = newcomer.PAGE.read_text(encoding="utf-8")
+    results = newcomer.Results.read(newcomer.DOCUMENT)
     assert [cost.name for cost in results.costs] == [
         line for line in newcomer.commands(page) if not line.startswith(newcomer.UNTIMED)
     ]

@@ -40,7 +40,8 @@ def test_every_template_computes_what_it_says(corpus):
             equations = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem.completion)
             assert equations
             for a, sign, b, result in equations:
-                a, b = int(a), int(b)
+                a = int(a)
+                b = int(b)
                 assert {"+": a + b, "-": a - b, "*": a * b, "/": a // b if a % b == 0 else None}[sign] == int(result)
             assert int(equations[-1][3]) == problem.result == arithmetic.read_answer(problem.completion)
             assert problem.result >= 0
@@ -55,7 +56,8 @@ def test_training_and_held_out_problems_are_apart(corpus):
 
 @pytest.mark.slow
 def test_held_out_modules_are_in_no_training_text(corpus):
-    held_out, training = corpus.code_texts(held_out=True), corpus.code_texts(held_out=False)
+    held_out = corpus.code_texts(held_out=True)
+    training = corpus.code_texts(held_out=False)
     assert len(held_out) >= 20
     assert set(held_out).isdisjoint(training)
     assert set(corpus.prose_texts(held_out=True)).isdisjoint(corpus.prose_texts(held_out=False))
@@ -155,8 +157,8 @@ def test_the_forced_checkpoint_was_made_by_the_recipes(report, recipe):
 
 
 @pytest.mark.slow
-def test_forcing_paid(trained, corpus):
-    """On held-out problems: the window alone of the forced model takes less than half the forwards of the base's, and writes its text."""
+def test_forcing_halves_the_forwards(trained, corpus):
+    """On held-out problems, the forced model's window needs less than half the forwards of the base's window."""
     from jacobi_hf import JacobiConfig
     from jacobi_hf.evaluation.decoding import measure_decoding, ordinary_outputs
 

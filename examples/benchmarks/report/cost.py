@@ -12,7 +12,9 @@ from .tables import decimal, source, table
 
 def context() -> dict[str, Any]:
     """Return what the template shows."""
-    overhead, memory, growth = document("overhead"), document("memory"), document("growth")
+    overhead = document("overhead")
+    memory = document("memory")
+    growth = document("growth")
     shapes = sorted(path.stem for path in RESULTS.glob("step_cost-*.json"))
     return {
         "overhead_source": source(overhead),

@@ -29,7 +29,9 @@ BEST = 8
 
 def context() -> dict[str, Any]:
     """Return what the template shows."""
-    compared, swept, accepted = document("decode_compare"), document("decode_grid"), document("acceptance")
+    compared = document("decode_compare")
+    swept = document("decode_grid")
+    accepted = document("acceptance")
     first = compared.measurements[0].prompts
     looping = {m.prompts.domain: len(m.looping or []) for m in compared.measurements}
     return {

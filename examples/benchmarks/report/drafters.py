@@ -11,12 +11,15 @@ from jacobi_hf.results.training import Training
 from .documents import DRAFTERS, FORCING, TINY, document, group
 from .tables import decimal, decoder_rows, domains, held_out_loss, identical, source, speedup, table
 
-WHOLE, HALF = "window-n2-K8-r0", "window-n2-K8-r0-half"
+WHOLE = "window-n2-K8-r0"
+HALF = "window-n2-K8-r0-half"
 
 
 def context() -> dict[str, Any]:
     """Return what the template shows."""
-    drafters, controls, clock = group(DRAFTERS, "drafter-"), group(DRAFTERS, "control-"), document("lossless_clock")
+    drafters = group(DRAFTERS, "drafter-")
+    controls = group(DRAFTERS, "control-")
+    clock = document("drafter_clock")
     return {
         "sources": [described(name, results) for name, results in drafters.items()],
         "decoders": table(
@@ -91,7 +94,8 @@ class Strategy(NamedTuple):
 
 def strategies(drafter: Results) -> str:
     """Return the table of decoding strategies: speed, change of held-out loss, size, training."""
-    peers, base = document("peers"), document(f"{FORCING}/base")
+    peers = document("peers")
+    base = document(f"{FORCING}/base")
     forced = document(f"{FORCING}/forced-seed42")
     compared = compared_strategies(forced.training, drafter.training)
     rows = []

@@ -18,7 +18,8 @@ TIMES = TINY / "forced" / "times.tsv"
 def context() -> dict[str, Any]:
     """Return what the template shows."""
     models = {**group(FORCING, "base"), **group(FORCING, "forced"), **group(FORCING, "control")}
-    varied, costs = group(FORCING, "ablation-"), document("training")
+    varied = group(FORCING, "ablation-")
+    costs = document("training")
     minutes = minutes_by_part()
     head = ["domain", "decoder", "model", "TPF", "loop-free", "slots", "identical"]
     return {

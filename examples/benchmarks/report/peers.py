@@ -31,7 +31,8 @@ def context() -> dict[str, Any]:
 
 def run(results: Results) -> dict[str, Any]:
     """Return what the page shows of one document."""
-    first, names = results.measurements[0].prompts, [m.decoder.name for m in results.measurements]
+    first = results.measurements[0].prompts
+    names = [m.decoder.name for m in results.measurements]
     return {
         "release": ".".join(results.software.packages["transformers"].split(".")[:2]),
         "source": source(results),

@@ -12,7 +12,7 @@ from .tables import decimal, domains, of_domain, source, table
 
 def context() -> dict[str, Any]:
     """Return what the template shows."""
-    results = document("lossless_sources")
+    results = document("draft_sources")
     models = list(dict.fromkeys(str(m.model) for m in results.measurements))
     return {
         "source": source(results),

@@ -1,11 +1,13 @@
-"""Lossless forcing beside everything else that one may draft from: the base, the base with its drafter, and the forced model.
+"""Draft sources, alone and together, on three models: the base, the base with its drafter, and the forced model.
 
-    OMP_NUM_THREADS=1 python examples/benchmarks/lossless.py sources
-    OMP_NUM_THREADS=1 python examples/benchmarks/lossless.py clock
+    OMP_NUM_THREADS=1 python examples/benchmarks/draft_sources.py sources
+    OMP_NUM_THREADS=1 python examples/benchmarks/draft_sources.py clock
 
-`sources` takes 64 prompts of each domain, greedy and at temperature 1, once; `clock` times a few settings on arithmetic, in turn on every
-prompt, several times over. The base's own `generate` is decoded in each group, so that ratios are of one process and one minute. The last
-line on stdout is the path of the JSON document that was written (schema: jacobi_hf/results/schema.py).
+`sources` measures tokens per forward and slots on 64 prompts of each domain, greedy and at temperature 1. `clock`
+measures tokens per second of windows without other sources, on arithmetic, as medians of several passes.
+
+Baseline: ordinary eager `generate` of the same model. It runs in the same process, in turn with the others on every
+prompt. The last line on stdout is the path of the JSON document (schema: jacobi_hf/results/schema.py).
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ import jacobi_hf
 from jacobi_hf.results.schema import Measurement, Results
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
-Output = Annotated[Path | None, typer.Option(help="Where the JSON document goes.")]
+Output = Annotated[Path | None, typer.Option(help="Path of the JSON document to write.")]
 DRAFTER = "examples/tiny_qwen3/drafter"
-BASE, DRAFTED, FORCED = "base", "base + drafter", "forced"
+BASE = "base"
+DRAFTED = "base + drafter"
+FORCED = "forced"
 ALONE = {"jacobi_pool_size": 0, "jacobi_lookup_tokens": 0}
 WINDOW = {"jacobi_block_size": 2, "jacobi_max_blocks": 8}
 
 
 def groups() -> Iterator[tuple[str, Any, Any, str | None]]:
-    """Name, model, tokenizer and drafter of each group, one after the other."""
+    """Yield name, model, tokenizer and drafter of each group; the base without its drafter comes first."""
     base, tokenizer, _ = common.load(None)
     yield BASE, base, tokenizer, None
     jacobi_hf.load_drafter(base, str(common.EXAMPLES.parent / DRAFTER))
@@ -40,7 +44,7 @@ def groups() -> Iterator[tuple[str, Any, Any, str | None]]:
 
 
 def sources_of(group: str, drafter: str | None) -> list[common.Contender]:
-    """What may be drafted from, alone and together. All have a window of 16 guesses, except where lookup is alone."""
+    """Return the decoders of a group. All have a window of 16 guesses, except for lookup alone."""
 
     def ours(name: str, **changes: Any) -> common.Contender:
         return common.jacobi(name, drafter, **WINDOW | changes)
@@ -65,7 +69,7 @@ def sources_of(group: str, drafter: str | None) -> list[common.Contender]:
 
 
 def as_of(group: str, measurements: list[Measurement]) -> list[Measurement]:
-    """Under the group's name, without what is not the matter here."""
+    """Return the measurements with the group as their model, without the fields that no page shows."""
     return [
         m.model_copy(update={"model": group, "ms_per_forward": None, "per_prompt_tokens_per_forward": None})
         for m in measurements
@@ -76,16 +80,17 @@ def as_of(group: str, measurements: list[Measurement]) -> list[Measurement]:
 def sources(
     output: Output = None, prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain.")] = 64
 ) -> None:
-    """Window, lookup, pool and branches of second choices, alone and together."""
-    path, measurements = output or common.RESULTS / "lossless_sources.json", []
+    """Measure window, lookup, pool and top-k branches, alone and together."""
+    path = output or common.RESULTS / "draft_sources.json"
+    measurements = []
     for group, model, tokenizer, drafter in groups():
         contenders = [common.ordinary(), *sources_of(group, drafter)]
         measurements += as_of(group, measure(model, tokenizer, contenders, prompts, 128, 1, with_times=False))
-        warm = [
+        sampled = [
             common.sampled(c) for c in contenders if c.decoder.name in ("generate", "window", "window+lookup+pool")
         ]
-        measurements += as_of(group, measure(model, tokenizer, warm, prompts, 128, 1, with_times=False))
-        results = Results.start("Sources of drafts, with and without a drafter", model, "tiny")
+        measurements += as_of(group, measure(model, tokenizer, sampled, prompts, 128, 1, with_times=False))
+        results = Results.start("Draft sources, with and without a drafter", model, "tiny")
         results.with_measurements(measurements).write(path)
     show(measurements, len(measurements))
     print(path)
@@ -97,8 +102,9 @@ def clock(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 24,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes over all prompts.")] = 5,
 ) -> None:
-    """Arithmetic by the clock: windows alone."""
-    path, measurements = output or common.RESULTS / "lossless_clock.json", []
+    """Time windows without other sources, on arithmetic."""
+    path = output or common.RESULTS / "drafter_clock.json"
+    measurements = []
     for group, model, tokenizer, drafter in groups():
         if group == BASE:
             continue
