@@ -37,7 +37,8 @@ from transformers import AutoModelForCausalLM, CompileConfig
 import jacobi_hf
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Speedup
-from jacobi_hf.tuning.autotune import Tuning, autotune, describe
+from jacobi_hf.tuning.autotune import Tuning, autotune
+from jacobi_hf.tuning.strategies import describe
 
 ROOM = 512
 WITH_DRAFTER = "base + drafter"
@@ -119,9 +120,9 @@ def ours(tuning: Tuning, drafter: str | None) -> list[Strategy]:
 
     If autotune chose assisted or ordinary decoding, the compiled one is ordinary decoding.
     """
-    note = describe(tuning.way, drafted=tuning.drafted)
+    note = describe(tuning.strategy, drafted=tuning.drafted)
     if tuning.config is None:
-        eager = Decoder(name="autotuned", kind="generate" if tuning.way is None else "assisted")
+        eager = Decoder(name="autotuned", kind="generate" if tuning.strategy is None else "assisted")
         compiled = Decoder(name="autotuned-compiled", kind="generate-static-compiled", compiled=True)
         return [
             Strategy(eager, tuning.knobs, ours=True, note=note),

@@ -25,7 +25,8 @@ from jacobi_hf.cli._answers import (
 from jacobi_hf.cli._options import check_folder, errors_in_one_line, recipe_option
 
 if TYPE_CHECKING:
-    from jacobi_hf.tuning.autotune import Tuning, Way
+    from jacobi_hf.tuning.autotune import Tuning
+    from jacobi_hf.tuning.strategies import Strategy
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -49,7 +50,7 @@ def autotune(
     top_p: TopP = None,
     top_k: TopK = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile all ways to decode; allow ten minutes on a CPU.")
+        bool, typer.Option("--compile", help="Compile all strategies; allow ten minutes on a CPU.")
     ] = False,
     dtype: Dtype = "auto",
     save: Annotated[
@@ -148,22 +149,22 @@ def _save(model: Any, tuning: Tuning, folder: Path) -> str:
     return str(folder / GENERATION_CONFIG)
 
 
-def _knobs_of(way: Way) -> dict[str, Any]:
+def _knobs_of(strategy: Strategy) -> dict[str, Any]:
     from jacobi_hf.config import JacobiConfig
 
-    return way.to_knobs() if isinstance(way, JacobiConfig) else {"decoding": None}
+    return strategy.to_knobs() if isinstance(strategy, JacobiConfig) else {"decoding": None}
 
 
 def _document(tuning: Tuning) -> dict[str, Any]:
-    from jacobi_hf.tuning.autotune import describe
+    from jacobi_hf.tuning.strategies import describe
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else value  # JSON has no nan
 
     table = [
         {
-            "setting": describe(one.way, drafted=tuning.drafted),
-            "knobs": _knobs_of(one.way),
+            "strategy": describe(one.strategy, drafted=tuning.drafted),
+            "knobs": _knobs_of(one.strategy),
             "prompts": one.prompts,
             "tokens_per_forward": number(one.tokens_per_forward),
             "mean_slots": number(one.mean_slots),
@@ -175,7 +176,7 @@ def _document(tuning: Tuning) -> dict[str, Any]:
     return {
         "fastest": table[0],
         "table": table,
-        "untried": [describe(way, drafted=tuning.drafted) for way in tuning.untried],
+        "untried": [describe(strategy, drafted=tuning.drafted) for strategy in tuning.untried],
     }
 
 
@@ -184,21 +185,23 @@ def _show(tuning: Tuning, saved: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jacobi_hf.tuning.autotune import describe
+    from jacobi_hf.tuning.strategies import describe
 
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("setting", "prompts", "tokens per forward", "slots", "speed-up"):
-        table.add_column(column, justify="left" if column == "setting" else "right")
+    for column in ("strategy", "prompts", "tokens per forward", "slots", "speed-up"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
     for one in tuning.table:
         figures = (f"{one.tokens_per_forward:.2f}", f"{one.mean_slots:.1f}", f"{one.speedup:.2f}")
-        table.add_row(describe(one.way, drafted=tuning.drafted), str(one.prompts), *figures)
+        table.add_row(describe(one.strategy, drafted=tuning.drafted), str(one.prompts), *figures)
     Console().print(table)
     if tuning.untried:
-        typer.echo(f"no time for: {'; '.join(describe(way, drafted=tuning.drafted) for way in tuning.untried)}")
+        typer.echo(
+            f"no time for: {'; '.join(describe(strategy, drafted=tuning.drafted) for strategy in tuning.untried)}"
+        )
     best = tuning.table[0]
     typer.echo(
-        f"fastest: {describe(best.way, drafted=tuning.drafted)}, {best.speedup:.2f} times as fast as ordinary decoding"
+        f"fastest: {describe(best.strategy, drafted=tuning.drafted)}, {best.speedup:.2f} times as fast as ordinary decoding"
     )
-    typer.echo(", ".join(f"{name}={value!r}" for name, value in _knobs_of(best.way).items()))
+    typer.echo(", ".join(f"{name}={value!r}" for name, value in _knobs_of(best.strategy).items()))
     if saved:
         typer.echo(f"saved in {saved}")

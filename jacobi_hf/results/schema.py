@@ -1,7 +1,7 @@
 """Schema of measured results: every program that measures writes it, every report and model card reads it.
 
-A `Results` document holds one run of one program on one machine with one model, and its list of measurements. Every field was
-measured or set; none is derived from another document.
+A `Results` document holds one run of one program on one machine with one model, and its list of measurements. Every
+field was measured or set; none is derived from another document.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class TrainingData(Part):
 
 
 class TrainingDrafts(Part):
-    """How the drafts of a training stage were made: noisy blocks for the model, or guesses of the drafter that learns."""
+    """How the drafts of a training stage were made: noisy blocks for a model, or guesses of the drafter itself."""
 
     schedule: str
     """Noise schedule of `jacobi-hf pack`; "drafter" if the drafter made its own drafts."""
@@ -91,7 +91,7 @@ class Training(Part):
     """One stage of a model's training: one run of one program."""
 
     method: Literal["finetune", "drafter", "sft"]
-    """What was trained: "finetune" the model by Jacobi Forcing, "drafter" a drafter, "sft" the model on texts alone."""
+    """What was trained: a model by Jacobi Forcing, a drafter, or a model on texts alone (sft)."""
     base_model: str
     """Name or path of the model that the stage started from."""
     command: str | None = None

@@ -1,1 +1,1 @@
-"""Which strategy is fastest: timing of strategies, and the choice between them."""
+"""Find the fastest strategy: timing of strategies, and the choice between them."""

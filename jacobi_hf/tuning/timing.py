@@ -1,8 +1,9 @@
-"""Ways to decode, timed: what one call came to, and what all calls together say about a way.
+"""Time strategies and compare them.
 
-What a step costs depends on its slots and on the device, not on the text; how many tokens it yields depends on the text, not on the
-device. So times are pooled over all settings by width, as medians, and a setting's time is its own count of steps of each width at those
-prices: the noise of single runs cancels out, and a handful of prompts tells settings apart that differ by a few percent.
+The cost of a step depends on its slots and on the device, not on the text. The number of tokens that a step yields
+depends on the text, not on the device. So the seconds of a step are pooled by width over all strategies, as medians. A
+strategy's time is its own count of steps of each width at those prices. The noise of single runs cancels out, and a
+handful of prompts separates strategies that differ by a few percent.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation import BaseStreamer
 
 from jacobi_hf.config import JacobiConfig
+from jacobi_hf.tuning.strategies import ASSISTED, Strategy, knobs_of, sources_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,25 +29,23 @@ if TYPE_CHECKING:
 
     from jacobi_hf.output import JacobiStats
 
-ASSISTED: Final = "assisted decoding"
-# Ours, transformers' with the caller's draft model, or ordinary decoding.
-Way = JacobiConfig | Literal["assisted decoding"] | None
+Prices = dict[tuple[str, ...], dict[int, float]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A way to decode and what it came to, on the prompts that it was compared on.
+class Timing:
+    """Figures of one strategy on the prompts that it was compared on.
 
     Attributes:
-        way: a config, `ASSISTED`, or None for ordinary decoding.
-        prompts: how many those are, in batches.
-        tokens_per_forward: new tokens over forwards, prefill counted; nan for assisted decoding.
+        strategy: a config for Jacobi decoding, `ASSISTED`, or None for ordinary decoding.
+        prompts: number of batches of prompts.
+        tokens_per_forward: new tokens divided by forwards, prefill included; nan for assisted decoding.
         mean_slots: positions per decoding forward; nan for assisted decoding.
-        seconds: for these prompts.
-        speedup: over ordinary decoding of the same prompts.
+        seconds: time for these prompts.
+        speedup: seconds of ordinary decoding for these prompts, divided by `seconds`.
     """
 
-    way: Way
+    strategy: Strategy
     prompts: int
     tokens_per_forward: float
     mean_slots: float
@@ -53,57 +53,16 @@ class Setting:
     speedup: float
 
 
-def describe(way: Way, *, drafted: bool = False) -> str:
-    """A way to decode in a few words; `drafted` where the model has a drafter in use."""
-    if not isinstance(way, JacobiConfig):
-        return way or "ordinary decoding"
-    parts = [f"n={way.jacobi_block_size} K={way.jacobi_max_blocks}"] if way.jacobi_max_blocks else []
-    if way.jacobi_verify_width:
-        parts.append(f"drafter verifying {way.jacobi_verify_width}")
-    elif drafted and way.jacobi_max_blocks:
-        parts.append("drafter")
-    parts += [f"lookup {way.jacobi_lookup_tokens}"] if way.jacobi_lookup_tokens else []
-    parts += [f"pool {way.jacobi_pool_size}x{way.jacobi_branch_length}"] if way.jacobi_pool_size else []
-    parts += [f"topk {way.jacobi_topk_branches}"] if way.jacobi_topk_branches else []
-    return ", ".join(parts)
-
-
-def sources_of(way: Way, *, drafted: bool = False) -> tuple[str, ...]:
-    """What a way of ours drafts from; windows are `drafted` where the model has a drafter in use, whose steps have other prices."""
-    if not isinstance(way, JacobiConfig):
-        return ()
-    window = "drafted window" if drafted else "window"
-    used = {
-        window: way.jacobi_max_blocks,
-        "lookup": way.jacobi_lookup_tokens,
-        "pool": way.jacobi_pool_size,
-        "topk": way.jacobi_topk_branches,
-    }
-    return tuple(name for name, size in used.items() if size)
-
-
-def knobs_of(
-    way: Way, assistant_model: PreTrainedModel | None = None, compile_config: CompileConfig | None = None
-) -> dict[str, Any]:
-    """What `generate` is given to decode that way; compiled ordinary decoding is transformers' own, over a static cache."""
-    if way == ASSISTED:
-        return {"decoding": None, "assistant_model": assistant_model}
-    if isinstance(way, JacobiConfig):
-        return way.to_knobs() | ({} if compile_config is None else {"compile_config": compile_config})
-    static = {} if compile_config is None else {"cache_implementation": "static", "compile_config": compile_config}
-    return {"decoding": None, **static}
-
-
 @dataclass(frozen=True)
 class Run:
-    """One batch, decoded one way.
+    """Measurements of one batch, decoded once with one strategy.
 
     Attributes:
-        seconds_by_width: of every step, by its slots; none for assisted decoding.
-        fixed: seconds beside those of the steps.
-        tokens: new ones of all rows.
-        forwards: of all rows; 0 for assisted decoding.
-        compiled: whether something was compiled or recorded on the way, for all later calls.
+        seconds_by_width: seconds of every step, by the number of its slots; empty for assisted decoding.
+        fixed: seconds of the call that are not part of a step.
+        tokens: new tokens of all rows.
+        forwards: forwards of all rows; 0 for assisted decoding.
+        compiled: whether the call compiled a step or recorded a CUDA graph, which later calls need not do again.
     """
 
     seconds_by_width: dict[int, list[float]]
@@ -114,30 +73,31 @@ class Run:
 
 
 class _Ticks(BaseStreamer):
-    """When ordinary decoding had each token."""
+    """Streamer that records when ordinary decoding returned each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, then a token at a time."""
+        """Record the time; called with the prompt first, then with each token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to be shown."""
+        """Do nothing at the end of the text."""
 
 
 class Stopwatch:
-    """Times calls of `generate`.
+    """Times calls of `generate` with one model.
 
     Args:
-        model, arguments: what is called, and with what beside the prompts and the knobs.
-        assistant_model: for `ASSISTED`.
-        compile_config: given to all other ways.
+        model: model to decode with.
+        arguments: arguments of `generate` other than the prompts and the knobs.
+        assistant_model: draft model for `ASSISTED`.
+        compile_config: how to compile all other strategies; None runs them eagerly.
         room: columns of a static cache that holds any of the prompts with its new tokens.
     """
 
-    # A call may compile, the next one record what was compiled, the next compile once more for sizes that turned out to change.
+    # One call may compile, the next record a CUDA graph, the next compile again for sizes that turned out to change.
     MOST_CALLS = 4
     ASSISTED_CALLS = 3
 
@@ -149,14 +109,19 @@ class Stopwatch:
         compile_config: CompileConfig | None = None,
         room: int | None = None,
     ) -> None:
-        self._model, self._arguments, self._room = model, arguments, room
-        self._assistant_model, self._compile_config = assistant_model, compile_config
+        self._model = model
+        self._arguments = arguments
+        self._room = room
+        self._assistant_model = assistant_model
+        self._compile_config = compile_config
 
     def warm_up(self, batch: dict[str, torch.Tensor]) -> None:
-        """What is slow only once, but for compiling: a call that does is made again when it comes.
+        """Decode a few tokens with each method, so that no timing includes what is slow only once in a process.
+
+        Compiling is left out: `measure` repeats a call that compiled.
 
         Raises:
-            ValueError: Jacobi decoding does not serve such calls.
+            ValueError: Jacobi decoding does not support calls with these arguments.
         """
         brief = {"max_new_tokens": 4, "disable_compile": True}
         self._generate(None, batch, **brief)
@@ -164,50 +129,57 @@ class Stopwatch:
         if self._assistant_model is not None:
             self._generate(ASSISTED, batch, **brief)
 
-    def measure(self, way: Way, batch: dict[str, torch.Tensor]) -> Run:
-        """One call's times; one that compiled something does not count and is made again."""
-        timed = self._ours if isinstance(way, JacobiConfig) else self._ordinary if way is None else self._assisted
+    def measure(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
+        """Return the measurements of one call; a call that compiled something is repeated."""
         for _ in range(self.MOST_CALLS):
             graphs = _graphs_compiled()
-            run = timed(way, batch)
+            run = self._once(strategy, batch)
             if not run.compiled and _graphs_compiled() == graphs:
                 break
         return run
 
-    def _ours(self, way: Way, batch: dict[str, torch.Tensor]) -> Run:
-        stats, seconds = self._generate_with_stats(way, batch)
+    def _once(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
+        if strategy is None:
+            return self._ordinary(strategy, batch)
+        return self._jacobi(strategy, batch) if isinstance(strategy, JacobiConfig) else self._assisted(strategy, batch)
+
+    def _jacobi(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
+        stats, seconds = self._generate_with_stats(strategy, batch)
         compiled = bool(stats.compiled_steps or stats.cuda_graphs)
         fixed = seconds - stats.decode_seconds
         return Run(dict(stats.seconds_by_width), fixed, sum(stats.new_tokens), sum(stats.row_forwards), compiled)
 
-    def _ordinary(self, way: Way, batch: dict[str, torch.Tensor]) -> Run:
-        ticks, rows = _Ticks(), len(batch["input_ids"])
-        # A streamer takes one row; more are timed as a whole.
-        output, seconds = self._generate(way, batch, **({"streamer": ticks} if rows == 1 else {}))
+    def _ordinary(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
+        ticks = _Ticks()
+        rows = len(batch["input_ids"])
+        # A streamer takes one row. The steps of several rows get equal shares of the call.
+        output, seconds = self._generate(strategy, batch, **({"streamer": ticks} if rows == 1 else {}))
         new = _new_columns(output, batch)
         gaps = [later - earlier for earlier, later in pairwise(ticks.times[1:])] or [seconds / new] * (new - 1)
         return Run({1: gaps} if gaps else {}, seconds - sum(gaps), new * rows, new * rows)
 
-    def _assisted(self, way: Way, batch: dict[str, torch.Tensor]) -> Run:
-        """Its steps cannot be told apart, so that a median of whole calls keeps the noise down."""
-        calls = [self._generate(way, batch) for _ in range(self.ASSISTED_CALLS)]
+    def _assisted(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
+        """Return the median of a few calls, because the steps of one call cannot be timed separately."""
+        calls = [self._generate(strategy, batch) for _ in range(self.ASSISTED_CALLS)]
         return Run({}, statistics.median(seconds for _, seconds in calls), _new_columns(calls[0][0], batch), 0)
 
-    def _generate_with_stats(self, way: Way, batch: dict[str, torch.Tensor], **more: Any) -> tuple[JacobiStats, float]:
-        output, seconds = self._generate(way, batch, return_dict_in_generate=True, **more)
+    def _generate_with_stats(
+        self, strategy: Strategy, batch: dict[str, torch.Tensor], **more: Any
+    ) -> tuple[JacobiStats, float]:
+        output, seconds = self._generate(strategy, batch, return_dict_in_generate=True, **more)
         stats = getattr(output, "jacobi_stats", None)
         if stats is None:
             raise ValueError(
-                "Jacobi decoding does not serve this call, so there is nothing to tune; see the warning for the reason."
+                "Jacobi decoding does not support this call, so nothing can be tuned; see the warning for the reason."
             )
         return stats, seconds
 
-    def _generate(self, way: Way, batch: dict[str, torch.Tensor], **more: Any) -> tuple[Any, float]:
-        arguments = {**self._arguments, **knobs_of(way, self._assistant_model, self._compile_config), **more}
-        if way is None and self._compile_config is not None:
+    def _generate(self, strategy: Strategy, batch: dict[str, torch.Tensor], **more: Any) -> tuple[Any, float]:
+        arguments = {**self._arguments, **knobs_of(strategy, self._assistant_model, self._compile_config), **more}
+        if strategy is None and self._compile_config is not None:
             arguments.setdefault("max_cache_len", self._room)  # one shape for all prompts
         device = self._model.device
-        # All calls draw the same, and the caller's next one what it would have drawn.
+        # Every call starts from the same state of the generator, and the caller's state does not change.
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             started = time.perf_counter()
             output = self._model.generate(**batch, **arguments)
@@ -220,107 +192,121 @@ def _new_columns(output: Any, batch: dict[str, torch.Tensor]) -> int:
 
 
 def _graphs_compiled() -> int:
-    """In this process so far; ordinary decoding tells of none."""
+    """Return how many graphs this process has compiled so far, because ordinary decoding does not report it."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
 
 
-class Trial:
-    """Ways to decode on batches while there is time, and what they cost.
+class Comparison:
+    """Runs of several strategies on the same batches, and what they cost.
 
     Args:
-        measure: times a way on a batch.
-        batches: what is decoded.
-        is_over: whether the time is up; asked before each measurement.
-        drafted: whether windows draft with a drafter.
+        measure: times a strategy on a batch.
+        batches: batches of prompts to decode.
+        is_over: returns whether the time is up; called before each measurement.
+        drafted: whether the model has a drafter in use.
 
     Attributes:
-        runs: of each way, on the first batches.
+        runs: the runs of each strategy, on the first batches in order.
     """
 
     def __init__(
         self,
-        measure: Callable[[Way, Any], Run],
+        measure: Callable[[Strategy, Any], Run],
         batches: list[Any],
         is_over: Callable[[], bool],
         *,
         drafted: bool = False,
     ) -> None:
-        self._measure, self.batches, self.is_over, self.drafted = measure, list(batches), is_over, drafted
+        self._measure = measure
+        self.batches = list(batches)
+        self.is_over = is_over
+        self.drafted = drafted
         self._times: defaultdict[tuple[str, ...], defaultdict[int, list[float]]] = defaultdict(
             lambda: defaultdict(list)
         )
-        self.runs: defaultdict[Way, list[Run]] = defaultdict(list)
+        self.runs: defaultdict[Strategy, list[Run]] = defaultdict(list)
 
     def open(self) -> None:
-        """Ordinary decoding of the first batch, whatever the time; batches before it that end at once have nothing to tell.
+        """Time ordinary decoding of the first batch, even if the time is up.
+
+        Batches that end at their first new token are dropped, because they say nothing about a step.
 
         Raises:
-            ValueError: all of them do.
+            ValueError: every batch ends at its first new token.
         """
         while self.batches:
             run = self._measure(None, self.batches[0])
             if run.seconds_by_width:
-                self._note(None, run)
+                self._add(None, run)
                 return
             del self.batches[0]
         raise ValueError(
-            "every prompt ends at its first new token, so there is nothing to tune; give prompts that are continued."
+            "every prompt ends at its first new token, so there is nothing to tune; give prompts with longer answers."
         )
 
-    def run(self, ways: Iterable[Way], batches: int) -> None:
-        """Try ways on the first `batches` batches, a batch at a time, where they have not been; until the time is up."""
-        ways = list(dict.fromkeys(ways))
+    def run(self, strategies: Iterable[Strategy], batches: int) -> None:
+        """Time strategies on the first `batches` batches, one batch after another, until the time is up.
+
+        Runs that exist already are not repeated.
+        """
+        strategies = list(dict.fromkeys(strategies))
         for number in range(batches):
-            for way in ways:
-                if len(self.runs[way]) > number:
+            for strategy in strategies:
+                if len(self.runs[strategy]) > number:
                     continue
                 if self.is_over():
                     return
-                self._note(way, self._measure(way, self.batches[number]))
+                self._add(strategy, self._measure(strategy, self.batches[number]))
 
-    def _note(self, way: Way, run: Run) -> None:
-        self.runs[way].append(run)
+    def _add(self, strategy: Strategy, run: Run) -> None:
+        self.runs[strategy].append(run)
         for width, seconds in run.seconds_by_width.items():
-            self._times[self.sources(way)][width] += seconds
+            self._times[self.sources(strategy)][width] += seconds
 
-    def sources(self, way: Way) -> tuple[str, ...]:
-        """What a way drafts from here."""
-        return sources_of(way, drafted=self.drafted)
+    def sources(self, strategy: Strategy) -> tuple[str, ...]:
+        """Return the names of the draft sources of a strategy with this model."""
+        return sources_of(strategy, drafted=self.drafted)
 
-    def prices(self) -> dict[tuple[str, ...], dict[int, float]]:
-        """Median milliseconds of a step by sources and width."""
+    def prices(self) -> Prices:
+        """Return the median milliseconds of a step, by draft sources and number of slots."""
         return {
             sources: {width: statistics.median(times) * 1e3 for width, times in sorted(by_width.items())}
             for sources, by_width in self._times.items()
         }
 
-    def compared(self, ways: Iterable[Way]) -> list[Setting]:
-        """Ways, the fastest first, on the prompts that all of them have been tried on; without those that were never tried."""
-        tried = [way for way in dict.fromkeys(ways) if self.runs[way]]
-        shared = min((len(self.runs[way]) for way in tried), default=0)
+    def timings(self, strategies: Iterable[Strategy]) -> list[Timing]:
+        """Return the timings of strategies on the batches that all of them have run on, the fastest first.
+
+        Strategies that were never run are left out.
+        """
+        tried = [strategy for strategy in dict.fromkeys(strategies) if self.runs[strategy]]
+        shared = min((len(self.runs[strategy]) for strategy in tried), default=0)
         prices = self.prices()
-        return sorted((self._setting(way, shared, prices) for way in tried), key=lambda setting: setting.seconds)
+        return sorted((self._timing(strategy, shared, prices) for strategy in tried), key=lambda one: one.seconds)
 
-    def ranked(self, ways: Iterable[Way]) -> list[Way]:
-        """As `compared`, the ways alone."""
-        return [setting.way for setting in self.compared(ways)]
+    def ranked(self, strategies: Iterable[Strategy]) -> list[Strategy]:
+        """Return the strategies that were run, the fastest first."""
+        return [timing.strategy for timing in self.timings(strategies)]
 
-    def _setting(self, way: Way, count: int, prices: dict[tuple[str, ...], dict[int, float]]) -> Setting:
-        runs = self.runs[way][:count]
+    def _timing(self, strategy: Strategy, count: int, prices: Prices) -> Timing:
+        runs = self.runs[strategy][:count]
         steps = Counter[int]()
         for run in runs:
             steps.update({width: len(seconds) for width, seconds in run.seconds_by_width.items()})
-        tokens, forwards = sum(run.tokens for run in runs), sum(run.forwards for run in runs)
-        slots = sum(width * number for width, number in steps.items()) / max(1, steps.total())
-        seconds = self._seconds(way, count, prices)
-        per_forward, mean_slots = (tokens / forwards, slots) if forwards else (math.nan, math.nan)
-        return Setting(way, count, per_forward, mean_slots, seconds, self._seconds(None, count, prices) / seconds)
+        forwards = sum(run.forwards for run in runs)
+        tokens_per_forward = sum(run.tokens for run in runs) / forwards if forwards else math.nan
+        slots = sum(width * number for width, number in steps.items())
+        mean_slots = slots / max(1, steps.total()) if forwards else math.nan
+        seconds = self._seconds(strategy, count, prices)
+        speedup = self._seconds(None, count, prices) / seconds
+        return Timing(strategy, count, tokens_per_forward, mean_slots, seconds, speedup)
 
-    def _seconds(self, way: Way, count: int, prices: dict[tuple[str, ...], dict[int, float]]) -> float:
-        """A way's time for its first `count` batches at everybody's prices."""
-        price, runs = prices.get(self.sources(way), {}), self.runs[way][:count]
+    def _seconds(self, strategy: Strategy, count: int, prices: Prices) -> float:
+        """Return the time of a strategy for the first `count` batches, each step at the pooled price of its width."""
+        price = prices.get(self.sources(strategy), {})
+        runs = self.runs[strategy][:count]
         return sum(
             run.fixed + sum(len(seconds) * price[width] / 1e3 for width, seconds in run.seconds_by_width.items())
             for run in runs

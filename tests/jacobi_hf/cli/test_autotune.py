@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 import jacobi_hf.tuning.autotune
 from jacobi_hf.cli import app
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.tuning.autotune import ASSISTED, Setting, Tuning, describe
+from jacobi_hf.tuning.autotune import Tuning
+from jacobi_hf.tuning.strategies import ASSISTED, describe
+from jacobi_hf.tuning.timing import Timing
 from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
@@ -20,9 +22,9 @@ FORCED, CHECKPOINT, DRAFTER, DRAFT = (str(EXAMPLE / name) for name in ("forced",
 FOUND = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=1, jacobi_pool_size=0)
 
 
-def tuned(way, *others):
-    settings = [Setting(one, 2, 2.0, 9.0, 1.5, 1.25) for one in (way, *others)]
-    return Tuning(way, settings, {}, untried=(JacobiConfig.paper(),))
+def tuned(fastest, *others):
+    timings = [Timing(strategy, 2, 2.0, 9.0, 1.5, 1.25) for strategy in (fastest, *others)]
+    return Tuning(fastest, timings, {}, untried=(JacobiConfig.paper(),))
 
 
 @pytest.fixture
@@ -51,14 +53,14 @@ def prompts(tmp_path):
     return str(file)
 
 
-def test_settings_are_measured_and_the_fastest_is_told(prompts):
+def test_strategies_are_measured_and_the_fastest_is_reported(prompts):
     options = ["--model", FORCED, "--prompts", prompts, "--max-new-tokens", "4", "--seconds", "2"]
     result = run(app, ["autotune", *options, "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["prompts"] == 2
     assert told["fastest"] == told["table"][0]
-    assert "ordinary decoding" in [one["setting"] for one in told["table"]]
+    assert "ordinary decoding" in [one["strategy"] for one in told["table"]]
     assert told["saved"] is None
     assert "autotune" not in result.stderr  # no bar beside JSON
 
@@ -104,7 +106,7 @@ def test_a_draft_model_is_tried(monkeypatch, prompts):
         lambda *_, **given: tuned(ASSISTED) if given["assistant_model"] else None,
     )
     result = run(app, ["autotune", "--model", FORCED, "--assistant-model", DRAFT, "--prompts", prompts, "--json"])
-    assert json.loads(result.stdout)["fastest"]["setting"] == ASSISTED
+    assert json.loads(result.stdout)["fastest"]["strategy"] == ASSISTED
 
 
 def test_what_is_found_is_saved_with_the_model(asked, prompts, folder):

@@ -7,7 +7,8 @@ import torch
 from transformers import CompileConfig
 
 from jacobi_hf import JacobiConfig, Tuning, autotune
-from jacobi_hf.tuning.autotune import ASSISTED, _rows, describe, sources_of
+from jacobi_hf.tuning.inputs import prompt_rows
+from jacobi_hf.tuning.strategies import ASSISTED, describe, sources_of
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 
@@ -19,14 +20,14 @@ def prompts(count, columns=6):
     return torch.randint(1, VOCAB, (count, columns), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def test_every_setting_is_tried_and_the_fastest_comes_first():
+def test_every_strategy_is_tried_and_the_fastest_comes_first():
     tuning = autotune(tiny_model("qwen3"), prompts(3), **ARGUMENTS)
-    rounds = [setting.prompts for setting in tuning.table]
+    rounds = [timing.prompts for timing in tuning.table]
     assert rounds == sorted(rounds, reverse=True)
     for tried in set(rounds):
-        speedups = [setting.speedup for setting in tuning.table if setting.prompts == tried]
+        speedups = [timing.speedup for timing in tuning.table if timing.prompts == tried]
         assert speedups == sorted(speedups, reverse=True)
-    kinds = {sources_of(setting.way) for setting in tuning.table}
+    kinds = {sources_of(timing.strategy) for timing in tuning.table}
     assert kinds == {
         (),
         ("window",),
@@ -35,17 +36,17 @@ def test_every_setting_is_tried_and_the_fastest_comes_first():
         ("window", "pool"),
         ("window", "lookup", "pool"),
     }
-    ordinary = next(setting for setting in tuning.table if setting.way is None)
+    ordinary = next(timing for timing in tuning.table if timing.strategy is None)
     assert (ordinary.speedup, ordinary.tokens_per_forward, ordinary.mean_slots) == (1, 1, 1)
-    assert tuning.way == tuning.table[0].way
-    assert all(describe(setting.way) in str(tuning) for setting in tuning.table)
+    assert tuning.strategy == tuning.table[0].strategy
+    assert all(describe(timing.strategy) in str(tuning) for timing in tuning.table)
     assert set(tuning.milliseconds) == kinds
     assert not tuning.untried
 
 
 def test_more_time_tries_the_better_ones_on_more_prompts():
     tuning = autotune(tiny_model("qwen3"), prompts(6), **ONE)
-    tried = [setting.prompts for setting in tuning.table]
+    tried = [timing.prompts for timing in tuning.table]
     assert min(tried) == 2
     assert max(tried) == 6
 
@@ -56,29 +57,27 @@ def test_the_answer_is_what_generate_takes_and_overrides_what_is_saved():
         model
     )
     tuning = autotune(model, prompts(2), **ARGUMENTS)
-    assert JacobiConfig.from_generation_config(model.generation_config) in [setting.way for setting in tuning.table]
+    assert JacobiConfig.from_generation_config(model.generation_config) in [timing.strategy for timing in tuning.table]
     ids = torch.tensor(prompts(1))
     output = model.generate(
         ids, max_new_tokens=9, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **tuning.knobs
     )
     assert hasattr(output, "jacobi_stats") == (tuning.config is not None)
-    for setting in tuning.table:
-        knobs = {"decoding": None} if setting.way is None else setting.way.to_knobs()
-        assert JacobiConfig.from_knobs(knobs) == setting.way
+    for timing in tuning.table:
+        knobs = {"decoding": None} if timing.strategy is None else timing.strategy.to_knobs()
+        assert JacobiConfig.from_knobs(knobs) == timing.strategy
 
 
 def test_batches_and_sampling():
     rows = [[3], [4, 5, 6], [7, 8], [9, 3, 5, 6], [5]]
     tuning = autotune(tiny_model("qwen3"), rows, batch_size=2, **{**ONE, "do_sample": True, "temperature": 0.8})
-    assert (
-        max(setting.prompts for setting in tuning.table) == 2
-    )  # batches of two; the last one would not have been full
+    assert max(timing.prompts for timing in tuning.table) == 2  # batches of two; the last one would not have been full
 
 
 def test_a_draft_model_is_tried_and_taken_where_it_is_fastest():
     model, draft = tiny_model("qwen3"), fresh_model("qwen3")
     tuning = autotune(model, prompts(2), assistant_model=draft, **ONE)
-    assert ASSISTED in [setting.way for setting in tuning.table]
+    assert ASSISTED in [timing.strategy for timing in tuning.table]
     assert Tuning(ASSISTED, tuning.table, {}, draft).knobs == {"decoding": None, "assistant_model": draft}
     assert Tuning(ASSISTED, tuning.table, {}, draft).config is None
     ids = torch.tensor(prompts(1))
@@ -88,7 +87,7 @@ def test_a_draft_model_is_tried_and_taken_where_it_is_fastest():
     )
 
 
-def test_a_drafter_is_told_apart_and_tried_at_several_verify_widths():
+def test_a_drafter_has_a_source_of_its_own_and_is_tried_at_several_verify_widths():
     model = fresh_model("qwen3")
     JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=1, jacobi_verify_width=3).save_defaults(model)
     with drafting(model, random_drafter(model, scale=0.3)):
@@ -96,22 +95,22 @@ def test_a_drafter_is_told_apart_and_tried_at_several_verify_widths():
     assert tuning.drafted
     assert {name for sources in tuning.milliseconds for name in sources} == {"drafted window", "lookup", "pool"}
     verified = [
-        s.way
+        s.strategy
         for s in tuning.table
-        if s.way is not None and s.way.jacobi_verify_width and not s.way.jacobi_lookup_tokens
+        if s.strategy is not None and s.strategy.jacobi_verify_width and not s.strategy.jacobi_lookup_tokens
     ]
-    assert {way.jacobi_verify_width for way in verified} == {
-        way.window_width // parts for way in verified for parts in (1, 2, 4)
+    assert {strategy.jacobi_verify_width for strategy in verified} == {
+        strategy.window_width // parts for strategy in verified for parts in (1, 2, 4)
     }
-    assert all(describe(setting.way, drafted=True) in str(tuning) for setting in tuning.table)
-    assert JacobiConfig.from_generation_config(model.generation_config) in [setting.way for setting in tuning.table]
-    assert not any(getattr(s.way, "jacobi_verify_width", 0) for s in autotune(model, prompts(1), **ONE).table)
+    assert all(describe(timing.strategy, drafted=True) in str(tuning) for timing in tuning.table)
+    assert JacobiConfig.from_generation_config(model.generation_config) in [timing.strategy for timing in tuning.table]
+    assert not any(getattr(s.strategy, "jacobi_verify_width", 0) for s in autotune(model, prompts(1), **ONE).table)
 
 
 def test_the_time_given_is_kept():
     tuning = autotune(tiny_model("qwen3"), prompts(2), **{**ARGUMENTS, "seconds": 1e-6})
-    assert [setting.way for setting in tuning.table] == [None]
-    assert tuning.way is None
+    assert [timing.strategy for timing in tuning.table] == [None]
+    assert tuning.strategy is None
     assert len(tuning.untried) == 12
     assert "no time for: lookup 8; n=16 K=1" in str(tuning)
 
@@ -119,11 +118,14 @@ def test_the_time_given_is_kept():
 def test_what_is_compiled_is_part_of_the_time_and_of_the_answer():
     model, config = fresh_model("qwen3"), CompileConfig(backend="eager", mode=None)
     tuning = autotune(model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=config)
-    assert [setting.way for setting in tuning.table] == [None]
+    assert [timing.strategy for timing in tuning.table] == [None]
     assert tuning.knobs == {"decoding": None, "cache_implementation": "static", "compile_config": config}
     assert len(tuning.untried) == 5
-    assert replace(tuning, way=tuning.untried[0]).knobs == {**tuning.untried[0].to_knobs(), "compile_config": config}
-    assert replace(tuning, way=ASSISTED).knobs == {"decoding": None, "assistant_model": None}
+    assert replace(tuning, strategy=tuning.untried[0]).knobs == {
+        **tuning.untried[0].to_knobs(),
+        "compile_config": config,
+    }
+    assert replace(tuning, strategy=ASSISTED).knobs == {"decoding": None, "assistant_model": None}
     assert (
         autotune(
             model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=config, disable_compile=True
@@ -137,7 +139,7 @@ def test_what_is_compiled_is_part_of_the_time_and_of_the_answer():
 def test_a_model_that_cannot_be_compiled_is_tuned_uncompiled():
     model = fresh_model("qwen3")
     model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
+    with pytest.warns(UserWarning, match="compile_config is ignored: a module of the model has hooks"):
         tuning = autotune(model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=CompileConfig())
     assert tuning.knobs == {"decoding": None}
     assert len(tuning.untried) == 12
@@ -152,7 +154,7 @@ def test_prompts_in_other_forms(kind):
         "arrays": list(ids.numpy()),
         "tuples": [tuple(row) for row in ids.tolist()],
     }
-    assert _rows(forms[kind], None) == ids.tolist()
+    assert prompt_rows(forms[kind], None) == ids.tolist()
 
 
 def test_a_result_as_a_dictionary_and_the_random_generator_as_it_was():
@@ -171,13 +173,13 @@ def test_a_result_as_a_dictionary_and_the_random_generator_as_it_was():
         ("one text", {}, "got a string"),
         (["text"], {}, "give their tokenizer"),
         ([[3], []], {}, "prompt 1 is empty"),
-        ([[3]], {"jacobi_block_size": 4}, "jacobi_block_size given to autotune"),
+        ([[3]], {"jacobi_block_size": 4}, "takes none; drop jacobi_block_size"),
         ([[3]], {"seconds": 0}, "leave nothing to measure"),
         ([[3]], {"batch_size": 0}, "batch_size=0"),
         ([[3]], {"assistant_model": 1, "batch_size": 2}, "one row at a time"),
-        ([[3]], {"use_cache": False}, "does not serve this call"),
-        ([[3]], {"streamer": None, "attention_mask": None}, "attention_mask, streamer given to autotune"),
-        ([[3]], {"input_ids": None}, "input_ids given"),
+        ([[3]], {"use_cache": False}, "does not support this call"),
+        ([[3]], {"streamer": None, "attention_mask": None}, "drop attention_mask, streamer"),
+        ([[3]], {"input_ids": None}, "drop input_ids"),
         ([[3]], {"eos_token_id": list(range(VOCAB))}, "ends at its first new token"),
         (torch.tensor([3, 4]), {}, "got a tensor of 1 dimensions"),
         ([torch.tensor([[3, 4]])], {}, "prompt 0 is neither"),

@@ -1,4 +1,4 @@
-"""The search on made-up times, and the stopwatch on a made-up model: what is fastest is known here, whatever the machine does."""
+"""The search runs on made-up times and the stopwatch on a made-up model, so the fastest strategy is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import CompileConfig
 from jacobi_hf import JacobiConfig
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.tuning.autotune import COMPILED, Grid, search
-from jacobi_hf.tuning.timing import ASSISTED, Run, Stopwatch, Trial, describe, sources_of
+from jacobi_hf.tuning.strategies import ASSISTED, describe, sources_of
+from jacobi_hf.tuning.timing import Comparison, Run, Stopwatch
 from tests.helpers.models import fresh_model
 from tests.helpers.properties import at_most
 
@@ -25,45 +26,49 @@ BATCH = {"input_ids": torch.tensor([[3, 4, 5]])}
 
 
 class World:
-    """Where every way takes some steps of a second for a batch, drawn for it (and the batch, if `varied`), and time is counted."""
+    """A clock that advances by made-up times: each strategy needs a random number of steps of one second for a batch.
+
+    If `varied`, the number differs between batches.
+    """
 
     def __init__(self, seed, batches, budget, *, varied=True, drafted=False, steps=None):
         self.seed, self.varied, self.now, self.budget, self.steps = seed, varied, 0.0, budget, steps or {}
         self.begun, self.order = defaultdict(list), []
-        self.trial = Trial(self.measure, list(range(batches)), lambda: self.now > self.budget, drafted=drafted)
+        self.comparison = Comparison(
+            self.measure, list(range(batches)), lambda: self.now > self.budget, drafted=drafted
+        )
 
-    def seconds(self, way, batch):
-        drawn = random.Random(f"{self.seed} {way} {batch if self.varied else ''}").randint(5, 60)
-        return self.steps.get(way, drawn)
+    def seconds(self, strategy, batch):
+        drawn = random.Random(f"{self.seed} {strategy} {batch if self.varied else ''}").randint(5, 60)
+        return self.steps.get(strategy, drawn)
 
-    def total(self, way, batches):
-        return sum(self.seconds(way, batch) for batch in range(batches))
+    def total(self, strategy, batches):
+        return sum(self.seconds(strategy, batch) for batch in range(batches))
 
-    def measure(self, way, batch):
-        self.begun[way].append(self.now)
-        self.order.append((way, batch))
-        count = self.seconds(way, batch)
+    def measure(self, strategy, batch):
+        self.begun[strategy].append(self.now)
+        self.order.append((strategy, batch))
+        count = self.seconds(strategy, batch)
         self.now += count
-        return Run({1 if way is None else 9: [1.0] * count}, 0.0, 60, count)
+        return Run({1 if strategy is None else 9: [1.0] * count}, 0.0, 60, count)
 
     def search(self, grid=None):
-        return search(self.trial, [ASSISTED], grid or Grid())
+        return search(self.comparison, [ASSISTED], grid or Grid())
 
 
 @given(seed=st.integers(0, 10**6), batches=st.integers(1, 9), budget=st.integers(0, 4000), drafted=st.booleans())
 def test_the_answer_is_the_fastest_on_the_prompts_it_shares_with_any_other(seed, batches, budget, drafted):
-    """Whenever the time ends, in the middle of a round too."""
+    """The time may end in the middle of a round."""
     world = World(seed, batches, budget, drafted=drafted)
     table, untried = world.search()
     best = table[0]
     for other in table:
         assert best.prompts >= other.prompts
-        assert world.total(best.way, other.prompts) <= world.total(other.way, other.prompts)
-        assert other.seconds == pytest.approx(world.total(other.way, other.prompts))
+        assert world.total(best.strategy, other.prompts) <= world.total(other.strategy, other.prompts)
+        assert other.seconds == pytest.approx(world.total(other.strategy, other.prompts))
         assert other.speedup == pytest.approx(world.total(None, other.prompts) / other.seconds)
-    assert Counter(setting.way for setting in table) == Counter(
-        world.begun.keys()
-    )  # nothing that was measured is thrown away
+    # Nothing that was measured is dropped.
+    assert Counter(timing.strategy for timing in table) == Counter(world.begun.keys())
     assert not set(untried) & set(world.begun)
     assert None in world.begun
     starts = [start for starts in world.begun.values() for start in starts]
@@ -77,31 +82,37 @@ def test_the_better_half_goes_on_and_the_best_of_all_wins(seed, drafted):
     world = World(seed, 8, 10**9, varied=False, drafted=drafted)
     table, untried = world.search()
     assert not untried
-    assert table[0].seconds / table[0].prompts == min(world.seconds(way, 0) for way in world.begun)
-    rivals = sorted((way for way in world.begun if way is not None), key=lambda way: world.seconds(way, 0))
+    assert table[0].seconds / table[0].prompts == min(world.seconds(strategy, 0) for strategy in world.begun)
+    rivals = sorted(
+        (strategy for strategy in world.begun if strategy is not None), key=lambda strategy: world.seconds(strategy, 0)
+    )
     for prompts in (4, 8):
         rivals, beaten = rivals[: -(-len(rivals) // 2)], rivals[-(-len(rivals) // 2) :]
-        reached = [way for way in world.begun if way is not None and len(world.begun[way]) >= prompts]
+        reached = [
+            strategy for strategy in world.begun if strategy is not None and len(world.begun[strategy]) >= prompts
+        ]
         assert len(reached) == len(rivals)
-        assert max(world.seconds(way, 0) for way in reached) <= min(world.seconds(way, 0) for way in beaten)
+        assert max(world.seconds(strategy, 0) for strategy in reached) <= min(
+            world.seconds(strategy, 0) for strategy in beaten
+        )
 
 
 def test_a_round_that_time_cuts_short_does_not_narrow_the_answer():
-    """The fastest has one prompt, those before it in the list have two."""
+    """The fastest strategy ran on one prompt, those before it in the list on two."""
     fastest = JacobiConfig(jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=24)
     one_prompt = World(0, 1, 10**9, steps={fastest: 1})
     one_prompt.search()
     cut = World(0, 2, 10**9, steps={fastest: 1})
-    cut.trial.is_over = lambda: len(cut.order) > len(one_prompt.order) + 3
+    cut.comparison.is_over = lambda: len(cut.order) > len(one_prompt.order) + 3
     table, _ = cut.search()
-    assert {len(runs) for runs in cut.trial.runs.values()} == {1, 2}
-    assert table[0].way == fastest
-    assert {setting.prompts for setting in table} == {1}
+    assert {len(runs) for runs in cut.comparison.runs.values()} == {1, 2}
+    assert table[0].strategy == fastest
+    assert {timing.prompts for timing in table} == {1}
 
 
-def test_without_time_ordinary_decoding_is_the_answer_and_the_rest_is_told():
+def test_without_time_ordinary_decoding_is_the_answer_and_the_rest_is_listed():
     table, untried = World(0, 3, 0).search()
-    assert [setting.way for setting in table] == [None]
+    assert [timing.strategy for timing in table] == [None]
     assert untried == [ASSISTED, *Grid().apart()]
 
 
@@ -125,15 +136,15 @@ def test_with_a_drafter_the_best_window_is_tried_at_several_verify_widths(fastes
     world = World(0, 1, 10**9, drafted=True, steps={window: 2, widths[fastest]: 1})
     table, _ = world.search()
     assert {w.jacobi_verify_width for w in world.begun if w in widths.values()} == {0, 4, 8, 16}
-    assert table[0].way == widths[fastest]
-    assert ("drafted window",) in world.trial.prices()
-    assert ("window",) not in world.trial.prices()
+    assert table[0].strategy == widths[fastest]
+    assert ("drafted window",) in world.comparison.prices()
+    assert ("window",) not in world.comparison.prices()
     plain = World(0, 1, 10**9, steps={window: 2})
     plain.search()
-    assert not any(getattr(way, "jacobi_verify_width", 0) for way in plain.begun)
+    assert not any(getattr(strategy, "jacobi_verify_width", 0) for strategy in plain.begun)
 
 
-def test_few_settings_are_tried_where_each_compiles():
+def test_few_strategies_are_tried_where_each_compiles():
     world = World(0, 1, 10**9)
     world.search(COMPILED)
     assert len(world.begun) == 8  # ordinary and assisted decoding among them
@@ -142,23 +153,27 @@ def test_few_settings_are_tried_where_each_compiles():
 def test_prices_are_medians_so_that_a_hiccup_changes_nothing():
     fast, slow = Grid().apart()[1], Grid().apart()[3]
     times = {None: [1.0] * 9, slow: [0.5] * 9, fast: [0.5] * 4 + [50.0]}
-    trial = Trial(lambda way, _: Run({9: times[way]}, 0.1, 10, len(times[way])), [0], lambda: False)
-    trial.open()
-    trial.run(times, 1)
-    assert trial.ranked(times) == [fast, slow, None]
-    assert trial.prices()[("window",)] == {9: 500.0}
+    comparison = Comparison(
+        lambda strategy, _: Run({9: times[strategy]}, 0.1, 10, len(times[strategy])), [0], lambda: False
+    )
+    comparison.open()
+    comparison.run(times, 1)
+    assert comparison.ranked(times) == [fast, slow, None]
+    assert comparison.prices()[("window",)] == {9: 500.0}
 
 
 def test_batches_that_end_at_once_are_passed_over():
-    trial = Trial(lambda way, batch: Run({1: [1.0]} if batch == 2 else {}, 0.1, 1, 1), [0, 1, 2], lambda: True)
-    trial.open()
-    assert trial.batches == [2]
+    comparison = Comparison(
+        lambda strategy, batch: Run({1: [1.0]} if batch == 2 else {}, 0.1, 1, 1), [0, 1, 2], lambda: True
+    )
+    comparison.open()
+    assert comparison.batches == [2]
     with pytest.raises(ValueError, match="every prompt ends at its first new token"):
-        Trial(lambda way, batch: Run({}, 0.1, 1, 1), [0, 1], lambda: False).open()
+        Comparison(lambda strategy, batch: Run({}, 0.1, 1, 1), [0, 1], lambda: False).open()
 
 
 class FakeModel:
-    """Answers with two tokens; its calls compile and record as `jacobi_stats` says one after the other."""
+    """A model that answers with two tokens; `stats` are the `jacobi_stats` of its first calls, in order."""
 
     device = torch.device("cpu")
 
@@ -194,9 +209,9 @@ def test_calls_that_compile_or_record_do_not_count():
 
 
 @pytest.mark.slow
-def test_no_way_is_timed_while_it_compiles():
-    """Ordinary decoding neither, nor steps of the same widths under another config."""
-    torch.compiler.reset()  # what other tests have compiled
+def test_no_strategy_is_timed_while_it_compiles():
+    """This holds for ordinary decoding, and for steps of the same widths under another config."""
+    torch.compiler.reset()  # forget what other tests have compiled
     model, compiled = fresh_model("qwen3"), []
     watch = Stopwatch(
         model,
@@ -214,9 +229,9 @@ def test_no_way_is_timed_while_it_compiles():
 
     model.generate = noted
     alike = replace(WINDOW, jacobi_block_size=2, jacobi_max_blocks=2)
-    for way in (None, WINDOW, alike):
+    for strategy in (None, WINDOW, alike):
         compiled.clear()
-        watch.measure(way, BATCH)
+        watch.measure(strategy, BATCH)
         assert compiled[0]
         assert not compiled[-1]
 
@@ -225,11 +240,11 @@ def unique_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_compiled_ways_are_compared_with_compiled_ordinary_decoding():
+def test_compiled_strategies_are_compared_with_compiled_ordinary_decoding():
     model, config, draft = FakeModel(), CompileConfig(), object()
     watch = Stopwatch(model, {"top_k": 5}, draft, config, room=99)
-    for way in (None, WINDOW, ASSISTED):
-        watch.measure(way, BATCH)
+    for strategy in (None, WINDOW, ASSISTED):
+        watch.measure(strategy, BATCH)
     ordinary, ours, assisted = model.calls[:3]
     del ordinary["streamer"]
     static = {"cache_implementation": "static", "compile_config": config, "max_cache_len": 99}
@@ -254,15 +269,15 @@ def test_all_calls_draw_the_same_and_the_callers_generator_stands_still():
     generate = model.generate
     model.generate = lambda **arguments: draws.append(torch.rand(1).item()) or generate(**arguments)
     before = torch.get_rng_state()
-    for way in (None, WINDOW, WINDOW):
-        Stopwatch(model, {}).measure(way, BATCH)
+    for strategy in (None, WINDOW, WINDOW):
+        Stopwatch(model, {}).measure(strategy, BATCH)
     assert torch.equal(torch.get_rng_state(), before)
     assert len(set(draws)) == 1
 
 
 @pytest.mark.parametrize("extra", [{}, {"return_dict_in_generate": True}])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_ordinary_decoding_is_told_in_steps(extra, rows):
+def test_ordinary_decoding_is_timed_by_steps(extra, rows):
     run = Stopwatch(FakeModel(), extra).measure(None, {"input_ids": torch.ones(rows, 3, dtype=torch.long)})
     assert (run.tokens, run.forwards, {width: len(times) for width, times in run.seconds_by_width.items()}) == (
         2 * rows,

@@ -1,0 +1,72 @@
+"""Strategies: the ways to decode that `autotune` compares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from jacobi_hf.config import JacobiConfig
+
+if TYPE_CHECKING:
+    from transformers import CompileConfig, PreTrainedModel
+
+ASSISTED: Final = "assisted decoding"
+# Jacobi decoding with a config, transformers' assisted decoding with the caller's draft model, or ordinary decoding.
+Strategy = JacobiConfig | Literal["assisted decoding"] | None
+
+
+def describe(strategy: Strategy, *, drafted: bool = False) -> str:
+    """Return a strategy in a few words.
+
+    Args:
+        strategy: what to describe.
+        drafted: whether the model has a drafter in use.
+    """
+    if not isinstance(strategy, JacobiConfig):
+        return strategy or "ordinary decoding"
+    parts = [f"n={strategy.jacobi_block_size} K={strategy.jacobi_max_blocks}"] if strategy.jacobi_max_blocks else []
+    if strategy.jacobi_verify_width:
+        parts.append(f"drafter verifying {strategy.jacobi_verify_width}")
+    elif drafted and strategy.jacobi_max_blocks:
+        parts.append("drafter")
+    parts += [f"lookup {strategy.jacobi_lookup_tokens}"] if strategy.jacobi_lookup_tokens else []
+    parts += [f"pool {strategy.jacobi_pool_size}x{strategy.jacobi_branch_length}"] if strategy.jacobi_pool_size else []
+    parts += [f"topk {strategy.jacobi_topk_branches}"] if strategy.jacobi_topk_branches else []
+    return ", ".join(parts)
+
+
+def sources_of(strategy: Strategy, *, drafted: bool = False) -> tuple[str, ...]:
+    """Return the names of the draft sources of a strategy; none for other strategies than Jacobi decoding.
+
+    Args:
+        strategy: how to decode.
+        drafted: whether the model has a drafter in use. The window is then called "drafted window", because its steps
+            have prices of their own.
+    """
+    if not isinstance(strategy, JacobiConfig):
+        return ()
+    sizes = {
+        "drafted window" if drafted else "window": strategy.jacobi_max_blocks,
+        "lookup": strategy.jacobi_lookup_tokens,
+        "pool": strategy.jacobi_pool_size,
+        "topk": strategy.jacobi_topk_branches,
+    }
+    return tuple(name for name, size in sizes.items() if size)
+
+
+def knobs_of(
+    strategy: Strategy, assistant_model: PreTrainedModel | None = None, compile_config: CompileConfig | None = None
+) -> dict[str, Any]:
+    """Return the arguments of `generate` that select a strategy.
+
+    Args:
+        strategy: how to decode.
+        assistant_model: draft model for `ASSISTED`.
+        compile_config: how to compile Jacobi and ordinary decoding; None runs them eagerly. Compiled ordinary decoding
+            is transformers' own, with a static cache. Assisted decoding is never compiled.
+    """
+    if strategy == ASSISTED:
+        return {"decoding": None, "assistant_model": assistant_model}
+    if isinstance(strategy, JacobiConfig):
+        return strategy.to_knobs() | ({} if compile_config is None else {"compile_config": compile_config})
+    static = {} if compile_config is None else {"cache_implementation": "static", "compile_config": compile_config}
+    return {"decoding": None, **static}
