@@ -166,22 +166,6 @@ def write(
     )
 
 
-def room_of(model: Any) -> float:
-    """Positions that the model has; infinitely many where its config names no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-
-
-def check_room(prompt_tokens: int, max_new_tokens: int, room: float) -> None:
-    """Raise `ValueError` where a prompt and the text behind it are longer than the model's positions."""
-    if prompt_tokens >= room:
-        raise ValueError(f"the prompt has {prompt_tokens} tokens; the model has {room} positions.")
-    if prompt_tokens + max_new_tokens > room:
-        raise ValueError(
-            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are more than the model's {room} positions: "
-            "give fewer --max-new-tokens."
-        )
-
-
 def say(text: str) -> None:
     """Write a piece of a text, at once."""
     typer.echo(text, nl=False)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from transformers import DynamicCache
 
-from jacobi_hf.cli._answers import Answer, room_of, write
+from jacobi_hf.cli._answers import Answer, write
 from jacobi_hf.integration.compat import CACHE
+from jacobi_hf.loading import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,10 +71,10 @@ class Conversation:
         """
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(turns)
-        room = room_of(self._model) - len(ids)
+        room = positions_of(self._model) - len(ids)
         if not ids or room < 1:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens, the model {room_of(self._model)} positions: /clear begins anew."
+                f"the conversation has {len(ids)} tokens, the model {positions_of(self._model)} positions: /clear begins anew."
             )
         self._keep_prefix(ids)
         limits = {"max_new_tokens": int(min(arguments["max_new_tokens"], room)), CACHE: self._cache}

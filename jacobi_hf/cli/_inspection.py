@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 import jacobi_hf
 from jacobi_hf.attention.interface import attention_of, layer_types, usable_kernels
 from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
-from jacobi_hf.cli._models import reading
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
 from jacobi_hf.integration.mixin import check_can_decode, registered
 from jacobi_hf.integration.support import contradiction_in, unserved_in
+from jacobi_hf.loading import reading
 
 if TYPE_CHECKING:
     from jacobi_hf.drafts.lora import LoraDrafter

@@ -19,8 +19,6 @@ from jacobi_hf.cli._answers import (
     Temperature,
     TopK,
     TopP,
-    check_room,
-    room_of,
 )
 from jacobi_hf.cli._options import check_folder, errors_in_one_line, recipe_option
 
@@ -67,8 +65,8 @@ def autotune(
     with a prompt a line.
     """
     with errors_in_one_line("autotune"):
-        from jacobi_hf.cli._models import load
         from jacobi_hf.io import encode_prompts, read_prompts
+        from jacobi_hf.loading import check_length, load
         from jacobi_hf.tuning.autotune import autotune as tune
 
         sampling, texts = Sampling(do_sample, temperature, top_p, top_k), read_prompts(prompts)
@@ -77,7 +75,7 @@ def autotune(
         loaded, tokenizer = load(model, dtype, drafter)
         assistant = None if assistant_model is None else _draft_model(assistant_model, loaded)
         ids = encode_prompts(texts, tokenizer, model, chat=chat)
-        check_room(max(map(len, ids)), max_new_tokens, room_of(loaded))
+        check_length(loaded, max(map(len, ids)), max_new_tokens)
         tuning = tune(
             loaded,
             ids,
@@ -117,7 +115,7 @@ def _compile_config(*, compiled: bool) -> dict[str, Any]:
 def _draft_model(name: str, model: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from jacobi_hf.cli._models import reading
+    from jacobi_hf.loading import reading
 
     with reading(name, "loaded as a draft model"):
         return AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype).eval().to(model.device)

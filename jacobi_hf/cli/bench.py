@@ -90,7 +90,7 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
     from rich.console import Console
     from rich.progress import track
 
-    from jacobi_hf.cli._models import load
+    from jacobi_hf.loading import load
     from jacobi_hf.results.schema import Results
     from jacobi_hf.trainer.data.shards import weights_fingerprint
     from jacobi_hf.trainer.run_record import stages_of

@@ -44,7 +44,8 @@ def chat(
     /knobs jacobi_block_size=8 changes it, /exit leaves. Ctrl-C stops an answer, a second one leaves.
     """
     from jacobi_hf.cli._conversation import Conversation
-    from jacobi_hf.cli._models import check_knobs, decoding_of, load
+    from jacobi_hf.cli._models import check_knobs, decoding_of
+    from jacobi_hf.loading import load
 
     with errors_in_one_line("chat"):
         sampling = Sampling(do_sample, temperature, top_p, top_k)

@@ -46,8 +46,8 @@ def configs(given: Given) -> list[CollectConfig]:
     Raises:
         ValueError: what is missing or wrong.
     """
-    from jacobi_hf.cli._models import check_dtype
     from jacobi_hf.cli._recipes import demand
+    from jacobi_hf.loading import check_dtype
     from jacobi_hf.trainer.data.collection import CollectConfig
 
     sets = given.section.pop("sets", None) or {None: {}}
@@ -72,7 +72,7 @@ def _run(sets: list[CollectConfig]) -> list[dict[str, Any]]:
     """Collect each set; all datasets are opened, and all models looked for, before the first one is collected."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from jacobi_hf.cli._models import check_config
+    from jacobi_hf.loading import check_config
     from jacobi_hf.trainer.data.collection import collect as collect_set
     from jacobi_hf.trainer.data.loading import open_dataset
     from jacobi_hf.trainer.data.shards import processes

@@ -174,9 +174,10 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     from rich.console import Console
     from rich.progress import track
 
-    from jacobi_hf.cli._models import decoding_of, load
+    from jacobi_hf.cli._models import decoding_of
     from jacobi_hf.evaluation.harness import BASELINE, AlternatingLM, Journal, measure
     from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
+    from jacobi_hf.loading import load
     from jacobi_hf.results.schema import Results
 
     tasks = load_tasks(

@@ -19,9 +19,7 @@ from jacobi_hf.cli._answers import (
     Temperature,
     TopK,
     TopP,
-    check_room,
     note,
-    room_of,
     say,
     write,
 )
@@ -59,7 +57,8 @@ def generate(
 
     jacobi-hf generate --model Qwen/Qwen3-1.7B "def quicksort(items):"
     """
-    from jacobi_hf.cli._models import check_knobs, decoding_of, load
+    from jacobi_hf.cli._models import check_knobs, decoding_of
+    from jacobi_hf.loading import check_length, load
 
     with errors_in_one_line("generate"):
         sampling, text = Sampling(do_sample, temperature, top_p, top_k), read_prompt(prompt, file)
@@ -67,7 +66,7 @@ def generate(
         loaded, tokenizer = load(model, dtype, drafter)
         decoding = decoding_of(loaded, knobs)
         (ids,) = encode_prompts([text], tokenizer, model, chat=chat)
-        check_room(len(ids), max_new_tokens, room_of(loaded))
+        check_length(loaded, len(ids), max_new_tokens)
         used = decoding.to_knobs() if decoding else {"decoding": None}
         arguments = {"max_new_tokens": max_new_tokens, **sampling.arguments(loaded)}
         if seed is None and arguments["do_sample"]:

@@ -36,7 +36,8 @@ def serve(
     A request may hold knobs of its own: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}. Sampling
     is as the model's generation config says unless the request has a temperature; 0 is greedy.
     """
-    from jacobi_hf.cli._models import check_knobs, decoding_of, load
+    from jacobi_hf.cli._models import check_knobs, decoding_of
+    from jacobi_hf.loading import load
 
     with errors_in_one_line("serve"):
         require_release("serving", "5.15")

@@ -21,7 +21,7 @@ def train(context: typer.Context) -> None:
     with errors_in_one_line("train") as ending:
         need("train", "datasets", "filelock", "peft")
         from jacobi_hf.cli import _recipes as recipes
-        from jacobi_hf.cli._models import check_config, check_dtype
+        from jacobi_hf.loading import check_config, check_dtype
         from jacobi_hf.results.environment import without_secrets
         from jacobi_hf.trainer.data.shards import leave_together
         from jacobi_hf.trainer.forcing.config import JacobiForcingConfig

@@ -13,10 +13,10 @@ import uvicorn
 from fastapi import FastAPI
 
 import jacobi_hf
-from jacobi_hf.cli._models import load
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.demo import paint, showcase
 from jacobi_hf.demo.race import Lane, Race, Runner, twin
+from jacobi_hf.loading import load
 
 FRAME = 0.15  # seconds between two pictures
 MOST_NEW_TOKENS = 1024

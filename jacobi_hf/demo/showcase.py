@@ -20,8 +20,7 @@ from rich.text import Text
 from transformers.generation import BaseStreamer
 
 import jacobi_hf
-from jacobi_hf.cli import _models as loading
-from jacobi_hf.cli._answers import check_room, room_of
+from jacobi_hf import loading
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Speedup
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quie
         ValueError: a prompt and its text would be longer than a model's positions; nothing is shown.
     """
     for one, example in itertools.product(loaded, shown):
-        check_room(len(one.tokenizer(example.prompt)["input_ids"]), max_new_tokens, room_of(one.model))
+        loading.check_length(one.model, len(one.tokenizer(example.prompt)["input_ids"]), max_new_tokens)
     console = Console(quiet=quiet)
     measurements: list[Measurement] = []
     for example in shown:

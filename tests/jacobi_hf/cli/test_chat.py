@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from jacobi_hf.cli import _models as loading
+from jacobi_hf import loading
 from jacobi_hf.cli import app
 from jacobi_hf.cli._conversation import Conversation
 from jacobi_hf.cli._interrupts import StopOnInterrupt

@@ -25,7 +25,7 @@ SHORT = ["--dtype", "float32", "--max-new-tokens", "16"]
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
     """Each model once: most of a test's time would be loading."""
-    from jacobi_hf.cli import _models as loading
+    from jacobi_hf import loading
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load", functools.cache(loading.load))

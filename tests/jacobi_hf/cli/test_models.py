@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.cli._models import check_decoder, load
+from jacobi_hf.cli._models import check_decoder
+from jacobi_hf.loading import load
 from tests.helpers.models import tiny_model
 from tests.helpers.tiny import EXAMPLE
 
@@ -94,7 +95,7 @@ def test_a_model_without_a_tokenizer(tmp_path):
     model = without_tokenizer(tmp_path / "model")
     assert (
         said_by(["generate", "--model", model, "hi"])
-        == f"the tokenizer of {model} makes no tokens of 'hi': are its files all there?"
+        == f"the tokenizer of {model} returns no tokens for 'hi'. Check the tokenizer's files."
     )
 
 

@@ -462,7 +462,7 @@ def test_errors_of_the_verb_are_one_line(started, arguments, message):
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(started, monkeypatch):
-    monkeypatch.setattr("jacobi_hf.cli._models.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("jacobi_hf.loading.load", lambda *_: pytest.fail("loaded"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
