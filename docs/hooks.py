@@ -13,7 +13,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"jacobi_hf": "jacobi_hf", "trainer": "jacobi_hf/trainer", "hub_cards": "jacobi_hf/hub_cards"}
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-KNOB = re.compile(r"= _knob\(([\d.]+), .*\)")  # a knob's default is shown as the number that it is
+KNOB = re.compile(
+    r"= _knob\(\s*([\d.]+),.*?\)$", re.DOTALL | re.MULTILINE
+)  # a default is shown as the number that it is
 ARGUMENT = re.compile(r"^( {8})([a-z_, ]+): ", re.MULTILINE)  # in groups, which are shown as lists
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)([^)]*)\)")
 

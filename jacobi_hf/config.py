@@ -1,10 +1,10 @@
-"""The knobs of Jacobi decoding: one dataclass, its validation, and its flat names in `GenerationConfig`."""
+"""Settings of Jacobi decoding (knobs): one dataclass, its validation, and its flat names in `GenerationConfig`."""
 
 from __future__ import annotations
 
 import difflib
 import numbers
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers import GenerationConfig
@@ -14,92 +14,101 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-JACOBI, MULTIBLOCK = "jacobi", "jacobi_multiblock"
+JACOBI = "jacobi"
+MULTIBLOCK = "jacobi_multiblock"
 DECODINGS = (JACOBI, MULTIBLOCK)
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def _knob(default: float, low: float, high: float, text: str) -> Any:
+    """Return a field with its range, both ends included, and its help text."""
     return field(default=default, metadata={"low": low, "high": high, "help": text})
 
 
 @dataclass(frozen=True)
 class JacobiConfig:
-    """How `generate` drafts and verifies.
+    """Settings of Jacobi decoding: how many guesses each forward verifies, and where the guesses come from.
 
-    Parameters:
-        decoding: `"jacobi"`, one block at a time, each new block from random ids; or `"jacobi_multiblock"`, a rolling
-            window of blocks with candidate branches.
-        jacobi_block_size: n, the positions of a block.
-        jacobi_max_blocks: K, the blocks in flight; 0 for no window, so that the lookup branch alone is verified (the pool
-            learns from the window, so it stays empty).
-        jacobi_activation_ratio: r; a block is appended when the newest one has `ceil(r * n)` agreed tokens. 0 keeps K
-            blocks in flight at all times, 1 waits for a block to finish.
-        jacobi_pool_size: branches per forward from recycled n-grams; 0 switches the pool off.
-        jacobi_lookup_tokens: length of the branch from n-gram lookup in prompt and output; 0 switches it off.
-        jacobi_branch_length: tokens of a pool branch.
-        jacobi_topk_branches: branches of two tokens, each with the model's second or third choice in place of one of the window's first
-            guesses: at most two for each guess of the window; 0 switches them off.
-        jacobi_verify_width: with a drafter (`load_drafter`), guesses of the window that the model verifies in one forward; 0
-            begins with half the window and then follows what is accepted. Without a drafter all are verified.
+    Every field is also an argument of `generate`, an attribute of `GenerationConfig` and an option of the command
+    line. The fields decide how many forwards a text needs and what a forward costs. They never change the text,
+    because the model verifies every guess.
 
-    The tokens do not depend on any of these, only the number of forwards does. With `"jacobi"` only the block size applies.
+    Each forward verifies a *window* and *branches*. The window is a chain of guesses for the next tokens. It consists
+    of *blocks*, and after each forward the model's own answers replace the guesses in it. A branch is another
+    continuation of the text. The longest run of accepted guesses becomes text.
+
+    Args:
+        decoding: `"jacobi_multiblock"` keeps several blocks in the window and adds branches. `"jacobi"` is the plain
+            method to compare with: one block at a time, no branches; of the other fields it uses `jacobi_block_size`
+            only.
+        jacobi_block_size: n, the number of guesses in a block.
+        jacobi_max_blocks: K, the most blocks in the window. 0 means no window: the lookup branch alone is verified.
+            The pool then stays empty, because it learns from the window.
+        jacobi_activation_ratio: r, a share from 0 to 1. The next block joins the window when `ceil(r * n)` tokens of
+            the newest block are settled, i.e. are text already or did not change in the last forward. 0 keeps K blocks
+            in the window at all times, 1 waits until the newest block is settled as a whole.
+        jacobi_pool_size: most branches per forward from the n-gram pool, a memory of rejected guesses and the model's
+            answers after them. 0 switches the pool off.
+        jacobi_lookup_tokens: most tokens of the lookup branch, which repeats what followed the last few tokens when
+            they occurred before in prompt or output (prompt lookup). 0 switches lookup off.
+        jacobi_branch_length: most tokens of a branch from the pool.
+        jacobi_topk_branches: branches of two tokens that try the model's second or third choice in place of one of the
+            window's first guesses; at most two for each guess of the window. 0 switches them off.
+        jacobi_verify_width: with a drafter (`load_drafter`), how many guesses of the window the model verifies in one
+            forward. 0 starts with half of the window and then follows how many are accepted. Without a drafter all
+            guesses are verified.
 
     Raises:
-        ValueError: a value out of range, or of the wrong type, named with what is allowed; neither window nor lookup; more guesses to
-            verify than the window has.
+        ValueError: a value has the wrong type or is out of range; there is neither a window nor a lookup branch; or
+            `jacobi_verify_width` is larger than the window. The message names the value and what is allowed.
     """
 
     decoding: str = MULTIBLOCK
-    jacobi_block_size: int = _knob(16, 2, 1024, "positions of a block (n)")
-    jacobi_max_blocks: int = _knob(2, 0, 64, "blocks in flight (K), 0 = lookup alone")
+    jacobi_block_size: int = _knob(16, 2, 1024, "guesses in a block of the window (n)")
+    jacobi_max_blocks: int = _knob(2, 0, 64, "most blocks of guesses in the window (K), 0 = no window, lookup alone")
     jacobi_activation_ratio: float = _knob(
-        0.0, 0.0, 1.0, "share of a block that must agree before the next one starts (r)"
+        0.0, 0.0, 1.0, "share of the newest block that must be settled before the next block starts (r)"
     )
-    jacobi_pool_size: int = _knob(2, 0, 64, "branches from recycled n-grams, 0 = off")
-    jacobi_lookup_tokens: int = _knob(16, 0, 1024, "length of the n-gram lookup branch, 0 = off")
-    jacobi_branch_length: int = _knob(8, 1, 256, "tokens of a branch from the pool")
-    jacobi_topk_branches: int = _knob(0, 0, 32, "branches from the model's second and third choices, 0 = off")
+    jacobi_pool_size: int = _knob(2, 0, 64, "most branches from the pool of n-grams around rejected guesses, 0 = off")
+    jacobi_lookup_tokens: int = _knob(
+        16, 0, 1024, "most tokens copied from an earlier occurrence of the last tokens (prompt lookup), 0 = off"
+    )
+    jacobi_branch_length: int = _knob(8, 1, 256, "most tokens of a branch from the pool")
+    jacobi_topk_branches: int = _knob(
+        0, 0, 32, "branches of two tokens that try the model's second or third choice, 0 = off"
+    )
     jacobi_verify_width: int = _knob(
-        0, 0, 65_536, "guesses that are verified at a time beside a drafter, 0 = as acceptance suggests"
+        0, 0, 65_536, "with a drafter, guesses of the window verified in one forward, 0 = as many as get accepted"
     )
 
     def __post_init__(self) -> None:
+        """Raise `ValueError` for a field, or a combination of fields, that cannot be used."""
         if self.decoding not in DECODINGS:
             raise ValueError(
                 f"decoding={self.decoding!r} is not known{_nearest(self.decoding, DECODINGS)}; "
                 f"allowed: None, {', '.join(map(repr, DECODINGS))}."
             )
         for knob in fields(self)[1:]:
-            value: Any = getattr(self, knob.name)
-            integral = isinstance(knob.default, int)
-            low, high = knob.metadata["low"], knob.metadata["high"]
-            wanted = f"{'an integer' if integral else 'a number'} from {low} to {high}"
-            kind = numbers.Integral if integral else numbers.Real
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
-            plain: Any = value
-            object.__setattr__(
-                self, knob.name, int(plain) if integral else float(plain)
-            )  # numpy's numbers do not serialise
+            object.__setattr__(self, knob.name, _checked(knob, getattr(self, knob.name)))
         if self.decoding == MULTIBLOCK and not self.jacobi_max_blocks and not self.jacobi_lookup_tokens:
             raise ValueError(
-                "jacobi_max_blocks=0 with jacobi_lookup_tokens=0 leaves nothing to draft from; that is decoding=None."
+                "jacobi_max_blocks=0 with jacobi_lookup_tokens=0 leaves nothing to guess from: raise one of them, "
+                "or use decoding=None for ordinary decoding."
             )
         if self.jacobi_verify_width > self.window_width:
             raise ValueError(
-                f"jacobi_verify_width={self.jacobi_verify_width} is more than the window's {self.window_width} guesses "
-                "(jacobi_block_size times jacobi_max_blocks)."
+                f"jacobi_verify_width={self.jacobi_verify_width} is more than the window's {self.window_width} "
+                "guesses (jacobi_block_size times jacobi_max_blocks)."
             )
 
     @property
     def window_width(self) -> int:
-        """Most guesses in flight, `n * K`."""
+        """Most guesses in the window, `n * K`."""
         return self.jacobi_block_size * (1 if self.decoding == JACOBI else self.jacobi_max_blocks)
 
     @classmethod
     def paper(cls) -> Self:
-        """The setting that arXiv 2512.14681 recommends: n=64, K=2, r=0.85, a pool of 4, no lookup."""
+        """Return the setting that arXiv 2512.14681 recommends: n=64, K=2, r=0.85, a pool of 4, no lookup."""
         return cls(
             jacobi_block_size=64,
             jacobi_max_blocks=2,
@@ -110,28 +119,37 @@ class JacobiConfig:
 
     @classmethod
     def from_knobs(cls, knobs: Mapping[str, Any]) -> Self | None:
-        """The config that flat `knobs` describe (missing ones and None take the defaults); None when `decoding` is None."""
+        """Return the config for the names and values in `knobs`, or None if `decoding` is missing or None.
+
+        Knobs that are missing or None have their defaults. With `decoding="jacobi"`, all knobs but the block size are
+        ignored.
+        """
         if knobs.get("decoding") is None:
             return None
-        listens = ("decoding", "jacobi_block_size") if knobs["decoding"] == JACOBI else KNOBS
-        return cls(**{name: value for name, value in knobs.items() if name in listens and value is not None})
+        used = _knobs_of(knobs["decoding"])
+        return cls(**{name: value for name, value in knobs.items() if name in used and value is not None})
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> Self | None:
-        """The config that a `GenerationConfig` carries, or None when it does not ask for Jacobi decoding."""
+        """Return the config that a `GenerationConfig` carries, or None if it does not ask for Jacobi decoding."""
         return cls.from_knobs({name: getattr(generation_config, name, None) for name in KNOBS})
 
     def to_knobs(self) -> dict[str, Any]:
-        """The flat names and values, as `generate` and `GenerationConfig` take them."""
-        names = KNOBS if self.decoding == MULTIBLOCK else ("decoding", "jacobi_block_size")
-        return {name: getattr(self, name) for name in names}
+        """Return names and values as `generate` and `GenerationConfig` take them, `decoding` first."""
+        return {name: getattr(self, name) for name in _knobs_of(self.decoding)}
 
     def save_defaults(self, model: PreTrainedModel) -> None:
-        """Make this the way `model` decodes, now and after `save_pretrained` and a reload in which jacobi_hf is imported.
+        """Make this the default of `model.generate`, now and after a `save_pretrained` and a reload.
 
-        Clears what would lose the knobs on the way: the mark of a config derived from the model config (on reload it drops
-        additional fields) and, for a greedy config, left-over sampling fields (with them `save_pretrained` refuses; a later
-        `generate(do_sample=True)` then samples with transformers' defaults unless the call says otherwise).
+        The reloaded model has the default wherever jacobi_hf is imported.
+
+        Two things in the model's generation config would lose the knobs, so they are cleared. The first is the mark of
+        a config that was derived from the model config: such a config drops additional fields on reload. The second is
+        sampling fields in a greedy config, which `save_pretrained` refuses. A later `generate(do_sample=True)` then
+        samples with transformers' defaults, unless the call says otherwise.
+
+        Args:
+            model: its `generation_config` is replaced.
         """
         kept = {k: v for k, v in model.generation_config.to_dict().items() if not k.startswith("_") and k not in KNOBS}
         kept.pop("transformers_version", None)
@@ -144,7 +162,7 @@ KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(JacobiConfig))
 
 
 def reject_misspelt(names: Iterable[str]) -> None:
-    """Raise `ValueError` for a name that starts like a knob, or nearly is one, and is none."""
+    """Raise `ValueError` for a name that is no knob but starts with `jacobi_`, or is nearly the name of a knob."""
     for name in names:
         close = difflib.get_close_matches(name, KNOBS, 1, cutoff=0.9)
         if name not in KNOBS and (name.startswith("jacobi_") or close):
@@ -154,18 +172,46 @@ def reject_misspelt(names: Iterable[str]) -> None:
 
 
 def reject_pointless(given: Mapping[str, Any], config: JacobiConfig | None) -> None:
-    """Raise `ValueError` for `given` knobs of a call that nothing would listen to; `config` is what the call comes to."""
+    """Raise `ValueError` for knobs that have no effect in their call.
+
+    Args:
+        given: knobs that the call names itself, None for those that it does not.
+        config: the config that the call decodes with; None for ordinary decoding.
+    """
     set_knobs = [name for name in given if name != "decoding" and given[name] is not None]
     if config is None and set_knobs:
         raise ValueError(
             f"{', '.join(set_knobs)} given without decoding: add decoding='jacobi_multiblock' or drop it."
         )
-    if config is not None and config.decoding == JACOBI:
-        idle = [name for name in set_knobs if name != "jacobi_block_size"]
+    if config is not None:
+        idle = [name for name in set_knobs if name not in _knobs_of(config.decoding)]
         if idle:
             raise ValueError(
-                f"{', '.join(idle)} has no meaning with decoding='jacobi', which knows jacobi_block_size only; use 'jacobi_multiblock'."
+                f"{', '.join(idle)} has no meaning with decoding='jacobi', which uses jacobi_block_size only: "
+                "drop it, or use decoding='jacobi_multiblock'."
             )
+
+
+def _knobs_of(decoding: str) -> tuple[str, ...]:
+    """Return the names of the knobs that a kind of decoding uses, `decoding` included."""
+    return ("decoding", "jacobi_block_size") if decoding == JACOBI else KNOBS
+
+
+def _checked(knob: Field[Any], value: Any) -> int | float:
+    """Return the value as a Python number, which GenerationConfig can save (numpy's numbers it cannot).
+
+    Raises:
+        ValueError: the value has the wrong type, or is out of the knob's range.
+    """
+    is_integral = isinstance(knob.default, int)
+    low = knob.metadata["low"]
+    high = knob.metadata["high"]
+    kind = numbers.Integral if is_integral else numbers.Real
+    is_allowed = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    if not is_allowed:
+        wanted = f"{'an integer' if is_integral else 'a number'} from {low} to {high}"
+        raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
+    return int(value) if is_integral else float(value)
 
 
 def _nearest(name: object, allowed: Iterable[str]) -> str:

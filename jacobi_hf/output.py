@@ -1,4 +1,4 @@
-"""What a call returns besides the tokens."""
+"""Output of a call with Jacobi decoding: the fields of transformers, and statistics."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from jacobi_hf.integration.compat import CACHE
 
 @dataclass
 class JacobiStats:
-    """Counts of one call to `generate`.
+    """Counts and times of one call of `generate`.
+
+    A *slot* is a position that a forward computes, for the last token of the text or for a guess. TPF (tokens per
+    forward) is 1.0 in ordinary decoding.
 
     Attributes:
-        forwards: model calls, prefill included (as one, also where a long prompt went in by parts).
-        new_tokens: per row, up to and with its end-of-sequence token.
-        row_forwards: per row, the forwards until that row ended.
-        accepted_lengths: how often a row committed that many tokens in one decoding forward.
-        accepted_from: confirmed guesses by where they came from: "window", "pool", "lookup", "topk".
-        drafted: guesses of the window that were sent to the model; `verified` of them were verified (all, without a drafter), and
-            `accepted` confirmed.
-        slots: positions computed in decoding forwards, per row of the batch.
-        seconds_by_width: wall time of each decoding step, from one forward to the next, by the slots of its forward.
-        compiled_steps: shapes of steps that this call compiled; 0 when they were kept from an earlier call.
-        cuda_graphs: kinds of steps that this call recorded as graphs of the device; 0 when they were kept.
-        prefill_seconds, decode_seconds: wall time of the call, split behind the prefill.
+        forwards: forwards of the model. The prefill counts as one, also if a long prompt is prefilled in parts.
+        new_tokens: new tokens of each row, its end-of-sequence token included.
+        row_forwards: forwards of each row until it ended, the prefill included.
+        accepted_lengths: histogram of tokens per step: `accepted_lengths[3] == 7` means that 7 times a row got 3
+            tokens from one decoding forward.
+        accepted_from: accepted guesses by their source: "window", "pool", "lookup" or "topk".
+        drafted: guesses of the window that went into forwards.
+        verified: guesses of the window that the model verified; all that were drafted, unless a drafter is used.
+        accepted: guesses of the window that were accepted.
+        seconds_by_width: seconds of each decoding step, from one forward to the next, by the number of slots of its
+            forward.
+        compiled_steps: shapes of steps that this call compiled; 0 if all were kept from earlier calls.
+        cuda_graphs: CUDA graphs that this call recorded; 0 if all were kept from earlier calls.
+        prefill_seconds: seconds of the call up to the end of the prefill.
+        decode_seconds: seconds of the call after the prefill.
     """
 
     forwards: int = 0
@@ -45,47 +51,48 @@ class JacobiStats:
 
     @property
     def tokens_per_forward(self) -> list[float]:
-        """Per row, new tokens over the forwards until it ended; ordinary decoding is 1.0."""
+        """TPF of each row: its new tokens divided by the forwards until it ended."""
         return [tokens / forwards for tokens, forwards in zip(self.new_tokens, self.row_forwards, strict=True)]
 
     @property
     def mean_tokens_per_forward(self) -> float:
-        """New tokens over forwards, all rows together."""
+        """TPF of all rows together: the sum of their new tokens divided by the sum of their forwards."""
         return sum(self.new_tokens) / sum(self.row_forwards)
 
     @property
     def slots_by_width(self) -> Counter[int]:
-        """How many decoding forwards had that many slots."""
+        """Histogram of slots per row: `slots_by_width[17] == 4` means that 4 decoding forwards had 17 slots."""
         return Counter({width: len(times) for width, times in self.seconds_by_width.items()})
 
     @property
     def slots(self) -> int:
-        """Positions computed in decoding forwards, per row of the batch."""
+        """Slots of all decoding forwards together, for one row of the batch."""
         return sum(width * count for width, count in self.slots_by_width.items())
 
     @property
     def mean_slots(self) -> float:
-        """Positions per decoding forward; 0 when the prefill was the only one."""
+        """Mean slots of a decoding forward; 0 if the prefill was the only forward."""
         return self.slots / max(1, self.slots_by_width.total())
 
     @property
     def window_acceptance(self) -> float:
-        """Share of the window's verified guesses that the forward confirmed."""
+        """Share of the window's verified guesses that were accepted; 0 if none was verified."""
         return self.accepted / max(1, self.verified)
 
 
 @dataclass
 class JacobiDecoderOnlyOutput(GenerateDecoderOnlyOutput):
-    """`GenerateDecoderOnlyOutput` with the statistics of the decoding.
+    """Output of `generate` with Jacobi decoding and `return_dict_in_generate=True`: the usual fields and statistics.
 
-    It answers to both names of the cache, `cache` (transformers 5.24 on) and `past_key_values`.
+    The cache has both of its names in every supported release: `cache` (from transformers 5.24 on) and
+    `past_key_values`.
 
     Attributes:
-        jacobi_stats: counts of forwards, tokens and guesses.
+        jacobi_stats: counts and times of the call.
     """
 
     jacobi_stats: JacobiStats | None = None
 
 
-if CACHE != "cache":  # from 5.24 on it is a field, and transformers answers to the old name
+if CACHE != "cache":  # from 5.24 on it is a field, and transformers itself adds the old name
     JacobiDecoderOnlyOutput.cache = property(lambda output: output.past_key_values)  # type: ignore[attr-defined]

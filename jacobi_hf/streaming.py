@@ -1,4 +1,4 @@
-"""Watching a generation forward by forward: what was guessed, and what became text."""
+"""Watching a call of `generate` forward by forward: which guesses were verified, and which tokens were committed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Guesses for the tokens behind the text, as they went into a forward.
+    """A continuation of the text that went into a forward: the window or a branch.
 
     Attributes:
-        source: "window", or the branch's "lookup", "pool" or "topk".
+        source: "window" for the window; "lookup", "pool" or "topk" for a branch.
         token_ids: the guesses, in the order of the text.
-        verified: so many of them, the first ones, were verified; all, but for the window under a drafter.
+        verified: how many of the guesses the model verified, counted from the first. All of them, except for the
+            window of a drafter.
     """
 
     source: str
@@ -31,57 +32,74 @@ class Candidate:
     verified: int
 
     def accepted(self, token_ids: Sequence[int]) -> int:
-        """How many of the guesses became text, where a forward committed `token_ids`."""
+        """Return how many guesses were accepted by a forward that committed `token_ids`."""
         pairs = zip(self.token_ids[: self.verified], token_ids, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What one forward did.
+    """Report of one forward: what it verified, and what it added to the text.
 
     Attributes:
-        token_ids: the tokens that it committed; as many as its best draft had confirmed, and the model's own next one.
-        drafts: what it was given to verify, the window first. None in the prefill and in ordinary decoding.
+        token_ids: tokens that the forward committed: the accepted guesses of its best candidate, then one token of the
+            model's own.
+        candidates: continuations that the forward verified, the window first; none in the prefill and in ordinary
+            decoding.
     """
 
     token_ids: tuple[int, ...]
-    drafts: tuple[Candidate, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
 
 class StepStreamer(BaseStreamer):
-    """A `streamer=` of `generate` that is told of forwards, not of tokens; subclasses define `step`.
+    """Base class of a `streamer=` for `generate` that receives forwards instead of tokens. Subclasses define `step`.
 
-    It follows one sequence. With Jacobi decoding there is one call of `step` for each forward, the prefill included, so the tokens of
-    all calls are the output and their number is `jacobi_stats.forwards`. With ordinary decoding each token is a step of its own.
+    A step streamer follows one sequence. With Jacobi decoding, `step` is called once for each forward, prefill
+    included. So the tokens of all calls together are the output, and the number of calls is `jacobi_stats.forwards`.
+    With ordinary decoding `step` is called once for each token.
 
     Raises:
-        ValueError: `generate` was called with more than one sequence.
+        ValueError: `generate` was called for more than one sequence.
     """
 
     def step(self, step: StepEvent) -> None:
-        """A forward is over. What is raised here ends the call of `generate`."""
+        """Receive the report of a forward, after the forward. An exception ends the call of `generate`.
+
+        Args:
+            step: what the forward verified and committed.
+        """
         raise NotImplementedError
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, and a token of ordinary decoding; called by `generate`."""
+        """Receive the prompt, or a token of ordinary decoding; `generate` calls this.
+
+        Args:
+            value: int `(1, P)` for the prompt, `(1,)` for a token.
+        """
         if len(value) != 1:
             raise ValueError(f"{type(self).__name__} follows one sequence; this call generates {len(value)}.")
-        if value.dim() == 1:  # the prompt has a dimension more
+        if value.dim() == 1:  # the prompt has one dimension more
             self.step(StepEvent(tuple(value.tolist())))
 
     def end(self) -> None:
-        """The text is complete; called by `generate`."""
+        """Receive the end of the text; `generate` calls this."""
 
 
 def candidates_of(slots: Slots, names: Sequence[str]) -> tuple[Candidate, ...]:
-    """What the first row has to verify in a forward; `names` are those of the segments that contend."""
-    layout, token_Q = slots.layout, slots.token_BQ[0].tolist()
+    """Return the candidates of the first row of a forward, without those that have no guess.
+
+    Args:
+        slots: the slots of the forward.
+        names: sources of the segments that are verified, in their order.
+    """
+    layout = slots.layout
+    token_Q = slots.token_BQ[0].tolist()
     segments = zip(layout.path_SD.tolist(), slots.length_BS[0].tolist(), strict=True)
-    chains = [tuple(token_Q[slot] for slot in path[1 : 1 + length]) for path, length in segments]
-    drafts = [Candidate(name, chain, len(chain)) for name, chain in zip(names, chains, strict=False)]
+    guesses = [tuple(token_Q[slot] for slot in path[1 : 1 + length]) for path, length in segments]
+    candidates = [Candidate(name, chain, len(chain)) for name, chain in zip(names, guesses, strict=False)]
     if (
         layout.draft_slots
-    ):  # the stream that drafts has the whole window, of which as much is verified as the other one has
-        drafts[0] = Candidate("window", chains[layout.draft_segment], len(chains[0]))
-    return tuple(draft for draft in drafts if draft.token_ids)
+    ):  # the draft segment holds the whole window; the first segment holds the part that is verified
+        candidates[0] = Candidate("window", guesses[layout.draft_segment], len(guesses[0]))
+    return tuple(candidate for candidate in candidates if candidate.token_ids)

@@ -1,12 +1,12 @@
 """Attention masks of a step: which cached tokens and which slots each slot attends to.
 
-There is one rule, `visibility_rule`, and a form of it for each kernel. All of them take the layout of the step's slots, the number of
-cached tokens of each row, and optionally a sliding window. Key column c of a row holds cached token c if there is one, otherwise the
-slots of the step, one after the other.
+There is one rule, `visibility_rule`, and a form of it for each kernel. All of them take the layout of the step's
+slots, the number of cached tokens of each row, and optionally a sliding window. Key column c of a row holds cached
+token c if there is one, otherwise the slots of the step, one after the other.
 
-The figures have a line for each query and a mark for each key column. The query attends where the mark is `#`. Labels are
-t for a cached token, p for the pending token, w for a guess of the window, b for a guess of a branch, d for a draft slot,
-and - for a column after the step's slots.
+The figures have a line for each query and a mark for each key column. The query attends where the mark is `#`. Labels
+are t for a cached token, p for the pending token, w for a guess of the window, b for a guess of a branch, d for a
+draft slot, and - for a column after the step's slots.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ FLEX_BLOCK = 128
 def visibility_rule(layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None = None) -> VisibilityRule:
     """Return the rule `(row, slot, key column) -> bool` that says whether a slot attends to a key column.
 
-    A slot attends to all cached tokens of its row, to the pending token, to the window's guesses that its segment follows, and
-    to its own segment up to itself. Figure: a window of 2 guesses, a branch of 2 guesses that follows w1, and 2 draft slots,
-    after 2 cached tokens.
+    A slot attends to all cached tokens of its row, to the pending token, to the window's guesses that its segment
+    follows, and to its own segment up to itself.
+
+    Figure: a window of 2 guesses, a branch of 2 guesses that follows w1,
+    and 2 draft slots, after 2 cached tokens.
 
               t0 t1  p w1 w2 b1 b2 d1 d2
          p     #  #  #  .  .  .  .  .  .
@@ -72,8 +74,8 @@ def attention_mask(
 ) -> torch.Tensor:
     """Return the rule as a dense mask.
 
-    Figure: a window of 2 guesses and a branch of 2 guesses that follows w1, with a sliding window of 3 positions. The first row has
-    3 cached tokens, the second has 1. Slots w2 and b1 have the same depth, hence the same position.
+    Figure: a window of 2 guesses and a branch of 2 guesses that follows w1, with a sliding window of 3 positions. The
+    first row has 3 cached tokens, the second has 1. Slots w2 and b1 have the same depth, hence the same position.
 
               t0 t1 t2  p w1 w2 b1 b2
          p     .  #  #  #  .  .  .  .
@@ -106,7 +108,7 @@ def attention_mask(
         return allowed_BQK[:, None]
     batch = len(lengths_B)
     slots = layout.slots
-    # The rule of a tree looks up each pair of slot and column. Scattering the few columns of the step is much less work.
+    # The rule of a tree looks up each pair of slot and column. Scattering the step's few columns is much less work.
     cached_BQK = (key_column_K < lengths_B[:, None])[:, None].expand(-1, slots, -1)
     sees_QQ = layout.sees_QQ
     if sliding_window is not None:
@@ -119,13 +121,14 @@ def attention_mask(
 
 
 def mask_table(layout: Layout, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a table that holds the mask of full attention for any number of cached tokens; `mask_from_table` reads it.
+    """Return a table from which `mask_from_table` takes the mask of full attention for any number of cached tokens.
 
-    The table has a column for each slot and one for all columns after them. The column of the pending token also stands for the cached
-    tokens, because every slot attends to both. A sliding window has no table: it would need a column for each position that it reaches.
+    The table has a column for each slot and one for all columns after them. The column of the pending token also
+    stands for the cached tokens, because every slot attends to both. A sliding window has no table: it would need a
+    column for each position that it reaches.
 
-    Figure: a window of 2 guesses and a branch of 1 guess that follows the pending token; the table has 0 where the mark is `#`, and -inf
-    elsewhere.
+    Figure: a window of 2 guesses and a branch of 1 guess that follows the pending token; the table has 0 where the
+    mark is `#`, and -inf elsewhere.
 
                p w1 w2 b1  -
          p     #  .  .  .  .
@@ -153,8 +156,8 @@ def mask_table(layout: Layout, groups: int, dtype: torch.dtype) -> torch.Tensor:
 def mask_from_table(table: torch.Tensor, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> torch.Tensor:
     """Return the mask of full attention, looked up in the table of `mask_table`.
 
-    Figure: the table above, for a row of 2 cached tokens and 8 key columns. The columns t0, t1 and p repeat column p of the table; the
-    last two repeat its last one.
+    Figure: the table above, for a row of 2 cached tokens and 8 key columns. The columns t0, t1 and p repeat column p
+    of the table; the last two repeat its last one.
 
               t0 t1  p w1 w2 b1  -  -
          p     #  #  #  .  .  .  .  .
@@ -182,12 +185,12 @@ def block_mask(
 ) -> BlockMask:
     """Return the rule as FlexAttention takes it: for each row, the blocks of `FLEX_BLOCK` key columns that are read.
 
-    A row reads its own blocks only, however long the longest row is. The blocks follow from the lengths, so nothing of size `(Q, K)` is
-    made. In a whole block (`#`) every query attends to every column; in a partial block (`+`) the kernel asks the rule; other blocks (`.`)
-    are not read.
+    A row reads its own blocks only, however long the longest row is. The blocks follow from the lengths, so nothing of
+    size `(Q, K)` is made. In a whole block (`#`) every query attends to every column; in a partial block (`+`) the
+    kernel asks the rule; other blocks (`.`) are not read.
 
-    Figure: a chain of 200 slots after 300 cached tokens, with 640 key columns. Line q0 is the block of slots 0 to 127, q1 that of slots
-    128 to 199; k0 is the block of key columns 0 to 127, and so on.
+    Figure: a chain of 200 slots after 300 cached tokens, with 640 key columns. Line q0 is the block of slots 0 to 127,
+    q1 that of slots 128 to 199; k0 is the block of key columns 0 to 127, and so on.
 
               k0 k1 k2 k3 k4
          q0    #  #  +  +  .
@@ -197,8 +200,8 @@ def block_mask(
         layout: the step's slots.
         lengths_B: cached tokens of each row.
         key_column_K: 0, 1, 2, .., the key columns that may be read.
-        sliding_window: positions that a query may look back, itself included; None for full attention. With a sliding window all blocks
-            that are read are partial.
+        sliding_window: positions that a query may look back, itself included; None for full attention. With a sliding
+            window all blocks that are read are partial.
     """
     columns = key_column_K.shape[0]
     last_block = -(-columns // FLEX_BLOCK) - 1
@@ -209,7 +212,7 @@ def block_mask(
     whole = number.clamp(max=last_block).expand_as(partial)
     rule = visibility_rule(layout, lengths_B, sliding_window)
 
-    def mask_mod(row: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    def mask_mod(row: torch.Tensor, _head: torch.Tensor, slot: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         return rule(row, slot, column)
 
     return BlockMask.from_kv_blocks(
@@ -226,8 +229,9 @@ def block_mask(
 def _partial_blocks(
     layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first partial key block of each block of queries, and the end of its key blocks; both `(B, blocks of queries)`.
+    """Return, for each block of queries, its first partial key block and the end of its key blocks.
 
+    Both are `(B, blocks of queries)`.
     The blocks before the first partial one are whole with full attention, and not read with a sliding window.
     """
     slots = layout.slots

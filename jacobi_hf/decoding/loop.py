@@ -154,7 +154,7 @@ class Decoder:
                 self._decode()
         self._tell(waiting=0)
         if not self._frontier.is_one_by_one:
-            self._frontier.take(self._step.text_BL, self._step.start_B, self._plan.generated)
+            self._frontier.copy_texts(self._step.text_BL, self._step.start_B, self._plan.generated)
         self.stats.compiled_steps, self.stats.cuda_graphs = self._execution.compiled, self._execution.captured
         self.stats.prefill_seconds, self.stats.decode_seconds = prefilled - started, time.perf_counter() - prefilled
         self.stats.new_tokens = [end or 0 for end in self._frontier.ended]
@@ -213,7 +213,7 @@ class Decoder:
         layout = widths.layout(self._cache.lengths_B.device)
         key_column_K = self._cache.columns(layout.slots, self._longest_cached())
         names = ["window", *(name for name, used in zip(self._step.names, widths.branches, strict=True) if used)]
-        drafts = candidates_of(self._step.slots(widths, layout), names) if self._frontier.is_watched else ()
+        drafts = candidates_of(self._step.slots(widths, layout), names) if self._frontier.has_step_streamer else ()
         if self._wants_tokens_alone:
             some_over, text_columns = self._some_over(), self._text_columns(layout)
             self._draw(layout)
@@ -403,13 +403,13 @@ class Decoder:
         self._plan = plan = Plan(generated, widths, [bool(e) for e in at_eos], best, in_window, branches)
         stopping = self._frontier
         if stopping.is_one_by_one and self._selector.is_vectorised:
-            stopping.take(step.text_BL, step.start_B, plan.generated)
+            stopping.copy_texts(step.text_BL, step.start_B, plan.generated)
         stopped = stopping.advance(plan.generated, plan.at_eos)
         self._count(former, launched)
         self._running = [end is None for end in stopping.ended]
         if stopped:
             self._halt(stopped)
-        stopping.show(launched.drafts)
+        stopping.report_step(launched.drafts)
 
     def _count(self, former: Plan, launched: Launched) -> None:
         stats, names = self.stats, launched.names

@@ -1,7 +1,8 @@
-"""Stopping criteria and streamer, called as `generate` calls them: one token at a time, with the full batch.
+"""Stopping rules: criteria and streamers, called as `generate` calls them, once for each token with the full batch.
 
-Rows run ahead of each other; the *stopping* is the number of tokens that every unfinished row has. It moves on as far as the
-slowest row allows, replaying for each index what ordinary decoding does there, and tokens behind a stop are dropped.
+A step commits several tokens, and not the same number to each row. So tokens are replayed after the step. The rules
+know how many tokens every unfinished row has. Up to there, they do for each token what ordinary decoding does; then
+they wait for the slowest row. Tokens after a stop are dropped.
 """
 
 from __future__ import annotations
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
 
 
 class Scores:
-    """Per-token `(B, V)` tensors that the caller asked for (`output_scores`, `output_logits`), filled row by row."""
+    """Scores or logits of each new token, as `output_scores` and `output_logits` return them, filled in row by row.
+
+    Attributes:
+        steps: for each new token, float32 `(B, V)`.
+    """
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
 
     def record(self, value_BNV: torch.Tensor, first: list[int], count: list[int]) -> None:
-        """Store the values of each row's committed tokens at the indices `first .. first + count - 1`."""
+        """Store the values of committed tokens.
+
+        Args:
+            value_BNV: values of each row's tokens.
+            first: for each row, the index of its first new token among these.
+            count: for each row, how many of the N values count.
+        """
         for row, (start, number) in enumerate(zip(first, count, strict=True)):
             while len(self.steps) < start + number:
                 self.steps.append(torch.zeros_like(value_BNV[:, 0], dtype=torch.float32))
@@ -35,30 +46,43 @@ class Scores:
 
 
 def token_limit(criteria: StoppingCriteriaList, max_length: int, prompt_columns: int) -> int:
-    """Most new tokens that the criteria allow; `max_length` counts the prompt, and applies where they name no length."""
+    """Return the most new tokens that a call may generate, at least 1.
+
+    Args:
+        criteria: the call's criteria. Each `MaxLengthCriteria` among them is a limit.
+        max_length: the limit where there is no `MaxLengthCriteria`; like theirs, it counts the prompt.
+        prompt_columns: columns of the prompt, pads included.
+    """
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [max_length]
     return max(1, min(lengths) - prompt_columns)
 
 
 class StoppingRules:
-    """Output ids of the batch, and who has finished.
+    """Output ids of a batch and the rules that end its rows; they replay tokens to criteria and streamers.
 
     Args:
         input_BP: the prompt as the caller gave it, pads included.
-        criteria: as `generate` prepared them; a `MaxLengthCriteria` is among them.
-        streamer: receives one `(B,)` tensor per token; a `StepStreamer` what `show` tells.
-        limit: most new tokens, see `token_limit`.
-        pad_token_id: what follows a finished row, or None.
-        scores: handed to the criteria when the caller asked for scores.
-        one_by_one: replay every token even where all criteria could be answered at once.
+        criteria: the call's criteria, as `generate` prepared them; a `MaxLengthCriteria` is among them.
+        streamer: receives `(B,)` token ids, one token at a time. A `StepStreamer` receives what `report_step` is given
+            instead.
+        limit: most new tokens, from `token_limit`.
+        pad_token_id: follows the end of a finished row; None counts as 0.
+        scores: passed to the criteria if the caller asked for scores.
+        one_by_one: whether to replay every token even if no criterion and no streamer needs it.
 
     Attributes:
-        ids_BT: the output so far, `P + limit` columns and one that is thrown away.
-        generated: tokens behind the stopping.
-        is_one_by_one: whether criteria or streamer look at every token.
-        pads: whether a finished row is followed by pads (it goes on generating where no criterion knows an end token).
+        ids_BL: the output so far. `P + limit` columns and one more, which takes what is thrown away.
+        generated: new tokens that have been replayed.
+        is_one_by_one: whether every token is replayed.
+        pads: whether pads follow a finished row. Without an end token they do not: the row goes on until all rows are
+            finished.
+        pad: the id of a pad.
         eos_E: ids that end a row.
-        ended: per row, its number of tokens once it has finished, else None.
+        limit: most new tokens.
+        ended: for each row, its number of new tokens once it has finished, else None.
+
+    Raises:
+        ValueError: a `StepStreamer` is to follow more than one sequence.
     """
 
     def __init__(
@@ -71,28 +95,26 @@ class StoppingRules:
         scores: Scores | None,
         one_by_one: bool = False,
     ) -> None:
-        self._criteria, self._scores = criteria, scores
-        self._watcher = streamer if isinstance(streamer, StepStreamer) else None
-        self._streamer = None if self._watcher else streamer
-        if self._watcher and len(input_BP) > 1:
-            raise ValueError(f"{type(streamer).__name__} follows one sequence; this call generates {len(input_BP)}.")
-        self._prompt = input_BP.shape[1]
-        self.is_one_by_one = (
-            one_by_one
-            or streamer is not None
-            or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
-        )
+        batch, self._prompt = input_BP.shape
+        self._criteria = criteria
+        self._scores = scores
+        self._step_streamer = streamer if isinstance(streamer, StepStreamer) else None
+        self._streamer = None if self._step_streamer else streamer
+        if self._step_streamer and batch > 1:
+            raise ValueError(f"{type(streamer).__name__} follows one sequence; this call generates {batch}.")
+        is_simple = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in criteria)
+        self.is_one_by_one = one_by_one or streamer is not None or not is_simple
         self.limit = limit
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self.pad = 0 if pad_token_id is None else pad_token_id
         eos = [c.eos_token_id.to(input_BP.device).view(-1) for c in criteria if type(c) is EosTokenCriteria]
         self.eos_E = torch.cat(eos) if eos else torch.empty(0, dtype=torch.long, device=input_BP.device)
-        self.ids_BT = torch.full(
-            (len(input_BP), self._prompt + self.limit + 1), self.pad, dtype=torch.long, device=input_BP.device
-        )
-        self.ids_BT[:, : self._prompt] = input_BP
-        self.generated = self._shown = 0
-        self.ended: list[int | None] = [None] * len(input_BP)
+        columns = self._prompt + limit + 1
+        self.ids_BL = torch.full((batch, columns), self.pad, dtype=torch.long, device=input_BP.device)
+        self.ids_BL[:, : self._prompt] = input_BP
+        self.generated = 0
+        self._reported = 0  # tokens that the step streamer has received
+        self.ended: list[int | None] = [None] * batch
 
     @property
     def done(self) -> bool:
@@ -100,83 +122,101 @@ class StoppingRules:
         return None not in self.ended
 
     @property
-    def is_watched(self) -> bool:
-        """Whether somebody follows the forwards; see `show`."""
-        return self._watcher is not None
+    def has_step_streamer(self) -> bool:
+        """Whether `report_step` reports to anybody."""
+        return self._step_streamer is not None
 
-    def show(self, drafts: tuple[Candidate, ...]) -> None:
-        """Tell who follows the forwards of one that verified `drafts`, and of what was committed since the one before."""
-        if self._watcher is not None:
-            token_ids = self.ids_BT[0, self._prompt + self._shown : self._prompt + self.generated].tolist()
-            self._shown = self.generated
-            self._watcher.step(StepEvent(tuple(token_ids), drafts))
+    def report_step(self, candidates: tuple[Candidate, ...]) -> None:
+        """Report a forward to the step streamer, if there is one.
+
+        Args:
+            candidates: what the forward verified. The report also has the tokens that were replayed since the report
+                before.
+        """
+        if self._step_streamer is not None:
+            token_ids = self.ids_BL[0, self._prompt + self._reported : self._prompt + self.generated].tolist()
+            self._reported = self.generated
+            self._step_streamer.step(StepEvent(tuple(token_ids), candidates))
 
     @property
     def sequences(self) -> torch.Tensor:
-        """The output up to the stopping, `(B, P + generated)`."""
-        return self.ids_BT[:, : self._prompt + self.generated].clone()
+        """The output as far as it has been replayed, `(B, P + generated)`."""
+        return self.ids_BL[:, : self._prompt + self.generated].clone()
 
     def output(self, row: int) -> torch.Tensor:
-        """Prompt and tokens of a finished row, pads on the left included."""
-        return self.ids_BT[row, : self._prompt + (self.ended[row] or 0)]
+        """Return prompt and new tokens of a finished row, pads on the left included."""
+        return self.ids_BL[row, : self._prompt + (self.ended[row] or 0)]
 
     def write(self, token_BN: torch.Tensor, first_B: torch.Tensor, count_B: torch.Tensor) -> None:
-        """Put the first `count_B` of `token_BN` at the new-token indices from `first_B` on."""
+        """Write the first `count_B` of `token_BN` into the output, from new-token index `first_B` on."""
         offset_N = torch.arange(token_BN.shape[1], device=token_BN.device)
-        index_BN = torch.where(
-            offset_N < count_B[:, None], self._prompt + first_B[:, None] + offset_N, self.ids_BT.shape[1] - 1
-        )
-        self.ids_BT.scatter_(1, index_BN, token_BN)
+        column_BN = self._prompt + first_B[:, None] + offset_N
+        index_BN = torch.where(offset_N < count_B[:, None], column_BN, self.ids_BL.shape[1] - 1)
+        self.ids_BL.scatter_(1, index_BN, token_BN)
 
-    def take(self, text_BL: torch.Tensor, start_B: torch.Tensor, available: list[int]) -> None:
-        """Bring the output up to date with the rows' texts, whose new tokens begin at `start_B`; see `advance`."""
+    def copy_texts(self, text_BL: torch.Tensor, start_B: torch.Tensor, available: list[int]) -> None:
+        """Copy the new tokens of each row's text into the output.
+
+        Args:
+            text_BL: ids of each row, without pads on the left.
+            start_B: where each row's new tokens begin.
+            available: new tokens of each row.
+        """
         first = self.generated if self.is_one_by_one else 0
         index_N = torch.arange(first, max(available), device=text_BL.device)
         ids_BN = text_BL.gather(1, start_B[:, None] + index_N)
         there_BN = index_N < torch.tensor(available, device=text_BL.device)[:, None]
-        self.ids_BT[:, self._prompt + first : self._prompt + max(available)] = ids_BN.where(there_BN, self.pad)
+        self.ids_BL[:, self._prompt + first : self._prompt + max(available)] = ids_BN.where(there_BN, self.pad)
 
     def advance(self, available: list[int], at_eos: list[bool]) -> list[int]:
-        """Move on as far as every unfinished row has tokens.
+        """Replay tokens as far as every unfinished row has them, and note which rows have finished.
 
         Args:
-            available: tokens each row has.
-            at_eos: whether the row's last token ends it.
+            available: new tokens of each row.
+            at_eos: whether the last one of them is an end token.
 
         Returns:
-            rows that a criterion finished otherwise than by their last token: what they have behind their end is void.
+            rows that a criterion ended at another token than their last one. Whatever such a row has after its end is
+            void.
         """
         if not self.is_one_by_one:
-            for row, (tokens, stops) in enumerate(zip(available, at_eos, strict=True)):
-                if self.ended[row] is None and (stops or tokens >= self.limit):
-                    self.ended[row] = tokens
-            self.generated = (
-                max(available if self.done else [0]) if not self.pads else max(end or 0 for end in self.ended)
-            )
+            self._end_rows(available, at_eos)
             return []
-        stopped, available = list[int](), list(available)
+        stopped = list[int]()
+        available = list(available)
         # A criterion that is given scores is given those of finished rows too.
         waits_for_all = not self.pads or self._scores is not None
         while not self.done and self.generated < min(
-            a for a, end in zip(available, self.ended, strict=True) if end is None or waits_for_all
+            tokens for tokens, end in zip(available, self.ended, strict=True) if end is None or waits_for_all
         ):
-            void = [row for row in self._one_token() if available[row] > self.generated or not at_eos[row]]
+            void = [row for row in self._replay_token() if available[row] > self.generated or not at_eos[row]]
             for row in void:
-                available[row] = self.generated  # scores of what it has after its end are computed anew, after pads
+                available[row] = self.generated  # scores after its end are computed again, after pads
             stopped += void
         return stopped
 
-    def _one_token(self) -> list[int]:
-        column = self._prompt + self.generated
-        finished = torch.tensor([end is not None for end in self.ended], device=self.ids_BT.device)
+    def _end_rows(self, available: list[int], at_eos: list[bool]) -> None:
+        """Do what replaying the tokens would do if only end tokens and the limit can end a row."""
+        for row, (tokens, stops) in enumerate(zip(available, at_eos, strict=True)):
+            if self.ended[row] is None and (stops or tokens >= self.limit):
+                self.ended[row] = tokens
         if self.pads:
-            self.ids_BT[:, column].masked_fill_(finished, self.pad)
+            self.generated = max(end or 0 for end in self.ended)
+        else:
+            self.generated = max(available) if self.done else 0
+
+    def _replay_token(self) -> list[int]:
+        """Call criteria and streamer for one token; return the rows that end here, none if rows are never padded."""
+        column = self._prompt + self.generated
+        finished_B = torch.tensor([end is not None for end in self.ended], device=self.ids_BL.device)
+        if self.pads:
+            self.ids_BL[:, column].masked_fill_(finished_B, self.pad)
         self.generated += 1
         scores = None if self._scores is None else tuple(self._scores.steps[: self.generated])
         stops = self._criteria(self.sequences, scores).tolist()
-        newly = [row for row, stop in enumerate(stops) if stop and self.ended[row] is None]
-        for row in newly:
+        ending = [row for row, stop in enumerate(stops) if stop and self.ended[row] is None]
+        for row in ending:
             self.ended[row] = self.generated
         if self._streamer is not None:
-            self._streamer.put(self.ids_BT[:, column].clone().cpu())
-        return newly if self.pads else []
+            self._streamer.put(self.ids_BL[:, column].clone().cpu())
+        return ending if self.pads else []

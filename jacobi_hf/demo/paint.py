@@ -76,7 +76,9 @@ class Replay:
         step = steps[number - 1]
         words = Markup("<p class='said'>{}</p>").format(self._said(number))
         known = Markup('<div class="text">{}</div>').format(text(self.runner.pieces.of_step[:number]))
-        branches = join(_branch(draft, step.token_ids, tokenizer) for draft in step.drafts if draft.source != "window")
+        branches = join(
+            _branch(draft, step.token_ids, tokenizer) for draft in step.candidates if draft.source != "window"
+        )
         listed = Markup('<ul class="branches">{}</ul>').format(branches) if branches else ""
         return Markup('<section class="replay" data-forward="{}">{}{}{}{}</section>').format(
             number, words, self._windows(number), listed, known
@@ -84,12 +86,12 @@ class Replay:
 
     def _said(self, number: int) -> str:
         step, of = self.runner.steps[number - 1], f"Forward {number} of {len(self.runner.steps)}"
-        if not step.drafts:
+        if not step.candidates:
             return f"{of}: no guesses, 1 token." if number > 1 else f"{of}: the prompt, and the first token."
-        best = max(step.drafts, key=lambda draft: draft.accepted(step.token_ids))
+        best = max(step.candidates, key=lambda draft: draft.accepted(step.token_ids))
         confirmed = best.accepted(step.token_ids)
         whence = f" ({'the window' if best.source == 'window' else best.source})" if confirmed else ""
-        guesses = sum(draft.verified for draft in step.drafts)
+        guesses = sum(draft.verified for draft in step.candidates)
         tokens = f"{len(step.token_ids)} token{'s' * (len(step.token_ids) != 1)}"
         return f"{of}: {guesses} guesses verified, {confirmed} confirmed{whence}, {tokens}."
 
@@ -109,7 +111,7 @@ class Replay:
             cells = [
                 Markup('<td class="known">{}</td>').format(_shown(tokenizer, token)) for token in final[first:before]
             ]
-            window = next((draft for draft in step.drafts if draft.source == "window"), None)
+            window = next((draft for draft in step.candidates if draft.source == "window"), None)
             cells += [
                 Markup('<td class="{}">{}</td>').format(
                     _kind(window, place, step.token_ids, final[before:]), _shown(tokenizer, token)

@@ -1,7 +1,7 @@
 """Files of a LoRA drafter: how they are written, read, and checked against the model that a drafter is loaded into.
 
-A folder holds `drafter_config.json` (`LoraDrafterConfig`) and `drafter_model.safetensors`: the factors under PEFT's names, and the
-embedding of draft slots.
+A folder holds `drafter_config.json` (`LoraDrafterConfig`) and `drafter_model.safetensors`: the factors under PEFT's
+names, and the embedding of draft slots.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class LoraDrafterConfig:
     Attributes:
         base_model: name or path of the model that the drafter was made for; empty if unknown.
         base_revision: commit of that model on the Hub, or None.
-        model_type, hidden_size, num_hidden_layers, vocab_size: values of that model's config. A drafter is loaded only into models
-            that have the same values.
+        model_type, hidden_size, num_hidden_layers, vocab_size: values of that model's config. A drafter is loaded only
+            into models that have the same values.
         r: rank of the factors.
         lora_alpha: scale times rank, as in PEFT: the delta is scaled by `lora_alpha / r`.
         target_modules: last parts of the names of the linear layers that have factors, such as "q_proj".
-        constant_draft: a token id that replaces every guess at the drafter's input, or None to use the guesses. A drafter trained
-            with it does plain multi-token prediction.
+        constant_draft: a token id that replaces every guess at the drafter's input, or None to use the guesses. A
+            drafter trained with it does plain multi-token prediction.
         format_version: version of this file format.
     """
 
@@ -121,8 +121,8 @@ def read_drafter_files(folder: Path) -> tuple[LoraDrafterConfig, dict[str, torch
     """Return the config and the tensors, by name, of a drafter's folder.
 
     Raises:
-        DrafterError: a file is missing, damaged or pickled, or a tensor is missing, unknown, of the wrong shape, or holds NaN or Inf.
-            The message names the file.
+        DrafterError: a file is missing, damaged or pickled, or a tensor is missing, unknown, of the wrong shape, or
+            holds NaN or Inf. The message names the file.
     """
     config = LoraDrafterConfig.read(folder)
     path = folder / WEIGHTS_FILE
@@ -141,8 +141,8 @@ def read_drafter_files(folder: Path) -> tuple[LoraDrafterConfig, dict[str, torch
 def write_drafter_files(folder: Path, config: LoraDrafterConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write a drafter's two files into `folder`, which is made if it is missing.
 
-    Each file appears whole or not at all. There is no `adapter_config.json` on purpose: transformers' `from_pretrained` would attach
-    the factors to the model as an ordinary adapter, which acts on every position.
+    Each file appears whole or not at all. There is no `adapter_config.json` on purpose: transformers'
+    `from_pretrained` would attach the factors to the model as an ordinary adapter, which acts on every position.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name_of_part:
@@ -218,7 +218,8 @@ def _shape_of(model: Any) -> dict[str, Any]:
 def _hint_of_adapter(folder: Path) -> str:
     if not (folder / "adapter_config.json").is_file():
         return ""
-    return ": it holds an ordinary adapter, which would act on every position; load it with model.load_adapter or PeftModel"
+    advice = "load it with model.load_adapter or PeftModel"
+    return f": it holds an ordinary adapter, which would act on every position; {advice}"
 
 
 def _is_first_factor(name: str) -> bool:
@@ -227,7 +228,7 @@ def _is_first_factor(name: str) -> bool:
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], config: LoraDrafterConfig, path: Path) -> None:
-    """Raise `DrafterError` unless `tensors` are finite and are the pairs of factors and the embedding that `config` describes."""
+    """Raise `DrafterError` unless `tensors` are finite, and are the factors and the embedding that `config` names."""
     if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise DrafterError(f"{path}: {broken[0]} holds NaN or Inf.")
     prefix, suffix = factor_names("|")[0].split("|")

@@ -20,7 +20,7 @@ from tests.helpers.models import fresh_model
         ({"jacobi_block_size": 4.0}, "must be an integer"),
         ({"jacobi_block_size": True}, "must be an integer"),
         ({"jacobi_max_blocks": -1}, "jacobi_max_blocks=-1"),
-        ({"jacobi_max_blocks": 0, "jacobi_lookup_tokens": 0}, "leaves nothing to draft from"),
+        ({"jacobi_max_blocks": 0, "jacobi_lookup_tokens": 0}, "leaves nothing to guess from"),
         ({"jacobi_activation_ratio": 1.5}, "must be a number from 0.0 to 1.0"),
         ({"jacobi_activation_ratio": float("nan")}, "jacobi_activation_ratio=nan"),
         ({"jacobi_pool_size": -1}, "jacobi_pool_size=-1"),

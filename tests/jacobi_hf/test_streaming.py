@@ -92,12 +92,12 @@ def test_steps_are_forwards_and_their_tokens_the_output(seed, new, end, stops, p
     assert seen.tokens == tokens
     assert len(seen.steps) == output.jacobi_stats.forwards
     assert seen.ended == 1
-    assert not seen.steps[0].drafts
+    assert not seen.steps[0].candidates
     for step in seen.steps[1:-1]:  # a stop may cut the last one short
-        assert len(step.token_ids) == 1 + max([draft.accepted(step.token_ids) for draft in step.drafts], default=0)
-    assert sum(len(draft.token_ids) for step in seen.steps for draft in step.drafts if draft.source == "window") == (
-        output.jacobi_stats.drafted
-    )
+        assert len(step.token_ids) == 1 + max([draft.accepted(step.token_ids) for draft in step.candidates], default=0)
+    assert sum(
+        len(draft.token_ids) for step in seen.steps for draft in step.candidates if draft.source == "window"
+    ) == (output.jacobi_stats.drafted)
 
 
 def test_guesses_become_what_the_model_chooses_for_them():
@@ -107,13 +107,13 @@ def test_guesses_become_what_the_model_chooses_for_them():
     )
     known, checked = 6 + len(seen.steps[0].token_ids), 0
     for step, following in pairwise(seen.steps[1:]):
-        (window,) = step.drafts
+        (window,) = step.candidates
         ids = torch.cat([output.sequences[0, :known], torch.tensor(window.token_ids)])
         choices = model(ids[None]).logits[0, known - 1 :].argmax(-1).tolist()
         count = len(step.token_ids)
         assert tuple(choices[:count]) == step.token_ids
-        if following.drafts:
-            guesses = following.drafts[0].token_ids[: len(choices) - count]
+        if following.candidates:
+            guesses = following.candidates[0].token_ids[: len(choices) - count]
             assert tuple(choices[count : count + len(guesses)]) == guesses
             checked += len(guesses)
         known += count
@@ -126,7 +126,7 @@ def test_under_a_drafter_more_is_guessed_than_verified():
         tokens, output, seen = generated(model, 5, 30, decoding="jacobi_multiblock", jacobi_verify_width=3)
     assert seen.tokens == tokens
     assert len(seen.steps) == output.jacobi_stats.forwards
-    windows = [draft for step in seen.steps for draft in step.drafts if draft.source == "window"]
+    windows = [draft for step in seen.steps for draft in step.candidates if draft.source == "window"]
     assert sum(draft.verified for draft in windows) == output.jacobi_stats.verified
     assert sum(len(draft.token_ids) for draft in windows) == output.jacobi_stats.drafted
     assert max(len(draft.token_ids) for draft in windows) > 3 == max(draft.verified for draft in windows)
