@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, s
 from jacobi_hf.evaluation.decoding import prompt_ids
 from jacobi_hf.io import read_jsonl, read_prompts_by_domain
 from jacobi_hf.results.environment import Hardware
+from jacobi_hf.resume import Progress
 from jacobi_hf.trainer.data.loading import load_packed
-from jacobi_hf.trainer.data.shards import MANIFEST, differences, read_manifest
+from jacobi_hf.trainer.data.shards import MANIFEST, read_manifest
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer, last_finished_checkpoint
 from jacobi_hf.trainer.options import option
@@ -165,48 +166,37 @@ def _trainer(data: TrainData, args: JacobiForcingConfig, run: Run) -> JacobiForc
 
 
 class Run(TrainerCallback):
-    """`run.json` beside the checkpoints: what the run was started with, and how long it has taken, interruptions left out.
+    """The record of a training run, in `run.json` beside its checkpoints: its arguments, and its minutes at each checkpoint.
+
+    Args:
+        folder: the run's output_dir.
+        started_with: arguments and data of the run, as plain JSON values.
 
     Raises:
-        ValueError: the folder holds a run under other arguments.
+        ValueError: the folder holds a run under other arguments, or checkpoints of another program.
     """
 
     def __init__(self, folder: str, started_with: Mapping[str, Any]) -> None:
-        self._file, self._began = Path(folder) / "run.json", time.perf_counter()
-        self.minutes_before = 0.0
-        if self._file.is_file():
-            former = json.loads(self._file.read_text(encoding="utf-8"))
-            if differing := differences(former["started_with"], started_with):
-                raise ValueError(
-                    f"{folder} holds a run under other arguments ({'; '.join(differing)}): choose another output_dir, or delete that one."
-                )
-            self.minutes_before = former["minutes"]
-        elif last_finished_checkpoint(folder):
+        self._began = time.perf_counter()
+        self._progress = Progress(Path(folder) / "run.json", started_with, place=folder, option="output_dir")
+        if not self._progress.file.is_file() and last_finished_checkpoint(folder):
             raise ValueError(f"{folder} holds checkpoints of another program: choose another output_dir.")
-        self._started_with = started_with
+        self._minutes_before = max((part["minutes"] for part in self._progress.parts.values()), default=0.0)
 
     @property
     def minutes(self) -> float:
-        """Since the run was first started."""
-        return self.minutes_before + (time.perf_counter() - self._began) / 60
+        """Minutes that the run has taken, interruptions left out."""
+        return self._minutes_before + (time.perf_counter() - self._began) / 60
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The file is there before any checkpoint is."""
-        if state.is_world_process_zero and not self._file.is_file():
-            self._write()
+        """Write the file before there is any checkpoint."""
+        if state.is_world_process_zero:
+            self._progress.begin()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the time with the checkpoint that it belongs to."""
+        """Add a checkpoint, with the minutes up to it."""
         if state.is_world_process_zero:
-            self._write()
-
-    def _write(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        part = self._file.with_suffix(".part")
-        part.write_text(
-            json.dumps({"started_with": self._started_with, "minutes": self.minutes}, indent=1), encoding="utf-8"
-        )
-        part.replace(self._file)
+            self._progress.add(f"checkpoint-{state.global_step}", {"minutes": self.minutes})
 
 
 def same_model(name: str, other: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jacobi_hf.cli._options import check_folder, errors_in_one_line
-from jacobi_hf.io import read_json_object
 from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
 
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.results.schema import Measurement, Results
+    from jacobi_hf.resume import Progress
 
     Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -92,6 +91,7 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
 
     from jacobi_hf.loading import load
     from jacobi_hf.results.schema import Results
+    from jacobi_hf.resume import Progress
     from jacobi_hf.trainer.data.shards import weights_fingerprint
     from jacobi_hf.trainer.run_record import stages_of
 
@@ -103,8 +103,14 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
         decoders = _own(model)
     results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
     stages = [stage.model_dump() for stage in training]
-    of = {"config": asdict(config), "prompts": prompts, "weights": weights_fingerprint(model), "training": stages}
-    kept = _Kept(unfinished(config), json.loads(json.dumps(of)))
+    settings = {
+        "config": asdict(config),
+        "prompts": prompts,
+        "weights": weights_fingerprint(model),
+        "training": stages,
+    }
+    progress = Progress(unfinished(config), settings)
+    kept = _Kept(progress)
     measured: list[Measurement] = []
 
     def bar(rows: Any, what: str) -> Any:
@@ -121,7 +127,7 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
         )
     results = results.model_copy(update={"measurements": measured, "training": training})
     results.write(Path(config.output))
-    kept.clear()
+    progress.remove()
     return results
 
 
@@ -169,32 +175,18 @@ def _own(model: Any) -> dict[str, JacobiConfig]:
 
 
 class _Kept:
-    """Measurements in a file, until all are there.
+    """Measurements in a file, so that an interrupted command measures only what is missing."""
 
-    Args:
-        of: what they belong to; those of something else are dropped.
-    """
-
-    def __init__(self, file: Path, of: dict[str, Any]) -> None:
-        self._file, self._of = file, of
-        self._done: dict[str, list[dict[str, Any]]] = {}
-        if file.is_file():
-            former = read_json_object(file)
-            self._done = former["done"] if former.get("of") == of else {}
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def __call__(self, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
+        """Return the measurements that are kept under a name, or measure and keep them."""
         from jacobi_hf.results.schema import Measurement
 
-        if name not in self._done:
-            self._done[name] = [m.model_dump(mode="json", exclude_none=True) for m in measure()]
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(".part")
-            part.write_text(json.dumps({"of": self._of, "done": self._done}), encoding="utf-8")
-            part.replace(self._file)
-        return [Measurement.model_validate(m) for m in self._done[name]]
-
-    def clear(self) -> None:
-        self._file.unlink(missing_ok=True)
+        if name not in self._progress.parts:
+            self._progress.add(name, [m.model_dump(mode="json", exclude_none=True) for m in measure()])
+        return [Measurement.model_validate(m) for m in self._progress.parts[name]]
 
 
 def _loss(

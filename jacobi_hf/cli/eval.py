@@ -179,6 +179,7 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
     from jacobi_hf.loading import load
     from jacobi_hf.results.schema import Results
+    from jacobi_hf.resume import Progress
 
     tasks = load_tasks(
         options.tasks, [TaskFile.read(path) for path in options.task_files], runs_code=options.runs_code
@@ -194,12 +195,12 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
         "Scores, tokens per forward and speed of ordinary and Jacobi decoding on the same tasks", model, options.model
     )
     settings = {**asdict(options), "dtype": results.dtype, "device": results.device, "threads": results.threads}
-    journal_file = journal_of(options.output) if options.output else None
+    file = journal_of(options.output) if options.output else None
     lm = AlternatingLM(
         model,
         tokenizer,
         {name: config.to_knobs() if config else {"decoding": None} for name, config in decoders.items()},
-        lambda requests: Journal(journal_file, {**settings, "requests": requests}),
+        lambda requests: Journal(Progress(file, {**settings, "requests": requests}) if file else None),
         lambda rows: track(rows, "Generating", console=Console(stderr=True), disable=quiet),
     )
     measured = measure(lm, tasks, decoders, limit=options.limit, chat=options.chat_template, drafter=options.drafter)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,13 +21,13 @@ from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Q
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.output import JacobiStats
+    from jacobi_hf.resume import Progress
 
 BASELINE = "generate"
 BOOTSTRAPS = 1000  # for scores that are not means
@@ -62,58 +61,40 @@ class Output:
         accepted = dict(sorted(stats.accepted_lengths.items()))
         return cls(text, ids, stats.forwards, stats.slots, stats.slots_by_width.total(), seconds, accepted)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Output:
+        """Return the output that `dataclasses.asdict` and JSON have made of one: JSON turns the lengths into strings."""
+        accepted = {int(length): count for length, count in value["accepted_lengths"].items()}
+        return cls(**{**value, "accepted_lengths": accepted})
+
 
 class Journal:
-    """Outputs on disk while an evaluation runs, one a line, so that one that was interrupted goes on.
+    """Outputs of an evaluation by decoder and request, in a file, so that an interrupted evaluation generates only what is missing.
 
     Args:
-        path: the file, or None to keep nothing.
-        settings: what decides over the outputs; those of another run are not taken over.
-
-    Raises:
-        ValueError: the file holds outputs under other settings.
+        progress: the file, or None to keep the outputs in memory only.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        self._path, self._outputs = path, {}  # type: ignore[var-annotated]
-        if path is None:
-            return
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")[
-                :-1
-            ]  # a line that was cut off is behind the last line break
-            former = json.loads(lines[0]) if lines else dict(settings)
-            if differing := [
-                name for name in former.keys() | settings.keys() if former.get(name) != settings.get(name)
-            ]:
-                raise ValueError(
-                    f"{path} holds an unfinished evaluation under another {', '.join(sorted(differing))}: "
-                    "finish that one, delete the file, or choose another output."
-                )
-            for row in map(json.loads, lines[1:]):
-                accepted = {int(length): count for length, count in row["output"].pop("accepted_lengths").items()}
-                self._outputs[row["decoder"], row["request"]] = Output(**row["output"], accepted_lengths=accepted)
-            path.write_text("".join(f"{line}\n" for line in lines) or f"{json.dumps(settings)}\n", encoding="utf-8")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{json.dumps(settings)}\n", encoding="utf-8")
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+        parts = {} if progress is None else progress.parts
+        self._outputs = {name: Output.from_json(value) for name, value in parts.items()}
 
     def get(self, decoder: str, request: int) -> Output | None:
-        """The output that is there already."""
-        return self._outputs.get((decoder, request))
+        """Return the output of a decoder for a request, or None if it is missing."""
+        return self._outputs.get(f"{decoder}/{request}")
 
     def add(self, decoder: str, request: int, output: Output) -> None:
         """Keep an output."""
-        self._outputs[decoder, request] = output
-        if self._path is not None:
-            row = {"decoder": decoder, "request": request, "output": dataclasses.asdict(output)}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(row)}\n")
+        name = f"{decoder}/{request}"
+        self._outputs[name] = output
+        if self._progress is not None:
+            self._progress.add(name, dataclasses.asdict(output))
 
     def close(self) -> None:
-        """The evaluation is finished: nothing needs to be kept."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        """Delete the file, when every output is there."""
+        if self._progress is not None:
+            self._progress.remove()
 
 
 class AlternatingLM(HFLM):

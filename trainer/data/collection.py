@@ -177,7 +177,7 @@ def collect(
         Counts over the whole folder: prompts, rows, tokens, forwards, too_long, too_short.
 
     Raises:
-        ManifestError: the folder was begun under other settings.
+        ResumeError: the folder was begun under other settings.
         ValueError: rows without prompts.
     """
     from tqdm.auto import tqdm

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from jacobi_hf.resume import Progress, ResumeError, read_progress
+from jacobi_hf.trainer.options import RENAMED
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -39,41 +42,44 @@ def leave_together() -> None:
         distributed.destroy_process_group()
 
 
-class ManifestError(ValueError):
-    """A folder that was written under other settings, or is damaged."""
+class ManifestError(ResumeError):
+    """A folder of shards that is unfinished, damaged, or has no manifest."""
 
 
 class ShardFolder:
-    """A folder of shards that several processes may fill.
+    """A folder of parquet shards that several processes may fill, and its manifest, which says how they were made.
 
     Args:
-        path: created when it is not there.
-        settings: everything that determines the rows. A folder begun under other settings is refused.
+        path: the folder; it is created if it is not there.
+        settings: everything that determines the rows.
 
     Raises:
-        ManifestError: the folder belongs to other settings, named one by one, or holds foreign files.
+        ResumeError: the folder was begun under other settings, named one by one.
+        ManifestError: the folder has parquet files but no manifest.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock")
-        with self._lock:
-            manifest = self._read()
-            if manifest is None:
-                if any(self.path.glob("*.parquet")):
-                    raise ManifestError(f"{self.path} holds parquet files but no {MANIFEST}: choose an empty folder.")
-                self._write({"settings": dict(settings), "versions": _versions(), "shards": {}, "complete": False})
-            elif differing := differences(manifest["settings"], settings):
-                raise ManifestError(
-                    f"{self.path} was begun under other settings ({'; '.join(differing)}). Go on with those, or choose another folder."
-                )
+        manifest = self.path / MANIFEST
+        if not manifest.is_file() and any(self.path.glob("*.parquet")):
+            raise ManifestError(f"{self.path} holds parquet files but no {MANIFEST}: choose an empty folder.")
+        self._progress = Progress(
+            manifest,
+            settings,
+            place=self.path,
+            option="output_dir",
+            parts_key="shards",
+            renamed=RENAMED["pack"],
+            lock=FileLock(self.path / ".lock"),
+            facts={"versions": _versions(), "complete": False},
+        )
+        self._progress.begin()
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """The shards that are done, by file name, with their counts."""
-        manifest = self._read()
-        assert manifest is not None
-        return {name: counts for name, counts in manifest["shards"].items() if (self.path / name).is_file()}
+        """Return the counts of each finished shard, by file name."""
+        self._progress.reload()
+        return {name: counts for name, counts in self._progress.parts.items() if (self.path / name).is_file()}
 
     def write(self, name: str, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> None:
         """Add a shard: to a temporary file first, then under its name, then into the manifest."""
@@ -88,29 +94,13 @@ class ShardFolder:
             part.replace(self.path / name)
         finally:
             part.unlink(missing_ok=True)
-        with self._lock:
-            manifest = self._read()
-            assert manifest is not None
-            manifest["shards"] = dict(sorted({**manifest["shards"], name: {**counts, "sha256": digest}}.items()))
-            manifest["prompts_done"] = sum(shard.get("prompts", 0) for shard in manifest["shards"].values())
-            self._write(manifest)
+        self._progress.add(name, {**counts, "sha256": digest})
 
     def complete(self) -> None:
-        """Note that no shard is missing, and clear what killed processes left behind."""
-        with self._lock:
-            manifest = self._read()
-            assert manifest is not None
-            for leftover in self.path.glob(".*.part"):
-                leftover.unlink()
-            self._write({**manifest, "complete": True})
-
-    def _read(self) -> dict[str, Any] | None:
-        return read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
-
-    def _write(self, manifest: Mapping[str, Any]) -> None:
-        part = self.path / f".{MANIFEST}.{os.getpid()}.part"
-        part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.path / MANIFEST)
+        """Note in the manifest that no shard is missing, and delete the temporary files of killed processes."""
+        for leftover in self.path.glob(".*.part"):
+            leftover.unlink()
+        self._progress.note(complete=True)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -120,17 +110,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ManifestError: there is none, or it cannot be read.
     """
     file = Path(path) / MANIFEST
+    if not file.is_file():
+        raise ManifestError(f"{file} does not exist: is {path} a folder that jacobi_hf.trainer wrote?")
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ManifestError(f"{file} does not exist: is {path} a folder that jacobi_hf.trainer wrote?") from None
-    except json.JSONDecodeError as error:
-        raise ManifestError(f"{file} cannot be read ({error}).") from None
-    if not {"settings", "shards"} <= manifest.keys():
-        raise ManifestError(f"{file} is not a manifest of jacobi_hf.trainer.")
-    if "window" in manifest["settings"]:  # the former name, in folders that an earlier version packed
-        manifest["settings"]["noise_levels"] = manifest["settings"].pop("window")
-    return manifest
+        return read_progress(file, "shards", RENAMED["pack"])
+    except ResumeError as error:
+        raise ManifestError(str(error)) from None
 
 
 def read_shards(path: str | Path) -> Any:
@@ -174,16 +159,6 @@ def checked_shards(path: str | Path) -> list[str]:
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def differences(former: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Which settings differ, each in words."""
-    plain = json.loads(json.dumps(dict(current)))
-    return [
-        f"{name}: {former.get(name)!r}, now {plain.get(name)!r}"
-        for name in sorted({*former, *plain})
-        if former.get(name) != plain.get(name)
-    ]
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from jacobi_hf.cli.eval import Evaluation, run
 from jacobi_hf.evaluation.harness import AlternatingLM, Journal, Output
 from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
 from jacobi_hf.results.schema import Results
+from jacobi_hf.resume import Progress
 from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 
 FORCED, TASK = str(EXAMPLE / "forced"), EXAMPLE / "tasks" / "arithmetic.jsonl"
@@ -169,11 +170,13 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         run(options, quiet=True)
     assert not output.exists()
     calls.clear()
-    with pytest.raises(ValueError, match=r"unfinished evaluation under another max_new_tokens, requests"):
+    with pytest.raises(
+        ValueError, match=r"unfinished.jsonl was begun under other settings \(max_new_tokens: 48, now 20; requests: "
+    ):
         run(Evaluation(**{**vars(options), "max_new_tokens": 20}), quiet=True)
     file = tmp_path / "results.json.unfinished.jsonl"
     with file.open("a") as end:
-        end.write('{"decoder": "gener')  # a line that was cut off
+        end.write('{"part": "gener')  # a line that was cut off
     calls.clear()
     monkeypatch.setattr(AlternatingLM, "_generate", lambda *args: calls.append(args[1]) or generate(*args))
     results = run(options, quiet=True)
@@ -185,8 +188,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
 
 def test_a_journal_gives_back_what_it_was_given(tmp_path):
     output = Output("täxt\n", [1, 2], 2, 3, 1, 0.5, {1: 2, 7: 1})
-    Journal(tmp_path / "deep" / "j.jsonl", {"a": 1}).add("generate", 3, output)
-    again = Journal(tmp_path / "deep" / "j.jsonl", {"a": 1})
+    file = tmp_path / "deep" / "j.jsonl"
+    Journal(Progress(file, {"a": 1})).add("generate", 3, output)
+    again = Journal(Progress(file, {"a": 1}))
     assert again.get("generate", 3) == output
     assert again.get("generate", 2) is None
 

@@ -189,6 +189,8 @@ def test_an_interrupted_bench_goes_on_behind_what_it_has(recipe, tmp_path, monke
 
     monkeypatch.setattr(bench, "_decoded", interrupted)
     assert "bench.json.unfinished.json; the same command goes on from there" in run(*words, code=130).stderr
+    other = refused(*words, "--max_new_tokens", 5)
+    assert "bench.json.unfinished.json was begun under other settings (config.max_new_tokens: " in other
     monkeypatch.setattr(bench, "_decoded", decoded)
     monkeypatch.setattr(bench, "_solved", interrupted)  # is not asked again
     run(*words)
@@ -214,7 +216,7 @@ def test_folders_of_other_runs_are_refused(recipe, tmp_path):
     folder, forced = recipe.parent, EXAMPLE / "forced"
     assert "under other settings (seed: 0, now 1)" in refused("collect", "--config", recipe, "--seed", 1)
     assert "under other settings (noise_levels: 4, now 5)" in refused("pack", "--config", recipe, "--noise_levels", 5)
-    assert "under other arguments (learning_rate: 0.001, now 0.5)" in refused(
+    assert "under other settings (learning_rate: 0.001, now 0.5)" in refused(
         "train", "--config", recipe, "--learning_rate", "0.5"
     )
     other = refused("train", "--config", recipe, "--model", forced, "--output_dir", tmp_path / "other")

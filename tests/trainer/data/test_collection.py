@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm.std import tqdm
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from jacobi_hf.resume import ResumeError
 from jacobi_hf.trainer import NoiseSchedule, collect_trajectories, load_packed
 from jacobi_hf.trainer.data.collection import CollectConfig, collect, load_trajectories, read_prompts
 from jacobi_hf.trainer.data.packing import PackConfig, pack_trajectories, select, shares, wanted_buckets
@@ -153,10 +154,10 @@ def test_bad_settings_are_named(tmp_path, options, message):
 
 def test_a_folder_of_other_settings_is_refused(tiny, tokenizer, tmp_path):
     collect(tiny, tokenizer, settings(tmp_path), ROWS)
-    with pytest.raises(ManifestError, match=r"begun under other settings \(block_size: 4, now 2"):
+    with pytest.raises(ResumeError, match=r"begun under other settings \(block_size: 4, now 2"):
         collect(tiny, tokenizer, settings(tmp_path, block_size=2), ROWS)
     other = Qwen3ForCausalLM(tiny.config).eval()
-    with pytest.raises(ManifestError, match="weights: "):
+    with pytest.raises(ResumeError, match="weights: "):
         collect(other, tokenizer, settings(tmp_path), ROWS)
     with pytest.raises(ManifestError, match="block_size=4, not 8"):
         load_trajectories(tmp_path / "out", tokenizer, 8)
@@ -184,7 +185,7 @@ def test_damage_is_named(tiny, tokenizer, tmp_path):
     with pytest.raises(ManifestError, match="does not exist"):
         load_trajectories(tmp_path)
     (tmp_path / "out" / "manifest.json").write_text("{")
-    with pytest.raises(ManifestError, match="cannot be read"):
+    with pytest.raises(ManifestError, match=r"manifest.json is not JSON: .* damaged: delete it"):
         load_trajectories(tmp_path / "out")
 
 
@@ -202,7 +203,7 @@ def test_other_end_tokens_are_other_settings(tiny, tokenizer, tmp_path):
     collect(tiny, tokenizer, settings(tmp_path), ROWS)
     former, tiny.generation_config.eos_token_id = tiny.generation_config.eos_token_id, 77
     try:
-        with pytest.raises(ManifestError, match=r"end_and_pad: \[\[0\], 1\], now \[\[77\], 1\]"):
+        with pytest.raises(ResumeError, match=r"end_and_pad: \[\[0\], 1\], now \[\[77\], 1\]"):
             collect(tiny, tokenizer, settings(tmp_path), ROWS)
     finally:
         tiny.generation_config.eos_token_id = former
@@ -393,7 +394,7 @@ def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, 
     manifest.write_text(manifest.read_text().replace('"noise_levels"', '"window"'))  # as an earlier version wrote it
     pack_trajectories(config, tokenizer)
     assert load_packed(str(tmp_path / "packed")).to_list() == first
-    with pytest.raises(ManifestError, match="begun under other settings"):
+    with pytest.raises(ResumeError, match="begun under other settings"):
         pack_trajectories(
             PackConfig(sources=sources, output_dir=str(tmp_path / "packed"), visits=1, rows=5, noise_levels=4),
             tokenizer,
