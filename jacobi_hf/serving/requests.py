@@ -1,8 +1,8 @@
-"""What a request to the server may hold, and how it is said to transformers' handlers.
+"""Fields of a request, checked, and translated for transformers' handlers.
 
-Fields that decide over the text are checked here, so that a bad one is refused before anything is generated; all others go on to the
-handlers, which name the fields that they do not know. Knobs and seed travel in the request's `generation_config`, a field that the
-handlers read.
+Fields that change the text are checked here, so that a bad field is refused before anything is generated. All other
+fields go to transformers' handlers unchanged, which refuse the fields that they do not know. Knobs and seed travel
+inside the request's `generation_config`, a field that the handlers read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 SEED = "request_seed"
-# What transformers' handlers read past: here only the values that mean "not asked for" are served.
+# Fields that transformers' handlers ignore. Only values that ask for nothing are accepted.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
@@ -32,20 +32,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
 }
 
-
 _Stop = Annotated[str, Field(min_length=1)]
 _TokenId = Annotated[str, Field(pattern="^[0-9]+$")]
-
-
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Checked(BaseModel):
+    """Base class of the checked parts of a request; unknown fields are kept."""
+
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class _Request(_Checked):
-    """What chat and completion requests have in common."""
+    """Fields that chat and completion requests share."""
 
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
@@ -78,10 +77,10 @@ class _Message(_Checked):
 
 
 class _GenerationOptions(_Checked):
-    """The fields of a request's `generation_config` that are served: those that decide over the text of one answer.
+    """Fields of a request's `generation_config` that are served: those that change the text of one answer.
 
-    Others are refused: they would change what the server is asked to return, or hold ids that are out of the vocabulary, with which a
-    GPU stops working.
+    All others are refused. They would change what `generate` returns to the server, or they hold token ids: an id
+    outside of the vocabulary makes a GPU unusable until the server restarts.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -99,7 +98,7 @@ class _GenerationOptions(_Checked):
 
 
 class ChatRequest(_Request):
-    """A request for `/v1/chat/completions`."""
+    """Request to `/v1/chat/completions`."""
 
     messages: list[_Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -108,61 +107,92 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """A request for `/v1/completions`."""
+    """Request to `/v1/completions`."""
 
     prompt: str = Field(min_length=1)
 
 
 def translate(kind: type[_Request], body: Mapping[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
-    """The request as transformers' handlers take it: checked, with knobs and seed inside `generation_config`.
+    """Return a checked request as transformers' handlers take it, with knobs and seed inside its `generation_config`.
 
     Args:
-        kind: what the request is checked as.
-        body: the request.
-        defaults: the model's generation config, which decides what the request leaves open.
+        kind: class of the request: `ChatRequest` or `CompletionRequest`.
+        body: the request's JSON object.
+        defaults: the model's generation config; it decides what the request leaves open.
 
     Raises:
-        ValueError: something cannot be served; says what, with its value and what is allowed.
+        ValueError: a field cannot be served; the error has its name, its value and what is allowed.
     """
     request = _read(kind, body)
-    for name, neutral in _NEUTRAL.items():
-        if name in body and body[name] not in neutral:
-            raise ValueError(f"{name}={_short(body[name])} is not served: leave {name} out.")
+    _check_neutral(body)
     own = (
         {} if request.generation_config is None else parse_json_object(request.generation_config, "generation_config")
     )
+    knobs = _knobs(body, own, defaults)
+    options = {**_options(request, own, defaults), **knobs, SEED: request.seed}
+    return {**_other_fields(request, body), "generation_config": json.dumps(options)}
+
+
+def _check_neutral(body: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a request asks for something that transformers' handlers would ignore."""
+    for name, neutral in _NEUTRAL.items():
+        if name in body and body[name] not in neutral:
+            raise ValueError(f"{name}={_short(body[name])} is not served: leave {name} out.")
+
+
+def _knobs(body: Mapping[str, Any], own: Mapping[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
+    """Return the knobs of a request; those of the body override those of its own generation config.
+
+    Raises:
+        ValueError: a knob is misspelt, out of range, or without effect.
+    """
     reject_misspelt([*body, *own])
     given = {name: source[name] for source in (own, body) for name in KNOBS if name in source}
     decoding = JacobiConfig.from_knobs({name: getattr(defaults, name, None) for name in KNOBS} | given)
     reject_pointless(given, decoding)
+    return given
+
+
+def _options(request: _Request, own: Mapping[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
+    """Return the generation config of a request, without knobs: the model's, overridden by the request's own."""
     config = {**_without_knobs(json.loads(defaults.to_json_string())), "max_new_tokens": None}
     config |= _read(_GenerationOptions, _without_knobs(own), "generation_config").model_dump(exclude_unset=True)
     if request.temperature is not None or request.top_p is not None:
         config["do_sample"] = request.temperature != 0
-    dropped = {
-        *KNOBS,
-        "seed",
-        *(["temperature"] if request.temperature == 0 else []),
-        *([] if body.get("stop") else ["stop"]),
-    }
+    return config
+
+
+def _other_fields(request: _Request, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that transformers' handlers read themselves."""
+    dropped = {*KNOBS, "seed"}
+    if request.temperature == 0:
+        dropped.add("temperature")
+    if not body.get("stop"):
+        dropped.add("stop")
     rest = {name: value for name, value in body.items() if name not in dropped}
-    if body.get("logit_bias"):
-        rest["logit_bias"] = request.model_dump()[
-            "logit_bias"
-        ]  # integers in JSON are numbers to transformers' processor only as floats
-    return {**rest, "generation_config": json.dumps({**config, **given, SEED: request.seed})}
+    if body.get("logit_bias"):  # transformers' processor takes floats only, and JSON may have integers
+        rest["logit_bias"] = request.model_dump()["logit_bias"]
+    return rest
 
 
 def _read(kind: type[_Model], body: Mapping[str, Any], within: str = "") -> _Model:
+    """Return a checked part of a request.
+
+    Args:
+        kind: class of the part.
+        body: the part's JSON object.
+        within: name of the field that holds the part; empty for the request itself.
+
+    Raises:
+        ValueError: a field is missing, unknown, or has a value that is not allowed.
+    """
     try:
         return kind.model_validate(dict(body))
     except ValidationError as error:
-        deepest = max(
-            error.errors(), key=lambda one: len(one["loc"])
-        )  # of the alternatives of a union, the one that fits best
-    where = ".".join(
-        str(part) for part in (within, *deepest["loc"]) if part not in ("str", "") and "[" not in str(part)
-    )
+        # A union reports an error of each alternative. The deepest one belongs to the alternative that fits best.
+        deepest = max(error.errors(), key=lambda one: len(one["loc"]))
+    parts = [str(part) for part in (within, *deepest["loc"])]
+    where = ".".join(part for part in parts if part not in ("str", "") and "[" not in part)
     if deepest["type"] == "missing":
         raise ValueError(f"{where} is missing.")
     if deepest["type"] == "extra_forbidden":
@@ -173,7 +203,7 @@ def _read(kind: type[_Model], body: Mapping[str, Any], within: str = "") -> _Mod
 
 
 def stop_strings(body: Mapping[str, Any]) -> list[str]:
-    """The stop strings of a request that `translate` has let through."""
+    """Return the stop strings of a request that `translate` returned."""
     stops = body.get("stop") or []
     return [stops] if isinstance(stops, str) else list(stops)
 

@@ -1,4 +1,7 @@
-"""Answers of the server as text: events of a stream read back, and stop strings cut off (transformers leaves them at the end)."""
+"""Text of answers: events of a stream, parsed, and text cut before the first stop string.
+
+transformers leaves the stop string at the end of the text; the OpenAI API leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,51 @@ if TYPE_CHECKING:
 
 
 class StopCutter:
-    """Text up to the first stop string, given piece by piece.
+    """Cuts a text that arrives piece by piece before its first stop string.
+
+    Args:
+        stops: the stop strings.
 
     Attributes:
-        stopped: whether a stop string was there.
+        stopped: whether the text had a stop string so far.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops, self._held, self.stopped = stops, "", False
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
 
     def feed(self, piece: str) -> str:
-        """What is certain by now not to be part of a stop string."""
+        """Take the next piece; return the text that cannot be part of a stop string any more."""
         if self.stopped:
             return ""
         text = self._held + piece
         ends = [at + len(stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:  # the stop string that is complete first ends the text, though another one may begin before it
-            self.stopped, self._held = True, ""
+            self.stopped = True
+            self._held = ""
             done = text[: min(ends)]
             return done[: min(at for stop in self._stops if (at := done.find(stop)) >= 0)]
-        beginnings = (
-            n for stop in self._stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])
+        certain = len(text) - self._longest_beginning(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def _longest_beginning(self, text: str) -> int:
+        """Return the length of the longest beginning of a stop string that the text ends with."""
+        return max(
+            (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
+            default=0,
         )
-        held = max(beginnings, default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
 
     def rest(self) -> str:
-        """What was held back, when the text has ended."""
-        held, self._held = self._held, ""
+        """Return the text that is still held back; call it after the last piece."""
+        held = self._held
+        self._held = ""
         return held
 
 
 async def read_events(parts: AsyncIterable[str | bytes | memoryview]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events."""
+    """Yield the JSON objects of a stream of server-sent events."""
     async for part in parts:
         text = part if isinstance(part, str) else bytes(part).decode()
         for event in text.split("\n\n"):
@@ -53,7 +67,7 @@ async def read_events(parts: AsyncIterable[str | bytes | memoryview]) -> AsyncIt
 
 
 async def cut_events(events: AsyncIterator[dict[str, Any]], stops: Sequence[str]) -> AsyncIterator[dict[str, Any]]:
-    """Events of a streamed answer, cut behind its text."""
+    """Yield the events of a streamed answer, with its text cut before the first stop string."""
     cutter = StopCutter(stops)
     async for event in events:
         if "error" in event or not stops:
@@ -75,7 +89,7 @@ async def cut_events(events: AsyncIterator[dict[str, Any]], stops: Sequence[str]
 
 
 def cut_answer(answer: dict[str, Any], stops: Sequence[str]) -> dict[str, Any]:
-    """A whole answer, cut behind its text."""
+    """Return a whole answer, with its text cut before the first stop string."""
     for choice in answer["choices"]:
         holder, key = _holder(choice)
         cutter = StopCutter(stops)
@@ -87,7 +101,7 @@ def cut_answer(answer: dict[str, Any], stops: Sequence[str]) -> dict[str, Any]:
 
 
 def _holder(choice: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Where a choice has its text: `delta` or `message` of a chat, the choice itself of a completion."""
+    """Return the object that holds the text of a choice, and the key: for a chat its `delta` or `message`."""
     for name in ("delta", "message"):
         if name in choice:
             return choice[name], "content"
@@ -100,7 +114,7 @@ def _set_text(choice: dict[str, Any], text: str) -> None:
 
 
 def _with_text(finish: dict[str, Any], text: str) -> dict[str, Any]:
-    """An event like the last one that has text instead of an end."""
+    """Return an event with text, made from the last event of a stream, which has the reason to finish."""
     event = copy.deepcopy(finish)
     event.pop("usage", None)
     event["choices"][0].pop("finish_reason")
