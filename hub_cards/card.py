@@ -1,4 +1,7 @@
-"""The card of a model or drafter: every number from a document of results, every string from outside as data."""
+"""The card of a model or drafter.
+
+Every number comes from a document of results, and every string from outside is escaped.
+"""
 
 from __future__ import annotations
 
@@ -44,36 +47,37 @@ def generate_model_card(
     decoders: Collection[str] | None = None,
     prompt: str = "def quicksort(items):",
 ) -> ModelCard:
-    """The card of a repository, from documents of results.
+    """Return the card of a repository, written from documents of results.
 
     Args:
-        results: files or documents; none gives a card that says that nothing was measured. The first one that has `training` of the most
-            stages gives the recipe.
-        repo_id: of the repository.
-        base_model: that was trained, or that a drafter is for: its repository, or a folder.
-        license: inherited from the base's card when not given.
-        language: codes, such as "en".
-        datasets: names of Hub datasets that were trained on.
-        drafter: the repository holds a drafter, which needs `base_model`.
-        adapter: the repository holds a LoRA adapter of PEFT.
-        measured_as: what documents that hold several models call this one.
-        base_measured_as: what they call its base, whose quality is then shown beside it.
-        decoders: names of the Jacobi decoders to show; None shows all of them.
-        prompt: in the examples of use.
+        results: documents of results or their files. Without any, the card says that nothing was measured. The recipe
+            comes from the document with the most stages of training.
+        repo_id: the repository, "user/name".
+        base_model: the model that was trained, or that a drafter is for: its Hub repository or a folder.
+        license: the license; None takes that of the base model's card.
+        language: codes of languages, such as "en".
+        datasets: names of the Hub datasets of the training.
+        drafter: whether the repository holds a drafter. It needs `base_model`.
+        adapter: whether the repository holds a LoRA adapter of PEFT.
+        measured_as: the model's name in documents that hold several models.
+        base_measured_as: the base model's name in the documents. Its quality is then shown for comparison.
+        decoders: the names of the Jacobi decoders to show; None shows all.
+        prompt: the prompt of the card's examples.
+
+    Returns:
+        The card with its metadata.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: see the arguments; documents with unknown or missing fields, which are named.
+        OSError: a file cannot be read.
+        ValueError: an argument is wrong, or a document has unknown or missing fields. The message names them.
     """
     check_repo_id(repo_id)
     if drafter and base_model is None:
         raise ValueError(
-            "base_model is missing: a drafter works beside the model that it was made for, and the card has to name it."
+            "base_model is missing. A drafter works only with the model that it was trained for. Name that model."
         )
-    documents, selection = (
-        read_documents(results),
-        _selection(measured_as, base_measured_as, decoders, drafter=drafter),
-    )
+    documents = read_documents(results)
+    selection = _selection(measured_as, base_measured_as, decoders, drafter=drafter)
     mine = places(documents, selection.names)
     data = model_metadata(
         repo_id=repo_id,
@@ -82,17 +86,17 @@ def generate_model_card(
         language=language,
         datasets=datasets,
         relation="adapter" if drafter or adapter else "finetune",
-        eval_results=eval_results(rows_of(mine, selection), [place for place in mine if place.it.quality]),
+        eval_results=eval_results(rows_of(mine, selection), [place for place in mine if place.measurement.quality]),
     )
     body = render(
         "drafter.md.jinja" if drafter else "model.md.jinja",
         title=escape.text(repo_id.rpartition("/")[2]),
-        name=_python(repo_id),
+        name=_python_string(repo_id),
         base=None if base_model is None else _link(base_model),
-        base_name=_python(base_model or ""),
+        base_name=_python_string(base_model or ""),
         adapter=adapter,
         dtype=_dtype(documents, selection),
-        prompt=_python(prompt),
+        prompt=_python_string(prompt),
         license=escape.text(data.license),
         version=escape.text(__version__),
         highlights=[sentence for sentence, _ in highlights(documents, selection)],
@@ -111,17 +115,22 @@ def model_card_cells(
     decoders: Collection[str] | None = None,
     drafter: bool = False,
 ) -> list[Cell]:
-    """The cells of the card that `generate_model_card` makes of the same arguments, in the order of the card."""
-    documents, selection = (
-        read_documents(results),
-        _selection(measured_as, base_measured_as, decoders, drafter=drafter),
-    )
-    said = [cell for _, in_sentence in highlights(documents, selection) for cell in in_sentence]
-    return [*said, *recipe(documents), *benchmark(documents, selection), *setting(documents)]
+    """Return the cells of the card that `generate_model_card` writes for the same arguments, in the order of the card.
+
+    Args:
+        results: as of `generate_model_card`, like all arguments.
+
+    Raises:
+        OSError, ValueError: as `generate_model_card`.
+    """
+    documents = read_documents(results)
+    selection = _selection(measured_as, base_measured_as, decoders, drafter=drafter)
+    in_highlights = [cell for _, cells in highlights(documents, selection) for cell in cells]
+    return [*in_highlights, *recipe(documents), *benchmark(documents, selection), *setting(documents)]
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of the package, in Jinja's sandbox. Values are put in as they are: they have been escaped."""
+    """Return a template of the package with these values, which must be escaped already."""
     return _environment().get_template(template).render(**values).strip()
 
 
@@ -151,11 +160,10 @@ def _selection(
     return Selection(names, (base,) if isinstance(base, str) else base, decoders, drafter)
 
 
-def _python(value: str) -> str:
-    """A string as it is written in an example: on one line, whatever it holds."""
-    return (json.dumps(value) if value.isascii() else ascii(value)).replace(
-        "`", r"\x60"
-    )  # three of them would end the example
+def _python_string(value: str) -> str:
+    """Return a string as a Python literal on one line."""
+    literal = json.dumps(value) if value.isascii() else ascii(value)
+    return literal.replace("`", r"\x60")  # three backticks would end the example in the card
 
 
 def _link(name: str) -> str:
@@ -163,11 +171,8 @@ def _link(name: str) -> str:
 
 
 def _dtype(documents: Sequence[Document], selection: Selection) -> str | None:
-    """In which texts were found identical to those of ordinary decoding."""
-    compared = [place for place in rows_of(places(documents, selection.names), selection) if place.it.agreement]
-    dtypes = [
-        place.document.results.dtype
-        for place in compared
-        if place.document.results.dtype in ("float32", "bfloat16", "float16")
-    ]
+    """Return the dtype in which texts were compared with ordinary decoding; float32 if that is among several."""
+    rows = rows_of(places(documents, selection.names), selection)
+    compared = [place.document.results.dtype for place in rows if place.measurement.agreement]
+    dtypes = [dtype for dtype in compared if dtype in ("float32", "bfloat16", "float16")]
     return "float32" if "float32" in dtypes else next(iter(dtypes), None)

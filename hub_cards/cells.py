@@ -1,4 +1,8 @@
-"""Cells of a card: each a typed path into a document of results, and how what lies there is shown."""
+"""Cells and tables of a card.
+
+A cell is a path into a document of results and the format in which its value is shown, so that every number of a card
+can be traced to a measurement.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a card says of one place in a document of results.
+    """One value of a document of results, as a card shows it.
 
     Attributes:
-        document: name of the JSON file.
-        path: fields and indices that lead there.
-        format: the name of a function of `FORMATS`.
-        markdown: what the card shows.
+        document: the name of the JSON file.
+        path: the fields and indices that lead to the value in that file.
+        format: the name of the function in `FORMATS` that shows the value.
+        markdown: the value as the card shows it.
     """
 
     document: str
@@ -39,22 +43,26 @@ class Cell:
 
 @dataclass(frozen=True)
 class Document:
-    """A document of results under the name of its file."""
+    """A document of results and the name of its file in the repository."""
 
     name: str
     results: Results
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """The document as its JSON holds it."""
+        """The document as JSON values."""
         content: dict[str, Any] = json.loads(self.results.model_dump_json(exclude_none=True))
         return content
 
-    def cell(self, format: str, *path: str | int) -> Cell | None:  # noqa: A002 (the word for it)
-        """What lies at a path, or None where nothing was measured.
+    def cell(self, format: str, *path: str | int) -> Cell | None:  # noqa: A002 (as in `Cell`)
+        """Return the cell of the value at a path, or None where nothing was measured.
+
+        Args:
+            format: the name of a function in `FORMATS`.
+            path: fields and indices.
 
         Raises:
-            ValueError: it is nothing that can be shown, such as a quality without a value.
+            ValueError: the value cannot be shown in this format, for example a quality without a number.
         """
         node = resolve(self.content, path)
         if node is None or node in ({}, []):
@@ -62,39 +70,47 @@ class Document:
         try:
             return Cell(self.name, path, format, FORMATS[format](node))
         except (TypeError, ValueError, KeyError, OverflowError) as error:
-            raise ValueError(
-                f"{self.name} has {node!r} at {'.'.join(map(str, path))}, which is no {format}."
-            ) from error
+            where = ".".join(map(str, path))
+            raise ValueError(f"{self.name}: {where} is {node!r}, which cannot be shown as {format}.") from error
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; None is what was not measured. Rows and columns of nothing else are left out, and so is a table without rows."""
+    """A table in Markdown, without the rows and columns that hold nothing.
+
+    `str` gives its text, which is empty if no row is left.
+
+    Attributes:
+        head: the headings.
+        rows: the cells; None is a value that was not measured.
+        labels: the number of first columns that name a row. A row with nothing but labels is left out.
+        numbers: whether the other columns are aligned right.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str | None]]
-    labels: int = 1  # columns in front that say what a row is about
-    numbers: bool = False  # whether the other columns are aligned right
+    labels: int = 1
+    numbers: bool = False
 
     def __str__(self) -> str:
-        rows = [row for row in self.rows if any(cell is not None for cell in row[self.labels :])]
-        kept = [at for at in range(len(self.head)) if any(row[at] is not None for row in rows)]
-        lines = [
-            [self.head[at] for at in kept],
-            ["---:" if self.numbers and at >= self.labels else "---" for at in kept],
-        ]
-        lines += [["-" if row[at] is None else str(row[at]) for at in kept] for row in rows]
-        return "\n".join("| " + " | ".join(shown) + " |" for shown in lines) if rows else ""
+        rows = self._measured()
+        columns = [column for column in range(len(self.head)) if any(row[column] is not None for row in rows)]
+        heads = [self.head[column] for column in columns]
+        rules = ["---:" if self.numbers and column >= self.labels else "---" for column in columns]
+        lines = [["-" if row[column] is None else str(row[column]) for column in columns] for row in rows]
+        return "\n".join(f"| {' | '.join(shown)} |" for shown in (heads, rules, *lines)) if rows else ""
 
     def __iter__(self) -> Iterator[Cell]:
-        """The cells that are shown, row by row."""
-        for row in self.rows:
-            if any(cell is not None for cell in row[self.labels :]):
-                yield from (cell for cell in row if isinstance(cell, Cell))
+        """Yield the cells that are shown, row by row."""
+        for row in self._measured():
+            yield from (cell for cell in row if isinstance(cell, Cell))
+
+    def _measured(self) -> list[Sequence[Cell | str | None]]:
+        return [row for row in self.rows if any(cell is not None for cell in row[self.labels :])]
 
 
 def resolve(content: Any, path: Iterable[str | int]) -> Any:
-    """What lies at a path of a JSON document, or None where the path leads to nothing."""
+    """Return the value at a path of a JSON document, or None if the path leads to nothing."""
     for key in path:
         try:
             content = content[key]
@@ -104,18 +120,21 @@ def resolve(content: Any, path: Iterable[str | int]) -> Any:
 
 
 def read_documents(results: Sequence[str | Path | Results] | str | Path | Results) -> list[Document]:
-    """Documents of results under the names that they are published by.
+    """Return documents of results, each with the name of its file in the repository.
+
+    Args:
+        results: one or several documents or files.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is no document of results, with the fields that are unknown, missing or wrong; two files of one name.
+        OSError: a file cannot be read.
+        ValueError: a file is not a document of results (its wrong fields are named), or two files have one name.
     """
     given = [results] if isinstance(results, str | Path | Results) else list(results)
     documents: dict[str, Document] = {}
     for number, one in enumerate(given, 1):
         name = f"results-{number}.json" if isinstance(one, Results) else f"{Path(one).stem}.json"
         if name in documents:
-            raise ValueError(f"two documents of results would be {name}: rename one.")
+            raise ValueError(f"Two documents of results would become {name}. Rename one of them.")
         documents[name] = Document(name, one if isinstance(one, Results) else _read(Path(one)))
     return list(documents.values())
 
@@ -127,64 +146,72 @@ def _read(path: Path) -> Results:
         wrong = "; ".join(
             f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors()[:5]
         )
-        raise ValueError(f"{path} is no document of results that this version knows: {wrong}.") from None
+        raise ValueError(f"{path} is not a document of results of this version: {wrong}.") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no document of results: it is not UTF-8 text.") from None
+        raise ValueError(f"{path} is not a document of results: it is not UTF-8 text.") from None
 
 
-def _mean_length(counts: dict[str, int]) -> str:
-    """Tokens per decoding forward, from how many forwards yielded how many."""
-    return f"{sum(int(length) * count for length, count in counts.items()) / max(1, sum(counts.values())):.2f}"
+def _mean_length(forwards: dict[str, int]) -> str:
+    """Return the mean number of new tokens of a verify forward.
+
+    Args:
+        forwards: the number of forwards by the number of new tokens that they gave.
+    """
+    tokens = sum(int(length) * count for length, count in forwards.items())
+    return f"{tokens / max(1, sum(forwards.values())):.2f}"
+
+
+_KNOBS = {
+    "block_size": "n=",
+    "max_blocks": "K=",
+    "activation_ratio": "r=",
+    "pool_size": "pool ",
+    "lookup_tokens": "lookup ",
+}
 
 
 def _decoder(decoder: dict[str, Any]) -> str:
-    """Its name and knobs."""
-    shown = {
-        "block_size": "n",
-        "max_blocks": "K",
-        "activation_ratio": "r",
-        "pool_size": "pool ",
-        "lookup_tokens": "lookup ",
-    }
-    knobs = [
-        f"{label}{'' if label.endswith(' ') else '='}{decoder[field]:g}"
-        for field, label in shown.items()
-        if decoder.get(field)
-    ]
+    """Return a decoder's name and its knobs, without those that are zero."""
+    knobs = [f"{label}{decoder[field]:g}" for field, label in _KNOBS.items() if decoder.get(field)]
     return escape.code(decoder["name"]) + (f" ({', '.join(knobs)})" if knobs else "")
 
 
 def _quality(quality: dict[str, Any]) -> str:
+    """Return a score with its 95 % interval and the number of problems."""
     interval = f"[{quality['low']:.3f}, {quality['high']:.3f}]"
     return f"{escape.text(quality['metric'])} {quality['value']:.3f} {interval} of {quality['samples']:,}"
 
 
 def _data(data: list[dict[str, Any]]) -> str:
-    """Sources and samples."""
-    return ", ".join(
-        escape.text(one["name"]) + (f" ({one['samples']:,} samples)" if "samples" in one else "") for one in data
-    )
+    """Return the sources of the training data, with the number of samples where it is known."""
+    counts = (f" ({one['samples']:,} samples)" if "samples" in one else "" for one in data)
+    return ", ".join(f"{escape.text(one['name'])}{count}" for one, count in zip(data, counts, strict=True))
 
 
 def _strategy(strategy: dict[str, Any]) -> str:
-    """How drafts were made."""
+    """Return where the guesses came from that the training learned to correct."""
     if strategy["schedule"] == "drafter":
-        width, windows = strategy["window_width"], strategy["windows_per_text"]
+        width = strategy["window_width"]
+        windows = strategy["windows_per_text"]
         steps = strategy["steps_per_window"]
-        return f"the drafter's own guesses, {width} a window, {windows} windows a text, {steps} steps each"
-    shown = [f"{escape.text(strategy['schedule'])} noise", f"n={strategy['block_size']}"]
-    shown.append(f"w={strategy['noise_levels']}")
+        return f"the drafter's own: {width} a window, {windows} windows a text, {steps} steps a window"
+    levels = f"{strategy['noise_levels']} noise levels"
     if "min_noise" in strategy or "max_noise" in strategy:
-        shown.append(f"levels {strategy.get('min_noise', 0):g} to {strategy.get('max_noise', 1):g}")
-    shown += [f"{strategy[name]} {name}" for name in ("visits", "views") if name in strategy]
+        levels += f" from {strategy.get('min_noise', 0):g} to {strategy.get('max_noise', 1):g}"
+    shown = [f"{escape.text(strategy['schedule'])} noise schedule", f"blocks of {strategy['block_size']}", levels]
+    shown += [f"{strategy[field]} {label}" for field, label in _COPIES.items() if field in strategy]
     return ", ".join(shown)
 
 
+_COPIES = {"visits": "records a text", "views": "noisy versions a record"}
+
+
 def _optimizer(stage: dict[str, Any]) -> str:
-    """Optimiser and learning rates."""
-    rate, muon = f"{stage['learning_rate']:g}", stage.get("muon_learning_rate")
-    name = escape.text(stage.get("optimizer") or "not recorded")
-    return f"Muon at {muon:g} for matrices, AdamW at {rate} for the rest" if muon is not None else f"{name} at {rate}"
+    """Return the optimizer and its peak learning rates."""
+    rate = f"{stage['learning_rate']:g}"
+    if (muon := stage.get("muon_learning_rate")) is not None:
+        return f"Muon at {muon:g} for matrices, AdamW at {rate} for the rest"
+    return f"{escape.text(stage.get('optimizer') or 'not recorded')} at {rate}"
 
 
 def _batch(batch: dict[str, int]) -> str:
@@ -192,11 +219,11 @@ def _batch(batch: dict[str, int]) -> str:
     return f"{devices} x {batch['per_device']} rows x {batch['accumulation']} accumulated"
 
 
+_LOSSES = {"consistency": "consistency", "ar": "next token", "replay": "replay", "kl": "KL"}
+
+
 def _weights(weights: dict[str, float]) -> str:
-    return ", ".join(
-        f"{name} {weights[field]:g}"
-        for field, name in (("consistency", "consistency"), ("ar", "AR"), ("replay", "replay"), ("kl", "KL"))
-    )
+    return ", ".join(f"{name} {weights[field]:g}" for field, name in _LOSSES.items())
 
 
 def _hardware(hardware: dict[str, Any]) -> str:
@@ -207,12 +234,11 @@ def _time(minutes: float) -> str:
     return f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
 
 
-def _method(method: str) -> str:
-    return {
-        "finetune": "Jacobi Forcing",
-        "drafter": "a drafter; the model is frozen",
-        "sft": "supervised finetuning",
-    }[method]
+_METHODS = {
+    "finetune": "Jacobi Forcing",
+    "drafter": "LoRA drafter, with the model frozen",
+    "sft": "supervised finetuning",
+}
 
 
 def _packages(packages: dict[str, str]) -> str:
@@ -236,7 +262,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "mean length": _mean_length,
     "decoder": _decoder,
     "quality": _quality,
-    "method": _method,
+    "method": _METHODS.__getitem__,
     "data": _data,
     "strategy": _strategy,
     "optimizer": _optimizer,

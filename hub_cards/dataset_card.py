@@ -1,4 +1,4 @@
-"""The card of a dataset of trajectories, as collected or packed, from the manifest beside them."""
+"""The card of a dataset of collected or packed trajectories, written from the dataset's manifest."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ _SIZES = (
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
 )
+_DATA_FILES = (".jsonl", ".json", ".parquet")
+_SOURCE = (
+    "name",
+    "model",
+    "revision",
+    "dataset",
+    "split",
+    "prompts",
+    "block_size",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+)
 
 
 def generate_dataset_card(
@@ -35,22 +48,26 @@ def generate_dataset_card(
     language: str | Iterable[str] | None = None,
     description: str | None = None,
 ) -> DatasetCard:
-    """The card of a repository that holds a folder of trajectories.
+    """Return the card of a dataset repository.
 
     Args:
         source: the folder that `collect` or `pack` wrote, or its manifest.
-        repo_id: of the repository.
-        license: of the texts: what the prompts' license and the model's allow.
-        language: codes, such as "en".
-        description: a sentence of yours.
+        repo_id: the repository, "user/name".
+        license: the license of the texts, as the licenses of the prompts and of the model allow.
+        language: codes of languages, such as "en".
+        description: a sentence for the top of the card.
+
+    Returns:
+        The card with its metadata.
 
     Raises:
-        ManifestError: the folder has no manifest, an unfinished or a damaged one.
-        ValueError: a repo_id, license or language that is none.
+        ManifestError: the manifest is missing, damaged or unfinished.
+        ValueError: `repo_id`, `license` or `language` is invalid.
     """
     check_repo_id(repo_id)
     manifest = _checked(source)
-    settings, counts = manifest["settings"], _totals(manifest["shards"])
+    settings = manifest["settings"]
+    counts = _totals(manifest["shards"])
     packed = isinstance(settings.get("of"), dict)
     sources = [one for one in (settings["of"].values() if packed else [settings]) if isinstance(one, dict)]
     data = DatasetCardData(
@@ -71,13 +88,7 @@ def generate_dataset_card(
         description=escape.text(description) if description else "",
         models=", ".join(dict.fromkeys(escape.path(one.get("model", "")) for one in sources)),
         sources=str(_sources(sources)),
-        counts=str(
-            Table(
-                ("count", "number"),
-                [(escape.text(name), f"{number:,}") for name, number in counts.items()],
-                numbers=True,
-            )
-        ),
+        counts=str(_counts(counts)),
         settings=str(_settings(settings)),
         license=escape.text(license),
         version=escape.text(__version__),
@@ -88,50 +99,40 @@ def generate_dataset_card(
 def _checked(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     manifest: Any = read_manifest(source) if not hasattr(source, "keys") else source
     if not isinstance(manifest.get("settings"), dict) or not isinstance(manifest.get("shards"), dict):
-        raise ManifestError("the manifest has no settings and shards, so it is none of jacobi_hf.trainer.")
+        raise ManifestError("The manifest has no settings and shards, so jacobi_hf.trainer did not write it.")
     if not manifest.get("complete"):
-        raise ManifestError("the folder is unfinished: run the command that writes it again, until it is complete.")
+        raise ManifestError("The folder is unfinished. Run the command that writes it again until it is complete.")
     return manifest
 
 
 def _totals(shards: Mapping[str, Any]) -> Counter[str]:
-    """Counts of all shards together."""
+    """Return the sums of the counts of all shards."""
     totals: Counter[str] = Counter()
     for counts in shards.values():
         if not isinstance(counts, dict):
-            raise ManifestError("the manifest's shards are damaged: their counts are missing.")
+            raise ManifestError("The manifest is damaged: the counts of its shards are missing.")
         totals.update({name: number for name, number in counts.items() if type(number) is int})
     return totals
 
 
 def _repositories(sources: Iterable[Mapping[str, Any]], field: str) -> list[str] | None:
-    """Names that the Hub could know."""
+    """Return the values of a field that are names of Hub repositories, or None without any."""
     names = dict.fromkeys(str(one.get(field, "")) for one in sources)
-    return [
-        name
-        for name in names
-        if "/" in name and is_repo_id(name) and not name.endswith((".jsonl", ".json", ".parquet"))
-    ] or None
+    return [name for name in names if "/" in name and is_repo_id(name) and not name.endswith(_DATA_FILES)] or None
 
 
 def _sources(sources: Iterable[Mapping[str, Any]]) -> Table:
-    fields = (
-        "name",
-        "model",
-        "revision",
-        "dataset",
-        "split",
-        "prompts",
-        "block_size",
-        "max_new_tokens",
-        "do_sample",
-        "temperature",
-    )
-    rows = [[None if one.get(field) is None else escape.path(one[field]) for field in fields] for one in sources]
-    return Table([field.replace("_", " ") for field in fields], rows)
+    """Return the table of the sources: one row for each."""
+    rows = [[None if one.get(field) is None else escape.path(one[field]) for field in _SOURCE] for one in sources]
+    return Table([field.replace("_", " ") for field in _SOURCE], rows)
+
+
+def _counts(counts: Mapping[str, int]) -> Table:
+    rows = [(escape.text(name), f"{number:,}") for name, number in counts.items()]
+    return Table(("count", "number"), rows, numbers=True)
 
 
 def _settings(settings: Mapping[str, Any]) -> Table:
-    """All that decides over the rows, but what the table of sources says."""
+    """Return the table of the settings that the table of sources does not show."""
     plain = {name: value for name, value in settings.items() if name not in ("of", "sources") and value is not None}
     return Table(("setting", "value"), [(escape.text(name), escape.path(value)) for name, value in plain.items()])

@@ -131,8 +131,8 @@ def stage(
     """Return the repository that a folder becomes. Nothing is copied or sent.
 
     Args:
-        source: the folder that `save_pretrained` or the trainer wrote: a model or a LoRA adapter with its tokenizer, or
-            a drafter. Weights keep the dtype in which they were saved.
+        source: the folder that `save_pretrained` or the trainer wrote. It holds a model or a LoRA adapter with its
+            tokenizer, or a drafter. Weights keep the dtype in which they were saved.
         card: the text of README.md; by default the folder's own.
         results: documents of measured results, sent as `results/*.json`.
         plots: pictures, sent as `plots/*`.
@@ -142,8 +142,8 @@ def stage(
         The content of the repository, and what is left out.
 
     Raises:
-        FolderError: a file is missing or damaged, or the folder holds pickled files, links out of it, or what looks like
-            a secret. The message names the file.
+        FolderError: a file is missing or damaged, or the folder holds pickled files, links out of it, or what looks
+            like a secret. The message names the file.
     """
     source = Path(source)
     kind = kind_of(source)
@@ -193,7 +193,8 @@ def base_named(source: str | Path, base_model: str | None = None) -> str | None:
     base = base_model or str(_json_object(Path(source) / CONFIG[kind]).get(_BASE_FIELD[kind][0]) or "")
     if not base or not is_repo_id(base):
         raise FolderError(
-            f"{CONFIG[kind]} names the base model {base!r}, which is no repository of the Hub. Give base_model='user/name'."
+            f"{CONFIG[kind]} names the base model {base!r}, which is no repository of the Hub. "
+            "Give base_model='user/name'."
         )
     return base
 
@@ -228,7 +229,8 @@ def _check_weights(kind: Kind, files: dict[str, Content]) -> None:
         _check_parts(files)
     if kind != "drafter" and "tokenizer_config.json" not in files:
         raise FolderError(
-            f"The tokenizer (tokenizer_config.json) is missing. Save it beside the {kind}: tokenizer.save_pretrained(folder)."
+            f"The tokenizer (tokenizer_config.json) is missing. Save it beside the {kind} "
+            "with tokenizer.save_pretrained(folder)."
         )
     if "auto_map" in _json_object(files[CONFIG[kind]]):
         raise FolderError(

@@ -1,4 +1,4 @@
-"""The table of a card that says how its model was trained."""
+"""The table of a card that shows how its model was trained."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from jacobi_hf.hub_cards.cells import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jacobi_hf.hub_cards.cells import Document
+    from jacobi_hf.hub_cards.cells import Cell, Document
 
-# Row, format, field of `Training`; no field is the whole stage.
+# Heading of the row, format, field of `Training`; None stands for the whole stage.
 _ROWS = (
     ("Method", "method", "method"),
-    ("Began from", "path", "base_model"),
-    ("KL against", "path", "reference_model"),
+    ("Start", "path", "base_model"),
+    ("Reference model of the KL loss", "path", "reference_model"),
     ("Data", "data", "data"),
-    ("Strategy", "strategy", "strategy"),
+    ("Guesses trained on", "strategy", "strategy"),
     ("Epochs", "two", "epochs"),
     ("Optimizer steps", "integer", "steps"),
-    ("Slots learnt from", "million", "slots"),
+    ("Positions trained on", "million", "slots"),
     ("Optimizer and peak learning rate", "optimizer", None),
     ("Schedule", "text", "schedule"),
     ("Batch", "batch", "batch"),
-    ("Precision of the forwards", "text", "precision"),
+    ("Precision of the forward pass", "text", "precision"),
     ("Precision of the trained weights", "text", "weights_dtype"),
     ("Loss weights", "weights", "loss_weights"),
     ("LoRA rank", "integer", "lora_rank"),
@@ -37,14 +37,19 @@ _ROWS = (
 
 
 def recipe(documents: Sequence[Document]) -> Table:
-    """A column a stage, from the document that knows the most stages."""
+    """Return the table of the training: one column for each stage.
+
+    The stages come from the document that has most of them. Without any, the table is empty.
+    """
     document = max(documents, key=lambda one: len(one.results.training), default=None)
     if document is None or not document.results.training:
         return Table(("", "training"), ())
     stages = range(len(document.results.training))
-    head = ["", *(f"stage {at + 1}" if len(stages) > 1 else "training" for at in stages)]
-    rows = [
-        [name, *(document.cell(how, "training", at, *([field] if field else [])) for at in stages)]
-        for name, how, field in _ROWS
-    ]
-    return Table(head, rows)
+    heads = [f"stage {stage + 1}" for stage in stages] if len(stages) > 1 else ["training"]
+    rows = [[name, *(_cell(document, stage, shown, field) for stage in stages)] for name, shown, field in _ROWS]
+    return Table(["", *heads], rows)
+
+
+def _cell(document: Document, stage: int, shown: str, field: str | None) -> Cell | None:
+    path = () if field is None else (field,)
+    return document.cell(shown, "training", stage, *path)

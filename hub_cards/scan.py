@@ -66,8 +66,8 @@ _SECRET_NAMES = (
 # A secret starts a word. In JSON the word may follow an escape such as \n or \u0000, whose last character is a letter.
 _SECRET_TEXT = re.compile(
     rb"(?:(?<!\w)|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4}))"
-    rb"(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{60,}|AKIA[0-9A-Z]{16}(?!\w)"
-    rb"|sk-(?:ant|proj|svcacct)-[\w-]{20,}|xox[abprs]-[\w-]{20,}|AIza[\w-]{35})"
+    rb"(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{60,}"
+    rb"|AKIA[0-9A-Z]{16}(?!\w)|sk-(?:ant|proj|svcacct)-[\w-]{20,}|xox[abprs]-[\w-]{20,}|AIza[\w-]{35})"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 
@@ -98,7 +98,7 @@ def scan(source: Path) -> tuple[dict[str, Path], dict[str, str]]:
             left_out[name] = "state of the trainer"
         elif path.suffix.lower() in _PICKLED or _is_pickled(path):
             raise FolderError(
-                f"{name} is pickled, and reading a pickle runs code. Save the weights as safetensors. Nothing was sent."
+                f"{name} is pickled, and reading a pickle runs code. Save weights as safetensors. Nothing was sent."
             )
         elif name.partition("/")[0] != FOLDER:  # a push builds that folder again
             found[name] = path
@@ -127,12 +127,12 @@ def bytes_of(content: Content) -> bytes:
 
 
 def _is_pickled(path: Path) -> bool:
-    """Return whether a file holds a pickle, or is an archive with a pickle as `torch.save` writes it. Its name does not matter."""
+    """Return whether a file of any name is a pickle, or an archive with a pickle as `torch.save` writes it."""
     with path.open("rb") as file:
         head = file.read(4)
     if head == b"PK\x03\x04":
         return _holds_pickle(path)
-    # The length of a safetensors header can look like the start of a pickle; the safetensors library checks that format.
+    # The length of a safetensors header can look like a pickle's start. That format is checked by its own library.
     return head[:2] in _PICKLE_PROTOCOLS and path.suffix != ".safetensors"
 
 

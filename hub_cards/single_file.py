@@ -1,9 +1,10 @@
 """Jacobi decoding in one file, for machines where jacobi_hf is not installed.
 
 `model.generate(**inputs, custom_generate="user/repo", trust_remote_code=True)` downloads and runs one file of the
-repository, `custom_generate/generate.py`. This module builds that file: it joins `jacobi_hf.integration.custom_generate`
-and the modules that it imports, in the order of their imports, and drops the imports between them. The joined modules
-share one namespace, so no name may have two meanings in them. The builder checks this.
+repository, `custom_generate/generate.py`. This module builds that file. It joins the module
+`jacobi_hf.integration.custom_generate` and the modules that this module imports, in the order of their imports, and
+drops the imports between them. The joined modules share one namespace, so no name may have two meanings in them. The
+builder checks this.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _HEAD = """\
 # jacobi_hf.hub_cards.single_file. Where jacobi_hf is installed, the installed package decodes instead.
 #
 # SPDX-License-Identifier: Apache-2.0
-# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0. There is no warranty of any kind.
+# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0. There is no warranty.
 {made_for}
 from __future__ import annotations
 """
@@ -190,7 +191,7 @@ def _read(name: str, importers: tuple[str, ...]) -> Module:
 
 
 def _own_module(node: ast.ImportFrom) -> str:
-    """Return the module of jacobi_hf that a statement imports from, such as "decoding.step"; "" if it is another package's."""
+    """Return the module of jacobi_hf that a statement imports from, such as "decoding.step"; "" for other packages."""
     module = "" if node.level else node.module or ""
     return module.removeprefix(f"{_PACKAGE}.") if module.startswith(f"{_PACKAGE}.") else ""
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from jacobi_hf.hub_cards import generate_model_card, model_card_cells
 from jacobi_hf.hub_cards.cells import FORMATS, resolve
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality
+from jacobi_hf.results.training import TrainingDrafts
 from tests.hub_cards.documents import document, tables, training
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_qwen3"
@@ -72,13 +73,13 @@ def test_the_tiny_cards_hold_the_rows_of_a_published_card(committed):
     recipe, benchmark, _ = tables(committed)
     rows = {row[0] for row in recipe}
     assert {
-        "Began from",
+        "Start",
         "Data",
-        "Strategy",
+        "Guesses trained on",
         "Epochs",
         "Schedule",
         "Batch",
-        "Precision of the forwards",
+        "Precision of the forward pass",
         "Time",
     } <= rows
     assert {row[0] for row in benchmark} == {"code", "arithmetic", "prose"}
@@ -155,17 +156,25 @@ def test_numbers_are_those_of_the_document():
     assert rows["Data"] == "math (1,000 samples)"
     assert rows["Batch"] == "8 devices x 4 rows x 2 accumulated"
     assert rows["Time"] == "2.5 hours"
-    assert rows["Loss weights"] == "consistency 1, AR 0.5, replay 0, KL 4"
+    assert rows["Loss weights"] == "consistency 1, next token 0.5, replay 0, KL 4"
     assert "**math**: 3.14 tokens per forward, 2.50 x the speed of eager `generate`" in card
 
 
 def test_without_results_the_card_says_so():
     card = str(generate_model_card([], **LICENSED))
-    assert "Nothing was measured yet: this card has no numbers." in card
+    assert "Nothing was measured yet, so this card has no numbers." in card
     assert "No benchmark was run." in card
     assert not tables(card)
     assert 'dtype="auto"' in card
     assert ModelCard(card).data.eval_results is None
+
+
+def test_a_drafter_s_recipe_names_the_method_and_its_own_guesses():
+    strategy = TrainingDrafts(schedule="drafter", window_width=16, windows_per_text=5, steps_per_window=3)
+    stage = training("math").model_copy(update={"method": "drafter", "strategy": strategy})
+    recipe, *_ = tables(str(generate_model_card(document(training=[stage]), **LICENSED)))
+    assert ["Method", "LoRA drafter, with the model frozen"] in recipe
+    assert ["Guesses trained on", "the drafter's own: 16 a window, 5 windows a text, 3 steps a window"] in recipe
 
 
 def test_what_was_not_measured_has_no_row_and_no_column():
@@ -178,13 +187,13 @@ def test_what_was_not_measured_has_no_row_and_no_column():
     card = str(generate_model_card(document(measurements=measured, training=[]), **LICENSED))
     benchmark, _ = tables(card)
     assert benchmark == [["math", "`second` (n=4)", "1 x 8", "2.00"]]
-    assert "do not say how it was trained" in card
+    assert "do not say how the model was trained" in card
 
 
 def test_stages_have_a_column_each_and_the_document_of_most_stages_is_taken():
     two = document(training=[training("one"), training("two")])
     card = str(generate_model_card([document(), two], **LICENSED))
-    assert ["Began from", "`one`", "`two`"] in tables(card)[0]
+    assert ["Start", "`one`", "`two`"] in tables(card)[0]
 
 
 def test_two_documents_of_one_name_are_refused(tmp_path):
@@ -192,7 +201,7 @@ def test_two_documents_of_one_name_are_refused(tmp_path):
     for path in paths:
         document().write(path)
     assert {cell.document for cell in model_card_cells([paths[0], document()])} == {"speed.json", "results-2.json"}
-    with pytest.raises(ValueError, match=r"two documents of results would be speed.json"):
+    with pytest.raises(ValueError, match=r"Two documents of results would become speed.json"):
         model_card_cells(paths)
 
 
@@ -204,9 +213,9 @@ def test_a_document_of_several_models_needs_the_name_of_the_right_one():
         for model, tpf in (("small", 2.0), ("big", 4.0))
     ]
     both = document(measurements=measured)
-    with pytest.raises(ValueError, match=r"measured_as.*'small', 'big'"):
+    with pytest.raises(ValueError, match=r"'small', 'big'.*measured_as"):
         generate_model_card(both, **LICENSED)
-    with pytest.raises(ValueError, match="no measurement is of 'middle'; there are 'small', 'big'"):
+    with pytest.raises(ValueError, match=r"No measurement is of 'middle'. The documents hold 'small', 'big'"):
         generate_model_card(both, measured_as="middle", **LICENSED)
     benchmark = tables(str(generate_model_card(both, measured_as="big", **LICENSED)))[1]
     assert [row[3] for row in benchmark] == ["4.00"]
@@ -256,9 +265,9 @@ def test_the_license_is_inherited(tmp_path):
 def test_a_license_that_cannot_be_inherited_is_demanded(tmp_path, readme):
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
-    with pytest.raises(ValueError, match=r"license is missing.*such as license='apache-2.0'"):
+    with pytest.raises(ValueError, match=r"The license is missing.*such as license='apache-2.0'"):
         generate_model_card([], repo_id="user/model", base_model=str(tmp_path))
-    with pytest.raises(ValueError, match="license is missing"):
+    with pytest.raises(ValueError, match="The license is missing"):
         generate_model_card([], repo_id="user/model")
 
 
@@ -284,7 +293,7 @@ def test_unknown_and_missing_fields_are_named(tmp_path, change, named):
 def test_a_file_that_is_no_document_is_named(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"results.json is no document of results"):
+    with pytest.raises(ValueError, match=r"results.json is not a document of results"):
         generate_model_card(path, **LICENSED)
 
 
@@ -293,7 +302,7 @@ def test_a_quality_without_a_value_is_named():
     broken = Quality(metric="exact_match", value=float("nan"), low=0.0, high=1.0, samples=4)
     first = results.measurements[0].model_copy(update={"quality": broken})
     results = results.with_measurements([first, *results.measurements[1:]])
-    with pytest.raises(ValueError, match=r"measurements\.0\.quality, which is no quality"):
+    with pytest.raises(ValueError, match=r"measurements\.0\.quality is .*, which cannot be shown as quality"):
         generate_model_card([results], **LICENSED)
 
 

@@ -83,5 +83,5 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
 
 
 def test_the_license_is_demanded():
-    with pytest.raises(ValueError, match="license='by ' is no identifier"):
+    with pytest.raises(ValueError, match="license='by ' is not an identifier"):
         generate_dataset_card(PACKED, repo_id="user/data", license="by ")

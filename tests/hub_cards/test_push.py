@@ -131,7 +131,7 @@ def test_push_again_branch_and_pull_request(pushed):
     assert seen["other kind"].startswith(
         "PushError: user/a holds config.json, so it is not the repository of a drafter"
     )
-    assert seen["public"].startswith("PushError: user/public is there already and public")
+    assert seen["public"].startswith("PushError: user/public already exists and is public")
     assert seen["dry"] is None
     assert [len(commits(hub, repo)) for repo in ("user/a", "user/kept", "user/d", "user/public", "user/dry")] == [
         1,
@@ -165,17 +165,17 @@ def test_what_the_hub_may_answer(pushed):
     assert without_attributes(hub.repos["user/retried"]["main"]) == content_of(first)
     advice = {
         403: "create_pr=True",
-        404: "no such repository",
-        409: "push again later",
+        404: "repository or revision does not exist",
+        409: "Push again later",
         429: "fewer requests",
-        500: "the Hub has trouble",
+        500: "the Hub has an internal error",
     }
     for status in ANSWERS:
         said = seen[f"c{status}"]
         assert said.startswith(f"PushError: user/c{status} was not pushed: "), said
         assert f"(HTTP {status}: " in said
         assert advice.get(status, "") in said
-        assert said.endswith("Its files are as they were.")
+        assert said.endswith("Its files are unchanged.")
     assert "(HTTP 403: " in seen["broken"]
     untouched = ["user/broken", *(f"user/c{status}" for status in ANSWERS if status != 500)]
     assert all(hub.repos[repo] == {"main": THEIRS} for repo in untouched)
@@ -185,9 +185,9 @@ def test_what_the_hub_may_answer(pushed):
     assert (
         sum(request.method == "PUT" and oid in request.path for request in hub.requests) == 2
     )  # cut once, and then kept for all
-    assert "user/wrong was not pushed: the Hub does not know the token" in seen["wrong token"]
+    assert "user/wrong was not pushed: the token is missing or unknown to the Hub" in seen["wrong token"]
     assert "hf_wrong" not in seen["wrong token"]
-    assert "user/nobody was not pushed: the Hub does not know the token" in seen["no token"]
+    assert "user/nobody was not pushed: the token is missing or unknown to the Hub" in seen["no token"]
     assert not {"user/wrong", "user/nobody"} & hub.repos.keys()
 
 
@@ -267,7 +267,7 @@ def test_a_folder_without_a_card_gets_one(tmp_path):
         assert card.data.base_model_relation == ("finetune" if kind == "model" else "adapter")
         assert ("## Guarantee" in card.text) == (kind == "drafter")
         assert ("pip install peft" in card.text) == (kind == "adapter")
-    with pytest.raises(ValueError, match="license is missing"):
+    with pytest.raises(ValueError, match="The license is missing"):
         push_to_hub(folder, "user/x", dry_run=tmp_path / "none", token=False)
     assert not (tmp_path / "none").exists()
 

@@ -73,7 +73,7 @@ def test_a_card_that_is_there_is_replaced_on_request_alone(folder):
     ("arguments", "message"),
     [
         (["nowhere", "user/name"], "nowhere"),
-        (["FOLDER", "user/na me"], "no name of a Hub repository"),
+        (["FOLDER", "user/na me"], "is not the name of a Hub repository"),
         (["FOLDER", "user/name"], "license"),
         (["FOLDER", "user/name", "--license", "mit", "--results", "nowhere.json"], "nowhere.json"),
         (["FOLDER", "user/name", "--license", "mit", "--results", "FOLDER/config.json"], "config.json"),

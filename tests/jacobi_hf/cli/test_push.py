@@ -124,7 +124,7 @@ def test_options_reach_push_to_hub(asked, folder, tmp_path):
     [
         (["nowhere", "user/name"], "nowhere is not a folder"),
         (["FOLDER", "name"], "'user/name'"),
-        (["FOLDER", "a/b/c"], "no name of a Hub repository"),
+        (["FOLDER", "a/b/c"], "is not the name of a Hub repository"),
         (["FOLDER", "user/name", "--card", "nowhere.md"], "nowhere.md"),
         (["FOLDER", "user/name", "--results", "nowhere.json"], "nowhere.json"),
         (["FOLDER", "user/name", "--dry-run", "FOLDER"], "already exists"),
