@@ -2,7 +2,8 @@
 
     python custom_generate_client.py USER PROMPTS FORCED_COUNT DRAFTER_COUNT MAX_NEW_TOKENS
 
-HF_ENDPOINT names the Hub. The script needs transformers and torch, and refuses to run beside jacobi_hf. The last line on stdout is one JSON document.
+HF_ENDPOINT names the Hub. The script needs transformers and torch, and refuses to run beside jacobi_hf. The last line
+on stdout is one JSON document.
 """
 
 from __future__ import annotations

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most seven and a half minutes on one H100 or H200. Parts run in the order of their worth, each for at
-# most two minutes; what a part wrote stays when it or a later one fails:
-#
-#   tests   equality on CUDA, of eager, compiled and captured steps; kernels          90 s
-#   steps   cost of a step, and a replay, at the shapes of known models        115 s a shape
-#   peers   transformers' own ways on the tiny checkpoint                              60 s
-#   growth  time by length of prompt and output                                        60 s
+# Run every test and benchmark that needs a GPU, in at most seven and a half minutes on one H100 or H200.
 #
 #   bash examples/benchmarks/gpu.sh OUT
 #
-# transformers 5.17 with torch 2.11 will do, and beside them pydantic, pydantic-core and annotated-types, pytest, hypothesis, rich, typer,
-# jinja2 and pyyaml. Wheels of what is missing go into a folder that WHEELS names.
+# The parts run in order of importance, each with a limit of time. The results of a part stay if it or a later part fails.
 #
-# OUT gets a JSON document per part, gpu.log with all that was printed, and parts.tsv: name, exit status (124: out of time), seconds.
-# Read from the environment:
-#   PARTS   which parts, of: tests steps peers growth (default: all)
+#   tests   equality on CUDA of eager steps, compiled steps and CUDA graphs; kernels     90 s
+#   steps   cost of a step, and a replay, at the shapes of known models                  115 s a shape
+#   peers   transformers' own strategies on the tiny checkpoint                          60 s
+#   growth  time by length of prompt and output                                          60 s
+#
+# The machine needs torch and transformers (5.17 with torch 2.11 is enough), and pydantic, pydantic-core, annotated-types, pytest, hypothesis,
+# rich, typer, jinja2 and pyyaml. WHEELS names a folder with wheels of what is missing.
+#
+# OUT gets a JSON document for each part, gpu.log with all output, and parts.tsv: name, exit status (124: out of time), seconds.
+# Environment variables:
+#   PARTS   which of the parts tests, steps, peers, growth to run (default: all)
 #   SHAPES  shapes of step_cost.py for `steps` (default: qwen3-1.7b qwen2.5-7b; give the others to a second run)
-#   WHEELS  folder of wheels to use instead of what is installed, for a machine without network
+#   WHEELS  folder of wheels to use instead of the installed packages, for a machine without network
 #   PYTHON  the interpreter (default: python3)
 #   DRY     1: tiny shapes and few repeats, to try this script on a CPU
 set -u
@@ -37,7 +38,7 @@ printf 'part\tstatus\tseconds\n' > "$out/parts.tsv"
 part() { # name, most seconds, command
     local name=$1 limit=$2 started=$SECONDS status
     shift 2
-    [ "$dry" = 1 ] && limit=900 # a busy CPU is no reason to fail
+    [ "$dry" = 1 ] && limit=900 # a busy CPU must not fail the run
     printf '\n== %s: %s\n' "$name" "$*" >> "$out/gpu.log"
     timeout -k 5 "$limit" "$@" >> "$out/gpu.log" 2>&1
     status=$?
@@ -74,7 +75,7 @@ for name in ${PARTS:-tests steps peers growth}; do
             part growth 60 "$python" $benchmarks/growth.py $settings --output "$out/growth.json"
             ;;
         *)
-            echo "no part is called $name; there are tests, steps, peers and growth" >&2
+            echo "PARTS names $name; the parts are tests, steps, peers and growth" >&2
             exit 2
             ;;
     esac

@@ -1,10 +1,10 @@
-"""Ablations: one factor at a time, by the short recipe.
+"""Ablations of Jacobi Forcing: change one thing of the short recipe at a time, train, and measure.
 
     python examples/tiny_qwen3/ablations.py --output-dir examples/benchmarks/results/forcing [NAME ...]
 
-Needs what `forcing_data.py` wrote to build/forcing. The base's trajectories are collected first, for all variations
-alike. Each variation packs, trains and measures on its own, and its results document is finished before the next one
-starts; those already there are left alone.
+The script needs the files that `forcing_data.py` writes to build/forcing. It collects trajectories of the base first;
+all variations use them. Then each variation packs, trains and measures, and writes its JSON document before the next
+one starts. A variation that already has a document is skipped. Baseline: the variation `short`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Relative to the root, from where the stages run: documents record the command.
+# Relative to the root, where the stages run, because documents record the command.
 RECIPE = "examples/recipes/tiny_qwen3_short.yaml"
 BASE = "examples/tiny_qwen3/checkpoint"
-# Prompts of each domain, for the trajectories of the base and for those of a second stage.
+# Prompts of each domain for the trajectories of the base, and for those of a second stage.
 FIRST_PROMPTS = {"arithmetic": 7000, "code": 3000}
 SECOND_PROMPTS = {"arithmetic": 1000, "code": 1000}
-# What holds the model in place of KL: cross entropy on its own answers and on replay, as published recipes have it.
+# In place of KL: cross entropy on the model's own answers and on replay, as in published recipes.
 CROSS_ENTROPY = "--kl_loss_weight 0 --ar_loss_weight 1 --replay_loss_weight 4"
 
 
 @dataclass(frozen=True)
 class Variation:
-    """Arguments of the stages; `second_stage` goes on from the short recipe's model, with its trajectories in blocks of so many tokens."""
+    """Extra arguments of the stages of one variation.
+
+    Attributes:
+        second_stage: block size of a second stage, which starts from the model of `short` and its trajectories; None
+            for no second stage.
+    """
 
     collect: str = ""
     pack: str = ""
@@ -42,7 +47,9 @@ VARIATIONS = {
     "cross-entropy-for-kl": Variation(train=CROSS_ENTROPY),
     "noisy-context": Variation(train="--context noisy"),
     "window-context": Variation(train="--context window --context_window 2"),
-    "fixed-phase": Variation(pack="--phase fixed --views 1"),  # against one-view: of one phase, all views are alike
+    "fixed-phase": Variation(
+        pack="--phase fixed --views 1"
+    ),  # compare with one-view: with a fixed phase, all views are equal
     "no-replay": Variation(train="--replay_ratio 0"),
     "ar-weight-3": Variation(train="--ar_loss_weight 3"),
     "all-noise-levels": Variation(pack="--min_noise 0"),
@@ -52,7 +59,8 @@ VARIATIONS = {
     "kl-weight-2": Variation(train="--kl_loss_weight 2"),
     "reference-bundle": Variation(
         pack="--phase fixed --min_noise 0 --noise_levels 16 --views 1",
-        train="--kl_loss_weight 0 --context noisy --ar_loss_weight 10 --consistency_reduction reference --replay_ratio 0",
+        train="--kl_loss_weight 0 --context noisy --ar_loss_weight 10 --consistency_reduction reference "
+        "--replay_ratio 0",
     ),
     "ar-only": Variation(train=f"--consistency_loss_weight 0 {CROSS_ENTROPY}"),
     "second-stage": Variation(second_stage=16),
@@ -64,12 +72,12 @@ VARIATIONS = {
 
 
 def stage(name: str, *arguments: str) -> None:
-    """One stage, a verb of the command line."""
+    """Run one stage, a verb of the command line."""
     subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)
 
 
 def collect(model: str, build: str, prompts: dict[str, int], *arguments: str) -> list[str]:
-    """Trajectories of a model on each domain, in folders below `build`."""
+    """Collect trajectories of a model on each domain, and return their folders below `build`."""
     folders = [f"{build}/trajectories/{domain}" for domain in prompts]
     for (domain, limit), folder in zip(prompts.items(), folders, strict=True):
         data = ("--name", domain, "--dataset", f"build/forcing/{domain}.jsonl", "--limit", str(limit))
@@ -78,7 +86,7 @@ def collect(model: str, build: str, prompts: dict[str, int], *arguments: str) ->
 
 
 def run(name: str, seed: str, out: Path) -> None:
-    """One variation, from packing to its results document."""
+    """Pack, train and measure one variation, and write its document to `out`."""
     variation = VARIATIONS[name]
     build = f"build/forcing/ablations/{name}-seed{seed}"
     pack = variation.pack.split()
@@ -87,7 +95,9 @@ def run(name: str, seed: str, out: Path) -> None:
         first = f"build/forcing/ablations/short-seed{seed}/model/final"
         blocks = ("--block_size", str(variation.second_stage))
         if not (ROOT / first).is_dir():
-            raise FileNotFoundError(f"{name} goes on from {first}: run the variation short with this seed first.")
+            raise FileNotFoundError(
+                f"{name} starts from {first}, which is missing. Run the variation short with this seed first."
+            )
         pack += ["--sources", *collect(first, build, SECOND_PROMPTS, *blocks, *variation.collect.split())]
         train += ["--model", first, "--ref_model", BASE, *blocks]
     stage("pack", "--output_dir", f"{build}/packed", "--seed", seed, *pack)
@@ -105,8 +115,8 @@ def run(name: str, seed: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(VARIATIONS)}; all when none is given")
-    parser.add_argument("--output-dir", required=True, help="folder of the results documents")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(VARIATIONS)} (default: all)")
+    parser.add_argument("--output-dir", required=True, help="folder for the JSON documents")
     parser.add_argument("--seed", default="42")
     options = parser.parse_args()
     collect(BASE, "build/forcing/ablations", FIRST_PROMPTS)
@@ -114,6 +124,7 @@ def main() -> None:
         out = Path(options.output_dir).resolve() / f"ablation-{name}-seed{options.seed}.json"
         if not out.is_file():
             run(name, options.seed, out)
+        print(out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Worked arithmetic word problems: templates, seeds, and a reader for the answer.
+"""Worked arithmetic word problems: templates, seeds, and a parser for answers.
 
-Each template turns a random generator into a question, a worked answer and the number asked for. `HELD_OUT_TEMPLATES`
-are never trained on; held-out *seeds* of the other templates give problems of a known kind with new numbers.
+A template is a function that takes a random generator and returns a question, the sentences of a worked answer, and
+the result. Training never uses the templates of `HELD_OUT_TEMPLATES`. Of the other templates, training uses the even
+seeds; the odd seeds give held-out problems of a known kind with new numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +47,14 @@ HELD_OUT_TEMPLATES = ("ages", "two_buses")
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `steps` are the sentences of the worked answer, `result` the number that it ends in."""
+    """A word problem with its answer.
+
+    Attributes:
+        template: name of the template.
+        question: the question alone.
+        steps: sentences of the worked answer.
+        result: the number that the answer ends with.
+    """
 
     template: str
     question: str
@@ -55,12 +63,12 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The text a model is given."""
+        """The text that a model gets."""
         return f"Question: {self.question}\nAnswer:"
 
     @property
     def completion(self) -> str:
-        """The text a model should write, without the end-of-text token."""
+        """The text that a model should write, without the end-of-text token."""
         return f" {' '.join(self.steps)} The answer is {self.result}."
 
 
@@ -154,7 +162,10 @@ def earn_weeks(rng: random.Random) -> tuple[str, list[str], int]:
     weeks = rng.randint(2, 4)
     week = day * days
     return (
-        f"{name} earns {day} dollars a day and works {days} days a week. How many dollars does {name} earn in {weeks} weeks?",
+        (
+            f"{name} earns {day} dollars a day and works {days} days a week. "
+            f"How many dollars does {name} earn in {weeks} weeks?"
+        ),
         [
             f"In one week {name} earns {day} * {days} = {week} dollars.",
             f"In {weeks} weeks {name} earns {week} * {weeks} = {week * weeks} dollars.",
@@ -167,7 +178,10 @@ def three_groups(rng: random.Random) -> tuple[str, list[str], int]:
     name, _, things = _pair(rng)
     a, b, c = (rng.randint(4, 35) for _ in range(3))
     return (
-        f"{name} finds {a} {things} on Monday, {b} on Tuesday and {c} on Friday. How many {things} does {name} find in all?",
+        (
+            f"{name} finds {a} {things} on Monday, {b} on Tuesday and {c} on Friday. "
+            f"How many {things} does {name} find in all?"
+        ),
         [f"Monday and Tuesday together: {a} + {b} = {a + b}.", f"With Friday: {a + b} + {c} = {a + b + c}."],
         a + b + c,
     )
@@ -234,7 +248,10 @@ def lost_and_found(rng: random.Random) -> tuple[str, list[str], int]:
     lost = rng.randint(2, 15)
     found = rng.randint(2, 20)
     return (
-        f"{name} has {a} {things}, loses {lost} and then finds {found}. How many {things} does {name} have at the end?",
+        (
+            f"{name} has {a} {things}, loses {lost} and then finds {found}. "
+            f"How many {things} does {name} have at the end?"
+        ),
         [
             f"After losing {lost}: {a} - {lost} = {a - lost}.",
             f"After finding {found}: {a - lost} + {found} = {a - lost + found}.",
@@ -282,7 +299,10 @@ def two_buses(rng: random.Random) -> tuple[str, list[str], int]:
     b = rng.randint(10, 45)
     off = rng.randint(2, min(a, b))
     return (
-        f"One bus carries {a} people and another carries {b}. {off} people get off. How many people are still on the buses?",
+        (
+            f"One bus carries {a} people and another carries {b}. {off} people get off. "
+            "How many people are still on the buses?"
+        ),
         [f"The buses carry {a} + {b} = {a + b} people.", f"After {off} get off: {a + b} - {off} = {a + b - off}."],
         a + b - off,
     )
@@ -313,13 +333,13 @@ TRAINED_TEMPLATES = tuple(name for name in TEMPLATES if name not in HELD_OUT_TEM
 
 
 def problem(template: str, seed: int) -> Problem:
-    """The problem that `seed` gives under `template` (a key of `TEMPLATES`)."""
+    """Return the problem of a template, a key of `TEMPLATES`, for a seed."""
     question, steps, result = TEMPLATES[template](random.Random(f"{template}/{seed}"))
     return Problem(template, question, tuple(steps), result)
 
 
 def training_problems(count: int) -> Iterator[Problem]:
-    """`count` problems of the trained templates, from the even seeds. No question of `held_out_problems` is among them."""
+    """Yield `count` problems of the trained templates from even seeds, without questions of `held_out_problems`."""
     held_out = {p.question for p in held_out_problems(2000)} | {
         p.question for p in held_out_problems(2000, HELD_OUT_TEMPLATES)
     }
@@ -333,11 +353,11 @@ def training_problems(count: int) -> Iterator[Problem]:
 
 
 def held_out_problems(count: int, templates: tuple[str, ...] = TRAINED_TEMPLATES) -> list[Problem]:
-    """The first `count` problems from the odd seeds, cycling through `templates`."""
+    """Return the first `count` problems from odd seeds, cycling through `templates`."""
     return [problem(templates[i % len(templates)], 2 * i + 1) for i in range(count)]
 
 
 def read_answer(text: str) -> int | None:
-    """The number after "The answer is" in a completion, or None."""
+    """Return the number after "The answer is" in a completion, or None."""
     found = re.search(r"The answer is (-?\d+)", text)
     return int(found.group(1)) if found else None

@@ -1,8 +1,8 @@
-"""The model cards of the tiny forced model and of the tiny drafter, from the committed results.
+"""Write the model cards of the tiny forced model and of the tiny drafter from the committed results.
 
     python examples/tiny_qwen3/cards.py
 
-`examples/publish_tiny.py` publishes with the same inputs, under the repositories that it is given.
+`examples/publish_tiny.py` publishes with the same inputs, under the names of the user's repositories.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RESULTS = HERE.parent / "benchmarks" / "results"
 BASE = "jacobi-hf/tiny-qwen3"
 COMMON: dict[str, Any] = {"license": "apache-2.0", "language": "en", "prompt": "def quicksort(items):"}
 
-# What each card is made from, by the folder that it describes.
+# The inputs of each card, by the folder that it describes.
 INPUTS: dict[str, dict[str, Any]] = {
     "forced": {
         "results": [
@@ -58,7 +58,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 
 def card(kind: str, **changes: Any) -> str:
-    """The text of a card; `changes` take the place of its inputs, such as `repo_id`."""
+    """Return the text of a card; `changes` replace inputs of the same name, such as `repo_id`."""
     return str(generate_model_card(**{**INPUTS[kind], **changes}))
 
 

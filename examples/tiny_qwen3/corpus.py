@@ -1,12 +1,15 @@
-"""The corpus of the tiny model: code and prose from the running interpreter's standard library, and worked arithmetic.
-
-Three domains, each with held-out material: `code` (source files), `prose` (longer docstrings, and the language
-reference that `help()` shows), `arithmetic` (`arithmetic.py`). Modules in `held_out_modules.txt` are in no training
-text.
+"""The corpus of the tiny model, and `prompts.json`: 64 held-out prompts of each domain.
 
     python examples/tiny_qwen3/corpus.py
 
-writes `prompts.json`, 64 held-out prompts of each domain, which the demo, the tests and the benchmarks use.
+The command writes `prompts.json`, which the demo, the tests and the benchmarks use. There are three domains, each with
+held-out texts:
+
+- `code`: source files of the running interpreter's standard library;
+- `prose`: its longer docstrings, and the language reference that `help()` shows;
+- `arithmetic`: worked word problems of `arithmetic.py`.
+
+No training text comes from the modules in `held_out_modules.txt`.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__"
 
 
 def held_out_modules() -> frozenset[str]:
-    """Paths relative to the standard library, from `held_out_modules.txt`."""
+    """Return the paths in `held_out_modules.txt`, relative to the standard library."""
     lines = (HERE / "held_out_modules.txt").read_text(encoding="utf-8").splitlines()
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
 def _modules(held_out: bool) -> Iterator[str]:
-    """Sources of the standard library: the held-out ones, or all others. Tests and character tables are left out."""
+    """Yield the held-out sources of the standard library, or all others, without tests and character tables."""
     root = Path(sysconfig.get_path("stdlib"))
     chosen = held_out_modules()
     for path in sorted(root.rglob("*.py")):
@@ -50,17 +53,21 @@ def _modules(held_out: bool) -> Iterator[str]:
 
 
 def code_texts(held_out: bool) -> list[str]:
-    """Source files."""
+    """Return the held-out source files, or all others."""
     return list(_modules(held_out))
 
 
 def prose_texts(held_out: bool) -> list[str]:
-    """Docstrings of at least `PROSE_MIN_CHARACTERS`, without doctest-heavy ones; for training also the language reference."""
+    """Return docstrings of at least `PROSE_MIN_CHARACTERS` characters with at most two doctest lines.
+
+    The training texts also have the language reference.
+    """
     texts = dict.fromkeys(doc for source in _modules(held_out) for doc in _docstrings(source))
     if not held_out:
         reference = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
         if reference.is_file():
-            topics = ast.literal_eval(ast.parse(reference.read_text(encoding="utf-8")).body[-1].value)  # type: ignore[attr-defined]
+            assignment = ast.parse(reference.read_text(encoding="utf-8")).body[-1]
+            topics = ast.literal_eval(assignment.value)  # type: ignore[attr-defined]
             texts.update(dict.fromkeys(text.strip() for text in topics.values()))
         for text in prose_texts(held_out=True):
             texts.pop(text, None)
@@ -76,16 +83,19 @@ def _docstrings(source: str) -> Iterator[str]:
 
 
 def arithmetic_texts(held_out: bool, count: int) -> list[str]:
-    """`count` worked problems, question and answer."""
+    """Return `count` worked problems, each with its answer."""
     problems = arithmetic.held_out_problems(count) if held_out else arithmetic.training_problems(count)
     return [p.prompt + p.completion for p in problems]
 
 
 def prompts(domain: str, count: int) -> list[str]:
-    """`count` held-out prompts of a domain, the same for the same interpreter version.
+    """Return `count` held-out prompts of a domain, which depend on the version of the interpreter alone.
 
-    Code: from a `def` or `class` line of a held-out module to between 3 and 10 lines further on. Prose: the first 20
-    to 40 words of a held-out docstring. Arithmetic: the question of a held-out seed.
+    A prompt of code has 3 to 10 lines of a held-out module and starts at a `def` or `class` line. A prompt of prose
+    has the first 20 to 40 words of a held-out docstring. A prompt of arithmetic is the question of a held-out seed.
+
+    Raises:
+        ValueError: `domain` is not one of `DOMAINS`.
     """
     rng = random.Random(f"prompts/{domain}")
     if domain == "arithmetic":
@@ -96,7 +106,7 @@ def prompts(domain: str, count: int) -> list[str]:
         long_texts = [text for text in texts if len(text.split()) > 60][:count]
         return ["".join(re.findall(r"\S+\s+", text)[: rng.randint(20, 40)]).rstrip() for text in long_texts]
     if domain != "code":
-        raise ValueError(f"domain={domain!r} is none of {DOMAINS}")
+        raise ValueError(f"domain={domain!r} is not one of {DOMAINS}.")
     starts = []
     for source in code_texts(held_out=True):
         lines = source.splitlines(keepends=True)
@@ -111,3 +121,4 @@ def prompts(domain: str, count: int) -> list[str]:
 if __name__ == "__main__":
     document = {"python": platform.python_version(), "prompts": {domain: prompts(domain, 64) for domain in DOMAINS}}
     (HERE / "prompts.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(HERE / "prompts.json")

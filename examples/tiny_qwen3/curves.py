@@ -20,7 +20,7 @@ CURVES = {
 
 
 def smoothed(values: list[float], over: int) -> list[float]:
-    """Mean over the last `over` values."""
+    """Return for each value the mean of the last `over` values."""
     return [sum(values[max(0, i + 1 - over) : i + 1]) / min(over, i + 1) for i in range(len(values))]
 
 
@@ -43,6 +43,7 @@ def main() -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
     figure.savefig(options.picture, dpi=100)
+    print(options.picture)
 
 
 if __name__ == "__main__":

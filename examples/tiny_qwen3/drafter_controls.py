@@ -1,9 +1,10 @@
-"""Controls of the drafter's training: one factor at a time, by the short recipe.
+"""Controls of drafter training: change one thing of the short recipe at a time, train, and measure.
 
     python examples/tiny_qwen3/drafter_controls.py --output-dir examples/benchmarks/results/drafter [NAME ...]
 
-Needs what the stages collect and pack of examples/recipes/tiny_qwen3_drafter.yaml wrote. Each variation's results
-document is finished before the next one starts; those already there are left alone.
+The script needs the files that the stages collect and pack of examples/recipes/tiny_qwen3_drafter.yaml write. Each
+variation trains and measures, and writes its JSON document before the next one starts. A variation that already has a
+document is skipped. Baseline: the variation `short`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Relative to the root, from where the stages run: documents record the command.
+# Relative to the root, where the stages run, because documents record the command.
 RECIPE = "examples/recipes/tiny_qwen3_drafter_short.yaml"
 MUON = "--muon_learning_rate 8e-3"
 VARIATIONS = {
@@ -32,12 +33,12 @@ VARIATIONS = {
 
 
 def stage(name: str, *arguments: str) -> None:
-    """One stage, a verb of the command line."""
+    """Run one stage, a verb of the command line."""
     subprocess.run([sys.executable, "-m", "jacobi_hf.cli", name, "--config", RECIPE, *arguments], cwd=ROOT, check=True)
 
 
 def run(name: str, seed: str, out: Path) -> None:
-    """One variation, from training to its results document."""
+    """Train and measure one variation, and write its document to `out`."""
     folder = f"build/forcing/drafter/controls/{name}-seed{seed}"
     stage("train", "--output_dir", folder, "--seed", seed, *VARIATIONS[name].split())
     stage("bench", "--drafter", f"{folder}/final", "--name", f"control {name}", "--output", os.path.relpath(out, ROOT))
@@ -45,14 +46,15 @@ def run(name: str, seed: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(VARIATIONS)}; all when none is given")
-    parser.add_argument("--output-dir", required=True, help="folder of the results documents")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(VARIATIONS)} (default: all)")
+    parser.add_argument("--output-dir", required=True, help="folder for the JSON documents")
     parser.add_argument("--seed", default="42")
     options = parser.parse_args()
     for name in options.names or VARIATIONS:
         out = Path(options.output_dir).resolve() / f"control-{name}-seed{options.seed}.json"
         if not out.is_file():
             run(name, options.seed, out)
+        print(out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# From the base checkpoint to the forced one on two CPU cores, both stages: bash examples/tiny_qwen3/force.sh [SEED]
-# CORES=1 takes one core, so that two seeds can run side by side.
-# Works below build/forcing, which a second seed needs to itself; killed and started again, it goes on. times.tsv says when each part ended,
-# in seconds since the epoch.
+# Train the forced checkpoint from the base on two CPU cores, in two stages.
+#
+#   bash examples/tiny_qwen3/force.sh [SEED]
+#
+# CORES=1 uses one core, so that two seeds can run at the same time, each in its own clone. The script works in build/forcing. After an
+# interruption, the same command continues. build/forcing/times.tsv has the time at which each part ended, in seconds since the epoch.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=${1:-42} cores=${CORES:-2} python=${PYTHON:-.venv/bin/python}
-# On Linux with glibc: memory is kept between steps and comes in huge pages.
+# With these variables, glibc on Linux keeps memory between steps and uses huge pages.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_THRESHOLD_=30000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=200000000
-# The layers are alike, so one is compiled for all.
+# The layers are equal, so one compiled layer serves all.
 export ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
 ended() { printf '%s\t%s\n' "$1" "$(date +%s)" >> build/forcing/times.tsv; }

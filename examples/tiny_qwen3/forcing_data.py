@@ -1,10 +1,15 @@
-"""Prompts, replay and held-out text for Jacobi Forcing of the tiny model: `{code,arithmetic,prose}.jsonl`, `replay.jsonl`,
-`held_out.jsonl` (text by domain) and `problems.jsonl` (held-out questions with their answers).
+"""Write the data for Jacobi Forcing of the tiny model: prompts, replay text, held-out text.
 
     python examples/tiny_qwen3/forcing_data.py --output-dir build/forcing
 
-Everything comes from the corpus that the model was trained on: code prompts begin at a `def` or `class` line of a
-training module, prose prompts are the first words of docstrings, arithmetic prompts are questions of the even seeds.
+- `code.jsonl`, `arithmetic.jsonl`, `prose.jsonl`: prompts.
+- `replay.jsonl`: text that is mixed into the training.
+- `held_out.jsonl`: held-out text by domain.
+- `problems.jsonl`: held-out questions with their answers.
+
+Prompts and replay text come from the corpus that the model was trained on. Prompts of code start at a `def` or `class`
+line of a training module, prompts of prose are the first words of docstrings, and prompts of arithmetic are questions
+of even seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from transformers import HfArgumentParser
 
 @dataclass
 class Amounts:
-    """How much of what."""
+    """The amounts of each kind of data."""
 
     output_dir: str = field(metadata={"help": "Folder for the JSONL files."})
     code: int = field(default=3000, metadata={"help": "Code prompts."})
@@ -31,13 +36,13 @@ class Amounts:
     prose: int = field(default=0, metadata={"help": "Prose prompts."})
     replay_characters: int = field(default=700, metadata={"help": "Characters of a replay row of code."})
     replay_problems: int = field(
-        default=40_000, metadata={"help": "Worked problems among the replay rows, four to a row."}
+        default=40_000, metadata={"help": "Worked problems of the replay text, four in a row."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the choice."})
 
 
 def code_prompts(count: int, rng: random.Random) -> list[str]:
-    """From a `def` or `class` line to between 1 and 12 lines further on."""
+    """Return prompts of 1 to 12 lines of code that start at a `def` or `class` line."""
     starts = []
     for source in corpus.code_texts(held_out=False):
         lines = source.splitlines(keepends=True)
@@ -51,13 +56,13 @@ def _snippet(lines: list[str], first: int, rng: random.Random) -> str:
 
 
 def prose_prompts(count: int, rng: random.Random) -> list[str]:
-    """The first 10 to 50 words of docstrings."""
+    """Return prompts of the first 10 to 50 words of docstrings."""
     texts = corpus.prose_texts(held_out=False)
     return ["".join(re.findall(r"\S+\s+", rng.choice(texts))[: rng.randint(10, 50)]).rstrip() for _ in range(count)]
 
 
 def replay_texts(amounts: Amounts, rng: random.Random) -> list[str]:
-    """Pieces of all source files, worked problems that are not among the prompts, docstrings; shuffled."""
+    """Return pieces of all source files, worked problems that are no prompts, and docstrings, in random order."""
     size = amounts.replay_characters
     texts = [source[i : i + size] for source in corpus.code_texts(held_out=False) for i in range(0, len(source), size)]
     worked = corpus.arithmetic_texts(held_out=False, count=amounts.arithmetic + amounts.replay_problems)[
@@ -70,6 +75,7 @@ def replay_texts(amounts: Amounts, rng: random.Random) -> list[str]:
 
 
 def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write rows as JSON, one a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -93,6 +99,7 @@ def main() -> None:
         ({"prompt": p.prompt, "answer": str(p.result)} for p in arithmetic.held_out_problems(1000)),
     )
     write(out / "replay.jsonl", ({"text": text} for text in replay_texts(amounts, rng)))
+    print(out)
 
 
 if __name__ == "__main__":

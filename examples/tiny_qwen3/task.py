@@ -1,7 +1,8 @@
-"""`tasks/arithmetic.jsonl`, 200 held-out problems as a task of `jacobi-hf eval`, and `newcomer.jsonl`, 400 prompts to train on:
+"""Write `tasks/arithmetic.jsonl` and `newcomer.jsonl`: a task to evaluate, and prompts to train on.
 
     python examples/tiny_qwen3/task.py
 
+The task has 200 held-out problems for `jacobi-hf eval`. The prompts are 400 training problems.
 The problems are the first of the odd seeds, of the templates that the checkpoint was trained on;
 `arithmetic.training_problems`, whose first ones the prompts are, leaves their questions out.
 """
@@ -24,13 +25,13 @@ OPTIONS = {
 
 
 def lines() -> list[str]:
-    """The file, line by line: how answers are read, then a problem a line."""
+    """Return the lines of the task: the options of the task, then one problem a line."""
     problems = [{"prompt": p.prompt, "answer": p.result} for p in arithmetic.held_out_problems(200)]
     return [json.dumps(row) for row in (OPTIONS, *problems)]
 
 
 def prompts() -> list[str]:
-    """The prompts of `examples/recipes/tiny_newcomer.yaml`, one a line."""
+    """Return the prompts of `examples/recipes/tiny_newcomer.yaml`, one a line."""
     return [json.dumps({"prompt": p.prompt}) for p in arithmetic.training_problems(400)]
 
 
@@ -38,3 +39,4 @@ if __name__ == "__main__":
     FILE.parent.mkdir(exist_ok=True)
     for file, rows in ((FILE, lines()), (PROMPTS, prompts())):
         file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        print(file)
