@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import common
+import torch
 import typer
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -94,7 +95,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
 ) -> None:
     """Publish, decode in a new environment, and write the document."""
-    model = AutoModelForCausalLM.from_pretrained(common.MODELS["forced"])
+    model = AutoModelForCausalLM.from_pretrained(common.MODELS["forced"], dtype=torch.float32)  # as the client does
     config = JacobiConfig.from_generation_config(model.generation_config) or JacobiConfig()
     with tempfile.TemporaryDirectory() as folder, LoopbackHub() as hub:
         work = Path(folder)

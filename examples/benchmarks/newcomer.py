@@ -82,23 +82,28 @@ def timed(lines: list[str], folder: Path, repository: Path) -> dict[str, Took]:
 
 
 def table(results: Results) -> str:
-    """Return the table of the page, between its marks."""
-    hardware = results.hardware
+    """Return the section of the page on a run, between its marks."""
     costs = results.costs
     rows = [(f"`{cost.name}`", cost.value, cost.setting["cpu_seconds"]) for cost in costs]
-    rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    setting = f"On {hardware.cores} cores of {hardware.cpu}, {results.created[:10]}, {costs[0].setting['beside']}."
-    text = f"{BEGIN}\n## What it took\n\n{setting}\n\n| command | by the clock | of one processor |\n|---|---:|---:|\n"
-    text += "".join(f"| {name} | {_time(wall)} | {_time(cpu)} |\n" for name, wall, cpu in rows)
-    found = [m for m in results.measurements if m.tokens_per_forward and m.agreement]
-    for m in found:
-        assert m.agreement is not None
-        text += (
-            f"\nTokens per forward with the drafter, `{m.decoder.name}`: {m.tokens_per_forward:.2f} on "
-            f"{m.prompts.count} problems; "
-            f"{m.agreement.identical} of {m.agreement.total} texts are those of ordinary decoding.\n"
-        )
-    return text + END
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    machine = f"{results.hardware.cores} cores of {results.hardware.cpu}"
+    lines = [
+        f"{BEGIN}\n## How long it took\n",
+        f"Measured on {machine}, {results.created[:10]}, {costs[0].setting['beside']}.\n",
+        "| command | wall time | processor time |",
+        "|---|---:|---:|",
+        *(f"| {name} | {_time(wall)} | {_time(cpu)} |" for name, wall, cpu in rows),
+        *(_sentence(m) for m in results.measurements if m.tokens_per_forward and m.agreement),
+    ]
+    return "\n".join(lines) + f"\n{END}"
+
+
+def _sentence(m: Measurement) -> str:
+    assert m.agreement is not None
+    return (
+        f"\nTokens per forward with the drafter, `{m.decoder.name}`: {m.tokens_per_forward:.2f} on {m.prompts.count} "
+        f"problems. {m.agreement.identical} of {m.agreement.total} texts equal those of ordinary decoding."
+    )
 
 
 def _time(seconds: float) -> str:

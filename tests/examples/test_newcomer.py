@@ -1,4 +1,4 @@
-"""The newcomer's path: what the page says was run."""
+"""The tutorial for newcomers: its commands, their times, and the table on its page."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_command_that_fails_is_named(newcomer, repository, tmp_path):
     assert not (tmp_path / "new" / "later").exists()
 
 
-def test_the_table_has_every_command_and_what_came_out(newcomer):
+def test_the_table_has_every_command_and_the_tokens_per_forward(newcomer):
     stored = newcomer.Results.read(newcomer.HERE / "results" / "drafter" / "drafter-seed42.json")
     costs = [
         newcomer.Cost(name=n, value=v, unit="s", setting={"beside": "alone", "cpu_seconds": v / 2})
@@ -63,7 +63,7 @@ def test_the_table_has_every_command_and_what_came_out(newcomer):
     assert newcomer.with_table(written, results) == written
     assert written.startswith("before\n")
     assert written.endswith("after\n")
-    assert "| `a b` | 50 s | 25 s |\n| `c` | 90 s | 45 s |\n| together | 2.3 min | 70 s |" in written
+    assert "| `a b` | 50 s | 25 s |\n| `c` | 90 s | 45 s |\n| all | 2.3 min | 70 s |" in written
     assert written.count("Tokens per forward") == sum(m.agreement is not None for m in stored.measurements)
 
 

@@ -1,4 +1,4 @@
-"""The notebooks run, and are stored without what they wrote."""
+"""The notebooks run, and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_notebook_is_stored_without_outputs(path):
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_and_shows_what_it_says():
+def test_the_quickstart_runs_and_shows_its_results():
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", 4)
     NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
     printed = "".join(

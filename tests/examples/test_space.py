@@ -1,4 +1,4 @@
-"""The Space holds what it needs and starts from a folder of its own."""
+"""The Space has all files that it needs, and starts in a folder of its own."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def test_requirements_are_those_of_the_package_and_the_page():
     assert required == [*project["dependencies"], *project["optional-dependencies"]["demo"]]
 
 
-def test_the_card_names_what_is_there():
+def test_the_card_names_existing_files():
     _, front, _ = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     card = yaml.safe_load(front)
     assert (SPACE / card["app_file"]).is_file()
     assert card["sdk"] == "gradio"
     assert f"gradio=={card['sdk_version']}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
-    assert len(card["short_description"]) <= 60  # more is refused
+    assert len(card["short_description"]) <= 60  # the Hub refuses more
 
 
 @pytest.fixture
 def space(tmp_path):
-    """The folder of a Space, as its README says."""
+    """A folder with the files of a Space, as its README says."""
     for name in ("app.py", "requirements.txt", "README.md"):
         shutil.copy(SPACE / name, tmp_path)
     shutil.copytree(ROOT / "jacobi_hf", tmp_path / "jacobi_hf", ignore=shutil.ignore_patterns("*.pyc"))

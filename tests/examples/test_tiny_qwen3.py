@@ -30,7 +30,7 @@ def trained():
     )
 
 
-def test_every_template_computes_what_it_says(corpus):
+def test_every_template_computes_its_result(corpus):
     arithmetic = corpus.arithmetic
     assert len(arithmetic.TEMPLATES) >= 12
     assert len(arithmetic.HELD_OUT_TEMPLATES) == 2
@@ -72,7 +72,7 @@ def test_stored_prompts_are_held_out(corpus):
     assert not [text for text in stored["prose"] if text in training]
 
 
-def test_readme_says_what_the_report_says():
+def test_readme_has_the_numbers_of_the_report():
     text = (EXAMPLE / "README.md").read_text(encoding="utf-8")
     report = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
     for domain, loss in report["held_out_loss_nats_per_token"].items():
@@ -91,7 +91,7 @@ def test_checkpoint_is_small_and_plain():
     assert config["dtype"] == "bfloat16"
 
 
-def test_tokenizer_gives_back_what_it_was_given(trained):
+def test_tokenizer_decodes_its_input(trained):
     _, tokenizer = trained
     for text in (
         "def f(x):\n    return x ** 2  # naïve\n",
@@ -106,8 +106,8 @@ def test_tokenizer_gives_back_what_it_was_given(trained):
 
 
 @pytest.mark.slow
-def test_checkpoint_solves_what_its_report_says(trained, corpus):
-    """On a sample: no more than 15 points below the share of right answers in training.json."""
+def test_checkpoint_solves_as_much_as_its_report(trained, corpus):
+    """On a sample, the share of right answers is at most 15 points below that in training.json."""
     model, tokenizer = trained
     report = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
     problems = corpus.arithmetic.held_out_problems(60)
@@ -120,7 +120,7 @@ def test_checkpoint_solves_what_its_report_says(trained, corpus):
     assert right >= report["arithmetic_exact_match"]["held_out_seeds"] - 0.15
 
 
-def test_forced_checkpoint_is_small_plain_and_carries_its_decoding(trained):
+def test_forced_checkpoint_is_small_plain_and_switches_decoding_on(trained):
     forced = EXAMPLE / "forced"
     assert sum(path.stat().st_size for path in forced.iterdir()) <= 16 * 2**20
     config = json.loads((forced / "config.json").read_text(encoding="utf-8"))

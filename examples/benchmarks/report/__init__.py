@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import bf16, cost, decoding, drafters, forcing, peers, sources
+from . import bf16, cost, decoding, drafters, forcing, hub, peers, sources
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 CONTEXTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -22,6 +22,7 @@ CONTEXTS: dict[str, Callable[[], dict[str, Any]]] = {
     "drafters": drafters.context,
     "sources": sources.context,
     "cost": cost.context,
+    "hub": hub.context,
     "bf16": bf16.context,
 }
 
