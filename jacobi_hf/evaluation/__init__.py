@@ -1,1 +1,1 @@
-"""Ordinary and Jacobi decoding on tasks of lm-evaluation-harness."""
+"""Measure decoding and quality: on prompts, and on tasks of lm-evaluation-harness."""

@@ -1,7 +1,8 @@
-"""Ordinary and Jacobi decoding on the same tasks of lm-evaluation-harness: scores, tokens per forward, speed, identity.
+"""Measure ordinary and Jacobi decoding on the same tasks of lm-evaluation-harness: scores, tokens per forward, speed,
+identity.
 
-Each prompt is generated once with every decoder, one after the other, alone in its batch; the harness then scores the outputs of each
-decoder in a pass of its own.
+Each prompt is answered once with every decoder, one decoder after another, alone in its batch. Then the harness scores
+the outputs of each decoder in a pass of its own.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ BOOTSTRAPS = 1000  # for scores that are not means
 
 @dataclass(frozen=True)
 class Output:
-    """What one decoder wrote for one request, and what it took.
+    """Output of one decoder for one request, with its counts.
 
     Attributes:
-        text: as it is scored, without stop strings.
-        ids: new tokens.
-        slots, steps: positions computed in decoding forwards, and how many of these there were.
-        accepted_lengths: as in `JacobiStats`.
+        text: the text that is scored, without stop strings.
+        ids: ids of the new tokens.
+        forwards: model forwards, prefill included.
+        slots: positions computed in decoding forwards.
+        steps: number of decoding forwards.
         seconds: wall time of the call.
+        accepted_lengths: number of decoding forwards by the number of tokens that they committed, as in `JacobiStats`.
     """
 
     text: str
@@ -55,7 +58,14 @@ class Output:
 
     @classmethod
     def of(cls, text: str, ids: list[int], stats: JacobiStats | None, seconds: float) -> Output:
-        """From what `generate` returned; ordinary decoding takes a forward a token, the first of them the prefill."""
+        """Return the output of one call of `generate`.
+
+        Args:
+            text: the text that is scored.
+            ids: ids of the new tokens.
+            stats: statistics of Jacobi decoding; None for ordinary decoding, which runs one forward for each token.
+            seconds: wall time of the call.
+        """
         if stats is None:
             return cls(text, ids, len(ids), len(ids) - 1, len(ids) - 1, seconds)
         accepted = dict(sorted(stats.accepted_lengths.items()))
@@ -63,16 +73,16 @@ class Output:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Output:
-        """Return the output that `dataclasses.asdict` and JSON have made of one: JSON turns the lengths into strings."""
+        """Return the output that was written as JSON, which has turned the keys of `accepted_lengths` into strings."""
         accepted = {int(length): count for length, count in value["accepted_lengths"].items()}
         return cls(**{**value, "accepted_lengths": accepted})
 
 
 class Journal:
-    """Outputs of an evaluation by decoder and request, in a file, so that an interrupted evaluation generates only what is missing.
+    """Outputs of an evaluation by decoder and request, kept so that an interrupted one generates only what is missing.
 
     Args:
-        progress: the file, or None to keep the outputs in memory only.
+        progress: the file that keeps the outputs; None keeps them in memory only.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
@@ -100,15 +110,19 @@ class Journal:
 class AlternatingLM(HFLM):
     """A model of the harness that answers each request with every decoder in turn.
 
+    All decoders answer when the harness asks for the first time. Later passes of the harness get the same outputs.
+
     Args:
-        decoders: arguments of `generate` by the decoder's name.
-        journal: given the number of requests and a fingerprint of them, where outputs are kept.
-        progress: wraps the requests that are worked on.
+        model: model of a registered class, in eval mode.
+        tokenizer: the model's tokenizer.
+        decoders: arguments of `generate` by the name of the decoder.
+        journal: returns where outputs are kept, for the fingerprint of the requests.
+        progress: progress bar; takes and yields the indices of the requests.
 
     Attributes:
-        answers_with: the decoder whose texts the harness is given; all of them are generated when it first asks.
-        outputs: by decoder, in the order of the requests.
-        task_names: the task of each request.
+        answers_with: name of the decoder whose texts the harness gets.
+        outputs: outputs by the name of the decoder, in the order of the requests.
+        task_names: name of the task of each request.
     """
 
     def __init__(
@@ -120,28 +134,35 @@ class AlternatingLM(HFLM):
         progress: Callable[[Sequence[int]], Iterable[int]],
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self._decoders, self._journal, self._progress = decoders, journal, progress
+        self._decoders = decoders
+        self._journal = journal
+        self._progress = progress
         self._arguments: Mapping[str, Any] = {}
         self._last: tuple[list[int], JacobiStats | None, float] = ([], None, 0.0)
         self.answers_with = next(iter(decoders))
         self.outputs: dict[str, list[Output]] = {}
         self.task_names: list[str] = []
-        self._asked = ""
+        self._fingerprint = ""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The texts of `answers_with` for the requests, which are the same in every pass."""
-        asked = hashlib.sha256(repr([request.args for request in requests]).encode()).hexdigest()
+        """Return the texts of `answers_with` for the requests, which have to be the same in every pass.
+
+        Raises:
+            RuntimeError: the requests differ from those of the first pass.
+        """
+        fingerprint = hashlib.sha256(repr([request.args for request in requests]).encode()).hexdigest()
         if not self.outputs:
-            self.task_names, self._asked = [str(request.task_name) for request in requests], asked
+            self.task_names = [str(request.task_name) for request in requests]
+            self._fingerprint = fingerprint
             self._generate_all(requests)
-        if asked != self._asked:
+        if fingerprint != self._fingerprint:
             raise RuntimeError("lm-evaluation-harness asked for other texts in its second pass than in its first.")
         return [output.text for output in self.outputs[self.answers_with]]
 
     def _generate_all(self, requests: list[Instance]) -> None:
-        journal = self._journal(self._asked)
+        journal = self._journal(self._fingerprint)
         for name in self._decoders:
-            self._generate(name, requests[0], 0)  # what happens once in a process is in no time
+            self._generate(name, requests[0], 0)  # warm up, so that no timing includes what is slow only once
         for number in self._progress(range(len(requests))):
             for name in self._decoders:
                 if journal.get(name, number) is None:
@@ -152,7 +173,7 @@ class AlternatingLM(HFLM):
 
     def _generate(self, name: str, request: Instance, seed: int) -> Output:
         self._arguments = self._decoders[name]
-        torch.manual_seed(seed)  # a task that samples has the same noise with every decoder
+        torch.manual_seed(seed)  # a task that samples gets the same sampling noise with every decoder
         (text,) = super().generate_until([request], disable_tqdm=True)
         ids, stats, seconds = self._last
         return Output.of(text, ids, stats, seconds)
@@ -160,7 +181,7 @@ class AlternatingLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        """The harness's one call of `generate`, watched."""
+        """Run the harness's call of `generate` with the decoder's arguments; keep its ids, statistics and seconds."""
         arguments = {**generation_kwargs, **self._arguments, "return_dict_in_generate": True}
         started = time.perf_counter()
         output: Any = super()._model_generate(context, max_length, stop, **arguments)
@@ -179,28 +200,17 @@ def measure(
     chat: bool = False,
     drafter: str | None = None,
 ) -> list[Measurement]:
-    """A measurement of every decoder on every task, the baseline before the others.
+    """Return a measurement of every decoder on every task, the baseline first.
 
     Args:
-        tasks: of the harness, by name; see `load_tasks`.
-        decoders: those of `lm`; None is ordinary decoding.
-        limit: most problems of a task.
+        lm: the model that answers.
+        tasks: tasks of the harness by name; see `load_tasks`.
+        decoders: how each decoder of `lm` decodes; None is ordinary decoding.
+        limit: most problems of a task; None takes all.
         chat: whether prompts go through the chat template.
-        drafter: what the results call the drafter that the model has.
+        drafter: name that the results give the drafter in use; None without a drafter.
     """
-    scores = {}
-    for name in decoders:
-        lm.answers_with = name
-        for task in tasks.values():
-            task.set_fewshot_seed(seed=1234)  # the same examples in every pass
-        scores[name] = score_tasks(
-            lm=lm,
-            task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            apply_chat_template=chat,
-            confirm_run_unsafe_code=True,
-        )
+    scores = {name: _scores(lm, tasks, name, limit, chat=chat) for name in decoders}
     measured = []
     for task_name, task in tasks.items():
         rows = [number for number, of in enumerate(lm.task_names) if of == task_name]
@@ -211,6 +221,21 @@ def measure(
             quality, others = _quality(scores[name], task_name)
             measured.append(_measurement(decoder, prompts, outputs, quality, others))
     return measured
+
+
+def _scores(lm: AlternatingLM, tasks: Mapping[str, Any], decoder: str, limit: int | None, *, chat: bool) -> Any:
+    """Return the harness's scores of one decoder on all tasks."""
+    lm.answers_with = decoder
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=1234)  # the same examples in every pass
+    return score_tasks(
+        lm=lm,
+        task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+        limit=limit,
+        bootstrap_iters=BOOTSTRAPS,
+        apply_chat_template=chat,
+        confirm_run_unsafe_code=True,
+    )
 
 
 def _prompts(name: str, task: Any, count: int) -> Prompts:
@@ -229,17 +254,13 @@ def _measurement(
     quality: Quality | None,
     scores: dict[str, float],
 ) -> Measurement:
-    mine, reference = outputs[decoder.name], outputs[BASELINE]
-    tokens, forwards = sum(len(one.ids) for one in mine), sum(one.forwards for one in mine)
-    seconds, is_baseline = sum(one.seconds for one in mine), decoder.name == BASELINE
-    per_second, of_baseline = (
-        tokens / seconds,
-        sum(len(one.ids) for one in reference) / sum(one.seconds for one in reference),
-    )
-    different = [number for number, (a, b) in enumerate(zip(mine, reference, strict=True)) if a.ids != b.ids]
-    agreement = Agreement(
-        baseline=BASELINE, identical=len(mine) - len(different), total=len(mine), different=different
-    )
+    mine = outputs[decoder.name]
+    reference = outputs[BASELINE]
+    is_baseline = decoder.name == BASELINE
+    tokens = sum(len(one.ids) for one in mine)
+    forwards = sum(one.forwards for one in mine)
+    factor = _tokens_per_second(mine) / _tokens_per_second(reference)
+    agreement = Agreement.between([one.ids for one in mine], [one.ids for one in reference], BASELINE)
     accepted: Counter[int] = sum((Counter(one.accepted_lengths) for one in mine), Counter())
     return Measurement(
         decoder=decoder,
@@ -249,19 +270,28 @@ def _measurement(
         tokens_per_forward=tokens / forwards,
         per_prompt_tokens_per_forward=[len(one.ids) / one.forwards for one in mine],
         mean_slots=sum(one.slots for one in mine) / max(1, sum(one.steps for one in mine)),
-        seconds=seconds,
+        seconds=sum(one.seconds for one in mine),
         repeats=1,
-        tokens_per_second=per_second,
+        tokens_per_second=_tokens_per_second(mine),
         accepted_lengths=dict(sorted(accepted.items())) or None,
         quality=quality,
-        speedups=[] if is_baseline else [Speedup(baseline=BASELINE, factor=per_second / of_baseline)],
+        speedups=[] if is_baseline else [Speedup(baseline=BASELINE, factor=factor)],
         agreement=None if is_baseline else agreement,
         extra={"scores": scores},
     )
 
 
+def _tokens_per_second(outputs: Sequence[Output]) -> float:
+    return sum(len(one.ids) for one in outputs) / sum(one.seconds for one in outputs)
+
+
 def _quality(results: Any, task: str) -> tuple[Quality | None, dict[str, float]]:
-    """The task's first score with its interval, and all of them, each named as the harness names it ("metric,filter")."""
+    """Return a task's first score with its interval, and all scores by the harness's names ("metric,filter").
+
+    Args:
+        results: what the harness returned for one decoder.
+        task: name of the task.
+    """
     found: dict[str, Any] = results["results"][task]
     scores = {
         key: float(value)
@@ -277,7 +307,7 @@ def _quality(results: Any, task: str) -> tuple[Quality | None, dict[str, float]]
             return Quality.of_share(key, int(sum(values)), len(values)), scores
         spread = found.get(f"{metric}_stderr,{filtered}")
         if isinstance(spread, float):
-            return Quality(
-                metric=key, value=value, low=value - 1.96 * spread, high=value + 1.96 * spread, samples=len(values)
-            ), scores
+            low = value - 1.96 * spread
+            high = value + 1.96 * spread
+            return Quality(metric=key, value=value, low=low, high=high, samples=len(values)), scores
     return None, scores

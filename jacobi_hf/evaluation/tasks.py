@@ -1,13 +1,13 @@
-r"""What `jacobi-hf eval` measures on: tasks of lm-evaluation-harness by name, and files of problems, which become such tasks.
+r"""Tasks of an evaluation: tasks of lm-evaluation-harness by name, and tasks made from files of problems.
 
-A task file is JSONL. Each line is a problem, with `prompt` (text as the model reads it) and `answer` (text or number); other fields are
-passed over. A first line without a prompt holds options instead:
+A task file is JSONL. Each line is a problem, with `prompt` (the text that the model reads) and `answer` (text or
+number). Other fields are ignored. A first line without a prompt holds options instead:
 
-    {"answer_pattern": "The answer is (-?\\d+)", "max_new_tokens": 96, "stop": ["\n\n"], "source": "how the problems were made"}
-    {"prompt": "Question: What is 6 times 7?\nAnswer:", "answer": 42}
+    {"answer_pattern": "The answer is (-?\\d+)", "max_new_tokens": 96, "stop": ["\n\n"], "source": "written by a
+    script"} {"prompt": "Question: What is 6 times 7?\nAnswer:", "answer": 42}
 
-An answer is right when the first match of `answer_pattern` in the model's text (its group, where it has one) equals it; without a pattern,
-when the whole text does, white space around it aside.
+An answer is right if the first match of `answer_pattern` in the model's text equals it; if the pattern has a group,
+its group is compared. Without a pattern the whole text is compared, without white space around it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 WHOLE_TEXT = r"(?s)\A\s*(.*?)\s*\Z"
+_RUNS_CODE = "{} runs code that the model writes: run it in a sandbox, and add --confirm-run-unsafe-code."
 
 
 class TaskOptions(BaseModel):
-    """The first line of a task file."""
+    """Options of a task file: its first line, if that has no prompt."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -49,7 +50,7 @@ class TaskOptions(BaseModel):
 
 
 class Problem(BaseModel):
-    """A line of a task file."""
+    """One problem: a line of a task file."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -59,7 +60,13 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True)
 class TaskFile:
-    """Problems and how they are scored."""
+    """Problems of a task file, and how they are scored.
+
+    Attributes:
+        name: name of the task: the file's, without its ending.
+        options: how the problems are answered and scored.
+        problems: the problems in order.
+    """
 
     name: str
     options: TaskOptions
@@ -67,10 +74,11 @@ class TaskFile:
 
     @classmethod
     def read(cls, path: str | Path) -> TaskFile:
-        """Read a JSONL file.
+        """Return the task file at a path.
 
         Raises:
-            ValueError: the file is not there or no text, or a line is not what it should be; says which and why.
+            ValueError: the file cannot be read, has no problems, or has a line that is neither a problem nor options;
+                the error names the line and the reason.
         """
         rows = [(place, parse_json_object(line, place)) for place, line in read_lines(path)]
         options = TaskOptions()
@@ -81,7 +89,7 @@ class TaskFile:
         return cls(Path(path).stem, options, [_checked(place, row, Problem) for place, row in rows])
 
     def config(self) -> dict[str, Any]:
-        """The task as lm-evaluation-harness takes it."""
+        """Return the task as a configuration of lm-evaluation-harness."""
         from datasets import Dataset
 
         rows = [{"prompt": problem.prompt, "answer": str(problem.answer)} for problem in self.problems]
@@ -107,37 +115,46 @@ class TaskFile:
 
 
 def load_tasks(names: Sequence[str], files: Sequence[TaskFile], *, runs_code: bool = False) -> dict[str, Any]:
-    """Tasks of lm-evaluation-harness with their data, by name.
+    """Return tasks of lm-evaluation-harness with their data, by name.
 
     Args:
-        names: of tasks or groups of tasks, or paths of the harness's own YAML files.
+        names: names of tasks or groups of tasks, or paths of YAML files of the harness.
+        files: task files.
         runs_code: whether tasks may run code that the model writes.
 
     Raises:
-        ValueError: a task is unknown, lacks data or packages, scores without generating, or runs code where it may not.
+        ValueError: a task is unknown, lacks data or packages, generates no text, or runs code although it may not.
     """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=any(not name.endswith((".yaml", ".yml")) for name in names))
     tasks: dict[str, Any] = {}
-    for loaded in [*(manager.load([file.config()]) for file in files), *(_named(manager, name) for name in names)]:
+    for loaded in [*(manager.load([file.config()]) for file in files), *(_load(manager, name) for name in names)]:
         if twice := sorted(tasks.keys() & loaded["tasks"].keys()):
             raise ValueError(f"there are two tasks named {', '.join(twice)}: leave one out, or rename its file.")
         tasks |= loaded["tasks"]
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE != "generate_until":
-            raise ValueError(
-                f"{name} is scored by log-likelihoods ({task.OUTPUT_TYPE}): nothing is generated, so there is nothing to decode in "
-                "parallel, and the model's score is that of ordinary decoding. Measure it with lm_eval itself."
-            )
-        if getattr(task, "UNSAFE_CODE", False) and not runs_code:
-            raise ValueError(
-                f"{name} runs code that the model writes: do that in a sandbox, and add --confirm-run-unsafe-code."
-            )
+        _check_task(name, task, runs_code=runs_code)
     return tasks
 
 
-def _named(manager: Any, name: str) -> Any:
+def _check_task(name: str, task: Any, *, runs_code: bool) -> None:
+    """Raise `ValueError` for a task that generates no text, or that runs code although it may not."""
+    if task.OUTPUT_TYPE != "generate_until":
+        raise ValueError(
+            f"{name} is scored by log-likelihoods ({task.OUTPUT_TYPE}). It generates no text, so every decoder has the "
+            "same score: measure it with lm_eval itself."
+        )
+    if getattr(task, "UNSAFE_CODE", False) and not runs_code:
+        raise ValueError(_RUNS_CODE.format(name))
+
+
+def _load(manager: Any, name: str) -> Any:
+    """Return the tasks of a name, as the harness loads them.
+
+    Raises:
+        ValueError: there is no such task, or its data, packages or permission are missing.
+    """
     try:
         return manager.load([name])
     except KeyError:
@@ -150,17 +167,25 @@ def _named(manager: Any, name: str) -> Any:
         raise ValueError(f"{name} needs packages that are not installed: {error}") from None
     except OSError as error:
         raise ValueError(
-            f"the data of {name}, or the metric that it is scored by, is neither here nor to be had: {error}"
+            f"the data of {name}, or its metric, is not on this machine and cannot be downloaded: {error}"
         ) from None
     except ValueError as error:
         if "HF_ALLOW_CODE_EVAL" in str(error):
-            raise ValueError(
-                f"{name} runs code that the model writes: do that in a sandbox, and add --confirm-run-unsafe-code."
-            ) from None
+            raise ValueError(_RUNS_CODE.format(name)) from None
         raise
 
 
 def _checked(where: str, row: dict[str, Any], kind: Any) -> Any:
+    """Return a row as a `Problem` or `TaskOptions`.
+
+    Args:
+        where: file and line, for errors.
+        row: the JSON object of the line.
+        kind: class of the row.
+
+    Raises:
+        ValueError: a field is missing, unknown, or has a value that is not allowed.
+    """
     try:
         return kind.model_validate(row)
     except ValidationError as error:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import typer
 
-from jacobi_hf.evaluation.decoding import is_looping
 from jacobi_hf.results.schema import Results
 from tests.helpers.models import tiny_model
 
@@ -137,21 +136,6 @@ def test_the_picture_of_the_readme_shows_the_documents(tmp_path):
     assert str(script.PICTURE.relative_to(ROOT)) in (ROOT / "README.md").read_text(encoding="utf-8")
     script.draw(script.bars(), tmp_path / "drawn.png")
     assert Image.open(tmp_path / "drawn.png").size == Image.open(script.PICTURE).size
-
-
-@pytest.mark.parametrize(
-    ("tail", "looping"),
-    [
-        ([1, 2, 3] * 20, True),
-        ([7] * 60, True),
-        (list(range(60)), False),
-        ([*range(19)] * 4, True),
-        ([*range(20)] * 4, False),
-        ([5] * 20, False),
-    ],
-)
-def test_loops_are_found(tail, looping):
-    assert is_looping(tail) == looping
 
 
 @pytest.mark.parametrize("per_forward", [1.74, 2.0, 4.1])

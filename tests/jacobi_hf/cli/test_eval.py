@@ -1,9 +1,7 @@
-"""`jacobi-hf eval`: through lm-evaluation-harness, on the tiny checkpoint."""
+"""The verb `eval` measures the tiny checkpoint through lm-evaluation-harness."""
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import re
 import sys
@@ -12,27 +10,25 @@ import datasets
 import pytest
 import torch
 import yaml
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
 from jacobi_hf.cli.eval import Evaluation, run
-from jacobi_hf.evaluation.harness import AlternatingLM, Journal, Output
-from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
+from jacobi_hf.evaluation.harness import AlternatingLM, Output
+from jacobi_hf.evaluation.tasks import TaskFile
 from jacobi_hf.results.schema import Results
-from jacobi_hf.resume import Progress
+from tests.helpers.tasks import TASK, task_manager, write_task
 from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 
-FORCED, TASK = str(EXAMPLE / "forced"), EXAMPLE / "tasks" / "arithmetic.jsonl"
+FORCED = str(EXAMPLE / "forced")
 invoke = CliRunner().invoke
-task_manager = functools.cache(TaskManager)
 SMALL = {"dtype": "float32", "limit": 4, "max_new_tokens": 48}
 
 
 @pytest.fixture(autouse=True)
 def one_index(monkeypatch):
-    """The harness reads its 14 000 tasks once."""
+    """Let the harness read the index of its tasks once."""
     monkeypatch.setattr(
         "lm_eval.tasks.TaskManager", lambda include_defaults: task_manager(include_defaults=include_defaults)
     )
@@ -40,17 +36,9 @@ def one_index(monkeypatch):
     logging.getLogger("lm_eval").setLevel(logging.NOTSET)
 
 
-def write(folder, *rows, name="task.jsonl"):
-    path = folder / name
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """The shipped task on the forced checkpoint, written and read back."""
+    """Results of the shipped task on the forced checkpoint, written and read back."""
     output = tmp_path_factory.mktemp("eval") / "new folder" / "results.json"
     decoders = {"multiblock": {}, "blocks": {"decoding": "jacobi", "jacobi_block_size": 8}}
     run(Evaluation(FORCED, task_files=[str(TASK)], decoders=decoders, output=str(output), **SMALL), quiet=True)
@@ -109,7 +97,7 @@ def test_with_a_drafter_the_models_own_knobs(tmp_path):
 
 
 def test_how_answers_are_read(tmp_path, monkeypatch):
-    """Scores of known texts: the first match, its group, numbers as text, stop strings, and whole texts without a pattern."""
+    """The first match counts, or its group; numbers are compared as text, and without a pattern the whole text."""
     texts = {"a": "so 7 apples\n\n8", "b": "12", "c": " yes \n", "d": "no"}
     monkeypatch.setattr(
         "jacobi_hf.evaluation.harness.AlternatingLM._generate",
@@ -122,14 +110,14 @@ def test_how_answers_are_read(tmp_path, monkeypatch):
     ]
     for number, (header, problems, share) in enumerate(cases):
         rows = [{"prompt": prompt, "answer": answer, "more": None} for prompt, answer in problems]
-        path = write(tmp_path, *[header] * bool(header), "", *rows, name=f"t{number}.jsonl")
+        path = write_task(tmp_path, *[header] * bool(header), "", *rows, name=f"t{number}.jsonl")
         results = run(Evaluation(FORCED, task_files=[path]), quiet=True)
         assert [m.quality.value for m in results.measurements] == pytest.approx([share, share])
 
 
 def test_stop_strings_of_a_file_end_the_text(tmp_path):
     problem = {"prompt": TaskFile.read(TASK).problems[0].prompt, "answer": "Ben starts with 51 stickers"}
-    path = write(tmp_path, {"stop": ["."], "max_new_tokens": 40}, problem)
+    path = write_task(tmp_path, {"stop": ["."], "max_new_tokens": 40}, problem)
     ordinary, jacobi = run(Evaluation(FORCED, task_files=[path], dtype="float32"), quiet=True).measurements
     assert ordinary.quality.value == jacobi.quality.value == 1
     assert jacobi.agreement.identical == 1
@@ -138,7 +126,7 @@ def test_stop_strings_of_a_file_end_the_text(tmp_path):
 
 @pytest.mark.slow
 def test_a_task_of_the_harness_by_name(monkeypatch):
-    """gsm8k as the harness defines it, with data in the form that its own has."""
+    """The task is gsm8k of the harness, with made-up data in the form of its own."""
     rows = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(6)]
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "test")})
     asked = []
@@ -161,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
 
     def interrupted(self, name, request, seed):
         calls.append(name)
-        if len(calls) > 2 + 3:  # two to warm up, then one problem and a half
+        if len(calls) > 2 + 3:  # two to warm up, then both decoders on one problem and one decoder on the next
             raise KeyboardInterrupt
         return generate(self, name, request, seed)
 
@@ -184,46 +172,6 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     assert Results.read(output) == results
     assert not file.exists()
     assert results.measurements[1].agreement.identical == 4
-
-
-def test_a_journal_gives_back_what_it_was_given(tmp_path):
-    output = Output("täxt\n", [1, 2], 2, 3, 1, 0.5, {1: 2, 7: 1})
-    file = tmp_path / "deep" / "j.jsonl"
-    Journal(Progress(file, {"a": 1})).add("generate", 3, output)
-    again = Journal(Progress(file, {"a": 1}))
-    assert again.get("generate", 3) == output
-    assert again.get("generate", 2) is None
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["{"], "line 1 is not JSON"),
-        (["[1]"], "line 1 is not a JSON object but '\\[1\\]'"),
-        ([], "holds no problems"),
-        ([{"answer_pattern": "x"}], "holds no problems"),
-        ([{"prompt": "x"}], "line 1: 'answer' is missing"),
-        ([{"promt": "x", "answer": 1}], "line 1: 'prompt' is missing; there is 'promt'"),
-        ([{"prompt": "x", "answer": 1}, {"prompt": "y", "target": 1}], "line 2: 'answer' is missing"),
-        ([{"prompt": "x", "answer": [1]}], "line 1: answer cannot be \\[1\\]"),
-        ([{"prompt": "", "answer": 1}], "prompt cannot be ''"),
-        ([{"answer_patern": "x"}], "did you mean 'answer_pattern'"),
-        ([{"answer_pattern": "("}], "no regular expression"),
-        ([{"max_new_tokens": 0}], "max_new_tokens cannot be 0"),
-        ([{"stop": "x"}], "stop cannot be 'x'"),
-    ],
-)
-def test_files_that_are_no_tasks_are_refused(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
-        TaskFile.read(write(tmp_path, *rows))
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    binary = tmp_path / "x.jsonl"
-    binary.write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "nowhere.jsonl", tmp_path, binary):
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} (cannot be read|is not UTF-8)"):
-            TaskFile.read(path)
 
 
 @pytest.mark.parametrize(
@@ -250,59 +198,10 @@ def test_bad_options_fail_before_anything_is_generated(change, message, monkeypa
         run(Evaluation(**{"model": FORCED, "task_files": [str(TASK)], **change}), quiet=True)
 
 
-@pytest.mark.slow
-def test_tasks_that_cannot_be_run_are_refused():
-    with pytest.raises(ValueError, match=r"no task 'gsm8kk' \(did you mean 'gsm8k"):
-        load_tasks(["gsm8kk"], [])
-    with pytest.raises(ValueError, match=r"the data of gsm8k.*openai/gsm8k"):
-        load_tasks(["gsm8k"], [])
-    with pytest.raises(ValueError, match=r"minerva_math needs packages.*math_verify"):
-        load_tasks(["minerva_math"], [])
-
-
-def test_tasks_that_generate_nothing_or_run_code_are_refused(tmp_path):
-    config = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": write(tmp_path, {"q": "1"})},
-        "test_split": "train",
-        "doc_to_text": "{{q}}",
-    }
-    choice = tmp_path / "choice.yaml"
-    choice.write_text(
-        json.dumps(
-            {**config, "task": "choice", "output_type": "multiple_choice", "doc_to_choice": ["a"], "doc_to_target": 0}
-        )
-    )
-    with pytest.raises(ValueError, match=r"choice is scored by log-likelihoods \(multiple_choice\)"):
-        load_tasks([str(choice)], [])
-    code = tmp_path / "code.yaml"
-    code.write_text(
-        json.dumps(
-            {**config, "task": "code", "output_type": "generate_until", "doc_to_target": "x", "unsafe_code": True}
-        )
-    )
-    with pytest.raises(ValueError, match=r"code runs code that the model writes.*--confirm-run-unsafe-code"):
-        load_tasks([str(code)], [])
-    assert list(load_tasks([str(code)], [], runs_code=True)) == ["code"]
-
-
 def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=re.escape("pip install 'jacobi-hf[eval]'")):
         run(Evaluation(FORCED, task_files=[str(TASK)]), quiet=True)
-
-
-def test_the_shipped_task_is_what_its_script_writes_and_held_out(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLE))
-    import arithmetic
-    import task
-
-    assert TASK.read_text(encoding="utf-8").split("\n")[:-1] == task.lines()
-    assert (EXAMPLE / "newcomer.jsonl").read_text(encoding="utf-8").split("\n")[:-1] == task.prompts()
-    file = TaskFile.read(TASK)
-    prompts = {problem.prompt for problem in file.problems}
-    assert len(prompts) == len(file.problems) == 200
-    assert prompts.isdisjoint(problem.prompt for problem in arithmetic.training_problems(3000))
 
 
 def recipe(folder, section):
