@@ -1,6 +1,9 @@
-"""Attention over a step's slots, keys and values as the cache holds them: never repeated for the query heads of a group.
+"""Kernels for attention over a step's slots.
 
-Shapes: queries `(B, heads, Q, head_dim)`, keys and values `(B, key/value heads, K, head_dim)`, output `(B, Q, heads, head_dim)`.
+They take keys and values as the cache holds them. Nothing is repeated for the query heads of a group.
+
+Shapes: queries `(B, heads, Q, head_dim)`, keys and values `(B, key/value heads, K, head_dim)`, output `(B, Q, heads,
+head_dim)`.
 """
 
 from __future__ import annotations
@@ -22,13 +25,19 @@ def grouped_sdpa(
     scaling: float | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Sdpa with the query heads of a group as further queries of one head.
+    """Return the attention of torch's sdpa, with the query heads of a group as further queries of one head.
 
-    Transformers' own function repeats keys and values for every query head when there is a mask, in every layer and step; `enable_gqa`
-    keeps them too, but is slower on the CPU for a single slot, and on CUDA has no fused kernel that takes a mask.
+    With a mask, transformers' own function repeats keys and values for every query head, in every layer and step.
+    `enable_gqa` would not, but it is slower on the CPU for a single slot, and on CUDA it has no fused kernel that
+    takes a mask.
 
     Args:
-        mask: as `grouped_mask` makes it.
+        query: `(B, heads, Q, head_dim)`.
+        key: `(B, key/value heads, K, head_dim)`.
+        value: `(B, key/value heads, K, head_dim)`.
+        mask: additive `(B, 1, groups * Q, K)`, from `grouped_mask` or `mask_from_table`.
+        scaling: factor of the scores; None for the default.
+        dropout: probability.
     """
     batch, heads, slots, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)
@@ -39,9 +48,14 @@ def grouped_sdpa(
 
 
 def grouped_mask(allowed: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of `grouped_sdpa`, `(B, 1, groups * Q, K)`, from a bool one `(B, 1, Q, K)`.
+    """Return the mask of `grouped_sdpa`, additive `(B, 1, groups * Q, K)`.
 
-    It is additive, which sdpa would otherwise make of it in every layer.
+    From a bool mask, sdpa would make an additive one again in every layer.
+
+    Args:
+        allowed: bool `(B, 1, Q, K)`, True where attention is allowed.
+        groups: query heads for each key/value head.
+        dtype: of the result.
     """
     return torch.where(allowed, 0.0, float("-inf")).to(dtype).repeat(1, 1, groups, 1)
 
@@ -49,8 +63,16 @@ def grouped_mask(allowed: torch.Tensor, groups: int, dtype: torch.dtype) -> torc
 def flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float | None
 ) -> torch.Tensor:
-    """FlexAttention, which reads the blocks of columns that the mask names, row by row."""
-    # Outside of what is compiled anyway it has to be compiled itself to be a kernel.
+    """Return the attention of FlexAttention, which reads only the blocks of key columns that the mask names.
+
+    Args:
+        query: `(B, heads, Q, head_dim)`.
+        key: `(B, key/value heads, K, head_dim)`.
+        value: `(B, key/value heads, K, head_dim)`.
+        mask: from `block_mask`.
+        scaling: factor of the scores; None for the default.
+    """
+    # In a step that is not compiled, FlexAttention must be compiled by itself to run as a kernel.
     function = flex_attention if torch.compiler.is_dynamo_compiling() else _compiled_flex_attention()
     output: torch.Tensor = function(
         query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -65,7 +87,7 @@ def _compiled_flex_attention() -> Any:
 
 @cache
 def has_flex() -> bool:
-    """Whether torch's FlexAttention takes masks of any length, and there is a compiler for its kernels."""
+    """Return whether torch's FlexAttention takes masks of any length, and Triton is there to compile it."""
     known = inspect.signature(BlockMask.from_kv_blocks).parameters
     return "seq_lengths" in known and torch.utils._triton.has_triton()
 
@@ -78,14 +100,18 @@ def flash(
     sliding_window: int | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """flash-attn over a chain: the step's slots are the last of each row's `filled_B` columns, and see what is before them.
+    """Return the attention of flash-attn over a chain, whose slots are the last of the filled columns of each row.
 
     Args:
+        query: `(B, heads, Q, head_dim)`.
+        key: `(B, key/value heads, K, head_dim)`.
+        value: `(B, key/value heads, K, head_dim)`.
         filled_B: int32, cached tokens and slots of each row.
         sliding_window: positions that a query may look back, itself included; None for full attention.
+        scaling: factor of the scores; None for the default.
     """
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-    # Its layout is (B, tokens, heads, head_dim); views will do.
+    # flash-attn takes (B, tokens, heads, head_dim); views will do.
     output: torch.Tensor = flash_attn_with_kvcache()(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -99,7 +125,7 @@ def flash(
 
 
 def flash_attn_with_kvcache() -> Any:
-    """The function of the package flash-attn, None where it is not installed."""
+    """Return the function of the package flash-attn, or None if the package is not installed."""
     try:
         return getattr(import_module("flash_attn"), "flash_attn_with_kvcache", None)
     except ImportError:

@@ -56,8 +56,8 @@ def check_release() -> None:
         )
     if not is_tested():
         warnings.warn(
-            f"jacobi_hf is tested with transformers {OLDEST_SUPPORTED} to {NEWEST_TESTED}, and {installed()} is installed. "
-            f"If something fails: {INSTALL}",
+            f"jacobi_hf is tested with transformers {OLDEST_SUPPORTED} to {NEWEST_TESTED}, and {installed()} is "
+            f"installed. If something fails: {INSTALL}",
             UserWarning,
             stacklevel=2,
         )
@@ -71,7 +71,8 @@ def require_release(feature: str, release: str) -> None:
     """
     if _minor(installed()) < _minor(Version(release)):
         raise ValueError(
-            f"{feature} needs transformers {release} or newer, but {installed()} is installed: pip install 'transformers>={release}'"
+            f"{feature} needs transformers {release} or newer, but {installed()} is installed: "
+            f"pip install 'transformers>={release}'"
         )
 
 
@@ -136,8 +137,11 @@ else:
 
         def __post_init__(self) -> None:
             """Pass the new names on to the old ones, then continue with the next class."""
-            self.activation_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)  # type: ignore[has-type]
-            self.gradient_checkpointing = self.activation_checkpointing
-            kwargs = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs  # type: ignore[has-type]
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
+            recomputes = self.activation_checkpointing or self.gradient_checkpointing  # type: ignore[has-type]
+            self.activation_checkpointing = bool(recomputes)
+            self.gradient_checkpointing = bool(recomputes)
+            kwargs = self.activation_checkpointing_kwargs
+            kwargs = kwargs or self.gradient_checkpointing_kwargs  # type: ignore[has-type]
+            self.activation_checkpointing_kwargs = kwargs
+            self.gradient_checkpointing_kwargs = kwargs
             super().__post_init__()  # type: ignore[misc]
