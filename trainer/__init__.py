@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jacobi_hf.trainer.data.answers import AnswerConfig
     from jacobi_hf.trainer.data.collator import JacobiForcingCollator
     from jacobi_hf.trainer.data.loading import load_packed
     from jacobi_hf.trainer.data.record import BadRecordError, PackedRecord
     from jacobi_hf.trainer.data.schedule import NoiseSchedule, pack
-    from jacobi_hf.trainer.data.trajectories import AnswerConfig, Trajectory, collect_trajectories, record_trajectories
+    from jacobi_hf.trainer.data.trajectories import Trajectory, collect_trajectories, record_trajectories
     from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
     from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer
 
 # Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.trainer.forcing.mask) and imports stay quick.
 _MODULE_OF = {
-    "AnswerConfig": "data.trajectories",
+    "AnswerConfig": "data.answers",
     "BadRecordError": "data.record",
     "JacobiForcingCollator": "data.collator",
     "JacobiForcingConfig": "forcing.config",

@@ -19,7 +19,7 @@ from jacobi_hf.hub_cards.scan import FolderError
 from jacobi_hf.results.environment import Hardware
 from jacobi_hf.results.schema import Results
 from jacobi_hf.results.training import TrainingData
-from jacobi_hf.trainer.data.trajectories import base_of
+from jacobi_hf.trainer.data.answers import base_of
 from jacobi_hf.trainer.run_record import stages_of, training_facts
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.io import encode_messages, parse_json_object, read_text
+from jacobi_hf.trainer.data.answers import AnswerConfig, end_ids, pad_id
 from jacobi_hf.trainer.data.loading import open_dataset
 from jacobi_hf.trainer.data.shards import (
     ManifestError,
@@ -25,7 +26,7 @@ from jacobi_hf.trainer.data.shards import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from jacobi_hf.trainer.data.trajectories import AnswerConfig, Trajectory, collect_trajectories, end_ids, pad_id
+from jacobi_hf.trainer.data.trajectories import Trajectory, collect_trajectories
 from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from transformers import Trainer
 from jacobi_hf.attention.interface import LAYER_TYPES, TAKES_MASK, attention_of, layer_types
 from jacobi_hf.drafts.loading import using
 from jacobi_hf.drafts.lora import LoraDrafter
+from jacobi_hf.trainer.data.answers import special_ids
 from jacobi_hf.trainer.data.loading import checked
 from jacobi_hf.trainer.data.record import PackedRecord
-from jacobi_hf.trainer.data.trajectories import special_ids
 from jacobi_hf.trainer.drafter.model import DraftedModel
 from jacobi_hf.trainer.forcing.trainer import (
     JacobiForcingTrainer,

@@ -17,9 +17,9 @@ from transformers import Trainer, TrainerCallback
 
 from jacobi_hf.attention.interface import MaskBuilder, attention_of
 from jacobi_hf.evaluation.decoding import measure_decoding, ordinary_outputs
+from jacobi_hf.trainer.data.answers import base_of, special_ids
 from jacobi_hf.trainer.data.collator import COUNTS, JacobiForcingCollator, clean_part, counts_of
 from jacobi_hf.trainer.data.loading import StreamedRecords, TrainingRecords, checked, tokenized_replay
-from jacobi_hf.trainer.data.trajectories import base_of, special_ids
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.losses import Losses, Reference, Targets, chunked_losses
 from jacobi_hf.trainer.forcing.mask import PADDING, Slots, dense_mask, mask_mod
