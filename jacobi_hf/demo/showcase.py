@@ -1,4 +1,4 @@
-"""What the demo shows: decoders and models on a few prompts, streamed, coloured, then timed."""
+"""The demo in a terminal: decoders and models write a few texts side by side, in colours, and are timed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TINY = Path(jacobi_hf.__file__).resolve().parents[1] / "examples" / "tiny_qwen3"
-PLACE = "examples/tiny_qwen3"  # what it is called in results
+PLACE = "examples/tiny_qwen3"  # name of that folder in results
 COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
 REPEATS = 3
+NO_CHECKPOINT = "an installed package does not have the tiny checkpoint of the repository: name a model with --model."
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the domain that it is from."""
+    """A prompt and its domain."""
 
     domain: str
     prompt: str
@@ -42,7 +43,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer, with the name that they are reported under; and that of its drafter, if it has one."""
+    """A model as the demo shows it.
+
+    Attributes:
+        name: name of the model in results.
+        model: model in eval mode, with its drafter if it has one.
+        tokenizer: the model's tokenizer.
+        label: short name for the panels and the table.
+        drafter: name of the drafter in results; None without a drafter.
+    """
 
     name: str
     model: Any
@@ -52,10 +61,13 @@ class Loaded:
 
 
 def examples(prompt: str | None) -> list[Example]:
-    """The prompts to show: the caller's one, or a held-out one of each domain of the tiny checkpoint.
+    """Return the prompts to show.
+
+    Args:
+        prompt: the only prompt; None takes one held-out prompt from each domain of the tiny checkpoint.
 
     Raises:
-        ValueError: neither a prompt nor the repository's own prompts are there.
+        ValueError: the prompt is empty, or there is none and the repository's prompts are missing.
     """
     if prompt is not None:
         if not prompt.strip():
@@ -64,7 +76,7 @@ def examples(prompt: str | None) -> list[Example]:
     file = TINY / "prompts.json"
     if not file.is_file():
         raise ValueError(
-            "the held-out prompts are part of the repository, not of an installed package: give --prompt and --model."
+            "an installed package does not have the held-out prompts of the repository: give --prompt and --model."
         )
     return [
         Example(domain, prompts[0])
@@ -73,19 +85,21 @@ def examples(prompt: str | None) -> list[Example]:
 
 
 def load(name: str | None, drafter: str | None = None) -> list[Loaded]:
-    """The model named, without and with a drafter, or the tiny checkpoint before and after Jacobi Forcing, and with its drafter; in fp32,
-    where texts are equal token for token.
+    """Return the models to show, in float32, in which all decoders write the same tokens.
+
+    Args:
+        name: name or folder of a model, which is shown without and with its drafter. None is the tiny checkpoint:
+            before and after Jacobi Forcing, and with its drafter.
+        drafter: folder or Hub repository of a drafter of the named model.
 
     Raises:
-        ValueError: no model was named and the tiny checkpoint is not there, or the drafter does not fit.
+        ValueError: there is no such model, the tiny checkpoint is missing, or the drafter does not fit the model.
     """
     if name is not None:
         model = _load(name, name, "model")
         return [model] if drafter is None else [model, _load(name, name, "model + drafter", drafter)]
     if not (TINY / "checkpoint").is_dir():
-        raise ValueError(
-            "the tiny checkpoint is part of the repository, not of an installed package: name a model with --model."
-        )
+        raise ValueError(NO_CHECKPOINT)
     folders = {"base": ("checkpoint", None), "forced": ("forced", None), "base + drafter": ("checkpoint", "drafter")}
     return [
         _load(str(TINY / folder), f"{PLACE}/{folder}", label, drafter and str(TINY / drafter))
@@ -100,11 +114,22 @@ def _load(source: str, name: str, label: str, drafter: str | None = None) -> Loa
 
 
 class _Painter(BaseStreamer):
-    """A streamer that paints each token in the colour of the forward that it came out of."""
+    """Streamer that paints each token in the colour of its forward.
+
+    Args:
+        loaded: the model; its forwards are counted until the text ends.
+        title: title of the panel.
+        prompt: text that the panel starts with.
+
+    Attributes:
+        on_token: called after each token.
+    """
 
     def __init__(self, loaded: Loaded, title: str, prompt: str) -> None:
-        self._tokenizer, self._title = loaded.tokenizer, title
-        self._text, self._written = Text(prompt, style="dim"), ""
+        self._tokenizer = loaded.tokenizer
+        self._title = title
+        self._text = Text(prompt, style="dim")
+        self._written = ""
         self._tokens: list[int] = []
         self._forwards = 0
         self._is_prompt = True
@@ -115,27 +140,36 @@ class _Painter(BaseStreamer):
         self._forwards += 1
 
     def put(self, value: torch.Tensor) -> None:
+        """Paint a token; the first value is the prompt, which is painted already."""
         if self._is_prompt:
             self._is_prompt = False
             return
         self._tokens += value.tolist()
         whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if not whole.endswith("\ufffd"):  # a character whose bytes are not all there yet
+        if not whole.endswith("\ufffd"):  # the bytes of the last character are not complete yet
             self._text.append(whole[len(self._written) :], style=COLOURS[self._forwards % len(COLOURS)])
             self._written = whole
         self.on_token()
 
     def end(self) -> None:
+        """Stop counting forwards."""
         self._hook.remove()
 
     def panel(self) -> Panel:
+        """Return the text so far, with its counts."""
         footer = f"{len(self._tokens)} tokens, {self._forwards} forwards"
         return Panel(self._text, title=self._title, subtitle=footer, title_align="left", subtitle_align="left")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model and a way to decode with it."""
+    """A model and how it decodes.
+
+    Attributes:
+        loaded: the model.
+        decoding: name of the decoding.
+        knobs: arguments of `generate` that select it.
+    """
 
     loaded: Loaded
     decoding: str
@@ -143,11 +177,11 @@ class Contender:
 
     @property
     def title(self) -> str:
-        """What its panel is called."""
+        """Title of the panel."""
         return f"{self.loaded.label}, {self.decoding}"
 
     def write(self, prompt: str, max_new_tokens: int, **options: Any) -> Any:
-        """What `generate` returns for the prompt."""
+        """Return the output of `generate` for a prompt, greedily."""
         inputs = self.loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(
             self.loaded.model.device
         )
@@ -157,7 +191,7 @@ class Contender:
 
 
 def contenders(loaded: list[Loaded]) -> list[Contender]:
-    """Ordinary decoding with the first model, and Jacobi decoding with each."""
+    """Return ordinary decoding with the first model, and Jacobi decoding with each model."""
     knobs = jacobi_hf.JacobiConfig().to_knobs()
     return [
         Contender(loaded[0], "generate", {"decoding": None}),
@@ -166,10 +200,16 @@ def contenders(loaded: list[Loaded]) -> list[Contender]:
 
 
 def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quiet: bool) -> Results:
-    """Show every example and return what was measured.
+    """Show every example, and return the measurements.
+
+    Args:
+        loaded: models to show.
+        shown: prompts to continue.
+        max_new_tokens: new tokens of each prompt.
+        quiet: whether to print nothing.
 
     Raises:
-        ValueError: a prompt and its text would be longer than a model's positions; nothing is shown.
+        ValueError: a prompt and its text need more positions than a model has. Nothing has been shown.
     """
     for one, example in itertools.product(loaded, shown):
         loading.check_length(one.model, len(one.tokenizer(example.prompt)["input_ids"]), max_new_tokens)
@@ -181,22 +221,29 @@ def run(loaded: list[Loaded], shown: list[Example], max_new_tokens: int, *, quie
             _stream(contenders(loaded), example, max_new_tokens, console)
         measurements += _measure(contenders(loaded), example, max_new_tokens)
     console.print(_table(measurements, [one.label for one in (loaded[0], *loaded)]))
-    names = ", ".join(f"{one.label}: {one.name}" for one in loaded)
-    threads = torch.get_num_threads()
-    console.print(
-        f"{names}; fp32, {threads} thread{'s' * (threads > 1)}; seconds are medians of {REPEATS} alternating runs;",
-        style="dim",
-    )
-    console.print("identical: to generate() of the same model.", style="dim")
-    if any(one.drafter for one in loaded):
-        console.print(
-            "base + drafter: the base verifies, so the text is its own whatever the drafter has learnt.", style="dim"
-        )
+    for note in _notes(loaded):
+        console.print(note, style="dim")
     what = "jacobi-hf demo: ordinary and Jacobi decoding of single prompts"
     return Results.start(what, loaded[0].model, loaded[0].name).with_measurements(measurements)
 
 
+def _notes(loaded: list[Loaded]) -> list[str]:
+    """Return what a reader of the table has to know."""
+    names = ", ".join(f"{one.label}: {one.name}" for one in loaded)
+    threads = torch.get_num_threads()
+    notes = [
+        f"{names}; fp32, {threads} thread{'s' * (threads > 1)}; seconds are medians of {REPEATS} alternating runs.",
+        "identical: the text is that of generate() with the same model.",
+    ]
+    if any(one.drafter for one in loaded):
+        notes.append(
+            "base + drafter: the base model verifies every guess, so the text does not depend on the drafter."
+        )
+    return notes
+
+
 def _stream(shown: list[Contender], example: Example, max_new_tokens: int, console: Console) -> None:
+    """Let all contenders write the text of an example, one after another, and show their panels."""
     painters: list[_Painter] = []
 
     def redraw() -> None:
@@ -216,6 +263,7 @@ def _stream(shown: list[Contender], example: Example, max_new_tokens: int, conso
 
 
 def _side_by_side(panels: list[Panel], columns: int, width: int) -> RenderableType:
+    """Return the panels in columns, or below each other in a narrow terminal."""
     if width < 50 * columns:
         return Group(*panels)
     grid = Table.grid(expand=True)
@@ -226,6 +274,7 @@ def _side_by_side(panels: list[Panel], columns: int, width: int) -> RenderableTy
 
 
 def _measure(shown: list[Contender], example: Example, max_new_tokens: int) -> list[Measurement]:
+    """Return a measurement of each contender on an example; their timed runs alternate."""
     seconds: dict[str, list[float]] = {contender.title: [] for contender in shown}
     outputs: dict[str, Any] = {}
     for _ in range(REPEATS):
@@ -236,7 +285,7 @@ def _measure(shown: list[Contender], example: Example, max_new_tokens: int) -> l
     medians = {title: statistics.median(values) for title, values in seconds.items()}
     prompts = Prompts(domain=example.domain, source="held-out prompt", count=1, max_new_tokens=max_new_tokens)
     first = outputs[shown[0].title].sequences.shape[1] - len(shown[0].loaded.tokenizer(example.prompt)["input_ids"])
-    # Two models write two texts: speed is compared per token.
+    # Two models write texts of different lengths, so speed is compared per token.
     per_token = medians[shown[0].title] / first
     return [_measurement(c, outputs[c.title], prompts, example, per_token, medians[c.title]) for c in shown]
 
@@ -279,7 +328,7 @@ def _measurement(
 
 
 def _table(measurements: list[Measurement], labels: list[str]) -> Table:
-    table = Table(title="What it took", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title="Results", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("prompt", "model", "decoding", "tokens per forward", "seconds", "tok/s", "identical"):
         left = column in ("prompt", "model", "decoding")
         table.add_column(column, justify="left" if left else "right", no_wrap=" " not in column)

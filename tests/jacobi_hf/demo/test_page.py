@@ -1,6 +1,6 @@
-"""The page of the demo, in a browser; and what it does, without one.
+"""The page of the demo, with and without a browser.
 
-`JACOBI_HF_SCREENSHOT=docs/images/page.png` writes the picture of the docs.
+`JACOBI_HF_SCREENSHOT=docs/images/page.png` writes the picture that the docs show.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fastapi.testclient import TestClient
-from typer.testing import CliRunner
 
-from jacobi_hf.cli import app
 from jacobi_hf.cli.serve import listener
 from jacobi_hf.demo import page
-from tests.helpers.tiny import CHECKPOINT
 
 KNOBS = {"jacobi_block_size": 16, "jacobi_max_blocks": 2, "jacobi_activation_ratio": 0.0, "jacobi_pool_size": 2}
 PROMPT = "    def __repr__(self):\n        info = ['StreamReader']\n"
@@ -45,13 +41,13 @@ def threads():
 
 
 def eventually(condition, seconds=180.0):
-    """What `condition` returns once that is true; a page under load is slow, so there is no other measure than patience."""
+    """Return what `condition` returns, as soon as that is true."""
     until = time.monotonic() + seconds
     while True:
         found = condition()
         if found:
             return found
-        assert time.monotonic() < until, "it did not come to that"
+        assert time.monotonic() < until, "the condition stayed false"
         time.sleep(0.05)
 
 
@@ -75,7 +71,7 @@ def eventually(condition, seconds=180.0):
         ("word", 8, {"jacobi_activation_ratio": "<b>"}, "jacobi_activation_ratio='&lt;b&gt;'"),
     ],
 )
-def test_bad_input_is_a_message_before_anything_begins(somebody, prompt, new, knobs, message):
+def test_bad_input_is_a_message_before_anything_starts(somebody, prompt, new, knobs, message):
     before = threads()
     (picture,) = list(somebody.generate(prompt, new, *(KNOBS | knobs).values(), VISITOR))
     assert message.replace("'", "&#39;") in picture[len(somebody.lanes)]
@@ -98,7 +94,7 @@ def test_panes_fill_and_agree_and_the_replay_follows(somebody):
 
 
 @pytest.mark.parametrize("how", ["stop", "leave", "close"])
-def test_nothing_runs_on_for_a_visitor_who_stops_or_leaves(somebody, how):
+def test_a_generation_ends_when_its_visitor_stops_it_or_leaves(somebody, how):
     pictures = somebody.generate(PROMPT, 1000, *KNOBS.values(), VISITOR)
     next(pictures)
     assert threads()
@@ -110,50 +106,6 @@ def test_nothing_runs_on_for_a_visitor_who_stops_or_leaves(somebody, how):
         assert "Stopped." in last[3]
     eventually(lambda: not threads())
     assert ("somebody" in somebody.races) == (how != "leave")
-
-
-def test_without_gradio_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    result = CliRunner().invoke(app, ["demo", "--web"])
-    assert (result.exit_code, result.stderr) == (2, "jacobi-hf demo: --web needs gradio: pip install '.[demo]'\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--json"], "--json and --web are two ways"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all is no model"),
-        (["--drafter", "/nowhere/at/all"], "--drafter is for the model that --model names"),
-        (["--model", str(CHECKPOINT), "--drafter", "/nowhere/at/all"], "/nowhere/at/all is no folder"),
-        (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
-        (["--max-new-tokens", "5000"], "5000 is more than the 1024"),
-    ],
-)
-def test_bad_options_are_one_line(arguments, message):
-    result = CliRunner().invoke(
-        app, ["demo", "--web", *arguments, *([] if "--host" in arguments else ["--port", "0"])]
-    )
-    assert result.exit_code == 2
-    *progress, said = result.stderr.splitlines()
-    assert said.startswith("jacobi-hf demo: ")
-    assert message in said
-    assert not [line for line in progress if line and "Loading weights" not in line]
-
-
-def test_the_verb_serves_the_page(monkeypatch):
-    served = {}
-
-    def run(server, sockets):
-        served.update(port=sockets[0].getsockname()[1], page=TestClient(server.config.app).get("/").text)
-
-    monkeypatch.setattr(page.Server, "run", run)
-    result = CliRunner().invoke(
-        app, ["demo", "--web", "--port", "0", "--prompt", "Once upon a time", "--max-new-tokens", "37"]
-    )
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"The page is at http://127.0.0.1:{served['port']}, until Ctrl-C.\n"
-    for shown in ("Once upon a time", "Jacobi with a drafter (lossless)", '"value":37', ".replay .windows"):
-        assert shown in served["page"]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +121,7 @@ def address(lanes):
 
 
 class Visitor:
-    """The page in a browser, by the ids of its parts."""
+    """A visitor with a browser, who finds parts of the page by their ids."""
 
     def __init__(self, browser):
         self.browser = browser
@@ -190,7 +142,8 @@ class Visitor:
     def set_prompt(self, text):
         """All at once: a long one would take long to type."""
         self.browser.execute_script(
-            "const [field, text] = arguments; field.value = text; field.dispatchEvent(new Event('input', {bubbles: true}))",
+            "const [field, text] = arguments; field.value = text;"
+            " field.dispatchEvent(new Event('input', {bubbles: true}))",
             self.find("#prompt textarea"),
             text,
         )
@@ -296,8 +249,8 @@ def test_in_a_browser(visitor):
     assert not [entry for entry in visitor.browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_who_closes_the_page_is_not_written_for(visitor):
-    """The last of the tests in the browser: it leaves the page."""
+def test_a_generation_ends_when_its_page_is_closed(visitor):
+    """This test is the last one in the browser, because it leaves the page."""
     visitor.set_prompt(PROMPT)
     visitor.write("#new_tokens input[type=number]", "1000")
     visitor.generate("Writing, ")

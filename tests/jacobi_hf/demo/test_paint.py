@@ -1,4 +1,4 @@
-"""What is painted is the text, and text is data."""
+"""Painted generations hold the text, and text is escaped."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ STEPS = steps_of(
     ("number", "said"),
     [
         (1, "Forward 1 of 4: the prompt, and the first token."),
-        (2, "Forward 2 of 4: 5 guesses verified, 1 confirmed (the window), 2 tokens."),
-        (3, "Forward 3 of 4: 6 guesses verified, 2 confirmed (lookup), 3 tokens."),
-        (4, "Forward 4 of 4: 2 guesses verified, 0 confirmed, 1 token."),
+        (2, "Forward 2 of 4: 5 guesses verified, 1 accepted (the window), 2 tokens."),
+        (3, "Forward 3 of 4: 6 guesses verified, 2 accepted (lookup), 3 tokens."),
+        (4, "Forward 4 of 4: 2 guesses verified, 0 accepted, 1 token."),
     ],
 )
-def test_a_replay_says_what_a_forward_came_to(number, said):
+def test_a_replay_says_what_a_forward_did(number, said):
     html = paint.Replay(runner_of(STEPS)).at(number)
     assert f'data-forward="{number}"' in html
     assert said in html
@@ -96,18 +96,18 @@ def test_a_replay_says_what_a_forward_came_to(number, said):
     assert text_of(html).endswith(written)
 
 
-def test_a_replay_has_the_windows_under_each_other_by_what_became_of_their_guesses():
+def test_a_replay_has_a_row_for_each_window_and_a_class_for_each_guess():
     html = paint.Replay(runner_of(STEPS)).at(4)
     rows = [re.findall(r'<td class="([^"]*)">([^<]*)</td>', row) for row in re.findall("<tr>.*?</tr>", html)]
-    known = [("known", letter) for letter in "bcdef"]  # of the text behind the first row's forward
+    known = [("known", letter) for letter in "bcdef"]  # text after the forward of the first row
     assert rows == [
-        [("confirmed", "b"), ("wrong", "X"), ("right", "d"), ("right unverified", "e")],
+        [("accepted", "b"), ("wrong", "X"), ("early", "d"), ("early unverified", "e")],
         [*known[:2], ("wrong", "Z"), ("wrong", "Z")],
         [*known, ("wrong", "Z"), ("wrong", "Z")],
     ]
 
 
-def test_a_replay_shows_no_more_rows_than_it_has_room_for():
+def test_a_replay_shows_the_last_windows_only():
     steps = steps_of(("a", ()), *[("b", (draft("window", "c"),))] * 20)
     for number in range(1, 22):
         html = paint.Replay(runner_of(steps)).at(number)

@@ -1,4 +1,4 @@
-"""Generations that take turns write what they write alone."""
+"""A generation that takes turns with others writes the same text as alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
 
 class Letters:
-    """A tokenizer whose ids are bytes, so that a character may take several of them."""
+    """A tokenizer whose ids are bytes, so that a character may have several ids."""
 
     def decode(self, ids, **_):
         return bytes(ids).decode(errors="replace")
@@ -58,7 +58,7 @@ def test_each_lane_writes_what_it_writes_alone():
     assert_all_end(before)
 
 
-def test_the_turn_is_that_of_the_one_whose_clock_shows_least():
+def test_the_next_turn_goes_to_the_runner_with_the_least_time():
     turns = []
 
     class Clocked:
@@ -80,7 +80,7 @@ def test_the_turn_is_that_of_the_one_whose_clock_shows_least():
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3])
-def test_a_stop_ends_the_threads_and_says_nothing_went_wrong(turns):
+def test_a_stop_ends_the_threads_and_is_no_error(turns):
     before = threads()
     race = Race([runner(lane()), runner(lane("other", None))])
     for one in race.runners:
@@ -92,14 +92,14 @@ def test_a_stop_ends_the_threads_and_says_nothing_went_wrong(turns):
     assert [(len(one.steps), one.error) for one in race.runners] == [(turns, "")] * 2
 
 
-def test_a_race_that_is_forgotten_ends_by_itself(monkeypatch):
+def test_a_race_that_nobody_watches_ends(monkeypatch):
     monkeypatch.setattr(races, "PATIENCE", 0.05)
     before = threads()
     Race([runner(lane())])
     assert_all_end(before)
 
 
-def test_what_generate_raises_is_told():
+def test_an_error_of_generate_is_reported():
     race = Race([runner(lane(), max_new_tokens=-3)])
     race.advance(20)
     (one,) = race.runners
@@ -117,7 +117,7 @@ def test_a_twin_shares_weights_and_nothing_else():
     assert torch.equal(other(torch.arange(VOCAB)[None]).logits, model(torch.arange(VOCAB)[None]).logits)
 
 
-def test_a_character_of_several_forwards_is_the_last_ones():
+def test_a_character_of_several_forwards_belongs_to_the_last_one():
     pieces = Pieces(Letters())
     euro = tuple("€".encode())
     for ids in ((*b"a", euro[0]), euro[1:2], (euro[2], *b"b"), euro[:1]):
