@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/custom_generate.py
 
 The script makes a virtual environment with the versions of constraints.txt, and serves a Hub on the loopback
-interface. It publishes the tiny models there (examples/publish_tiny.py), and decodes in that environment in the three
-ways that a model card shows.
+interface. It publishes the tiny models there (examples/tiny_qwen3/publish.py), and decodes in that environment in the
+three ways that a model card shows.
 
 Measured are tokens per forward and equality. Baseline: ordinary `generate` of the same models in the same environment.
 The exit status is 1 if a text differs. The last line on stdout is the path of the JSON document.
@@ -59,7 +59,7 @@ def environment(folder: Path) -> Path:
 
 def publish(hub: LoopbackHub, home: Path) -> None:
     """Publish the three repositories on the loopback Hub."""
-    command = [sys.executable, ROOT / "examples" / "publish_tiny.py", USER, "--drafter"]
+    command = [sys.executable, ROOT / "examples" / "tiny_qwen3" / "publish.py", USER, "--drafter"]
     subprocess.run(command, env=hub.environment(home), stdout=subprocess.DEVNULL, check=True)
 
 

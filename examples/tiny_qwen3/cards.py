@@ -2,7 +2,7 @@
 
     python examples/tiny_qwen3/cards.py
 
-`examples/publish_tiny.py` publishes with the same inputs, under the names of the user's repositories.
+`examples/tiny_qwen3/publish.py` publishes with the same inputs, under the names of the user's repositories.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 from tests.hub_cards.hub import TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT, READER = ROOT / "examples" / "publish_tiny.py", Path(__file__).with_name("reader.py")
+SCRIPT = EXAMPLE / "publish.py"
+READER = Path(__file__).with_name("reader.py")
 
 
 def run(hub, tmp_path, *command, **environment):
