@@ -53,7 +53,8 @@ def blocks(page: str, language: str) -> list[Block]:
         *(token.content if token.type == "html_block" else "" for token in everything),
     ]  # before each token
     for number, token in enumerate(everything):
-        if token.type == "fence" and token.info.strip() == language:
+        is_quote = comments[number].startswith("<!-- from ")  # see quotes.py
+        if token.type == "fence" and token.info.strip() == language and not is_quote:
             said = _NOT_RUN.search(comments[number])
             shows = "what it prints" in "".join(comments[number + 2 : number + 3])
             prints = everything[number + 2].content if shows else None

@@ -15,16 +15,24 @@ QUOTE = re.compile(r"(^<!-- from ([\w./]+)(?:: ([\w, ]+))? -->\n\n```python\n)(.
 
 
 def quoted(path: str, names: str | None) -> str:
-    """Return the text of a file, or of some of its functions and classes."""
+    """Return the text of a file, or of some of its functions, classes and constants with the comments before them."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if names is None:
         return text
     lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
-        name = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [getattr(node, "target", node)])[0])
-        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-        found[name] = "\n".join(lines[first - 1 : node.end_lineno]) + "\n"
-    return "\n\n".join(found[name] for name in names.split(", "))
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
+        while lines[first - 1].startswith("#"):
+            first -= 1
+        found[name_of(node)] = "\n".join(lines[first : node.end_lineno]) + "\n"
+    wanted = [found[name] for name in names.split(", ")]
+    return ("\n\n" if any("def " in one or "class " in one for one in wanted) else "").join(wanted)
+
+
+def name_of(node: ast.stmt) -> str:
+    """Return what a statement defines."""
+    targets = getattr(node, "targets", [getattr(node, "target", node)])
+    return getattr(node, "name", None) or ast.unparse(targets[0])
 
 
 def renewed(page: str) -> str:

@@ -1,12 +1,16 @@
 """What the pages tell a reader to type works.
 
-Blocks of Python run, those of a page one after another in one namespace, as somebody reads it. Three rules translate them: a model of the
-Hub (`Qwen/...`) becomes the tiny checkpoint; there are fewer tokens to write and less time to search for a setting; `bf16=True` of a
-trainer, which wants a GPU, becomes `use_cpu=True`. A page may take `model`, `tokenizer`, `inputs` and `prompts` for granted, as its
-reader has them, packed trajectories, and a server of the model. A block that cannot run here has a comment before it, `<!-- not run here:
-REASON -->`. What a page shows behind a block, with a comment `<!-- what it prints -->`, is what the block prints.
+Blocks of Python run, one after another in one namespace for each page. Some text is replaced before:
 
-Lines of shell are parsed, not run: verbs and options of `jacobi-hf` and of scripts exist, files and extras that are named exist.
+- A model of the Hub (`Qwen/...`) becomes the tiny checkpoint.
+- Numbers of new tokens become 16, and a search for a setting gets one second.
+- `bf16=True` of a trainer becomes `use_cpu=True`.
+
+A page may use `model`, `tokenizer`, `inputs` and `prompts`, as its reader has them, packed trajectories, and a server of the model. A block
+that cannot run here has a comment before it, `<!-- not run here: REASON -->`. Quotes of code (`quotes.py`) do not run. A block after a comment
+`<!-- what it prints -->` is compared with what the block before it prints.
+
+Lines of shell do not run. They are parsed: verbs and options of `jacobi-hf` and of scripts, files, make targets and extras must exist.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
+from jacobi_hf.attention import interface
 from jacobi_hf.cli import app
 from jacobi_hf.cli.serve import listener, make_default
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.serving.app import Server, build_app
+from jacobi_hf.trainer.data import schedule
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans
 from tests.helpers.records import records
 
@@ -55,6 +61,9 @@ def workplace(tmp_path, monkeypatch):
     """A folder in which the examples lie and somebody may write."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    # What docs/developer.md adds goes away with the page.
+    monkeypatch.setattr(schedule, "SCHEDULES", dict(schedule.SCHEDULES))
+    monkeypatch.setattr(interface, "grouped_sdpa", interface.grouped_sdpa)
     yield tmp_path
     jacobi_hf.unregister()
     jacobi_hf.register_defaults()

@@ -13,11 +13,10 @@ from jacobi_hf.trainer.data.record import PackedRecord
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jacobi_hf.trainer.data.trajectories import State, Trajectory
 
-KINDS = ("progressive", "reverse", "random", "cyclic", "constant")
 END_POINTS = ("reference", "paper")
 PHASES = ("fixed", "random")
 NOISES = ("suffix", "fraction")
@@ -54,7 +53,7 @@ class NoiseSchedule:
     noise: str = "suffix"
 
     def __post_init__(self) -> None:
-        words = (("kind", KINDS), ("end_points", END_POINTS), ("phase", PHASES), ("noise", NOISES))
+        words = (("kind", kinds()), ("end_points", END_POINTS), ("phase", PHASES), ("noise", NOISES))
         for name, allowed in words:
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -80,15 +79,10 @@ class NoiseSchedule:
         ]
 
     def targets(self, blocks: int, rng: random.Random) -> list[float]:
-        """The noise asked of each of `blocks` blocks; `rng` gives the phase and the draws of `"random"`."""
-        levels, w = self.levels(), self.noise_levels
-        shift = rng.randrange(w) if self.phase == "random" else 0
-        if self.kind == "constant":
-            return [self.max_noise] * blocks
-        if self.kind == "random":
-            return [rng.choice(levels) for _ in range(blocks)]
-        steps = [(block + shift) % w for block in range(blocks)]
-        return [levels[w - 1 - step if self.kind == "reverse" else step] for step in steps]
+        """Return the noise that each of `blocks` blocks should have; `rng` draws the phase and whatever the kind draws."""
+        shift = rng.randrange(self.noise_levels) if self.phase == "random" else 0
+        steps = [(block + shift) % self.noise_levels for block in range(blocks)]
+        return SCHEDULES[self.kind](self, steps, rng)
 
     def choose(self, blocks: Sequence[Sequence[State]], lengths: Sequence[int], rng: random.Random) -> list[int]:
         """The index of the chosen state in each block's trajectory.
@@ -110,6 +104,44 @@ class NoiseSchedule:
             levels = [noise_of(state, states[-1], length, self.noise) for state in states]
             chosen.append(min(range(len(states)), key=lambda i: (abs(levels[i] - target), i)))
         return chosen
+
+
+def progressive(schedule: NoiseSchedule, steps: list[int], rng: random.Random) -> list[float]:  # noqa: ARG001
+    """Return levels that rise and start again after the highest."""
+    levels = schedule.levels()
+    return [levels[step] for step in steps]
+
+
+def reverse(schedule: NoiseSchedule, steps: list[int], rng: random.Random) -> list[float]:  # noqa: ARG001
+    """Return levels that fall and start again after the lowest."""
+    levels = schedule.levels()
+    return [levels[-1 - step] for step in steps]
+
+
+def drawn(schedule: NoiseSchedule, steps: list[int], rng: random.Random) -> list[float]:
+    """Return a level for each block that is drawn without regard to the others."""
+    levels = schedule.levels()
+    return [rng.choice(levels) for _ in steps]
+
+
+def constant(schedule: NoiseSchedule, steps: list[int], rng: random.Random) -> list[float]:  # noqa: ARG001
+    """Return the highest noise for every block."""
+    return [schedule.max_noise] * len(steps)
+
+
+# By kind: a function that takes the schedule, a number from 0 to w - 1 for each block (counted on from the phase) and a random
+# generator, and returns the noise that each block should have. docs/developer.md adds one.
+SCHEDULES: dict[str, Callable[[NoiseSchedule, list[int], random.Random], list[float]]] = {
+    "progressive": progressive,
+    "reverse": reverse,
+    "random": drawn,
+    "constant": constant,
+}
+
+
+def kinds() -> tuple[str, ...]:
+    """Return the kinds of schedules: those of `SCHEDULES`, and `"cyclic"`, which looks at no noise."""
+    return (*SCHEDULES, "cyclic")
 
 
 def noise_of(state: State, fixed: State, length: int, definition: str) -> float:
