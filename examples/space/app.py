@@ -1,6 +1,6 @@
-"""A Space with the page of `jacobi-hf demo --web`; README.md says what goes beside this file.
+"""A Space with the page of `jacobi-hf demo --web`; README.md lists the folders that it needs beside this file.
 
-Run in a clone of the repository, it shows the tiny checkpoint:
+In a clone of the repository it shows the tiny checkpoint:
 
     python examples/space/app.py
 """
@@ -18,7 +18,11 @@ PROMPT = "    def __repr__(self):\n        info = ['StreamReader']\n"
 
 
 def compared() -> list[Lane]:
-    """The model of the Space's variables MODEL and DRAFTER; or that of the folders beside this file; or the clone's."""
+    """Return the lanes of the model to show.
+
+    The model is named by the variables MODEL and DRAFTER of the Space. Without them it is in the folders beside this
+    file, and in a clone of the repository it is the tiny checkpoint.
+    """
     if model := os.environ.get("MODEL"):
         return page.lanes(model, os.environ.get("DRAFTER"))
     if (HERE / "checkpoint").is_dir():
