@@ -23,7 +23,7 @@ class JacobiStats:
         row_forwards: forwards of each row until it ended, the prefill included.
         accepted_lengths: histogram of tokens per step: `accepted_lengths[3] == 7` means that 7 times a row got 3
             tokens from one decoding forward.
-        accepted_from: accepted guesses by their source: "window", "pool", "lookup" or "topk".
+        accepted_from: accepted guesses by their source: "window", "drafter", "pool", "lookup" or "topk".
         drafted: guesses of the window that went into forwards.
         verified: guesses of the window that the model verified; all that were drafted, unless a drafter is used.
         accepted: guesses of the window that were accepted.

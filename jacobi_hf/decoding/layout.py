@@ -5,7 +5,7 @@ Each further segment is a branch, which follows the pending token or one of the 
 slot is identified by its segment and its *depth*, the number of tokens from the pending token to the slot.
 
 With a LoRA drafter there are *draft slots* too: a last segment, which repeats the backbone and runs with the drafter's
-weights. The choices at its slots become the next guesses. Nobody verifies it, and no other segment attends to it.
+weights. The choices at its slots become the next guesses. It is not verified, and no other segment attends to it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class SamplingNoise:
 
     Args:
         device: the device whose default generator is used.
-        ahead: whether noise may be drawn before the earlier tokens are chosen. It may not if somebody else draws from
+        ahead: whether noise may be drawn before the earlier tokens are chosen. It may not if something else draws from
             the same generator in between, e.g. a logits processor.
         room: tokens that are expected to need noise at the same time.
         ring_IBV: noise of an earlier call, to be overwritten; a new tensor by default.

@@ -110,7 +110,8 @@ def _covered_columns(mask_BL: torch.Tensor | None, mask_length: int | None, give
         raise ValueError(f"attention_mask covers {total} tokens; the cache has {past} and the prompt {given}.")
     if total <= past:
         raise ValueError(
-            f"the cache holds {past} tokens and the prompt {total}: pass at least one new token after those in the cache."
+            f"the cache holds {past} tokens and the prompt {total}: "
+            "pass at least one new token after those in the cache."
         )
     return total
 

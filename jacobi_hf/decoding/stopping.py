@@ -123,7 +123,7 @@ class StoppingRules:
 
     @property
     def has_step_streamer(self) -> bool:
-        """Whether `report_step` reports to anybody."""
+        """Whether the streamer is a `StepStreamer`, which `report_step` reports to."""
         return self._step_streamer is not None
 
     def report_step(self, candidates: tuple[Candidate, ...]) -> None:

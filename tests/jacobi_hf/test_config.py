@@ -62,7 +62,7 @@ def test_jacobi_persists_its_block_size_only():
     "hub_config", [{}, {"do_sample": True, "temperature": 0.7, "top_p": 0.8}, {"temperature": 0.7, "top_k": 20}]
 )
 def test_defaults_survive_save_and_reload(tmp_path, prompt, hub_config):
-    """Also from a config that was derived from the model config, and with sampling fields left over from the Hub."""
+    """Also if the config was derived from the model config, or has sampling fields that a repository came with."""
     model = fresh_model("qwen3")
     if hub_config:
         model.generation_config = GenerationConfig(**hub_config)

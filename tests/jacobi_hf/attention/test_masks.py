@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def figures_of(function):
-    """The figures of a docstring: for each, the labels of its columns, those of its lines, and its marks as one string a line."""
+    """Return the figures of a docstring: for each, the labels of its columns, the labels of its lines, and its marks."""
     figures, above = [], []
     for line in map(str.split, inspect.getdoc(function).splitlines()):
         if len(line) > 1 and set("".join(line[1:])) <= set("#+."):
@@ -41,7 +41,7 @@ def labels_of_slots(window, branches=(), draft_slots=0):
 
 
 def figure_from_mask(slots, cached, allowed):
-    """What `figures_of` returns for one row's mask `(Q, K)`."""
+    """Return one row's mask `(Q, K)` in the form of `figures_of`."""
     columns = [f"t{number}" for number in range(cached)] + slots
     columns += ["-"] * (allowed.shape[1] - len(columns))
     return columns, slots, ["".join("#" if mark else "." for mark in line) for line in allowed.tolist()]
@@ -83,7 +83,7 @@ def test_figure_of_the_blocks():
 
 
 def mask_by_definition(lengths, cached, extent, window, draft_slots=0):
-    """Slot by slot, in words: a guess sees the row's cached text, the pending token, and its own segment up to itself."""
+    """Return the mask slot by slot: a guess attends to cached tokens, the pending token, and its segment up to itself."""
     slots = [("pending", 0)] + [(segment, depth) for segment, n in enumerate(lengths) for depth in range(1, n + 1)]
     slots += [("draft", depth) for depth in range(1, draft_slots + 1)]
     mask = torch.zeros(len(cached), 1, len(slots), extent, dtype=torch.bool)
@@ -157,7 +157,7 @@ def test_a_chain_is_plain_causality(length, cached, window):
 
 
 def dense_from_blocks(mask, batch):
-    """What a kernel makes of a `BlockMask`: nothing of blocks that are not named, the rule in partial ones, all of whole ones."""
+    """Return the mask that a kernel computes: the rule in partial blocks, all of whole blocks, nothing of others."""
     slots, columns = mask.seq_lengths
     slot, column = torch.arange(slots)[:, None], torch.arange(columns)
     dense = torch.zeros(batch, 1, slots, columns, dtype=torch.bool)

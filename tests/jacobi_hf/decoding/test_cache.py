@@ -84,7 +84,7 @@ def test_a_step_that_does_not_fit_is_refused_before_it_is_written():
 @pytest.mark.parametrize("turns", [(3, 4, 5), (9, 12, 3)])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_conversation_continues_in_the_callers_cache(kind, make, turns, sampled):
-    """Turn after turn over one cache, the same as ordinary decoding over one cache, and as no cache at all."""
+    """Turn after turn, text and cache are those of ordinary decoding in its own cache."""
     model = tiny_model(kind)
     ordinary, jacobi = make(model.config), make(model.config)
     text = other = torch.zeros(1, 0, dtype=torch.long)

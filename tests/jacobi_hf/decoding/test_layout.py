@@ -28,7 +28,7 @@ def test_paths_lead_from_the_pending_token_through_a_segment(lengths):
     sliding=st.none() | st.integers(1, 6),
 )
 def test_a_branch_off_the_window_is_a_chain_along_its_path(window, branches, cached, sliding):
-    """Along its path, a branch sees and stands where a window of the same tokens would; off it, nothing."""
+    """A branch attends along its path as a window of the same tokens would, and to nothing off its path."""
     branches = [(min(start, window), length) for start, length in branches]
     layout = build_layout((window, *(length for _, length in branches)), CPU, 0, tuple(start for start, _ in branches))
     extent = max(cached) + layout.slots

@@ -33,7 +33,7 @@ class Recorder(BaseStreamer):
 
 
 class Stateful(StoppingCriteria):
-    """Counts its calls, as lm-eval's criterion does, and stops each row at a token of its own."""
+    """A criterion that records its calls, and stops a row after any of the tokens `stops`."""
 
     def __init__(self, stops, at_once_after=None):
         self.stops, self.at_once_after, self.calls, self.scores = stops, at_once_after, [], []
@@ -51,7 +51,7 @@ class Stateful(StoppingCriteria):
 
 
 class Counting(LogitsProcessor):
-    """A processor with a memory: it forbids what it chose two calls ago."""
+    """A processor with a memory: it lowers the score of an id that depends on the number of its calls."""
 
     def __init__(self):
         self.calls = []
