@@ -26,10 +26,13 @@ def on_startup(**_: Any) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for source, name in PACKAGES.items():
         shutil.copytree(ROOT / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    config, arguments = target / "jacobi_hf" / "config.py", target / "jacobi_hf" / "trainer" / "forcing" / "config.py"
+    config = target / "jacobi_hf" / "config.py"
     config.write_text(KNOB.sub(r"= \1", config.read_text(encoding="utf-8")), encoding="utf-8")
-    *opening, docstring, rest = arguments.read_text(encoding="utf-8").split('"""', 4)  # the module's, the class's
-    arguments.write_text('"""'.join([*opening, ARGUMENT.sub(r"\1- **\2**: ", docstring), rest]), encoding="utf-8")
+    for method in ("forcing", "drafter"):
+        arguments = target / "jacobi_hf" / "trainer" / method / "config.py"
+        # The module's docstring comes first, then that of the class.
+        *opening, docstring, rest = arguments.read_text(encoding="utf-8").split('"""', 4)
+        arguments.write_text('"""'.join([*opening, ARGUMENT.sub(r"\1- **\2**: ", docstring), rest]), encoding="utf-8")
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -1,4 +1,4 @@
-"""Jacobi Forcing: finetune a causal LM on its own Jacobi trajectories, so that several tokens come true per forward."""
+"""Training of models and drafters whose guesses are accepted more often: collecting, packing and the trainers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,17 @@ if TYPE_CHECKING:
     from jacobi_hf.trainer.data.record import BadRecordError, PackedRecord
     from jacobi_hf.trainer.data.schedule import NoiseSchedule, pack
     from jacobi_hf.trainer.data.trajectories import Trajectory, collect_trajectories, record_trajectories
+    from jacobi_hf.trainer.drafter.config import DrafterConfig
+    from jacobi_hf.trainer.drafter.trainer import DrafterTrainer
     from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
     from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer
 
-# Loaded when asked for, so that a module of the package can be run (python -m jacobi_hf.trainer.forcing.mask) and imports stay quick.
+# Loaded on first use, so that imports stay quick and a module of the package can be run (python -m).
 _MODULE_OF = {
     "AnswerConfig": "data.answers",
     "BadRecordError": "data.record",
+    "DrafterConfig": "drafter.config",
+    "DrafterTrainer": "drafter.trainer",
     "JacobiForcingCollator": "data.collator",
     "JacobiForcingConfig": "forcing.config",
     "JacobiForcingTrainer": "forcing.trainer",
@@ -32,6 +36,8 @@ _MODULE_OF = {
 __all__ = [
     "AnswerConfig",
     "BadRecordError",
+    "DrafterConfig",
+    "DrafterTrainer",
     "JacobiForcingCollator",
     "JacobiForcingConfig",
     "JacobiForcingTrainer",

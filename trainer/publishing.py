@@ -1,15 +1,13 @@
-"""From a finished run to a repository of the Hub."""
+"""Publishing of a trained model, adapter or drafter on the Hub, from its trainer."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sized
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
 from jacobi_hf.hub_cards.card import generate_model_card
 from jacobi_hf.hub_cards.folder import CARD
@@ -19,7 +17,6 @@ from jacobi_hf.hub_cards.scan import FolderError
 from jacobi_hf.results.environment import Hardware
 from jacobi_hf.results.schema import Results
 from jacobi_hf.results.training import TrainingData
-from jacobi_hf.trainer.data.answers import base_of
 from jacobi_hf.trainer.run_record import stages_of, training_facts
 
 if TYPE_CHECKING:
@@ -30,12 +27,15 @@ if TYPE_CHECKING:
     from jacobi_hf.hub_cards.push import Pushed
     from jacobi_hf.results.training import Training
 
-# Arguments of `TrainingArguments` that a card's reader may ask for; never all of them, the Hub's token is one.
-_TOLD = ("weight_decay", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Arguments of `TrainingArguments` that a card's reader may ask for; not all of them, since the Hub's token is one.
+_PUBLISHED = ("weight_decay", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 class Publishing:
-    """What `JacobiForcingTrainer` does with the Hub, in place of what `Trainer` does. Called on every process; the first one sends."""
+    """Methods of a trainer that concern the Hub, in place of those of `Trainer`.
+
+    Call them on every process. The first process sends.
+    """
 
     args: Any
     model: Any
@@ -43,20 +43,24 @@ class Publishing:
     accelerator: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing is sent before `push_to_hub`.
+        """Check the arguments that concern the Hub. Nothing is sent before `push_to_hub`.
+
+        Args:
+            token, private: not used; those of `args` are used when something is sent.
 
         Raises:
-            ValueError: `hub_strategy` would send checkpoints while the training goes on, or there is no name to send to.
+            ValueError: `hub_strategy` would send checkpoints while the training goes on, or no repository is named.
         """
         strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
         if self.args.push_to_hub and strategy != "end":
             raise ValueError(
-                f"hub_strategy={strategy!r} would send every checkpoint, the trainer's pickled state with it: use hub_strategy='end', "
-                "and call trainer.push_to_hub() when the training is over."
+                f"hub_strategy={strategy!r} would send every checkpoint, with the trainer's pickled state: use "
+                "hub_strategy='end', and call trainer.push_to_hub() when the training is over."
             )
         if self.args.push_to_hub:
             self._repository(None)
-        self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
+        self.hub_model_id = self.args.hub_model_id
+        self.push_in_progress = None
 
     def create_model_card(
         self,
@@ -72,15 +76,15 @@ class Publishing:
 
         Args:
             repo_id: "user/name"; by default `args.hub_model_id`.
-            results: what was measured of the model; none gives a card that says so.
-            base_model: the repository that the run began from; by default the name under which the model was loaded.
+            results: documents of results, or their paths. Without any, the card says that nothing was measured.
+            base_model: the repository that the run began from; by default the name that the model was loaded by.
             license, language, datasets: see `generate_model_card`.
 
         Returns:
-            The card; None on other processes than the first.
+            the card, or None on processes other than the first.
 
         Raises:
-            ValueError: no name of a repository, or no license that can be found.
+            ValueError: no repository is named, or no license can be found.
         """
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return None
@@ -110,16 +114,22 @@ class Publishing:
         create_pr: bool = False,
         dry_run: str | Path | None = None,
     ) -> Pushed | None:
-        """Publish the model, adapter or drafter as it is now, with its card and the arguments of this run.
+        """Publish the model, adapter or drafter as it is now, with its card and the record of this run.
 
-        Arguments as of `create_model_card` and `hub_cards.push_to_hub`; `private`, `token` and `revision` are those of
-        `JacobiForcingConfig` (`hub_private_repo`, `hub_token`, `hub_revision`) when not given.
+        Args:
+            commit_message: message of the commit.
+            repo_id, results, base_model, license, language, datasets: as in `create_model_card`.
+            plots, create_pr, dry_run: as in `hub_cards.push_to_hub`.
+            private, token, revision: as in `hub_cards.push_to_hub`; by default `hub_private_repo`, `hub_token` and
+                `hub_revision` of the trainer's arguments.
 
         Returns:
-            What was pushed; None on other processes than the first.
+            what was pushed, or None on processes other than the first.
 
         Raises:
-            ValueError, FolderError, PushError: as those two.
+            ValueError: as in `create_model_card`.
+            FolderError: the folder cannot be published.
+            PushError: the Hub refused it.
         """
         datasets = tuple(datasets)
         is_first = self.is_world_process_zero()  # type: ignore[attr-defined]
@@ -151,14 +161,15 @@ class Publishing:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _save_for_others(self, folder: Path) -> None:
-        """What decoding needs, and nothing that only this run needs."""
+        """Save what decoding needs, without what only this run needs."""
         self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
 
     def _repository(self, repo_id: str | None) -> str:
         name = repo_id or self.args.hub_model_id
         if name is None:
             raise ValueError(
-                "which repository? Give repo_id='user/name', or hub_model_id='user/name' in the JacobiForcingConfig."
+                "which repository? Give repo_id='user/name', or hub_model_id='user/name' in the "
+                f"{type(self.args).__name__}."
             )
         return str(name)
 
@@ -171,11 +182,13 @@ class Publishing:
         language: str | None,
         datasets: Iterable[str],
     ) -> ModelCard:
-        drafter, adapter = self.args.method == "drafter", _rank(self._trained_model()) is not None
+        is_drafter = self.args.method == "drafter"
+        is_adapter = not is_drafter and _rank(self._trained_model()) is not None
         base = base_model or _repository_of(self._base())
-        if base is None and (drafter or adapter):
+        if base is None and (is_drafter or is_adapter):
             raise FolderError(
-                f"the base model was loaded from {_name_of(self._base())!r}, which is no repository: say which with base_model."
+                f"the base model was loaded from {_name_of(self._base())!r}, which is no repository: say which with "
+                "base_model='user/name'."
             )
         return generate_model_card(
             results,
@@ -184,39 +197,39 @@ class Publishing:
             license=license,
             language=language,
             datasets=datasets,
-            drafter=drafter,
-            adapter=adapter and not drafter,
+            drafter=is_drafter,
+            adapter=is_adapter,
         )
 
     def _trained_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
     def _base(self) -> Any:
-        """The model that decodes."""
-        trained = self._trained_model()
-        return trained.base if self.args.method == "drafter" else base_of(trained)
+        """Return the model that decodes, without adapter or drafter."""
+        raise NotImplementedError
 
     def _run(self, base_model: str | None, datasets: Iterable[str]) -> Results:
-        """A document of results that holds what this run was."""
+        """Return a document of results that holds the record of this run."""
         base = self._base()
         name = base_model or _repository_of(base) or "a local model"
-        run = Results.start("A run of JacobiForcingTrainer", base, name)
+        run = Results.start(f"A run of {type(self).__name__}", base, name)
         if not self.state.global_step:
             return run
         former = stages_of(_name_of(base)) if _name_of(base) else []
         return run.model_copy(update={"training": [*former, self._stage(name, datasets)]})
 
     def _stage(self, base_model: str, datasets: Iterable[str]) -> Training:
-        args, trained, log = self.args, self._trained_model(), self.state.log_history
+        args = self.args
+        trained = self._trained_model()
+        log = self.state.log_history
         ended: dict[str, Any] = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
-        own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
         stage = training_facts(
             args,
             base_model=base_model,
             train_dataset="",
             steps=self.state.global_step,
             epochs=float(self.state.epoch or 0),
-            arguments={name: getattr(args, name) for name in (*sorted(own), *_TOLD)},
+            arguments={name: getattr(args, name) for name in (*sorted(args.own_arguments()), *_PUBLISHED)},
             slots=int(sum(entry.get("slots", 0) for entry in log)),
             minutes=round(ended.get("train_runtime", 0.0) / 60, 2),
             weights_dtype=str(next(p for p in trained.parameters() if p.requires_grad).dtype).removeprefix("torch."),
@@ -232,7 +245,7 @@ class Publishing:
 
 
 def _rank(trained: Any) -> int | None:
-    """Of a drafter or an adapter."""
+    """Return the rank of a drafter or an adapter; None for a model."""
     if hasattr(trained, "drafter"):
         return int(trained.drafter.config.r)
     adapters = getattr(trained, "peft_config", None)
@@ -244,6 +257,6 @@ def _name_of(model: Any) -> str:
 
 
 def _repository_of(model: Any) -> str | None:
-    """The name that a model was loaded by, where that is one of the Hub's: a folder of this machine is told to nobody."""
+    """Return the repository that a model was loaded from; None for a folder, whose path is published nowhere."""
     name = _name_of(model)
     return name if name and is_repo_id(name) else None

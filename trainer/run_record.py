@@ -1,4 +1,4 @@
-"""What a finished run was, for its results and its model card."""
+"""The record of a finished run, for its results and its model card."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.results.training import Batch, LossWeights, Training, TrainingData, TrainingDrafts
+from jacobi_hf.trainer.drafter.config import DrafterConfig
+from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
+    from jacobi_hf.trainer.base_config import BaseConfig
 
-# Arguments that have a field of their own in `Training`, and those of the length, which its steps and epochs say.
+# Arguments that have a field of their own in `Training`, and those of the run's length, which its steps and epochs give.
 _TYPED = (
-    "method",
     "block_size",
     "window_width",
     "windows_per_text",
@@ -40,7 +41,7 @@ _TYPED = (
 
 
 def training_facts(
-    args: JacobiForcingConfig,
+    args: BaseConfig,
     *,
     base_model: str,
     train_dataset: str,
@@ -49,23 +50,22 @@ def training_facts(
     arguments: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> Training:
-    """The stage that a run with these arguments was.
+    """Return the record of a run as one stage of a model's training.
 
     Args:
         args: the trainer's arguments.
         base_model: name or path of the model that the run began from.
         train_dataset: name or path of the packed records.
-        packed: the settings in their manifest, where they have one.
-        replay_dataset: name or path of what was mixed in.
-        arguments: arguments of the run by name; those that have no field of their own are kept as `Training.arguments`.
+        packed: the settings in their manifest, if they have one.
+        replay_dataset: name or path of the replay that was mixed in.
+        arguments: arguments of the run by name. Those without a field of their own become `Training.arguments`.
         facts: the other fields of `Training`: steps, epochs, slots, minutes, weights_dtype, and what else is known.
     """
-    method = "drafter" if args.method == "drafter" else "finetune" if args.consistency_loss_weight else "sft"
     data = _sources(train_dataset, packed)
-    if replay_dataset is not None and method != "drafter":
+    if replay_dataset is not None:
         data.append(TrainingData(name="replay", source=replay_dataset))
     return Training(
-        method=method,  # type: ignore[arg-type]
+        method=_method(args),  # type: ignore[arg-type]
         base_model=base_model,
         data=data,
         strategy=_strategy(args, packed),
@@ -79,7 +79,7 @@ def training_facts(
             accumulation=args.gradient_accumulation_steps,
         ),
         precision="bf16" if args.bf16 else "fp32",
-        loss_weights=None if method == "drafter" else _loss_weights(args),
+        loss_weights=_loss_weights(args) if isinstance(args, JacobiForcingConfig) else None,
         seed=args.seed,
         arguments={
             name: value for name, value in (arguments or {}).items() if name not in _TYPED and value is not None
@@ -89,27 +89,39 @@ def training_facts(
 
 
 def stages_of(model: str) -> list[Training]:
-    """The stages that the model or drafter in a folder was trained in, as far as the folder says.
+    """Return the stages that the model or drafter in a folder was trained in, from its `forcing.json`; empty without one.
 
     Raises:
-        ValueError: its `forcing.json` cannot be read.
+        ValueError: the file cannot be read.
     """
     file = Path(model) / "forcing.json"
     if not file.is_file():
         return []
     try:
-        return [
-            Training.model_validate(stage)
-            for stage in json.loads(file.read_text(encoding="utf-8")).get("training", [])
-        ]
+        stages = json.loads(file.read_text(encoding="utf-8")).get("training", [])
+        return [Training.model_validate(stage) for stage in stages]
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{file} is no record of a run that this version can read: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{file} is no record of a run that this version can read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the part of an error that says what is wrong: of pydantic's, the first message with its place."""
+    found = getattr(error, "errors", None)
+    if found is None:
+        return str(error).splitlines()[0]
+    first = found()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def _method(args: BaseConfig) -> str:
+    """Return the method of a run; finetuning without a consistency loss is supervised finetuning."""
+    is_supervised = isinstance(args, JacobiForcingConfig) and not args.consistency_loss_weight
+    return "sft" if is_supervised else args.method
 
 
 def _sources(train_dataset: str, packed: Mapping[str, Any] | None) -> list[TrainingData]:
-    """What was collected from, or the records themselves where nothing says."""
+    """Return the prompts that were collected from, or the records themselves if no manifest names any."""
     collected = (packed or {}).get("of") or {}
     found = [
         TrainingData(name=one["name"], source=one["dataset"], samples=one["prompts"]) for one in collected.values()
@@ -117,9 +129,9 @@ def _sources(train_dataset: str, packed: Mapping[str, Any] | None) -> list[Train
     return found or [TrainingData(name="packed", source=train_dataset)]
 
 
-def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> TrainingDrafts | None:
-    """Where the drafts came from; None where no manifest says."""
-    if args.method == "drafter":
+def _strategy(args: BaseConfig, packed: Mapping[str, Any] | None) -> TrainingDrafts | None:
+    """Return how the drafts were made; None for a finetuned model whose records have no manifest."""
+    if isinstance(args, DrafterConfig):
         return TrainingDrafts(
             schedule="drafter",
             window_width=args.window_width,
@@ -130,7 +142,7 @@ def _strategy(args: JacobiForcingConfig, packed: Mapping[str, Any] | None) -> Tr
         return None
     names = ("noise_levels", "min_noise", "max_noise", "phase", "visits", "views")
     same: dict[str, Any] = {name: packed.get(name) for name in names}
-    return TrainingDrafts(schedule=packed["schedule"], block_size=args.block_size, **same)
+    return TrainingDrafts(schedule=packed["schedule"], block_size=getattr(args, "block_size", None), **same)
 
 
 def _loss_weights(args: JacobiForcingConfig) -> LossWeights:

@@ -199,7 +199,7 @@ def one_memory(setting: str) -> int:
     if setting == "losses":
         trainer.compute_loss(trainer.model, batch).backward()
     else:
-        mask = trainer._mask(batch)
+        mask = trainer.attention_mask(batch)
         hidden = trainer.model.model(
             batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
         )[0]

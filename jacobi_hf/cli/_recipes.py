@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import typing
@@ -40,16 +41,24 @@ class Given:
         section: its section of the recipe.
         words: the rest of the command line.
         as_json: whether the result is for a program.
+        kinds: all dataclasses that the verb may take.
     """
 
     verb: str
     section: dict[str, Any]
     words: list[str]
     as_json: bool
+    kinds: tuple[type, ...] = ()
 
     def parse(self, *kinds: type, more: Mapping[str, Any] | None = None) -> Any:
         """Dataclasses of these kinds; `more` comes before the recipe's section."""
-        return parse(kinds, {**self.section, **(more or {})}, self.words, self.verb)
+        return parse(kinds, {**self.section, **(more or {})}, self.words, self.verb, self.kinds)
+
+    def value_of(self, name: str, default: str) -> str:
+        """Return the value of one option before the others are read, from the command line, the recipe or the default."""
+        parser = _Parser((), add_help=False, allow_abbrev=False)
+        parser.add_argument(f"--{name}", default=str(self.section.get(name, default)))
+        return str(getattr(parser.parse_known_args(self.words)[0], name))
 
 
 def given(context: typer.Context, *kinds: type) -> Given:
@@ -65,11 +74,24 @@ def given(context: typer.Context, *kinds: type) -> Given:
     own, words = _Parser((Invocation,), add_help=False, allow_abbrev=False).parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
-    return Given(verb, section_of(Path(own.config), verb) if own.config else {}, words, own.json)
+    return Given(verb, section_of(Path(own.config), verb) if own.config else {}, words, own.json, kinds)
 
 
-def parse(kinds: Sequence[type], section: Mapping[str, Any], words: Sequence[str], verb: str) -> tuple[Any, ...]:
+def parse(
+    kinds: Sequence[type],
+    section: Mapping[str, Any],
+    words: Sequence[str],
+    verb: str,
+    all_kinds: Sequence[type] = (),
+) -> tuple[Any, ...]:
     """Dataclasses from a recipe's section and the command line, which comes first; both are read alike.
+
+    Args:
+        kinds: the dataclasses.
+        section: the recipe's section.
+        words: the command line.
+        verb: the verb's name, for errors.
+        all_kinds: all dataclasses that the verb may take, so that an error can name the one that an option belongs to.
 
     Raises:
         ValueError: a name that is unknown, with the nearest one; a value that cannot be.
@@ -81,7 +103,8 @@ def parse(kinds: Sequence[type], section: Mapping[str, Any], words: Sequence[str
             raise ValueError(f"the recipe's section {verb!r} has {name!r}, which is now {renamed[name]!r}.")
         if name not in hints:
             raise ValueError(
-                f"the recipe's section {verb!r} has {name!r}, which is no option of {verb}{_nearest(str(name), hints)}"
+                f"the recipe's section {verb!r} has {name!r}, which is no option of {verb}"
+                f"{_elsewhere(str(name), kinds, all_kinds) or _nearest(str(name), hints)}"
             )
     parser = _Parser(tuple(kinds), add_help=False, allow_abbrev=False)
     parser.set_defaults(**{name: _as_word(name, value, hints[name]) for name, value in section.items()})
@@ -95,7 +118,7 @@ def parse(kinds: Sequence[type], section: Mapping[str, Any], words: Sequence[str
         plain = name.removeprefix("--").replace("-", "_")
         if plain in renamed:
             raise ValueError(f"{name} is now --{renamed[plain]}.")
-        close = _nearest(plain, hints, "--")
+        close = _elsewhere(plain, kinds, all_kinds) or _nearest(plain, hints, "--")
         raise ValueError(f"{name} is no option of {verb}{close}")
     return tuple(configs)
 
@@ -147,6 +170,13 @@ def _nearest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else "."
 
 
+def _elsewhere(name: str, kinds: Sequence[type], all_kinds: Sequence[type]) -> str | None:
+    """Return the end of an error for an option of a dataclass that is not used; None if no dataclass has the option."""
+    owners = [kind.__name__ for kind in all_kinds if name in {f.name for f in fields(kind)}]
+    used = ", ".join(kind.__name__ for kind in kinds)
+    return f" with {used}: it belongs to {owners[0]}." if owners else None
+
+
 class _Help(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         kind = getattr(action.type, "__name__", "")
@@ -163,21 +193,33 @@ class _Help(argparse.HelpFormatter):
 
 
 def _help(verb: str, text: str, kinds: Sequence[type]) -> str:
-    """All options; those that a dataclass inherits come last."""
+    """Return the help text: the verb's options, those of single dataclasses if several overlap, and transformers' own last."""
     parser = _Parser(
         (Invocation, *kinds),
         add_help=False,
         formatter_class=_Help,
         description=text,
         usage=f"jacobi-hf {verb} [--config RECIPE.yaml] [--name value ..]",
+        conflict_handler="resolve",  # of dataclasses that share fields, of which a call uses one
     )
     parser._optionals.title = "options (with - or _ between words)"
+    names = {kind: {f.name for f in fields(kind)} for kind in kinds}
     for kind in kinds:
-        own = {*kind.__annotations__, *(f.name for f in fields(Invocation))}
-        names = {f.name for f in fields(kind)} - own
-        inherited = [action for action in parser._optionals._group_actions if action.dest in names]
-        if inherited:
-            group = parser.add_argument_group(f"options of {kind.__mro__[1].__name__}")
-            group._group_actions += inherited
-            parser._optionals._group_actions = [a for a in parser._optionals._group_actions if a not in inherited]
+        others = set().union(*(names[other] for other in kinds if other is not kind))
+        if others & names[kind]:
+            _move(parser, names[kind] - others, f"options of {kind.__name__}")
+    for kind in kinds:
+        for base in kind.__mro__:
+            if base.__module__.startswith("transformers.") and dataclasses.is_dataclass(base):
+                own = {name for cls in kind.__mro__ if not issubclass(base, cls) for name in cls.__annotations__}
+                _move(parser, {f.name for f in fields(base)} - own, f"options of {base.__name__}")
     return str(parser.format_help())
+
+
+def _move(parser: argparse.ArgumentParser, names: set[str], title: str) -> None:
+    """Move the options of these names to a group of their own, if any are left."""
+    main = parser._optionals
+    moved = [action for action in main._group_actions if action.dest in names]
+    if moved:
+        parser.add_argument_group(title)._group_actions += moved
+        main._group_actions = [action for action in main._group_actions if action not in moved]

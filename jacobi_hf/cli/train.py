@@ -1,4 +1,4 @@
-"""`jacobi-hf train`: Jacobi Forcing."""
+"""`jacobi-hf train`: train a model or a drafter."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def train(context: typer.Context) -> None:
         from jacobi_hf.cli import _recipes as recipes
         from jacobi_hf.loading import check_config, check_dtype
         from jacobi_hf.results.environment import without_secrets
+        from jacobi_hf.trainer.checkpoints import last_finished_checkpoint
         from jacobi_hf.trainer.data.shards import leave_together
-        from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
-        from jacobi_hf.trainer.forcing.trainer import last_finished_checkpoint
-        from jacobi_hf.trainer.run import TrainData
+        from jacobi_hf.trainer.run import CONFIGS, RunConfig, config_class
         from jacobi_hf.trainer.run import train as run
 
-        given = recipes.given(context, TrainData, JacobiForcingConfig)
-        data, args = given.parse(TrainData, JacobiForcingConfig)
-        recipes.demand(data, "train", "model", "train_dataset")
-        for dtype in (data.dtype, data.save_dtype):
+        given = recipes.given(context, RunConfig, *CONFIGS.values())
+        kind = config_class(given.value_of("method", RunConfig.method))
+        config, args = given.parse(RunConfig, kind)
+        recipes.demand(config, "train", "model", "train_dataset")
+        for dtype in (config.dtype, config.save_dtype):
             check_dtype(dtype)
         check_folder(args.output_dir)
-        for name in filter(None, (data.model, data.ref_model)):
+        for name in filter(None, (config.model, config.ref_model)):
             check_config(name)
 
         def kept() -> str:
@@ -49,10 +49,10 @@ def train(context: typer.Context) -> None:
         ending.kept = kept
         # Trainer logs to stdout, which is a program's where it asks for JSON.
         with contextlib.redirect_stdout(sys.stderr) if given.as_json else contextlib.nullcontext():
-            finished = run(data, args, f"jacobi-hf train {shlex.join(without_secrets(context.args))}")
+            finished = run(config, args, f"jacobi-hf train {shlex.join(without_secrets(context.args))}")
         if args.process_index == 0:
             facts = {"minutes": finished.minutes, "steps": finished.steps, "saved": str(finished.folder)}
-            done = "is finished already" if finished.before else "is finished"
+            done = "is finished already" if finished.was_finished else "is finished"
             words = f"{finished.folder} {done}: {finished.steps} steps, {finished.minutes:.1f} minutes."
             typer.echo(json.dumps(facts) if given.as_json else words)
         leave_together()

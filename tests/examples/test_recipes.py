@@ -16,10 +16,10 @@ from jacobi_hf.cli._models import check_decoder
 from jacobi_hf.cli._options import mapping
 from jacobi_hf.cli._recipes import parse
 from jacobi_hf.cli.bench import BenchConfig
-from jacobi_hf.trainer import JacobiForcingConfig
+from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
 from jacobi_hf.trainer.data.collection import CollectConfig
 from jacobi_hf.trainer.data.packing import PackConfig
-from jacobi_hf.trainer.run import TrainData
+from jacobi_hf.trainer.run import RunConfig, config_class
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -37,13 +37,14 @@ def test_every_section_of_a_recipe_is_understood(path):
     (packed,) = parse((PackConfig,), recipe["pack"], [], "pack")
     assert {source.split("=")[0] for source in packed.sources} == folders or "sets" not in recipe["collect"]
     section = {**recipe["train"], "use_cpu": True, "bf16": False}
-    data, args = parse((TrainData, JacobiForcingConfig), section, [], "train")
-    assert args.block_size == collected.block_size
-    assert data.train_dataset == packed.output_dir
-    assert data.model == collected.model
+    kind = config_class(section.get("method", "finetune"))
+    run, args = parse((RunConfig, kind), section, [], "train")
+    assert kind is DrafterConfig or args.block_size == collected.block_size
+    assert run.train_dataset == packed.output_dir
+    assert run.model == collected.model
     (evaluation,) = parse((BenchConfig,), recipe["bench"], [], "bench")
-    assert (evaluation.drafter if args.method == "drafter" else evaluation.model) == f"{args.output_dir}/final"
-    assert args.method == "finetune" or evaluation.model == data.model
+    assert (evaluation.drafter if kind is DrafterConfig else evaluation.model) == f"{args.output_dir}/final"
+    assert kind is JacobiForcingConfig or evaluation.model == run.model
     assert {name: JacobiConfig(**knobs) for name, knobs in evaluation.decoders.items()}
 
 
@@ -74,8 +75,8 @@ def test_every_control_of_the_drafter_is_understood():
     recipe = yaml.safe_load((ROOT / controls.RECIPE).read_text(encoding="utf-8"))
     for arguments in controls.VARIATIONS.values():
         section = {**recipe["train"], "use_cpu": True, "bf16": False}
-        _, args = parse((TrainData, JacobiForcingConfig), section, arguments.split(), "train")
-        assert args.method == "drafter"
+        run, _ = parse((RunConfig, DrafterConfig), section, arguments.split(), "train")
+        assert run.method == "drafter"
 
 
 def test_every_ablation_is_understood():
@@ -87,7 +88,7 @@ def test_every_ablation_is_understood():
 
     def settings(variation):
         (packed,) = parse((PackConfig,), recipe["pack"], variation.pack.split(), "pack")
-        _, args = parse((TrainData, JacobiForcingConfig), train, variation.train.split(), "train")
+        _, args = parse((RunConfig, JacobiForcingConfig), train, variation.train.split(), "train")
         parse(
             (CollectConfig,),
             recipe["collect"],
@@ -100,7 +101,7 @@ def test_every_ablation_is_understood():
                 variation.collect,
                 variation.second_stage,
                 args.max_steps,
-                *(getattr(args, name) for name in JacobiForcingConfig.__annotations__),
+                *(getattr(args, name) for name in args.own_arguments()),
             )
         )
 
@@ -111,7 +112,7 @@ def test_every_ablation_is_understood():
 def test_the_published_runs_are_what_was_published():
     """Figures of method.md, section 3."""
     recipe = yaml.safe_load((ROOT / "examples/recipes/qwen3_1.7b.yaml").read_text(encoding="utf-8"))
-    _, args = parse((TrainData, JacobiForcingConfig), recipe["train"] | {"use_cpu": True, "bf16": False}, [], "train")
+    _, args = parse((RunConfig, JacobiForcingConfig), recipe["train"] | {"use_cpu": True, "bf16": False}, [], "train")
     (packed,) = parse((PackConfig,), recipe["pack"], [], "pack")
     assert (args.block_size, packed.noise_levels, packed.schedule, packed.max_blocks, packed.buckets) == (
         32,

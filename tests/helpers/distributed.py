@@ -20,15 +20,26 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jacobi_hf.trainer import JacobiForcingTrainer  # noqa: E402
+from jacobi_hf.trainer import DrafterTrainer, JacobiForcingTrainer  # noqa: E402
 from jacobi_hf.trainer.data.collator import counts_of  # noqa: E402
 from jacobi_hf.trainer.data.shards import processes  # noqa: E402
 from tests.helpers.models import VOCAB, fresh_model  # noqa: E402
 from tests.helpers.records import records  # noqa: E402
+from tests.trainer.drafter.test_trainer import config as drafter_config  # noqa: E402
 from tests.trainer.forcing.test_trainer import config  # noqa: E402
 
 WAYS = ("plain", "fsdp", "drafter")
 ROWS_PER_STEP = 4
+# Plain SGD, as for the model itself.
+DRAFTER = {
+    "steps_per_window": 3,
+    "learning_rate": 2e-2,
+    "optim": "sgd",
+    "weight_decay": 0.0,
+    "max_steps": 5,
+    "max_length": 128,
+    "seed": 42,
+}
 
 
 def train(way: str, folder: Path) -> dict:
@@ -36,10 +47,12 @@ def train(way: str, folder: Path) -> dict:
     batch = ROWS_PER_STEP // (dist.get_world_size() if dist.is_initialized() else 1)
     # Chunks of ten rows, each with a backward of its own through the sharded head.
     options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
+    model, rows = fresh_model("qwen3"), records(20, 4, seed=1)
     if way == "drafter":
-        options = {"method": "drafter", "window_width": 4, "windows_per_text": 2}
-    args = config(folder, per_device_train_batch_size=batch, **options)
-    trainer = JacobiForcingTrainer(fresh_model("qwen3"), args, records(20, 4, seed=1))
+        args = drafter_config(folder, per_device_train_batch_size=batch, **DRAFTER)
+        trainer = DrafterTrainer(model, args, rows)
+    else:
+        trainer = JacobiForcingTrainer(model, config(folder, per_device_train_batch_size=batch, **options), rows)
     if way == "fsdp":
         step_by_step(trainer)
     else:

@@ -14,7 +14,7 @@ from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
 from jacobi_hf.hub_cards import push
 from jacobi_hf.hub_cards.scan import FolderError
 from jacobi_hf.results.schema import Results
-from jacobi_hf.trainer import JacobiForcingTrainer
+from jacobi_hf.trainer import DrafterTrainer, JacobiForcingTrainer
 from tests.helpers.models import fresh_model
 from tests.helpers.records import records
 from tests.hub_cards.folders import make
@@ -124,7 +124,7 @@ def test_an_adapter(tmp_path):
 
 def trained_drafter(tmp_path, **options):
     model = fresh_model("qwen3")
-    trainer = JacobiForcingTrainer(
+    trainer = DrafterTrainer(
         model=model,
         args=drafter_config(tmp_path / "out", max_steps=1, **REPO, **options),
         train_dataset=answers(model),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jacobi_hf.results.training import Training, TrainingData, TrainingDrafts
-from jacobi_hf.trainer import JacobiForcingConfig
+from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
 from jacobi_hf.trainer.run_record import training_facts
 
 PACKED = {
@@ -34,7 +34,9 @@ FACTS = {
 
 @pytest.fixture
 def config(tmp_path):
-    return lambda **kwargs: JacobiForcingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
+    return lambda kind=JacobiForcingConfig, **kwargs: kind(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def config(tmp_path):
     [
         ({}, "finetune"),
         ({"consistency_loss_weight": 0, "ar_loss_weight": 1}, "sft"),
-        ({"method": "drafter"}, "drafter"),
+        ({"kind": DrafterConfig}, "drafter"),
     ],
 )
 def test_the_method_is_what_was_trained(config, arguments, method):
@@ -70,7 +72,7 @@ def test_without_a_manifest_nothing_is_made_up(config):
 
 def test_a_drafter_drafts_itself_whatever_noise_was_packed(config):
     facts = training_facts(
-        config(method="drafter", window_width=6, windows_per_text=2, steps_per_window=5), packed=PACKED, **FACTS
+        config(DrafterConfig, window_width=6, windows_per_text=2, steps_per_window=5), packed=PACKED, **FACTS
     )
     assert facts.strategy == TrainingDrafts(schedule="drafter", window_width=6, windows_per_text=2, steps_per_window=5)
 

@@ -1,39 +1,39 @@
-"""`JacobiForcingTrainer` with `method="drafter"`: the model is frozen, a drafter is trained (`jacobi_hf.drafts.lora`)."""
+"""`DrafterTrainer`: transformers' `Trainer` for a drafter of a frozen model."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import Trainer
 
 from jacobi_hf.attention.interface import LAYER_TYPES, TAKES_MASK, attention_of, layer_types
 from jacobi_hf.drafts.loading import using
 from jacobi_hf.drafts.lora import LoraDrafter
-from jacobi_hf.trainer.data.answers import special_ids
-from jacobi_hf.trainer.data.loading import checked
-from jacobi_hf.trainer.data.record import PackedRecord
-from jacobi_hf.trainer.drafter.model import DraftedModel
-from jacobi_hf.trainer.forcing.trainer import (
-    JacobiForcingTrainer,
-    _GradientGuard,
-    _head_of,
-    _vocabulary,
-    check_devices,
+from jacobi_hf.trainer.base import (
+    BaseTrainer,
+    check_eval_prompts,
+    checked_arguments,
+    evaluation_sets,
+    loaded,
+    output_head,
+    vocabulary_size,
 )
+from jacobi_hf.trainer.data.answers import special_ids
+from jacobi_hf.trainer.drafter.answers import Answers, checked_answers, collate
+from jacobi_hf.trainer.drafter.config import DrafterConfig
+from jacobi_hf.trainer.drafter.model import ModelWithDrafter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
-
-# Options of a LoraConfig that a drafter has; any other has to be as PEFT sets it by default.
-_TAKEN = {
+# Options of a LoraConfig that a drafter follows or that do not change it. Any other must have PEFT's default.
+_LORA_OPTIONS = {
     "r",
     "lora_alpha",
     "target_modules",
@@ -43,143 +43,101 @@ _TAKEN = {
     "peft_type",
     "peft_version",
 }
+_TEXT_TENSORS = ("input_ids", "prompt_length", "length")
 
 
-class Answers(torch.utils.data.Dataset[dict[str, Any]]):
-    """Prompts with the model's own answers, from packed records (whose clean blocks they are) or from rows with `answer_ids`.
+class DrafterTrainer(BaseTrainer):
+    """Trainer of a LoRA drafter for a frozen causal language model, from that model's own answers.
+
+    The model itself does not change. `save_model` writes a folder that `jacobi_hf.load_drafter` loads. It is transformers'
+    `Trainer`, so arguments that are not listed here go to that class.
+
+    Example:
+    ```python
+    from jacobi_hf.trainer import DrafterConfig, DrafterTrainer, load_packed
+
+    trainer = DrafterTrainer(
+        model="Qwen/Qwen3-1.7B",
+        args=DrafterConfig(output_dir="drafter", learning_rate=1e-3),
+        train_dataset=load_packed("build/packed"),
+    )
+    trainer.train()
+    trainer.save_model("drafter/final")
+    ```
 
     Args:
-        records: checked packed records, or rows with `prompt_ids` and `answer_ids`.
-        max_length: longest text; answers are cut there.
-        ends: ids that end an answer.
+        model: a causal language model with sdpa or eager attention, or the name or path of one.
+        args: a `DrafterConfig`; without it, one with the defaults and an output folder named after the model.
+        train_dataset: the model's own answers, as a `datasets.Dataset` or a list: packed records (see `load_packed`), or rows
+            with `prompt_ids` and `answer_ids`.
+        eval_dataset: the model's own greedy answers, in the same form, for loss and tokens per forward of an evaluation; or
+            a dict of them by name.
+        eval_prompts: lists of token ids, by name of their set. Each evaluation of `eval_dataset` decodes them, and reports
+            tokens per forward and identity with ordinary decoding.
+        processing_class: the tokenizer, which is saved beside the drafter.
+        peft_config: a `LoraConfig` with rank, scale and target modules of the drafter; by default rank 64 on all linear
+            layers.
+        kwargs: go to `Trainer`: `callbacks`, `optimizers` and others.
 
     Raises:
-        ValueError: no answer of at least two tokens fits.
-    """
-
-    def __init__(self, records: Any, max_length: int, ends: Sequence[int]) -> None:
-        self._records, self._max_length, self._ends = records, max_length, ends
-        self._kept = [index for index in range(len(records)) if self._long_enough(records[index])]
-        if not self._kept:
-            raise ValueError(
-                f"none of {len(records)} records has an answer of at least two tokens within max_length={max_length}: raise max_length."
-            )
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        prompt, answer = self._text(self._records[self._kept[index]])
-        return {"prompt_ids": prompt, "answer_ids": answer, "index": index}
-
-    def name(self, index: int) -> str:
-        """What an error calls the record."""
-        return str(self._records[self._kept[index]].get("data_id", f"record {index}"))
-
-    def _long_enough(self, record: Mapping[str, Any]) -> bool:
-        return len(self._text(record)[1]) > 1
-
-    def _text(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        prompt = np.asarray(record["prompt_ids"]).reshape(-1).tolist()
-        is_packed = record.get("answer_ids") is None
-        answer = PackedRecord.from_row(record).answer.tolist() if is_packed else list(record["answer_ids"])
-        end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer) - 1)
-        return prompt, answer[: min(end + 1, max(0, self._max_length - len(prompt)))]
-
-
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch padded on the right: `input_ids` `(B, L)`, `prompt_length`, `length` and `index` `(B,)`."""
-    texts = [[*row["prompt_ids"], *row["answer_ids"]] for row in rows]
-    columns = max(map(len, texts))
-    return {
-        "input_ids": torch.tensor([text + [0] * (columns - len(text)) for text in texts]),
-        "prompt_length": torch.tensor([len(row["prompt_ids"]) for row in rows]),
-        "length": torch.tensor([len(text) for text in texts]),
-        "index": torch.tensor([row["index"] for row in rows]),
-    }
-
-
-class DrafterTrainer(JacobiForcingTrainer):
-    """What `JacobiForcingTrainer(args=JacobiForcingConfig(method="drafter"))` is; arguments as there.
-
-    `train_dataset` and `eval_dataset` hold answers of the very model that is given; replay and `ref_model` have no meaning, since it is
-    not changed. `peft_config` is a `LoraConfig` with rank, scale and target modules; by default rank 64 on all linear layers.
+        TypeError: `args` is no `DrafterConfig`, or a dataset is streamed.
+        ValueError: no drafter can be trained for the model, no answer can be learnt from, `peft_config` asks for what a
+            drafter does not have, or `eval_prompts` are given without an `eval_dataset`.
+        FloatingPointError: while training, a loss or gradient is not finite; the message names the batch's samples. The
+            weights are those before the step.
     """
 
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: JacobiForcingConfig,
+        args: DrafterConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         eval_prompts: Mapping[str, Sequence[Sequence[int]]] | None = None,
-        replay_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
-        ref_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("replay_dataset", replay_dataset), ("ref_model", ref_model)):
-            if value is not None:
-                raise ValueError(
-                    f"{name} has no meaning with method='drafter': the model itself is not trained, so it cannot drift."
-                )
-        if isinstance(model, str):
-            from transformers import AutoModelForCausalLM
+        args = checked_arguments(args, DrafterConfig, model, "DrafterTrainer")
+        model = loaded(model, "auto")
+        _check_model(model)
+        check_eval_prompts(eval_prompts, eval_dataset)
+        ends = special_ids(model.generation_config, "eos_token_id") or special_ids(processing_class, "eos_token_id")
+        vocab_size = vocabulary_size(model)
 
-            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        _check_frozen(model, args)
-        if eval_prompts and eval_dataset is None:
-            raise ValueError("eval_prompts are decoded when eval_dataset is evaluated, and there is none: give one.")
-        ends = next(
-            filter(
-                None, (special_ids(holder, "eos_token_id") for holder in (model.generation_config, processing_class))
-            ),
-            (),
-        )
-        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        evaluated = {
-            name: _answers(model, args, data, f"eval_dataset {name}".strip(), ends)
-            for name, data in sets.items()
-            if data is not None
-        }
-        self._records: Any = (
-            None if train_dataset is None else _answers(model, args, train_dataset, "train_dataset", ends)
-        )
-        self._eval_prompts = dict(eval_prompts or {})
+        def answers(data: Any, name: str) -> Answers:
+            return checked_answers(
+                data,
+                name,
+                ends=ends,
+                max_length=args.max_length,
+                on_bad_row=args.on_bad_row,
+                vocab_size=vocab_size,
+            )
+
+        eval_records = evaluation_sets(eval_dataset, answers)
+        records = None if train_dataset is None else answers(train_dataset, "train_dataset")
         drafter = _new_drafter(model, peft_config, args.constant_draft)
         if not hasattr(model, "hf_device_map"):
-            model.to(args.device)  # type: ignore[arg-type]  # the trainer moves what it trains, which is the drafter
-        Trainer.__init__(
-            self,
-            model=DraftedModel(model, drafter, args.targets, args.position_decay, args.loss_chunk_numbers),
-            args=args,
+            model.to(args.device)  # type: ignore[arg-type]  # Trainer moves what it trains, which is the drafter
+        super().__init__(
+            ModelWithDrafter(model, drafter, args.targets, args.position_decay, args.loss_chunk_numbers),
+            args,
+            records=records,
+            eval_records=eval_records,
+            eval_prompts=eval_prompts,
+            label_name="length",
             data_collator=collate,
-            train_dataset=self._records,
-            eval_dataset=evaluated[""] if set(evaluated) == {""} else evaluated or None,
             processing_class=processing_class,
             **kwargs,
         )
-        drafter.place(model, torch.float32)  # the trainer has moved all of it to one device
-        self.add_callback(_GradientGuard(self))
-        self.label_names = ["length"]
-        self._samples_of_step: list[torch.Tensor] = []
-        self._decoded: tuple[tuple[int, int], dict[str, float]] | None = None
+        drafter.place(model, torch.float32)  # Trainer has moved all of it to one device
         self._totals: torch.Tensor | None = None
-        self._logged_at = time.perf_counter()
-
-    @property
-    def _trained(self) -> DraftedModel:
-        trained: DraftedModel = self.accelerator.unwrap_model(self.model)
-        return trained
-
-    def _outside_of_muon(self) -> list[torch.nn.Module]:
-        return []
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | None:
-        """What the losses are averaged over is known only when the drafts are."""
+        """Return None, since the number of slots that carry a loss is known only after the steps of the windows."""
         return None
 
     def compute_loss(
@@ -189,65 +147,38 @@ class DrafterTrainer(JacobiForcingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Mean cross entropy over the slots that the visits learn from; the mean of these means over the accumulated batch."""
-        args: JacobiForcingConfig = self.args
+        """Return the mean cross entropy over the slots that the drafter learns from.
+
+        Over an accumulated batch, the loss is the mean of these means.
+
+        Args:
+            model: the `ModelWithDrafter` as the trainer wraps it.
+            inputs: a batch of texts, as `collate` gives it.
+            return_outputs: whether to return a pair of the loss and a dict with it.
+            num_items_in_batch: not used.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        args = self.args
         loss, totals = model(
-            **{name: inputs[name] for name in ("input_ids", "prompt_length", "length")},
-            windows=args.windows_per_text,
-            width=args.window_width,
-            visits=args.steps_per_window,
+            **{name: inputs[name] for name in _TEXT_TENSORS},
+            windows_per_text=args.windows_per_text,
+            window_width=args.window_width,
+            steps_per_window=args.steps_per_window,
         )
         if model.training:
             self._samples_of_step.append(inputs["index"])
-            # Trainer leaves the division to us (loss_is_scaled_for_ga); an epoch's last step may have fewer batches.
+            # Trainer leaves the division to us (loss_is_scaled_for_ga). An epoch's last step may have fewer batches.
             loss = loss / self.current_gradient_accumulation_steps
-            slots = totals.new_tensor(
-                [len(inputs["length"]) * args.windows_per_text * args.window_width * args.steps_per_window]
-            )
-            former = self._totals if self._totals is not None else 0
-            self._totals = former + torch.cat([totals, slots]).double()
-        if not bool(torch.isfinite(loss.detach())):
-            raise FloatingPointError(self._blame("loss", [inputs["index"]]))
+            slots = len(inputs["length"]) * args.windows_per_text * args.window_width * args.steps_per_window
+            counts = torch.cat([totals, totals.new_tensor([slots])]).double()
+            self._totals = counts if self._totals is None else self._totals + counts
+        self.check_finite(loss, inputs["index"])
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    def _metrics(self, training: bool) -> dict[str, float]:
-        if not training or self._totals is None:
-            return {}
-        totals, self._totals = self._totals, None
-        if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        kept, agreeing, accepted, steps, slots = totals.tolist()
-        return {
-            "agreement": agreeing / max(1, kept),
-            "accepted_per_visit": accepted / max(1, steps),
-            "kept_positions": kept,
-            "slots": slots,
-        }
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Adds the tokens per forward of the held-out answers (greedy ones, windows alone), and what decoding the prompts takes."""
-        output = Trainer.evaluation_loop(self, dataloader, description, *args, **kwargs)
-        prefix, trained, width = kwargs.get("metric_key_prefix", "eval"), self._trained, self.args.window_width
-        counts = torch.zeros(2, device=self.args.device, dtype=torch.double)
-        for batch in dataloader:
-            inputs = {name: batch[name].to(self.args.device) for name in ("input_ids", "prompt_length", "length")}
-            with self.accelerator.autocast():
-                counts += torch.tensor(trained.tokens_per_forward(**inputs, width=width), device=counts.device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        output.metrics[f"{prefix}_tokens_per_forward"] = float(counts[0] / counts[1])
-        output.metrics.update({f"eval_{name}": value for name, value in self._decoding_metrics().items()})
-        return output
-
-    def _decoding_metrics(self) -> dict[str, float]:
-        """With the drafter as it is now."""
-        if self.args.decoding_config() is None or not self._eval_prompts:
-            return {}
-        with using(self._trained.base, self._trained.drafter.copied()):
-            return self._measured(self._trained.base)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A drafter's folder; in checkpoints, what resuming needs as well. Pushes where the arguments say so, as `Trainer` does."""
+        """Save a drafter's folder, and in checkpoints also what resuming needs; push it if the arguments say so."""
         if _internal_call:
             Trainer.save_model(self, output_dir, _internal_call)
         self._save_for_others(Path(output_dir or self.args.output_dir))
@@ -256,55 +187,67 @@ class DrafterTrainer(JacobiForcingTrainer):
 
     def _save_for_others(self, folder: Path) -> None:
         if self.args.should_save:
-            self._trained.drafter.save_pretrained(folder)
+            self._trained_model().drafter.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
+    def _base(self) -> Any:
+        return self._trained_model().base
 
-def _answers(model: Any, args: JacobiForcingConfig, data: Any, name: str, ends: Sequence[int]) -> Answers:
-    if not isinstance(data, Sized):
-        raise TypeError(
-            f"{name} is streamed; method='drafter' takes records with a length (datasets.Dataset or a list)."
-        )
-    if not len(data):
-        raise ValueError(f"{name} is empty.")
-    raw = "answer_ids" in (getattr(data, "column_names", None) or data[0])  # type: ignore[index]
-    vocabulary = _vocabulary(model)
-    if raw:
-        for index in range(len(data)):
-            ids = [*data[index]["prompt_ids"], *data[index]["answer_ids"]]  # type: ignore[index]
-            if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-                raise ValueError(
-                    f"row {index} of {name} is empty or has ids outside the model's vocabulary of {vocabulary}."
-                )
-        return Answers(data, args.max_length, ends)
-    return Answers(checked(data, name, on_bad_row=args.on_bad_row, vocab_size=vocabulary), args.max_length, ends)
+    def _training_metrics(self) -> dict[str, float]:
+        if self._totals is None:
+            return {}
+        totals = self._summed(self._totals)
+        self._totals = None
+        kept, agreeing, accepted, steps, slots = totals.tolist()
+        return {
+            "agreement": agreeing / max(1, kept),
+            "accepted_per_step": accepted / max(1, steps),
+            "kept_positions": kept,
+            "slots": slots,
+        }
+
+    def _held_out_metrics(self, dataloader: Any) -> dict[str, float]:
+        """Return the tokens per forward of the held-out answers, decoded greedily with a window alone."""
+        trained = self._trained_model()
+        counts = torch.zeros(2, device=self.args.device, dtype=torch.double)
+        for batch in dataloader:
+            texts = {name: batch[name].to(self.args.device) for name in _TEXT_TENSORS}
+            with self.accelerator.autocast():
+                decoded = trained.decode_answers(**texts, window_width=self.args.window_width)
+            counts += torch.tensor(decoded, device=counts.device)
+        tokens, forwards = self._summed(counts).tolist()
+        return {"tokens_per_forward": tokens / forwards}
+
+    @contextmanager
+    def _ready_to_decode(self) -> Iterator[PreTrainedModel]:
+        """Yield the model with a copy of the drafter as it is now."""
+        trained = self._trained_model()
+        with using(trained.base, trained.drafter.copied()):
+            yield trained.base
 
 
-def _check_frozen(model: Any, args: JacobiForcingConfig) -> None:
-    """What a drafter could not be trained for."""
-    check_devices(args)
+def _check_model(model: Any) -> None:
+    """Raise a ValueError for a model that no drafter can be trained for."""
     if hasattr(model, "get_base_model"):
         raise ValueError(
-            "the model has an adapter of PEFT's: merge it first, so that the drafter is made for one model."
+            "the model has a PEFT adapter: merge it first (merge_and_unload), so that the drafter is made for one model."
         )
-    _head_of(model)
+    output_head(model)
     config = model.config.get_text_config(decoder=True)
     if attention_of(config) not in TAKES_MASK:
         raise ValueError(
-            f"attn_implementation={attention_of(config)!r} takes no mask of our own: load the model with 'sdpa'."
+            f"attn_implementation={attention_of(config)!r} does not take the mask of the windows: load the model with 'sdpa'."
         )
     if unknown := set(layer_types(config)) - LAYER_TYPES:
         raise ValueError(
-            f"layers of type {', '.join(sorted(unknown))} are not known; only full and sliding attention are."
-        )
-    if args.activation_checkpointing or args.gradient_checkpointing:
-        raise ValueError(
-            "checkpointing of activations drops the keys and values that windows stand on: leave it off with method='drafter'."
+            f"the model has layers of type {', '.join(sorted(unknown))}: a drafter can be trained for full and sliding "
+            "attention only."
         )
 
 
 def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> LoraDrafter:
+    """Return an untrained drafter in float32, with rank, scale and layers of a `LoraConfig`, or rank 64 on all linear layers."""
     if peft_config is None:
         return LoraDrafter.new(model, constant_draft=constant_draft).place(model, torch.float32)
     from peft import LoraConfig
@@ -315,11 +258,12 @@ def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> Lo
     differing = [
         name
         for name, value in vars(peft_config).items()
-        if name not in _TAKEN and value != getattr(default, name, None) and value
+        if name not in _LORA_OPTIONS and value != getattr(default, name, None) and value
     ]
     if differing:
-        raise ValueError(f"peft_config sets {', '.join(sorted(differing))}, which a drafter does not have.")
+        raise ValueError(
+            f"peft_config sets {', '.join(sorted(differing))}, which a drafter does not have: leave it out."
+        )
     modules = "all-linear" if peft_config.target_modules is None else peft_config.target_modules
-    return LoraDrafter.new(model, peft_config.r, peft_config.lora_alpha, modules, constant_draft).place(
-        model, torch.float32
-    )
+    drafter = LoraDrafter.new(model, peft_config.r, peft_config.lora_alpha, modules, constant_draft)
+    return drafter.place(model, torch.float32)

@@ -10,19 +10,19 @@ import yaml
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.cli._recipes import parse
+from jacobi_hf.cli._recipes import Given, parse
 from jacobi_hf.cli.bench import BenchConfig
-from jacobi_hf.trainer import JacobiForcingConfig
+from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
 from jacobi_hf.trainer.data.collection import CollectConfig
 from jacobi_hf.trainer.data.packing import PackConfig
 from jacobi_hf.trainer.options import RENAMED
-from jacobi_hf.trainer.run import TrainData
+from jacobi_hf.trainer.run import RunConfig
 
 invoke = CliRunner().invoke
 VERBS = {
     "collect": (CollectConfig,),
     "pack": (PackConfig,),
-    "train": (TrainData, JacobiForcingConfig),
+    "train": (RunConfig, JacobiForcingConfig, DrafterConfig),
     "bench": (BenchConfig,),
 }
 
@@ -69,7 +69,7 @@ def test_what_is_empty_is_none_where_it_may_be():
 @pytest.mark.parametrize("words", [["--learning_rate", "2e-4"], ["--learning-rate", "2e-4"], ["--learning-rate=2e-4"]])
 def test_the_command_line_comes_before_the_recipe(words, tmp_path):
     section = {"learning_rate": 1e-3, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-    _, args = parse((TrainData, JacobiForcingConfig), section, words, "train")
+    _, args = parse((RunConfig, JacobiForcingConfig), section, words, "train")
     assert (args.learning_rate, args.output_dir) == (2e-4, str(tmp_path))
 
 
@@ -99,11 +99,51 @@ def test_what_is_wrong_is_named(section, words, message):
 
 @pytest.mark.parametrize(("verb", "old", "new"), [(v, old, new) for v in RENAMED for old, new in RENAMED[v].items()])
 def test_a_renamed_option_is_named_by_its_new_name(verb, old, new):
-    kinds = VERBS[verb]
+    kinds = VERBS[verb][:2]
     with pytest.raises(ValueError, match=f"the recipe's section '{verb}' has '{old}', which is now '{new}'"):
         parse(kinds, {old: 1}, [], verb)
     with pytest.raises(ValueError, match=f"^--{old} is now --{new}"):
         parse(kinds, {}, [f"--{old}", "1"], verb)
+
+
+def test_options_of_another_method_name_the_config_that_has_them():
+    kinds = (RunConfig, DrafterConfig)
+    message = (
+        "kl_loss_weight', which is no option of train with RunConfig, DrafterConfig: it belongs to JacobiForcingConfig"
+    )
+    with pytest.raises(ValueError, match=message):
+        parse(kinds, {"kl_loss_weight": 1}, [], "train", VERBS["train"])
+    with pytest.raises(
+        ValueError, match=r"--kl-loss-weight is no option of train with .*it belongs to JacobiForcingC"
+    ):
+        parse(kinds, {}, ["--kl-loss-weight", "1"], "train", VERBS["train"])
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "method"),
+    [
+        ({}, [], "finetune"),
+        ({"method": "drafter"}, [], "drafter"),
+        ({"method": "drafter"}, ["--lora_r", "8", "--method", "finetune"], "finetune"),
+        ({}, ["--method=drafter", "--lora_r", "8"], "drafter"),
+    ],
+)
+def test_the_method_is_read_before_the_other_options(section, words, method):
+    assert Given("train", section, words, as_json=False).value_of("method", "finetune") == method
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("full", "method='full' is now method='finetune'"),
+        ("gated", "method='gated' is now method='drafter'"),
+        ("both", "method='both' must be one of 'finetune', 'drafter'"),
+    ],
+)
+def test_methods_that_are_none_are_named(method, message):
+    refused = invoke(app, ["train", "--method", method])
+    assert refused.exit_code == 2
+    assert message in refused.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)

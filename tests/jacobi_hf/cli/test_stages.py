@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from jacobi_hf.cli import app
 from jacobi_hf.results.schema import Results
 from jacobi_hf.trainer import JacobiForcingTrainer
-from jacobi_hf.trainer.run import same_model
+from jacobi_hf.trainer.run_checks import same_model
 from tests.helpers.tiny import CHECKPOINT, EXAMPLE
 
 runner = CliRunner()
@@ -155,6 +155,28 @@ def test_training_for_a_program_writes_json_alone(recipe, tmp_path):
         1,
     )
     assert json.loads(shown.stdout)["saved"] == str(tmp_path / "model" / "final")
+
+
+def test_the_method_of_a_recipe_decides_what_is_trained(recipe, tmp_path):
+    section = yaml.safe_load(recipe.read_text(encoding="utf-8"))["train"]
+    finetune_alone = ("block_size", "max_length", "jacobi_block_size", "output_dir")
+    section = {name: value for name, value in section.items() if name not in finetune_alone}
+    section |= {"method": "drafter", "lora_r": 2, "window_width": 3, "windows_per_text": 2, "max_steps": 1}
+    own = tmp_path / "drafter.yaml"
+    own.write_text(yaml.safe_dump({"train": section}))
+    words = ("train", "--config", own, "--output_dir", tmp_path / "drafter")
+    assert "ref_model has no use with method=drafter" in refused(*words, "--ref_model", CHECKPOINT)
+    assert "replay_dataset has no use with method=drafter" in refused(*words, "--replay_dataset", "a.jsonl")
+    assert "ar_loss_weight is no option of train with RunConfig, DrafterConfig" in refused(
+        *words, "--ar_loss_weight", "1"
+    )
+    run(*words)
+    final = tmp_path / "drafter" / "final"
+    assert {"drafter_config.json", "drafter_model.safetensors"} <= {file.name for file in final.iterdir()}
+    report = json.loads((final / "forcing.json").read_text())
+    (stage,) = report["training"]
+    assert (stage["method"], stage["lora_rank"], stage["strategy"]["window_width"]) == ("drafter", 2, 3)
+    assert "kl_loss_weight" not in report["arguments"]
 
 
 def test_an_interrupted_training_goes_on(recipe, tmp_path, monkeypatch):

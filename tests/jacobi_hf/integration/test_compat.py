@@ -201,7 +201,7 @@ def test_training_arguments_know_checkpointing_by_both_names(tmp_path, name):
 
 
 def test_muon_on_a_torch_without_it_is_refused_at_once(tmp_path, monkeypatch):
-    from jacobi_hf.trainer.forcing import config as arguments
+    from jacobi_hf.trainer import base_config as arguments
 
     monkeypatch.setattr(arguments, "MUON", None)
     with pytest.raises(ValueError, match=r"muon_learning_rate needs torch.optim.Muon, which torch .* does not have"):

@@ -7,16 +7,9 @@ from hypothesis import strategies as st
 
 from jacobi_hf.decoding.step import Step
 from jacobi_hf.drafts.lora import LoraDrafter
-from jacobi_hf.trainer.drafter.model import (
-    DraftedModel,
-    Windows,
-    advanced,
-    drafting_loss,
-    fresh_windows,
-    plain_loss,
-    random_windows,
-    window_mask,
-)
+from jacobi_hf.trainer.drafter.loss import drafting_loss, plain_loss
+from jacobi_hf.trainer.drafter.model import ModelWithDrafter
+from jacobi_hf.trainer.drafter.windows import Windows, advanced, fresh_windows, random_windows, window_mask
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import TINY, VOCAB, fresh_model
 from tests.helpers.properties import at_most
@@ -33,10 +26,6 @@ def answered(model, tokens=24):
     columns = max(map(len, texts))
     ids = torch.tensor([text + [0] * (columns - len(text)) for text in texts])
     return ids, torch.tensor([len(p) for p in PROMPTS]), torch.tensor([len(text) for text in texts])
-
-
-def drafted(model, drafter, **options):
-    return DraftedModel(model, drafter, **options)
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -59,7 +48,7 @@ def test_a_training_row_is_the_decoders_own_step(kind):
             )
         return acceptance
 
-    trained = drafted(model, drafter)
+    trained = ModelWithDrafter(model, drafter)
     for row, prompt in enumerate(PROMPTS):
         steps.clear()
         with drafting(model, drafter), pytest.MonkeyPatch.context() as patch:
@@ -82,14 +71,14 @@ def test_a_training_row_is_the_decoders_own_step(kind):
         for number, (pending, draft_1W, choice_1W) in enumerate(steps):
             windows = Windows(torch.tensor([[pending]]), draft_1W[:, None])
             with torch.no_grad():
-                visit = trained.visit(text, windows)
-            accepted, last = int(visit.accepted_BM), int(length_B[row]) - 2
+                step = trained.step(text, windows)
+            accepted, last = int(step.accepted_BM), int(length_B[row]) - 2
             learnt = [w for w in range(draft_1W.shape[1]) if w >= accepted and pending + 1 + w <= last]
-            assert visit.next_BMW[0, 0, learnt].tolist() == choice_1W[0, learnt].tolist()
+            assert step.next_BMW[0, 0, learnt].tolist() == choice_1W[0, learnt].tolist()
             if number == 0:
                 assert torch.equal(fresh_windows(text, windows.pending_BM, draft_1W.shape[1]).draft_BMW[0], draft_1W)
             if number + 1 < len(steps):
-                following = advanced(text, windows, visit)
+                following = advanced(text, windows, step)
                 next_pending, next_1W, _ = steps[number + 1]
                 assert int(following.pending_BM) == next_pending
                 # Slots behind the window's end are learnt from only when they are in it; fillers are the same in both.
@@ -144,19 +133,19 @@ def test_learning_on_a_text_makes_its_drafts_come_true(targets):
     model = fresh_model("qwen3")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids, prompt_B, length_B = answered(model)
-    trained = drafted(model, LoraDrafter.new(model, r=16), targets=targets)
+    trained = ModelWithDrafter(model, LoraDrafter.new(model, r=16), targets=targets)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     assert sum(p.numel() for p in trained.parameters()) == sum(p.numel() for p in trained.drafter.parameters())
-    tokens, forwards = trained.tokens_per_forward(ids, prompt_B, length_B, 8)
+    tokens, forwards = trained.decode_answers(ids, prompt_B, length_B, 8)
     assert tokens == int((length_B - prompt_B).sum())
     torch.manual_seed(0)
     for _ in range(150):
         optimizer.zero_grad()
-        loss, totals = trained(ids, prompt_B, length_B, windows=6, width=8, visits=2)
+        loss, totals = trained(ids, prompt_B, length_B, windows_per_text=6, window_width=8, steps_per_window=2)
         loss.backward()
         optimizer.step()
     assert totals[1] / totals[0] > 0.8
-    _, fewer = trained.tokens_per_forward(ids, prompt_B, length_B, 8)
+    _, fewer = trained.decode_answers(ids, prompt_B, length_B, 8)
     assert fewer < 0.7 * forwards
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # What the training says it takes is what the decoder needs.
@@ -184,7 +173,7 @@ def test_learning_on_a_text_makes_its_drafts_come_true(targets):
 
 def test_a_window_sees_nothing_of_the_others():
     model = fresh_model("qwen2-sliding")
-    trained = drafted(model, random_drafter(model))
+    trained = ModelWithDrafter(model, random_drafter(model))
     ids, prompt_B, length_B = answered(model)
     text = trained.read(ids, prompt_B, length_B)
     torch.manual_seed(1)
@@ -192,12 +181,12 @@ def test_a_window_sees_nothing_of_the_others():
     assert (together.pending_BM >= prompt_B[:, None]).all()
     assert (together.pending_BM <= length_B[:, None] - 2).all()
     with torch.no_grad():
-        of_all = trained.visit(text, together)
+        of_all = trained.step(text, together)
         for window in range(3):
             alone = Windows(together.pending_BM[:, window : window + 1], together.draft_BMW[:, window : window + 1])
-            visit = trained.visit(text, alone)
-            assert torch.equal(visit.next_BMW[:, 0], of_all.next_BMW[:, window])
-            assert torch.equal(visit.accepted_BM[:, 0], of_all.accepted_BM[:, window])
+            step = trained.step(text, alone)
+            assert torch.equal(step.next_BMW[:, 0], of_all.next_BMW[:, window])
+            assert torch.equal(step.accepted_BM[:, 0], of_all.accepted_BM[:, window])
 
 
 def test_constant_drafts_hide_the_drafts():
@@ -206,7 +195,7 @@ def test_constant_drafts_hide_the_drafts():
     drafter = LoraDrafter.new(model, r=4, constant_draft=1)
     with torch.no_grad():
         drafter.embedding.normal_()
-    trained = drafted(model, drafter)
+    trained = ModelWithDrafter(model, drafter)
     text = trained.read(ids, prompt_B, length_B)
     pending_BM = prompt_B[:, None]
     first = fresh_windows(text, pending_BM, 4)

@@ -7,9 +7,9 @@ from peft import LoraConfig
 import jacobi_hf
 from jacobi_hf.drafts.loading import attach, drafter_of
 from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE
-from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer
-from jacobi_hf.trainer.drafter.model import DraftedModel
-from jacobi_hf.trainer.drafter.trainer import Answers, DrafterTrainer, collate
+from jacobi_hf.trainer import DrafterConfig, DrafterTrainer, JacobiForcingConfig, JacobiForcingTrainer
+from jacobi_hf.trainer.drafter.answers import Answers, collate
+from jacobi_hf.trainer.drafter.model import ModelWithDrafter
 from tests.helpers.drafters import random_drafter
 from tests.helpers.models import VOCAB, fresh_model
 
@@ -29,7 +29,6 @@ def answers(model, tokens=20):
 def config(folder, **options):
     defaults = {
         "output_dir": str(folder),
-        "method": "drafter",
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
@@ -44,17 +43,17 @@ def config(folder, **options):
         "logging_steps": 1,
         "seed": 3,
     }
-    return JacobiForcingConfig(**{**defaults, **options})
+    return DrafterConfig(**{**defaults, **options})
 
 
 def trainer(model, folder, **options):
     lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")
     given = {"train_dataset": answers(model), "peft_config": lora, **options.pop("given", {})}
-    return JacobiForcingTrainer(model=model, args=config(folder, **options), **given)
+    return DrafterTrainer(model=model, args=config(folder, **options), **given)
 
 
 @pytest.mark.slow
-def test_the_same_trainer_trains_a_drafter_and_nothing_else(tmp_path):
+def test_the_drafter_learns_and_the_model_stays_the_same(tmp_path):
     model = fresh_model("qwen3")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = answers(model)
@@ -69,7 +68,6 @@ def test_the_same_trainer_trains_a_drafter_and_nothing_else(tmp_path):
         jacobi_lookup_tokens=0,
         eval_max_new_tokens=20,
     )
-    assert type(mine) is DrafterTrainer
     first = mine.evaluate()
     mine.train()
     last = mine.evaluate()
@@ -79,7 +77,7 @@ def test_the_same_trainer_trains_a_drafter_and_nothing_else(tmp_path):
         assert last[name] > 1.2 * first[name]
     assert last["eval_own_identical"] == 1.0
     logged = mine.state.log_history[-3]
-    assert {"agreement", "accepted_per_visit", "kept_positions", "slots_per_second"} <= logged.keys()
+    assert {"agreement", "accepted_per_step", "kept_positions", "slots_per_second"} <= logged.keys()
     assert drafter_of(model) is None
     mine.save_model(str(tmp_path / "final"))
     assert sorted(p.name for p in (tmp_path / "final").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
@@ -112,8 +110,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
         halted.train()
     resumed = trainer(fresh_model("qwen3"), tmp_path / "halted", max_steps=6, save_strategy="steps", save_steps=3)
     resumed.train(resume_from_checkpoint=True)
-    for name, value in whole._trained.drafter.weights().items():
-        torch.testing.assert_close(value, resumed._trained.drafter.weights()[name])
+    for name, value in whole._trained_model().drafter.weights().items():
+        torch.testing.assert_close(value, resumed._trained_model().drafter.weights()[name])
 
 
 def test_every_step_weighs_its_batches_alike(tmp_path, monkeypatch):
@@ -130,7 +128,7 @@ def test_every_step_weighs_its_batches_alike(tmp_path, monkeypatch):
         num_train_epochs=1,
     )
     monkeypatch.setattr(
-        DraftedModel, "forward", lambda self, **_: (self.drafter.embedding.sum() * 0 + 1.0, torch.ones(4))
+        ModelWithDrafter, "forward", lambda self, **_: (self.drafter.embedding.sum() * 0 + 1.0, torch.ones(4))
     )
     compute, losses = mine.compute_loss, []
     monkeypatch.setattr(
@@ -156,12 +154,22 @@ def test_evaluations_are_alike_and_leave_everything_as_it_was(tmp_path):
     jacobi_hf.unload_drafter(model)
 
 
-def test_a_subclass_of_the_full_trainer_is_told_what_to_derive_from(tmp_path):
-    class Mine(JacobiForcingTrainer):
-        pass
+def test_each_trainer_takes_the_config_of_its_name(tmp_path):
+    model = fresh_model("qwen3")
+    finetune = JacobiForcingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(TypeError, match="args is a JacobiForcingConfig; DrafterTrainer takes a DrafterConfig"):
+        DrafterTrainer(model, finetune, answers(model))
+    with pytest.raises(TypeError, match="args is a DrafterConfig; JacobiForcingTrainer takes a JacobiForcingConfig"):
+        JacobiForcingTrainer(model, config(tmp_path), [])
 
-    with pytest.raises(TypeError, match=r"derive it from trainer.drafter.trainer.DrafterTrainer"):
-        Mine(fresh_model("qwen3"), config(tmp_path), [])
+
+def test_without_args_the_output_folder_is_named_after_the_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = fresh_model("qwen3")
+    model.config._name_or_path = "user/tiny"
+    mine = DrafterTrainer(model, train_dataset=answers(model))
+    assert type(mine.args) is DrafterConfig
+    assert mine.args.output_dir == "tiny-drafter"
 
 
 def test_answers_of_packed_records_and_of_rows():
@@ -188,12 +196,10 @@ def test_answers_of_packed_records_and_of_rows():
 class TestBadInput:
     def test_what_has_no_meaning(self, tmp_path):
         model = fresh_model("qwen3")
-        with pytest.raises(ValueError, match="ref_model has no meaning with method='drafter'"):
+        with pytest.raises(TypeError, match="ref_model"):
             trainer(model, tmp_path, given={"ref_model": fresh_model("qwen3")})
-        with pytest.raises(ValueError, match="replay_dataset has no meaning"):
-            trainer(model, tmp_path, given={"replay_dataset": [{"text": "a"}]})
-        with pytest.raises(ValueError, match="checkpointing of activations"):
-            trainer(model, tmp_path, activation_checkpointing=True)
+        with pytest.raises(ValueError, match="activation_checkpointing=True would drop the keys and values"):
+            config(tmp_path, activation_checkpointing=True)
 
     def test_peft_config(self, tmp_path):
         model = fresh_model("qwen3")
@@ -224,13 +230,17 @@ class TestBadInput:
             )
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("method", "both"), ("targets", "firm"), ("window_width", 0), ("steps_per_window", 0)]
+        ("name", "value"),
+        [
+            ("targets", "firm"),
+            ("window_width", 0),
+            ("windows_per_text", 0),
+            ("steps_per_window", 0),
+            ("position_decay", 0.0),
+            ("position_decay", 1.5),
+            ("constant_draft", -1),
+        ],
     )
     def test_arguments(self, tmp_path, name, value):
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
             config(tmp_path, **{name: value})
-
-    @pytest.mark.parametrize(("old", "new"), [("full", "finetune"), ("gated", "drafter")])
-    def test_a_renamed_method(self, tmp_path, old, new):
-        with pytest.raises(ValueError, match=f"method='{old}' is now method='{new}'"):
-            config(tmp_path, method=old)

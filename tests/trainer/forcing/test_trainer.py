@@ -161,7 +161,7 @@ def test_kl_is_measured_from_the_model_before_training(tmp_path):
                 m(torch.tensor([ids])).logits[0, :steps].log_softmax(-1) for m in (trainer.model, before)
             )
         total, count = total + float((of_base.exp() * (of_base - of_trained)).sum()), count + steps
-    assert trainer._metrics(training=False)["kl_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert trainer._held_out_metrics(None)["kl_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize("given", ["adapter", "model"])
@@ -191,7 +191,7 @@ def test_compiling_changes_nothing(tmp_path, monkeypatch):
     data = records(4, N, seed=3)
     plain = forced(tmp_path, data, kl_loss_weight=1.0, max_steps=2)
     compiled = forced(tmp_path, data, kl_loss_weight=1.0, max_steps=2, torch_compile_backend="eager")
-    assert compiled._ref_model._compiled_call_impl is not None
+    assert compiled._forward.ref_model._compiled_call_impl is not None
     torch.testing.assert_close(weights(plain.model), weights(compiled.model), atol=1e-6, rtol=1e-5)
 
 
@@ -450,7 +450,7 @@ def test_what_nothing_would_come_of_is_refused(tmp_path):
     def made(given=None, **options):
         return JacobiForcingTrainer(fresh_model("qwen3"), config(tmp_path, **options), data, **(given or {}))
 
-    with pytest.raises(ValueError, match=r"leave nothing to train on\."):
+    with pytest.raises(ValueError, match=r"leave nothing to train on: give"):
         made(**none)
     with pytest.raises(ValueError, match="leave nothing to train on but the KL divergence"):
         made(**none, kl_loss_weight=4.0)
@@ -483,7 +483,7 @@ def two_processes(tmp_path_factory):
     """What two gloo processes wrote that trained in every way, one after the other."""
     folder = tmp_path_factory.mktemp("two_processes")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(ROOT / "tests" / "trainer" / "distributed.py"), str(folder)]
+    command = [*launcher, str(ROOT / "tests" / "helpers" / "distributed.py"), str(folder)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return folder
@@ -540,7 +540,7 @@ def test_replay_does_not_dilute_the_consistency_loss(tmp_path):
             )
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
             trainer.compute_loss(trainer.model.eval(), batch)
-            losses.append(trainer._metrics(training=False)["consistency_loss"])
+            losses.append(trainer._held_out_metrics(None)["consistency_loss"])
         assert losses[0] == pytest.approx(losses[1]), reduction
 
 
@@ -558,7 +558,7 @@ def test_a_gradient_that_is_not_finite_names_its_samples_and_spares_the_weights(
 
 
 def test_the_last_finished_checkpoint_is_resumed_from(tmp_path):
-    from jacobi_hf.trainer.forcing.trainer import last_finished_checkpoint
+    from jacobi_hf.trainer.checkpoints import last_finished_checkpoint
 
     assert last_finished_checkpoint(tmp_path) is None
     for number in (2, 10, 9):
@@ -616,9 +616,9 @@ def test_flex_masks_know_sliding_layers(tmp_path):
         fresh_model("qwen3-sliding"), config(tmp_path, max_length=64), records(4, N, seed=4)
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    dense = trainer._mask(batch)
+    dense = trainer.attention_mask(batch)
     trainer.model.config._attn_implementation = "flex_attention"
-    blocks = trainer._mask(batch)
+    blocks = trainer.attention_mask(batch)
     assert blocks.keys() == dense.keys() == {"full_attention", "sliding_attention"}
     index = torch.arange(batch["input_ids"].shape[1])
     for kind, mask in blocks.items():
