@@ -79,7 +79,7 @@ class Page:
     """Actions of the page; `build` adds how it looks.
 
     Attributes:
-        lanes: what is compared.
+        lanes: models and decodings that the page compares.
         races: the last generation of each visitor, by the hash of the session.
     """
 

@@ -94,7 +94,9 @@ def measure_decoding(
         track: progress bar, called as `untracked` is.
         what: label of the progress bar.
     """
-    tokens, forwards, outputs = [], [], []
+    tokens: list[int] = []
+    forwards: list[int] = []
+    outputs: list[list[int]] = []
     slots = steps = 0
     for prompt in track(prompts, what):
         output = _generate(model, prompt, max_new_tokens, return_dict_in_generate=True, **config.to_knobs())

@@ -3,8 +3,8 @@ r"""Tasks of an evaluation: tasks of lm-evaluation-harness by name, and tasks ma
 A task file is JSONL. Each line is a problem, with `prompt` (the text that the model reads) and `answer` (text or
 number). Other fields are ignored. A first line without a prompt holds options instead:
 
-    {"answer_pattern": "The answer is (-?\\d+)", "max_new_tokens": 96, "stop": ["\n\n"], "source": "written by a
-    script"} {"prompt": "Question: What is 6 times 7?\nAnswer:", "answer": 42}
+    {"answer_pattern": "The answer is (-?\\d+)", "max_new_tokens": 96, "stop": ["\n\n"], "source": "a script"}
+    {"prompt": "Question: What is 6 times 7?\nAnswer:", "answer": 42}
 
 An answer is right if the first match of `answer_pattern` in the model's text equals it; if the pattern has a group,
 its group is compared. Without a pattern the whole text is compared, without white space around it.
@@ -142,8 +142,8 @@ def _check_task(name: str, task: Any, *, runs_code: bool) -> None:
     """Raise `ValueError` for a task that generates no text, or that runs code although it may not."""
     if task.OUTPUT_TYPE != "generate_until":
         raise ValueError(
-            f"{name} is scored by log-likelihoods ({task.OUTPUT_TYPE}). It generates no text, so every decoder has the "
-            "same score: measure it with lm_eval itself."
+            f"{name} is scored by log-likelihoods ({task.OUTPUT_TYPE}). It generates no text, so every decoder has "
+            "the same score: measure it with lm_eval itself."
         )
     if getattr(task, "UNSAFE_CODE", False) and not runs_code:
         raise ValueError(_RUNS_CODE.format(name))

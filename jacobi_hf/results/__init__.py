@@ -1,1 +1,1 @@
-"""Documents of measured results: what was measured, on what machine and software, with what training."""
+"""Documents of measured results: figures, machine and software, and the training of the model."""

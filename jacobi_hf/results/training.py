@@ -91,7 +91,7 @@ class Training(Part):
     """One stage of a model's training: one run of one program."""
 
     method: Literal["finetune", "drafter", "sft"]
-    """What was trained: a model by Jacobi Forcing, a drafter, or a model on texts alone (sft)."""
+    """Kind of training: "finetune" is Jacobi Forcing, "drafter" trains a drafter, "sft" finetunes on texts alone."""
     base_model: str
     """Name or path of the model that the stage started from."""
     command: str | None = None

@@ -29,7 +29,7 @@ def tuned(fastest, *others):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the verb asks of `autotune`, which finds `FOUND`, or what a test appends."""
+    """The calls of `autotune` that the verb makes; each call finds `FOUND`."""
     calls = []
 
     def autotune(model, prompts, **options):
@@ -57,11 +57,11 @@ def test_strategies_are_measured_and_the_fastest_is_reported(prompts):
     options = ["--model", FORCED, "--prompts", prompts, "--max-new-tokens", "4", "--seconds", "2"]
     result = run(app, ["autotune", *options, "--json"])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["prompts"] == 2
-    assert told["fastest"] == told["table"][0]
-    assert "ordinary decoding" in [one["strategy"] for one in told["table"]]
-    assert told["saved"] is None
+    report = json.loads(result.stdout)
+    assert report["prompts"] == 2
+    assert report["fastest"] == report["table"][0]
+    assert "ordinary decoding" in [one["strategy"] for one in report["table"]]
+    assert report["saved"] is None
     assert "autotune" not in result.stderr  # no bar beside JSON
 
 
@@ -109,7 +109,7 @@ def test_a_draft_model_is_tried(monkeypatch, prompts):
     assert json.loads(result.stdout)["fastest"]["strategy"] == ASSISTED
 
 
-def test_what_is_found_is_saved_with_the_model(asked, prompts, folder):
+def test_the_fastest_setting_is_saved_with_the_model(asked, prompts, folder):
     result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
     assert result.exit_code == 0, result.output
     saved = GenerationConfig.from_pretrained(folder)
@@ -157,7 +157,9 @@ def test_errors_are_one_line(prompts, arguments, message):
     assert message in line
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(asked, prompts, folder, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_reported_before_anything_is_measured(
+    asked, prompts, folder, monkeypatch
+):
     monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.W_OK)
     result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
     assert (result.exit_code, "is not writable" in result.stderr, asked) == (2, True, [])

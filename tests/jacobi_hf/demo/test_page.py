@@ -87,7 +87,8 @@ def test_panes_fill_and_agree_and_the_replay_follows(somebody):
     assert [one.lane.title for one in race.runners] == ["generate", "Jacobi", "Jacobi with a drafter (lossless)"]
     assert [one.tokens for one in race.runners] == [20] * 3
     assert len(race.runners[2].steps) < len(race.runners[0].steps) == 20
-    title, forwards = race.runners[2].lane.title, len(race.runners[2].steps)
+    title = race.runners[2].lane.title
+    forwards = len(race.runners[2].steps)
     assert f"Forward {forwards} of {forwards}" in somebody.replay(title, forwards, VISITOR)
     assert [somebody.next_forward(n, title, VISITOR) for n in (1, forwards)] == [2, forwards]
     assert "Nothing has been written yet" in somebody.replay(title, 1, SimpleNamespace(session_hash="somebody else"))
@@ -204,7 +205,8 @@ def visitor(address):
 @pytest.mark.slow
 def test_in_a_browser(visitor):
     visitor.generate("All texts are the same. n = 16, K = 2")
-    panes, per_forward = visitor.panes(), visitor.counts("tokens per forward")
+    panes = visitor.panes()
+    per_forward = visitor.counts("tokens per forward")
     assert len(set(panes)) == 1
     assert panes[0].startswith(PROMPT)
     assert len(panes[0]) > len(PROMPT)

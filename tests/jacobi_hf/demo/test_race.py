@@ -65,7 +65,9 @@ def test_the_next_turn_goes_to_the_runner_with_the_least_time():
         is_done = False
 
         def __init__(self, name, cost):
-            self.name, self.cost, self.seconds = name, cost, 0.0
+            self.name = name
+            self.cost = cost
+            self.seconds = 0.0
 
         def turn(self):
             turns.append(self.name)

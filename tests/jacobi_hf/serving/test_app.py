@@ -202,7 +202,8 @@ def test_clients_that_leave_end_their_generation(served):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_knobs_of_a_request(served, stream):
-    wanted, forwards = served.generated(PROMPT), {}
+    wanted = served.generated(PROMPT)
+    forwards = {}
     knobs = {
         "served": {},
         "ordinary": {"decoding": None},

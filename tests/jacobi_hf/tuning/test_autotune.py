@@ -51,7 +51,7 @@ def test_more_time_tries_the_better_ones_on_more_prompts():
     assert max(tried) == 6
 
 
-def test_the_answer_is_what_generate_takes_and_overrides_what_is_saved():
+def test_the_knobs_are_arguments_of_generate_and_override_saved_ones():
     model = fresh_model("qwen3")
     JacobiConfig(jacobi_block_size=3, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=2).save_defaults(
         model
@@ -74,8 +74,9 @@ def test_batches_and_sampling():
     assert max(timing.prompts for timing in tuning.table) == 2  # batches of two; the last one would not have been full
 
 
-def test_a_draft_model_is_tried_and_taken_where_it_is_fastest():
-    model, draft = tiny_model("qwen3"), fresh_model("qwen3")
+def test_a_draft_model_is_tried_and_chosen_if_it_is_fastest():
+    model = tiny_model("qwen3")
+    draft = fresh_model("qwen3")
     tuning = autotune(model, prompts(2), assistant_model=draft, **ONE)
     assert ASSISTED in [timing.strategy for timing in tuning.table]
     assert Tuning(ASSISTED, tuning.table, {}, draft).knobs == {"decoding": None, "assistant_model": draft}
@@ -107,7 +108,7 @@ def test_a_drafter_has_a_source_of_its_own_and_is_tried_at_several_verify_widths
     assert not any(getattr(s.strategy, "jacobi_verify_width", 0) for s in autotune(model, prompts(1), **ONE).table)
 
 
-def test_the_time_given_is_kept():
+def test_no_strategy_starts_after_the_time_is_up():
     tuning = autotune(tiny_model("qwen3"), prompts(2), **{**ARGUMENTS, "seconds": 1e-6})
     assert [timing.strategy for timing in tuning.table] == [None]
     assert tuning.strategy is None
@@ -115,8 +116,9 @@ def test_the_time_given_is_kept():
     assert "no time for: lookup 8; n=16 K=1" in str(tuning)
 
 
-def test_what_is_compiled_is_part_of_the_time_and_of_the_answer():
-    model, config = fresh_model("qwen3"), CompileConfig(backend="eager", mode=None)
+def test_compiling_uses_up_time_and_the_knobs_have_the_compile_config():
+    model = fresh_model("qwen3")
+    config = CompileConfig(backend="eager", mode=None)
     tuning = autotune(model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=config)
     assert [timing.strategy for timing in tuning.table] == [None]
     assert tuning.knobs == {"decoding": None, "cache_implementation": "static", "compile_config": config}
@@ -132,7 +134,8 @@ def test_what_is_compiled_is_part_of_the_time_and_of_the_answer():
         ).compile_config
         is None
     )
-    ids, arguments = torch.tensor(prompts(1)), {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor(prompts(1))
+    arguments = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **arguments, **tuning.knobs))
 
 
@@ -157,7 +160,7 @@ def test_prompts_in_other_forms(kind):
     assert prompt_rows(forms[kind], None) == ids.tolist()
 
 
-def test_a_result_as_a_dictionary_and_the_random_generator_as_it_was():
+def test_results_may_be_dictionaries_and_the_random_generator_keeps_its_state():
     before = torch.get_rng_state()
     tuning = autotune(
         tiny_model("qwen3"), prompts(1), **{**ONE, "do_sample": True}, return_dict_in_generate=True, output_scores=True
@@ -190,6 +193,6 @@ def test_a_result_as_a_dictionary_and_the_random_generator_as_it_was():
     ],
 )
 @pytest.mark.filterwarnings("ignore:decoding=")
-def test_what_cannot_be_tuned_is_refused(given, options, message):
+def test_arguments_that_cannot_be_used_are_refused(given, options, message):
     with pytest.raises(ValueError, match=message):
         autotune(tiny_model("qwen3"), given, **{**ARGUMENTS, **options})

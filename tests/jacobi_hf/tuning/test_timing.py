@@ -32,8 +32,13 @@ class World:
     """
 
     def __init__(self, seed, batches, budget, *, varied=True, drafted=False, steps=None):
-        self.seed, self.varied, self.now, self.budget, self.steps = seed, varied, 0.0, budget, steps or {}
-        self.begun, self.order = defaultdict(list), []
+        self.seed = seed
+        self.varied = varied
+        self.now = 0.0
+        self.budget = budget
+        self.steps = steps or {}
+        self.begun = defaultdict(list)
+        self.order = []
         self.comparison = Comparison(
             self.measure, list(range(batches)), lambda: self.now > self.budget, drafted=drafted
         )
@@ -117,7 +122,8 @@ def test_without_time_ordinary_decoding_is_the_answer_and_the_rest_is_listed():
 
 
 def test_the_best_windows_are_combined_with_the_best_lookup():
-    window, lookup = Grid().apart()[5], Grid().apart()[4]
+    window = Grid().apart()[5]
+    lookup = Grid().apart()[4]
     assert (window.jacobi_max_blocks, lookup.jacobi_max_blocks) == (2, 0)
     world = World(0, 1, 10**9, steps={window: 2, lookup: 3})
     world.search()
@@ -151,7 +157,8 @@ def test_few_strategies_are_tried_where_each_compiles():
 
 
 def test_prices_are_medians_so_that_a_hiccup_changes_nothing():
-    fast, slow = Grid().apart()[1], Grid().apart()[3]
+    fast = Grid().apart()[1]
+    slow = Grid().apart()[3]
     times = {None: [1.0] * 9, slow: [0.5] * 9, fast: [0.5] * 4 + [50.0]}
     comparison = Comparison(
         lambda strategy, _: Run({9: times[strategy]}, 0.1, 10, len(times[strategy])), [0], lambda: False
@@ -178,7 +185,8 @@ class FakeModel:
     device = torch.device("cpu")
 
     def __init__(self, *stats):
-        self.stats, self.calls = list(stats), []
+        self.stats = list(stats)
+        self.calls = []
 
     def generate(self, input_ids, **arguments):
         self.calls.append(arguments)
@@ -212,7 +220,8 @@ def test_calls_that_compile_or_record_do_not_count():
 def test_no_strategy_is_timed_while_it_compiles():
     """This holds for ordinary decoding, and for steps of the same widths under another config."""
     torch.compiler.reset()  # forget what other tests have compiled
-    model, compiled = fresh_model("qwen3"), []
+    model = fresh_model("qwen3")
+    compiled = []
     watch = Stopwatch(
         model,
         {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0},
@@ -241,7 +250,9 @@ def unique_graphs():
 
 
 def test_compiled_strategies_are_compared_with_compiled_ordinary_decoding():
-    model, config, draft = FakeModel(), CompileConfig(), object()
+    model = FakeModel()
+    config = CompileConfig()
+    draft = object()
     watch = Stopwatch(model, {"top_k": 5}, draft, config, room=99)
     for strategy in (None, WINDOW, ASSISTED):
         watch.measure(strategy, BATCH)
@@ -265,7 +276,8 @@ def test_assisted_decoding_is_warmed_up_and_its_time_is_a_median(monkeypatch):
 
 
 def test_all_calls_draw_the_same_and_the_callers_generator_stands_still():
-    model, draws = FakeModel(), []
+    model = FakeModel()
+    draws = []
     generate = model.generate
     model.generate = lambda **arguments: draws.append(torch.rand(1).item()) or generate(**arguments)
     before = torch.get_rng_state()
