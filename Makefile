@@ -30,7 +30,7 @@ test-slow: $(TOOLS)
 test-deep: $(TOOLS)
 	$(BIN)/python -m pytest -s -n 0 -m "deep or hypothesis" --hypothesis-profile=deep $(ARGS)
 
-# The tests of what depends on transformers, on each supported release; ARGS names some, or --record writes the docs' table.
+# The tests of what depends on transformers, on each supported release. ARGS names some; --record writes the docs' table.
 test-versions: $(TOOLS)
 	$(BIN)/python -m tests.versions $(ARGS)
 

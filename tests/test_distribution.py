@@ -1,4 +1,4 @@
-"""Wheel and sdist: what is in them, and that the wheel runs where there is no repository."""
+"""Wheel and sdist: what they hold, and that the wheel runs without the repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = {"jacobi_hf": "jacobi_hf", "trainer": "jacobi_hf/trainer", "hub_cards
 
 
 class Built(NamedTuple):
-    """What `python -m build` made of the tree, and the wheel that the tree makes without an sdist between."""
+    """Wheel and sdist of `python -m build`, and the wheel that is built directly from the tree."""
 
     wheel: Path
     sdist: Path
@@ -30,7 +30,7 @@ class Built(NamedTuple):
 
 
 def _run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A program that sees neither this process's paths nor a hub."""
+    """Run a program that sees neither this process's paths nor a Hub."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
@@ -38,7 +38,7 @@ def _run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Built:
-    """Built from a copy of the tree: setuptools writes beside the sources, and takes what an earlier build left there."""
+    """Build from a copy of the tree, since setuptools writes beside the sources and reads what earlier builds left."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -54,28 +54,30 @@ def built(tmp_path_factory) -> Built:
     for options in (["--outdir", folder / "dist"], ["--wheel", "--outdir", folder / "direct"]):
         done = _run(sys.executable, "-m", "build", "--no-isolation", *options, "tree", cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,), (sdist,), (direct,) = (
-        (folder / "dist").glob("*.whl"),
-        (folder / "dist").glob("*.tar.gz"),
-        (folder / "direct").glob("*.whl"),
-    )
+    (wheel,) = (folder / "dist").glob("*.whl")
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    (direct,) = (folder / "direct").glob("*.whl")
     return Built(wheel, sdist, direct)
 
 
 class Elsewhere(NamedTuple):
-    """A venv in which the wheel is installed, and an empty folder to stand in."""
+    """A virtual environment with the wheel, and an empty working directory."""
 
     bin: Path
     folder: Path
 
     def jacobi_hf(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """The program that the wheel installed."""
+        """Run the program that the wheel installed."""
         return _run(self.bin / "jacobi-hf", *arguments, cwd=self.folder)
 
 
 @pytest.fixture(scope="module")
 def elsewhere(built, tmp_path_factory) -> Elsewhere:
-    """Its dependencies are those of the tests, seen through a .pth file, which does not read the .pth files (editable installs) there."""
+    """An environment with the wheel and the dependencies of the tests.
+
+    It sees them through a .pth file. Python does not read the .pth files of the folders named there, so an editable
+    install of this repository stays hidden.
+    """
     folder = tmp_path_factory.mktemp("elsewhere")
     _run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder).check_returncode()
     python = folder / "venv" / "bin" / "python"

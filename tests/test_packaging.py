@@ -1,4 +1,4 @@
-"""What is installed is what is in the tree."""
+"""pyproject.toml, CI and docs agree with the files of the repository."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_every_package_is_listed():
 def test_the_trainer_is_one_module_wherever_one_stands(folder):
     program = (
         "import sys, jacobi_hf.trainer as t; [getattr(t, n) for n in t.__all__]; assert 'trainer' not in sys.modules; "
-        "assert sorted(m for m in sys.modules if m.endswith('.losses')) == ['jacobi_hf.trainer.forcing.losses']; print(t.__file__)"
+        "assert sorted(m for m in sys.modules if m.endswith('.losses')) == ['jacobi_hf.trainer.forcing.losses']; "
+        "print(t.__file__)"
     )
     found = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == ROOT / "trainer" / "__init__.py"
@@ -99,7 +100,7 @@ def test_workflows_run_what_is_there(workflow):
     jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
     commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for name, value in 2 * re.findall(r"^(\w+) := ([^#\n]*)", makefile, re.MULTILINE):  # values name others
+    for name, value in 2 * re.findall(r"^(\w+) := ([^#\n]*)", makefile, re.MULTILINE):  # a value may name another
         makefile = makefile.replace(f"$({name})", value)
     targets = re.findall(r"^([\w/. -]+):(?!=)", makefile, re.MULTILINE)
     assert set(re.findall(r"^\s*make (\S+)", commands, re.MULTILINE)) <= {

@@ -1,7 +1,9 @@
-"""What users run: models and a drafter from the Hub that the environment names, with and without jacobi_hf. Prints JSON.
+"""Decode with models and a drafter from the Hub as users do, with and without jacobi_hf, and print JSON.
 
-python client.py without FOLDER_OF_A_DRAFTER
-python client.py installed
+    python client.py without FOLDER_OF_A_DRAFTER
+    python client.py installed
+
+`HF_ENDPOINT` names the Hub.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def without() -> None:
 
 
 def _from_pretrained() -> None:
-    """`from_pretrained(..., trust_remote_code=True).generate(...)`."""
+    """Run calls of `from_pretrained(..., trust_remote_code=True).generate(...)`."""
     model = load(FORCED, **TRUST)
     seen["generate"] = model.generate.func.__name__
     one = tokenizer("Task: 12 + 30 * 2 =", return_tensors="pt")
@@ -133,7 +135,7 @@ def _unregistered_class() -> None:
 
 
 def _drafter() -> None:
-    """A drafter's repository beside its base."""
+    """Run calls with a drafter's repository beside its base."""
     base = load(BASE)
     expected = base.generate(**inputs, **ASKED)
     note("drafter", base.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST), expected)
@@ -146,7 +148,7 @@ def _drafter() -> None:
     )
     note("drafter from a folder", base.generate(**inputs, **ASKED, custom_generate=sys.argv[2], **TRUST), expected)
     trusted = load(FORCED, **TRUST)
-    trusted.load_state_dict(base.state_dict())  # a model of the base's weights whose own `generate` is a repository's
+    trusted.load_state_dict(base.state_dict())  # the base's weights in a model whose `generate` is a repository's
     note(
         "drafter through a forced model's generate",
         trusted.generate(**inputs, **ASKED, custom_generate=DRAFTER, **TRUST),

@@ -1,4 +1,4 @@
-"""The loopback Hub."""
+"""The loopback Hub as a fixture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tests.hub_cards.hub import LoopbackHub
 
 @pytest.fixture
 def hub():
-    """An empty Hub of one's own."""
+    """An empty Hub for one test."""
     with LoopbackHub() as hub:
         yield hub

@@ -1,4 +1,4 @@
-"""Documents of results for the tests of cards, with a string of the test's in every place that holds one."""
+"""Documents of results for the tests of cards, with one string in every place that holds a string."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def training(text: str = "plain") -> Training:
 
 
 def document(text: str = "plain", dtype: str = "float32", **changes: Any) -> Results:
-    """Ordinary, compiled and Jacobi decoding of one domain, and a stage of training."""
+    """Return a document with ordinary, compiled and Jacobi decoding of one domain, and one stage of training."""
     prompts = Prompts(domain=text, source=text, count=10, max_new_tokens=64)
     score = Quality(metric=text, value=0.75, low=0.5, high=0.875, samples=10)
     jacobi = Decoder(
@@ -80,7 +80,7 @@ def document(text: str = "plain", dtype: str = "float32", **changes: Any) -> Res
 
 
 def outline(card: str) -> list[str]:
-    """What a card is made of: the blocks and spans of its Markdown, without their words."""
+    """Return the structure of a card: the blocks and spans of its Markdown, without their words."""
     inert = {"text", "text_special", "code_inline", "softbreak"}
     return [
         f"{token.type} {token.tag} {token.attrs.get('href', '')}"
@@ -91,21 +91,22 @@ def outline(card: str) -> list[str]:
 
 
 def parsed(card: str) -> list[Any]:
-    """The tokens of what stands below the metadata, as GitHub's Markdown."""
+    """Return the Markdown tokens of a card without its metadata, parsed as GitHub does."""
     body = re.sub(r"\A---\n.*?\n---\n", "", card, count=1, flags=re.DOTALL)
     return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body)
 
 
 def words(card: str) -> str:
-    """What a reader sees of a card, the code in fences left out."""
+    """Return what a reader sees of a card, without the code in fences."""
     return "\n".join(
         "".join(child.content for child in block.children or []) for block in parsed(card) if block.type == "inline"
     )
 
 
 def tables(card: str) -> list[list[list[str]]]:
-    """Rows of cells of each table, heads left out."""
-    found, rows = [], []
+    """Return the rows of each table of a card, without its head."""
+    found = []
+    rows = []
     for line in [*card.split("\n"), ""]:
         if line.startswith("| "):
             rows.append([cell.strip() for cell in line.strip("|").split("|")])

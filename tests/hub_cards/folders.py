@@ -1,4 +1,4 @@
-"""Folders as `save_pretrained` and the trainer leave them, with next to no weights."""
+"""Folders as `save_pretrained` and the trainer write them, with tiny weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def weights(path: Path, value: float = 0.0) -> None:
 
 
 def make(folder: Path, kind: str = "model", value: float = 0.0) -> Path:
-    """A folder of this kind with card, tokenizer and generation config."""
+    """Write a folder of this kind with card, tokenizer and generation config."""
     folder.mkdir(parents=True, exist_ok=True)
     config_file, config, weights_file = KINDS[kind]
     texts = {config_file: json.dumps(config), "tokenizer_config.json": "{}", "tokenizer.json": "{}", "README.md": CARD}

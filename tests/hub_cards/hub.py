@@ -1,7 +1,7 @@
-"""A Hub on the loopback interface: what huggingface_hub's client needs to create, push, and download, in memory.
+"""A Hub in memory, on the loopback interface, with which huggingface_hub's client can create, push and download.
 
-Speaks repositories of models and datasets, branches, pull requests, commits, and LFS by the basic transfer; no Xet. The client reads
-its environment when it is imported, so it runs in a subprocess, in `hub.environment(home)`.
+It knows repositories of models and datasets, branches, pull requests, commits, and the basic transfer of LFS, but not
+Xet. The client reads its environment when it is imported, so it runs in a subprocess with `hub.environment(home)`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 
 TOKEN = "hf_" + "loopback" * 4
 USER = "user"
-CUT = 0  # in place of a status: the connection is closed when half of the body has been read
+CUT = 0  # instead of a status: the connection is closed after half of the body
 LARGE = 10_000_000
 BINARY = (".safetensors", ".bin", ".pt", ".pkl", ".parquet", ".png", ".pdf", ".gz")
 _KIND = r"(?P<kind>model|dataset)s"
@@ -35,7 +35,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Request:
-    """A request that came in: `path` with its query, and the body as far as it was read."""
+    """A received request: `path` includes the query, `body` is what was read of it."""
 
     method: str
     path: str
@@ -45,7 +45,7 @@ class Request:
 
 @dataclass
 class Failure:
-    """Answers `status` to the next `times` requests of this method whose path has the pattern in it."""
+    """An order to answer `status` to the next `times` requests of a method whose path contains a pattern."""
 
     method: str
     pattern: str
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass
 class Refusal(Exception):
-    """An answer that is an error; `code` is the Hub's own name of it."""
+    """An answer that is an error. `code` is the Hub's own name for it."""
 
     status: int
     message: str
@@ -64,9 +64,10 @@ class Refusal(Exception):
 
 
 class LoopbackHub:
-    """The Hub: `repos[name][revision][path]` are its files, a dataset's name begins with `datasets/`.
+    """The Hub of a test.
 
-    Only commits change `repos`, each in one assignment. `requests` is the log; `private` names the repositories made private.
+    Its files are `repos[name][revision][path]`; the name of a dataset starts with `datasets/`. Only commits change
+    `repos`, each in one assignment. `requests` is the log. `private` holds the names of private repositories.
     """
 
     def __init__(self) -> None:
@@ -83,11 +84,11 @@ class LoopbackHub:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def fail(self, method: str, pattern: str, status: int, times: int = 1) -> None:
-        """Answer `status`, or break the connection (`CUT`), to the next requests whose path matches."""
+        """Answer the next requests whose path matches with `status`; `CUT` breaks the connection."""
         self._failures.append(Failure(method, pattern, status, times))
 
     def add(self, repo: str, folder: Path) -> None:
-        """Put a folder on `main`, as it is, without a client."""
+        """Put a folder on `main` without a client."""
         files = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in sorted(folder.rglob("*"))
@@ -96,7 +97,7 @@ class LoopbackHub:
         self.repos.setdefault(repo, {})["main"] = files
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The environment of a subprocess whose Hub this is; its caches lie in `home`."""
+        """Return the environment of a subprocess that uses this Hub and has its caches in `home`."""
         dropped = (
             "HF_HUB_OFFLINE",
             "TRANSFORMERS_OFFLINE",
@@ -128,7 +129,7 @@ class LoopbackHub:
         self.close()
 
     def failure_for(self, method: str, path: str) -> int | None:
-        """The status of the failure that was ordered for this request."""
+        """Return the status that was ordered for this request, or None."""
         with self.lock:
             for failure in self._failures:
                 if failure.times and failure.method == method and re.search(failure.pattern, path):
@@ -137,7 +138,7 @@ class LoopbackHub:
         return None
 
     def sha(self, repo: str, revision: str = "main") -> str:
-        """The commit that a revision points to, which is named by its content."""
+        """Return the commit of a revision, named after its content."""
         files = self.files(repo, revision)
         sha = hashlib.sha1(
             "".join(f"{path} {oid_of(path, files[path])}\n" for path in sorted(files)).encode()
@@ -160,12 +161,12 @@ class LoopbackHub:
         return files[path]
 
     def commit(self, repo: str, revision: str, lines: list[dict[str, Any]], *, create_pr: bool) -> str:
-        """Apply a commit's lines, all or none; returns the revision that has them now."""
+        """Apply all lines of a commit or none, and return the revision that has them."""
         with self.lock:
             parent = lines[0]["value"].get("parentCommit")
             if parent is not None and parent != self.sha(repo, revision):
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-            self.sha(repo, revision)  # the commit before stays readable by its name
+            self.sha(repo, revision)  # so that the previous commit stays readable by its name
             files = dict(self.files(repo, revision))
             for line in lines[1:]:
                 self._apply(files, line["key"], line["value"])
@@ -194,20 +195,20 @@ class LoopbackHub:
 
 
 def is_large(path: str, size: int) -> bool:
-    """Whether a file goes through LFS."""
+    """Return whether a file goes through LFS."""
     return size > 0 and (path.endswith(BINARY) or size > LARGE)
 
 
 @functools.lru_cache(maxsize=4096)
 def oid_of(path: str, content: bytes) -> str:
-    """A file's name as the Hub's: of its content, and another one for what lies in LFS."""
+    """Return the Hub's id of a file: a hash of its content, of another kind for LFS."""
     if is_large(path, len(content)):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:
-    """A file in the listing of a tree."""
+    """Return the entry of a file in the listing of a tree."""
     entry = {"type": "file", "path": path, "size": len(content), "oid": oid_of(path, content)}
     return entry | (
         {"lfs": {"oid": entry["oid"], "size": len(content), "pointerSize": 134}}
@@ -217,7 +218,7 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one connection's requests."""
+    """Handler of the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     timeout = 60
@@ -227,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Nothing on stderr: there is `hub.requests`."""
+        """Write nothing to stderr, since `hub.requests` is the log."""
 
     def do_GET(self) -> None:
         ordered = self.hub.failure_for(self.command, self.path)
@@ -391,7 +392,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _info(self, body: bytes, repo: str, revision: str = "main") -> None:
-        sha, files = self.hub.sha(repo, revision), self.hub.files(repo, revision)
+        sha = self.hub.sha(repo, revision)
+        files = self.hub.files(repo, revision)
         name = repo.removeprefix("datasets/")
         siblings = [{"rfilename": path} for path in sorted(files)]
         private = repo in self.hub.private
@@ -408,7 +410,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _tree(self, body: bytes, repo: str, revision: str, folder: str) -> None:
-        files, inside = self.hub.files(repo, revision), folder.strip("/") + "/" if folder.strip("/") else ""
+        files = self.hub.files(repo, revision)
+        inside = f"{folder.strip('/')}/" if folder.strip("/") else ""
         found = {path: content for path, content in sorted(files.items()) if path.startswith(inside)}
         if inside and not found:
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
@@ -430,7 +433,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer([_entry(path, files[path]) for path in asked if path in files])
 
     def _resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
-        content, sha = self.hub.file(repo, revision, path), self.hub.sha(repo, revision)
+        content = self.hub.file(repo, revision, path)
+        sha = self.hub.sha(repo, revision)
         oid = oid_of(path, content)
         linked = (
             {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))} if is_large(path, len(content)) else {}

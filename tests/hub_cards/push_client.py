@@ -1,7 +1,4 @@
-"""Pushes what it reads from stdin, a JSON list of arguments, one after the other.
-
-Writes JSON: what each came to, and all that was logged.
-"""
+"""Push once for each set of arguments in a JSON list on stdin, and print JSON: the outcomes and the whole log."""
 
 from __future__ import annotations
 

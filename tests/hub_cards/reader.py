@@ -1,8 +1,8 @@
-"""What a reader of cards does: the examples of repositories run as they stand, from the Hub that the environment names.
+"""Run the examples of cards as a reader does: first without jacobi_hf, then with it.
 
-python reader.py FOLDER_OF_THE_PACKAGE REPOSITORY ...
+    python reader.py FOLDER_OF_THE_PACKAGE REPOSITORY ...
 
-First where jacobi_hf cannot be imported, then where it can. Writes JSON: what each example printed.
+`HF_ENDPOINT` names the Hub. The last line is JSON: what each example printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 def examples(repo_id: str) -> list[str]:
-    """The Python of a card."""
+    """Return the Python examples of a card."""
     text = Path(hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Model cards: every number resolves to its document, metadata is the Hub's, and what was not measured is not said."""
+"""Model cards: each number comes from its document, metadata fit the Hub, and nothing unmeasured is shown."""
 
 from __future__ import annotations
 

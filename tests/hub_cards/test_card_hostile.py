@@ -1,4 +1,4 @@
-"""Strings from outside reach a card as text, whatever they are."""
+"""Strings from outside become plain text in a card, whatever they contain."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def dataset_card(text):
     )
 
 
-# Where a string can come from: a card with it, and a plain string for the same place.
+# By the place that a string comes from: a card with the string, and a harmless string for the same place.
 PLACES = {
     "results": (lambda text: generate_model_card(document(text), **FIXED), "plain"),
     "repo_id": (lambda text: generate_model_card([], repo_id=text, license="mit"), "user/plain"),
@@ -129,7 +129,7 @@ METADATA = {
     "base_model_relation",
     "datasets",
     "language",
-}  # fields that a hostile string may rightly fill
+}  # fields in which a hostile string may end up
 
 
 def metadata(card):
@@ -137,13 +137,14 @@ def metadata(card):
 
 
 def without_links(lines):
-    """A base that the Hub could have is a link to it, where it is called so in the text."""
+    """Return the lines without links to base models, which only a valid name has."""
     return [line for line in lines if not line.startswith("link_") or "arxiv" in line]
 
 
 def assert_harmless(card, like):
-    """The card has the structure of one made of plain words."""
-    found, expected = metadata(card), metadata(like)
+    """Assert that a card has the structure of one with a harmless string."""
+    found = metadata(card)
+    expected = metadata(like)
     assert found.keys() - METADATA == expected.keys() - METADATA
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u200b\u202e\u2028\u2029\ufeff]", card)
     assert without_links(outline(card)) == without_links(outline(like))
@@ -159,7 +160,8 @@ def assert_harmless(card, like):
 @pytest.mark.parametrize("place", PLACES)
 def test_no_hostile_input_gets_through(place):
     make, plain = PLACES[place]
-    like, refused = str(make(plain)), {}
+    like = str(make(plain))
+    refused = {}
     for text in HOSTILE:
         try:
             card = make(text)
@@ -185,7 +187,7 @@ def test_no_string_of_a_document_gets_through(text):
     | st.lists(st.sampled_from([*HOSTILE, "a", " ", "1", ".", ")", "_", "-", "www."]), max_size=6).map("".join)
 )
 def test_text_is_shown_as_it_is(text):
-    """As a paragraph, in a table and behind other words, as text and as code."""
+    """In a paragraph, in a table and after another word; as text and as code."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     for shown in (escape.text(text), escape.code(text)):
         assert "\n" not in shown

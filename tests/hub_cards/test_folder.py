@@ -267,7 +267,7 @@ def test_results_plots_and_cards_from_elsewhere(tmp_path):
 
 
 def test_the_length_of_a_header_is_no_pickle(tmp_path):
-    """640 = 80 02 in the first two bytes."""
+    """640 is 80 02 in the first two bytes, like a pickle."""
     from safetensors.torch import save_file
 
     folder = make(tmp_path)

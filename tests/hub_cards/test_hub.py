@@ -1,4 +1,4 @@
-"""The loopback Hub is one to huggingface_hub's client."""
+"""huggingface_hub's client works with the loopback Hub."""
 
 from __future__ import annotations
 
@@ -91,9 +91,8 @@ def test_a_client_creates_pushes_and_downloads(hub, tmp_path):
     }
     assert sorted(hub.repos) == ["datasets/user/d", "user/x"]
     assert hub.repos["user/x"]["main"]["model.safetensors"] == weights
-    assert (
-        sum("/commit/" in request.path for request in hub.requests) == 4
-    )  # refused, first, pull request, dataset; unchanged made none
+    # Refused, first, pull request, dataset. The push that changed nothing made none.
+    assert sum("/commit/" in request.path for request in hub.requests) == 4
     uploads = [request.body for request in hub.requests if request.method == "PUT"]
     assert uploads == [weights[: len(weights) // 2], weights, b"abc"]
     assert not any(TOKEN in request.path or TOKEN.encode() in request.body for request in hub.requests)

@@ -1,4 +1,4 @@
-"""The tiny models published on the loopback Hub, and then used from it as their cards say."""
+"""The tiny models are published on the loopback Hub and then used as their cards say."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ def run(hub, tmp_path, *command, **environment):
 
 
 def adapter(folder, base):
-    """A LoRA beside the tiny base, as it would be published."""
+    """Return the repository of a LoRA adapter of the tiny base model, as a folder."""
     torch.manual_seed(3)
     lora = LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(CHECKPOINT), lora).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINT / name, folder)
     target = folder.parent / "published"
-    in_float32 = (
-        EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "base.json"
-    )  # so that the card's examples are, too
+    # Results in float32, so that the card's examples use it.
+    in_float32 = EXAMPLE.parent / "benchmarks" / "results" / "forcing" / "base.json"
     push_to_hub(
         folder,
         f"{base}-lora",
@@ -72,7 +71,8 @@ def test_published_models_do_what_their_cards_say(hub, tmp_path):
         assert not any(
             str(ROOT).encode() in content or TOKEN.encode() in content for content in revisions["main"].values()
         )
-    forced, drafter = hub.repos["someone/tiny-qwen3-forced"]["main"], hub.repos["someone/tiny-qwen3-drafter"]["main"]
+    forced = hub.repos["someone/tiny-qwen3-forced"]["main"]
+    drafter = hub.repos["someone/tiny-qwen3-drafter"]["main"]
     assert {
         "results/peers.json",
         "plots/forcing.png",

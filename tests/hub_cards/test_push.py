@@ -21,11 +21,11 @@ from tests.hub_cards.hub import CUT, TOKEN, LoopbackHub
 CLIENT = Path(__file__).with_name("push_client.py")
 RESULTS = CLIENT.parents[2] / "examples" / "benchmarks" / "results" / "overhead.json"
 ANSWERS = (400, 403, 404, 409, 412, 429, 500)
-THEIRS = {"mine.txt": b"mine", "sub/model.safetensors": b"theirs"}  # what a repository holds beside
+THEIRS = {"mine.txt": b"mine", "sub/model.safetensors": b"theirs"}  # other files of a repository
 
 
 def run(hub, tmp_path, steps):
-    """What pushes come to, by the name of each, in one process; the token is nowhere in what they said."""
+    """Push in one process and return each outcome by its name. The token must not appear in any output."""
     listed = [
         {key: str(value) if isinstance(value, Path) else value for key, value in step.items()}
         for step in steps.values()
@@ -63,7 +63,7 @@ def without_attributes(files):
 
 @dataclass
 class Run:
-    """All pushes of this file: one process is started for them, since that takes longest."""
+    """All pushes of this file, made in one process because its start takes longest."""
 
     hub: LoopbackHub
     path: Path
@@ -81,11 +81,9 @@ def pushed(tmp_path_factory):
     (second / "model.safetensors").unlink()
     weights(second / "model-00001-of-00001.safetensors", 20.0)
     (second / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00001.safetensors"}}')
-    first, third, oid = (
-        folders["first"],
-        folders["third"],
-        hashlib.sha256((folders["broken"] / "model.safetensors").read_bytes()).hexdigest(),
-    )
+    first = folders["first"]
+    third = folders["third"]
+    oid = hashlib.sha256((folders["broken"] / "model.safetensors").read_bytes()).hexdigest()
     with LoopbackHub() as hub:
         hub.add("user/public", third)
         hub.add("user/kept", folders["old"])
@@ -120,11 +118,9 @@ def pushed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_push_again_branch_and_pull_request(pushed):
-    hub, seen, (first, second, third) = (
-        pushed.hub,
-        pushed.seen,
-        (pushed.folders[name] for name in ("first", "second", "third")),
-    )
+    hub = pushed.hub
+    seen = pushed.seen
+    first, second, third = (pushed.folders[name] for name in ("first", "second", "third"))
     assert seen["new"].startswith(f"{hub.url}/user/a/commit/")
     assert seen["again"] == seen["new"]
     assert seen["pr"] == f"{hub.url}/user/kept/discussions/1"
@@ -146,7 +142,7 @@ def test_push_again_branch_and_pull_request(pushed):
     }
     kept = hub.repos["user/kept"]
     assert kept["v1"] == content_of(first) | THEIRS
-    assert kept["main"] == content_of(second) | THEIRS  # one save of the weights, and nothing of theirs is gone
+    assert kept["main"] == content_of(second) | THEIRS  # one save of the weights; their files are still there
     assert kept["refs/pr/1"] == content_of(third) | THEIRS
     assert json.loads(commits(hub, "user/kept")[2].body.splitlines()[0])["value"]["summary"] == "three"
     assert "user/dry" not in hub.repos
@@ -159,8 +155,10 @@ def test_push_again_branch_and_pull_request(pushed):
 
 @pytest.mark.slow
 def test_what_the_hub_may_answer(pushed):
-    """Retried where the library retries; otherwise an error that says what to do, and a repository as it was."""
-    hub, seen, first = pushed.hub, pushed.seen, pushed.folders["first"]
+    """The library retries some answers. Others give an error with advice and leave the repository unchanged."""
+    hub = pushed.hub
+    seen = pushed.seen
+    first = pushed.folders["first"]
     assert seen["retried"].startswith(f"{hub.url}/user/retried/commit/")
     assert without_attributes(hub.repos["user/retried"]["main"]) == content_of(first)
     advice = {
@@ -182,9 +180,8 @@ def test_what_the_hub_may_answer(pushed):
     assert seen["after 500"].startswith(f"{hub.url}/user/c500/commit/")  # the same push again
     assert hub.repos["user/c500"]["main"] == content_of(first) | THEIRS
     oid = hashlib.sha256((first / "model.safetensors").read_bytes()).hexdigest()
-    assert (
-        sum(request.method == "PUT" and oid in request.path for request in hub.requests) == 2
-    )  # cut once, and then kept for all
+    # Cut once, then uploaded for all pushes.
+    assert sum(request.method == "PUT" and oid in request.path for request in hub.requests) == 2
     assert "user/wrong was not pushed: the token is missing or unknown to the Hub" in seen["wrong token"]
     assert "hf_wrong" not in seen["wrong token"]
     assert "user/nobody was not pushed: the token is missing or unknown to the Hub" in seen["no token"]
@@ -197,8 +194,8 @@ def test_no_hub(tmp_path):
         push_to_hub(make(tmp_path), "user/a", token="x")
 
 
-def test_what_is_no_hub(tmp_path, monkeypatch):
-    """A server that answers something else, or an address that is none, whatever the HTTP library raises then."""
+def test_a_server_that_is_not_a_hub(tmp_path, monkeypatch):
+    """Another kind of server and a wrong address raise many kinds of errors in the HTTP library."""
     for error in (KeyError("url"), TypeError("no list"), Exception("Invalid port: '80a'")):
 
         class Api:
@@ -214,7 +211,8 @@ def test_what_is_no_hub(tmp_path, monkeypatch):
 
 
 def test_a_token_that_cannot_be_one_is_not_shown(tmp_path, monkeypatch):
-    folder, seen = make(tmp_path / "folder"), []
+    folder = make(tmp_path / "folder")
+    seen = []
 
     def api(token):
         seen.append(token)
@@ -228,11 +226,11 @@ def test_a_token_that_cannot_be_one_is_not_shown(tmp_path, monkeypatch):
         assert secret not in str(told.value)
     assert not seen
     with pytest.raises(AssertionError):
-        push_to_hub(folder, "user/a", token=f" {secret}\n")  # as it is copied
+        push_to_hub(folder, "user/a", token=f" {secret}\n")  # with the space and line break of a careless copy
     assert seen == [secret]
 
 
-def test_bad_input_is_told_before_anything_is_sent(tmp_path, monkeypatch):
+def test_bad_input_is_reported_before_anything_is_sent(tmp_path, monkeypatch):
     monkeypatch.setattr("jacobi_hf.hub_cards.push.HfApi", None)
     folder = make(tmp_path / "folder")
     for name in ("a", "a/b/c", "user/a b", "", "user/--x", "user/a\n"):
@@ -250,9 +248,8 @@ def test_a_folder_without_a_card_gets_one(tmp_path):
         folder = make(tmp_path / kind, kind)
         (folder / "README.md").unlink()
         if kind == "adapter":
-            (folder / "README.md").write_text(
-                "---\nlibrary_name: peft\n---\n# Card\n[More Information Needed]\n"
-            )  # as PEFT leaves it
+            form = "---\nlibrary_name: peft\n---\n# Card\n[More Information Needed]\n"  # as PEFT writes it
+            (folder / "README.md").write_text(form)
         about = {
             "base_model": "user/other",
             "license": "mit",

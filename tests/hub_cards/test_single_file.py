@@ -35,7 +35,7 @@ def test_the_file_is_the_package_s_modules_and_the_same_every_time(tmp_path):
     assert text == build("drafter", "user/base", "abc")
     assert [*write_custom_generate(tmp_path, "drafter", "user/base", "abc")] == written
     assert written[0].read_text(encoding="utf-8") == text
-    # Each definition of each module, as it is there; and nothing beside them but the entry.
+    # The file holds each definition of each module and nothing else but the entry.
     sections = re.findall(r"^# -+ jacobi_hf/([\w/]+)\.py$", text, re.MULTILINE)
     defined = {ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     theirs = set()
@@ -55,7 +55,8 @@ def test_the_file_is_the_package_s_modules_and_the_same_every_time(tmp_path):
 
 
 def test_what_transformers_and_people_see(tmp_path):
-    text, drafters = build(), build("drafter", "user/base", "abc")
+    text = build()
+    drafters = build("drafter", "user/base", "abc")
     for one in (text, drafters):
         head = one[:800]
         assert f"jacobi_hf {jacobi_hf.__version__}" in head
@@ -84,7 +85,7 @@ def test_requirements_are_those_of_the_package(tmp_path):
     lines = (tmp_path / "custom_generate" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert lines == list(REQUIREMENTS)
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    # No upper bound: with a release that is newer than the tests, the copy warns and decodes if it can, as the package does.
+    # No upper bound: like the package, the copy warns about releases newer than the tests and tries to decode.
     wanted = {re.match(r"[\w-]+", line)[0]: set(re.findall(r">=[\d.]+", line)) for line in declared}
     for package in ("torch", "transformers"):
         assert {line.removeprefix(package) for line in lines if line.startswith(package)} == wanted[package]
@@ -233,7 +234,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def published(hub, tmp_path):
-    """The Hub with a forced checkpoint, its base and its drafter, and models of random weights; two copies are of another version."""
+    """The Hub with the forced checkpoint, its base, its drafter and random models. One copy has another version."""
     for name, kind in (("forced", "model"), ("checkpoint", None), ("drafter", "drafter")):
         folder = shutil.copytree(EXAMPLE / name, tmp_path / name)
         if kind:
@@ -276,7 +277,7 @@ def _run(hub, tmp_path, *arguments, **environment):
     ],
 )
 def test_the_copy_looks_at_the_release_of_transformers(monkeypatch, release, raised, match):
-    """Where the package is not installed; an error for one that is too old, a warning for one that is newer than the tests."""
+    """Without the package: an error for a release that is too old, a warning for one newer than the tests."""
     copy = ModuleType("a_copy")
     monkeypatch.setitem(sys.modules, "a_copy", copy)
     exec(compile(build(), "generate.py", "exec"), vars(copy))
@@ -288,7 +289,7 @@ def test_the_copy_looks_at_the_release_of_transformers(monkeypatch, release, rai
 
 @pytest.mark.slow
 def test_without_the_package(published, tmp_path):
-    """Everything in one process, in which jacobi_hf cannot be imported; each entry is an output beside that of plain `generate`."""
+    """One process without jacobi_hf compares each output with that of plain `generate`."""
     seen = _run(published, tmp_path, "without", tmp_path / "drafter")
     assert seen.pop("modules") == []
     calls = seen.pop("calls")
@@ -297,9 +298,8 @@ def test_without_the_package(published, tmp_path):
     assert {name for name, call in calls.items() if call["tokens_per_forward"] is None} == ordinary
     rates = {name: call["tokens_per_forward"] for name, call in calls.items() if name not in ordinary}
     assert all(rate > 1 for rate in rates.values()), rates
-    assert (
-        rates["positional"] == rates["by name"] == rates["keywords"]
-    )  # the checkpoint's own knobs, whichever way it is called
+    # The knobs are the checkpoint's own, in each way of calling.
+    assert rates["positional"] == rates["by name"] == rates["keywords"]
     assert rates["other knobs"] != rates["positional"]
     assert (
         rates["drafter"]
@@ -321,7 +321,7 @@ def test_without_the_package(published, tmp_path):
         "architectures": ["Qwen3ForCausalLM"],
         "warnings": ["beam"],
         "generate": "generate_by_default",
-        "attention functions": 3 * 7,  # names of its own for each copy: five repositories, another revision, a folder
+        "attention functions": 3 * 7,  # each copy has its own: five repositories, another revision, a folder
         "pipeline": True,
     }
     fetched = [

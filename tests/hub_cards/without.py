@@ -1,4 +1,4 @@
-"""For programs that show what works where jacobi_hf is not installed."""
+"""Hide jacobi_hf from a program, to show what works where it is not installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Without:
-    """A finder that finds no jacobi_hf."""
+    """A finder of modules that does not find jacobi_hf."""
 
     def __init__(self, finder: Any) -> None:
         self._finder = finder
