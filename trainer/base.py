@@ -102,7 +102,8 @@ class BaseTrainer(Publishing, Trainer):
         if rate is not None and self.optimizer is None:  # type: ignore[has-type]
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
-                    f"muon_learning_rate={rate} needs whole matrices, which FSDP and DeepSpeed split: leave it out with them."
+                    f"muon_learning_rate={rate} needs whole matrices, which FSDP and DeepSpeed split: leave it out "
+                    "with them."
                 )
             trained = model or self.model
             decayed = self.get_decay_parameter_names(trained)
@@ -128,8 +129,9 @@ class BaseTrainer(Publishing, Trainer):
         is_named = self._records is not None and self.model.training
         names = [self._records.name(index) if is_named else str(index) for index in found]
         return (
-            f"the {what} of step {self.state.global_step} is not finite; its batch held {', '.join(names)}. The weights "
-            "are those before this step: lower the learning rate, look at these samples, or resume from the last checkpoint."
+            f"the {what} of step {self.state.global_step} is not finite; its batch held {', '.join(names)}. "
+            "The weights are those before this step: lower the learning rate, look at these samples, or resume from "
+            "the last checkpoint."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -146,7 +148,7 @@ class BaseTrainer(Publishing, Trainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as `Trainer` does, and add the method's own metrics and those of decoding the evaluation prompts."""
+        """Evaluate as `Trainer` does, and add the method's own metrics and those of decoding `eval_prompts`."""
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         own = self._held_out_metrics(dataloader)
@@ -194,7 +196,13 @@ def _peak_memory_bytes() -> int:
 
 
 def checked_arguments(args: Any, kind: type[Config], model: Any, trainer: str) -> Config:
-    """Return the arguments of a trainer; without any, those with the defaults and an output folder named after the model.
+    """Return the arguments of a trainer, checked.
+
+    Args:
+        args: the arguments that were given. None takes the defaults, and an output folder named after the model.
+        kind: the class that they must have.
+        model: the model, or its name or path.
+        trainer: the trainer's name, for errors.
 
     Raises:
         TypeError: `args` is of another class.
@@ -207,7 +215,8 @@ def checked_arguments(args: Any, kind: type[Config], model: Any, trainer: str) -
         raise TypeError(f"args is a {type(args).__name__}; {trainer} takes a {kind.__name__}.")
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs: start one process per GPU with `accelerate launch`, or show it one GPU."
+            f"one process sees {args.n_gpu} GPUs: start one process for each GPU with `accelerate launch`, or let it "
+            "see one GPU."
         )
     return args
 

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class AtHead:
-    """Hands a model's hidden states to a function inside the model's forward, where the LM head is called, and spares the logits.
+    """Computes something from a model's hidden states inside its forward, in place of the logits.
 
-    A pre-hook on the head takes the hidden states, and lets the outer call go on with no rows at all. What the function does with the
-    head so runs within the top-level forward, as sharding (FSDP, ZeRO-3), adapters and quantisation need it.
+    A hook on the LM head takes the hidden states, and lets the model's call continue with no rows at all, so that no
+    logits are computed. The function that gets the hidden states may call the head itself. Since it runs inside the
+    model's forward, sharding (FSDP, ZeRO-3), adapters and quantisation work as usual.
 
     Args:
         head: the model's output embeddings.
@@ -34,13 +35,18 @@ class AtHead:
         return (args[0][:, :0], *args[1:])
 
     def __call__(self, forward: Callable[[], Any], use: Callable[[torch.Tensor], Any]) -> tuple[Any, torch.Tensor]:
-        """Run `forward`, a call of the model.
+        """Run a model, and use its hidden states at the LM head.
 
         Args:
-            use: gets the hidden states `(R, H)`, R the slots of the batch.
+            forward: calls the model.
+            use: gets the hidden states `(R, H)`, R being all slots of the batch.
 
         Returns:
-            what `use` returned, and a zero that ties it to the forward's output, which sharded modules watch.
+            what `use` returned, and a zero to add to a loss: it ties the loss to the forward's output, from which
+            sharded modules start their backward.
+
+        Raises:
+            RuntimeError: the model did not call its LM head.
         """
         self._use = use
         hook = self.head.register_forward_pre_hook(self._intercept)
@@ -51,6 +57,6 @@ class AtHead:
             self._use = None
             hook.remove()
         if not called:
-            raise RuntimeError("the model's forward never called its output embeddings, so there are no losses")
+            raise RuntimeError("the model's forward did not call its output embeddings, so there are no losses")
         result, self._result = self._result, None
         return result, outputs.logits.float().sum()

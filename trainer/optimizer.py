@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-NO_MUON = f"muon_learning_rate needs torch.optim.Muon, which torch {torch.__version__} does not have: leave it out, or pip install 'torch>=2.9'"
+NO_MUON = (
+    f"muon_learning_rate needs torch.optim.Muon, which torch {torch.__version__} does not have: leave it out, or "
+    "pip install 'torch>=2.9'"
+)
 
 
 class JointOptimizer(Optimizer):
-    """Several optimizers, each with weights of its own, as one: schedules and checkpoints see nothing unusual."""
+    """Several optimizers, each with weights of its own, as one optimizer for schedules and checkpoints."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._parts = optimizers
@@ -27,7 +30,7 @@ class JointOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on this optimizer's own groups and state."""
+        """Give the parts this optimizer's own groups and state."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -35,7 +38,7 @@ class JointOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of each part."""
+        """Make one step of each part."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -45,7 +48,7 @@ class JointOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's."""
+        """Load the state as any optimizer does, and share it with the parts."""
         super().load_state_dict(state_dict)
         self._share()
 
@@ -57,19 +60,20 @@ def muon_and_adamw(
     decayed: Collection[str],
     outside: Collection[torch.nn.Module],
 ) -> JointOptimizer:
-    """Muon (Jordan et al. 2024, `torch.optim.Muon`) orthogonalises the momentum of each matrix.
+    """Return an optimizer that trains matrices by Muon and all other weights by AdamW.
 
-    Its steps are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that its learning rate is of AdamW's kind.
+    Muon (Jordan et al. 2024, `torch.optim.Muon`) orthogonalises the momentum of each matrix. Its steps are scaled to
+    the size of AdamW's (arXiv 2502.16982, section 2.2), so that its learning rate is comparable to AdamW's.
 
     Args:
-        model: whose weights to train, those that require gradients.
+        model: the model whose weights are trained, those that require gradients.
         args: learning rate, betas and epsilon of AdamW; weight decay of both.
-        muon_learning_rate: of the matrices.
+        muon_learning_rate: learning rate of the matrices.
         decayed: names of the weights that decay.
         outside: modules whose matrices AdamW trains too: embeddings and LM head.
 
     Raises:
-        ValueError: torch is older than 2.9.
+        ValueError: torch is older than 2.9, and has no Muon.
     """
     left_out = {id(p) for module in outside for p in module.parameters()}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-# By verb: the new name of each option that was renamed, so that an old recipe ends in an error that says what to write.
+# By verb: the new name of each option that was renamed, so that an old recipe ends in an error that says what to
+# write.
 RENAMED = {
     "pack": {"window": "noise_levels"},
     "train": {

@@ -88,7 +88,7 @@ def config_class(method: str) -> type[BaseConfig]:
 
 
 def train(config: RunConfig, args: BaseConfig, command: str) -> FinishedRun:
-    """Train, and save the result as `final` in `args.output_dir`, with `forcing.json`: command, arguments, time and log.
+    """Train, and save the result as `final` in `args.output_dir`, with a record of the run as `forcing.json`.
 
     Args:
         config: model, data and method.
@@ -125,12 +125,13 @@ def _train_or_explain(trainer: BaseTrainer) -> Any:
         if "inline_container" not in str(error):  # of torch.save, when a write failed
             raise
         raise OSError(
-            f"a checkpoint could not be written to {trainer.args.output_dir}: is the disk full? The same command goes on."
+            f"a checkpoint could not be written to {trainer.args.output_dir}: is the disk full? "
+            "The same command continues the run."
         ) from error
 
 
 def build_trainer(config: RunConfig, args: BaseConfig, state: RunState) -> BaseTrainer:
-    """Return the trainer of a run. Data files are read before the model's weights, so that errors in them come at once."""
+    """Return the trainer of a run. Data are read before the model's weights, so that errors in them come at once."""
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     checks: dict[str, Any] = {
         "block_size": getattr(args, "block_size", None),
@@ -163,7 +164,7 @@ def _load(config: RunConfig, name: str) -> Any:
 
 
 def _lora(config: RunConfig) -> Any:
-    """Return the config of the LoRA that is trained, with the usual scale of the method; None for the trainer's default."""
+    """Return the LoRA that is trained, with the usual scale of the method; None for the trainer's default."""
     if not config.lora_r:
         return None
     from peft import LoraConfig

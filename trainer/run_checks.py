@@ -45,8 +45,8 @@ def check_origin(config: RunConfig) -> None:
     others = sorted({one["model"] for one in collected.values() if not same_model(one["model"], config.model)})
     if others:
         raise ValueError(
-            f"{config.train_dataset} was collected from {', '.join(others)}, and {config.model} is to be trained: collect "
-            "and pack its own trajectories, or train on these all the same with --off_policy true."
+            f"{config.train_dataset} was collected from {', '.join(others)}, and {config.model} is to be trained: "
+            "collect and pack its own trajectories, or train on these all the same with --off_policy true."
         )
 
 
@@ -80,6 +80,6 @@ def check_space(trainer: BaseTrainer, dtype: torch.dtype) -> None:
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     if free < needed:
         raise ValueError(
-            f"{trainer.args.output_dir} has room for {free / 1e9:.2f} GB, and a checkpoint and the finished model take "
-            f"{needed / 1e9:.2f} GB: make room, or choose another output_dir."
+            f"{trainer.args.output_dir} has room for {free / 1e9:.2f} GB, and a checkpoint and the finished model "
+            f"take {needed / 1e9:.2f} GB: make room, or choose another output_dir."
         )

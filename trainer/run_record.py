@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from jacobi_hf.trainer.base_config import BaseConfig
 
-# Arguments that have a field of their own in `Training`, and those of the run's length, which its steps and epochs give.
+# Arguments that have a field of their own in `Training`, and those of the run's length, which its steps and epochs
+# give.
 _TYPED = (
     "block_size",
     "window_width",
@@ -89,7 +90,7 @@ def training_facts(
 
 
 def stages_of(model: str) -> list[Training]:
-    """Return the stages that the model or drafter in a folder was trained in, from its `forcing.json`; empty without one.
+    """Return the stages of training that a model's or drafter's folder records in `forcing.json`; empty without one.
 
     Raises:
         ValueError: the file cannot be read.

@@ -55,7 +55,7 @@ class Given:
         return parse(kinds, {**self.section, **(more or {})}, self.words, self.verb, self.kinds)
 
     def value_of(self, name: str, default: str) -> str:
-        """Return the value of one option before the others are read, from the command line, the recipe or the default."""
+        """Return the value of one option before the others are read: of the command line, the recipe, or the default."""
         parser = _Parser((), add_help=False, allow_abbrev=False)
         parser.add_argument(f"--{name}", default=str(self.section.get(name, default)))
         return str(getattr(parser.parse_known_args(self.words)[0], name))
@@ -193,7 +193,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _help(verb: str, text: str, kinds: Sequence[type]) -> str:
-    """Return the help text: the verb's options, those of single dataclasses if several overlap, and transformers' own last."""
+    """Return the help text, with options of one dataclass alone after those of all, and transformers' own last."""
     parser = _Parser(
         (Invocation, *kinds),
         add_help=False,

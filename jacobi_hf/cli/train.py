@@ -15,8 +15,8 @@ from jacobi_hf.cli._options import check_folder, errors_in_one_line, need
 def train(context: typer.Context) -> None:
     """Finetune a model on its own packed trajectories, or with `--method drafter` train a drafter for it.
 
-    The finished model or drafter is OUTPUT_DIR/final. Interrupted, it goes on from its last checkpoint when it is run again. Several
-    processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.
+    The finished model or drafter is OUTPUT_DIR/final. After an interruption, the same command continues from the last
+    checkpoint. For several processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.
     """
     with errors_in_one_line("train") as ending:
         need("train", "datasets", "filelock", "peft")
@@ -47,7 +47,7 @@ def train(context: typer.Context) -> None:
             )
 
         ending.kept = kept
-        # Trainer logs to stdout, which is a program's where it asks for JSON.
+        # Trainer logs to stdout, where a program that asks for JSON expects JSON alone.
         with contextlib.redirect_stdout(sys.stderr) if given.as_json else contextlib.nullcontext():
             finished = run(config, args, f"jacobi-hf train {shlex.join(without_secrets(context.args))}")
         if args.process_index == 0:

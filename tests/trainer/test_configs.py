@@ -1,4 +1,4 @@
-"""The arguments of both trainers: each has its help, its place in the docstring, and belongs to one method or to both."""
+"""The arguments of both trainers: each has help, is described, and belongs to one method or to both."""
 
 from __future__ import annotations
 

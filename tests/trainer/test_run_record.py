@@ -1,4 +1,4 @@
-"""What a run was, read from its arguments and its data's manifest."""
+"""The record of a run, from its arguments and the manifest of its data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config(tmp_path):
         ({"kind": DrafterConfig}, "drafter"),
     ],
 )
-def test_the_method_is_what_was_trained(config, arguments, method):
+def test_the_method_follows_config_and_weights(config, arguments, method):
     facts = training_facts(config(**arguments), **FACTS)
     assert facts.method == method
     assert (facts.loss_weights is None) == (method == "drafter")
@@ -64,13 +64,13 @@ def test_data_and_strategy_come_from_the_manifest(config):
     assert facts.strategy == TrainingDrafts(schedule="reverse", block_size=8, **noise)
 
 
-def test_without_a_manifest_nothing_is_made_up(config):
+def test_without_a_manifest_the_records_are_the_data(config):
     facts = training_facts(config(), **FACTS)
     assert facts.data == [TrainingData(name="packed", source="packed")]
     assert facts.strategy is None
 
 
-def test_a_drafter_drafts_itself_whatever_noise_was_packed(config):
+def test_a_drafters_strategy_ignores_the_packed_noise(config):
     facts = training_facts(
         config(DrafterConfig, window_width=6, windows_per_text=2, steps_per_window=5), packed=PACKED, **FACTS
     )

@@ -99,8 +99,8 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows: what `Answers` gives.
 
     Returns:
-        int tensors: `input_ids` `(B, L)`, prompt and answer; `prompt_length` `(B,)`; `length` `(B,)`, prompt and answer
-        together; `index` `(B,)`, in the dataset.
+        int tensors: `input_ids` `(B, L)`, prompt and answer; `prompt_length` `(B,)`; `length` `(B,)`, prompt and
+        answer together; `index` `(B,)`, in the dataset.
     """
     texts = [[*row["prompt_ids"], *row["answer_ids"]] for row in rows]
     columns = max(map(len, texts))

@@ -15,8 +15,8 @@ TARGETS = ("hard", "soft")
 class DrafterConfig(BaseConfig):
     """Arguments of `DrafterTrainer`: `TrainingArguments` and those of training a LoRA drafter.
 
-    The defaults of optimizer and schedule suit models of a billion parameters and more. The recipes `*_drafter.yaml` in
-    examples/recipes hold values that were tried.
+    The defaults of optimizer and schedule suit models of a billion parameters and more. The recipes `*_drafter.yaml`
+    in examples/recipes hold other values; those of the tiny model have been run.
 
     Parameters that describe the data:
         max_length: most tokens of a text, prompt and answer together; longer answers are cut.
@@ -25,25 +25,28 @@ class DrafterConfig(BaseConfig):
     Parameters that control the windows of draft tokens:
         window_width: W, draft tokens of a window.
         windows_per_text: windows at random places of each text in a training step.
-        steps_per_window: decoding steps that each window makes in a training step. The drafter learns from all of them.
-        constant_draft: if given, this id replaces every draft token that the drafter reads, in training and in decoding.
-            What the drafter then learns is plain multi-token prediction, for comparison.
+        steps_per_window: decoding steps that each window makes in a training step. The drafter learns from all of
+            them.
+        constant_draft: if given, this id replaces every draft token that the drafter reads, in training and in
+            decoding. What the drafter then learns is plain multi-token prediction, for comparison.
 
     Parameters that control the loss:
-        targets: what the drafter learns at a slot: `"hard"`, the model's choice, or `"soft"`, the model's distribution.
-        position_decay: weight of a slot over that of the slot before it, from the first wrong draft token on; above 0 and at
-            most 1. Below 1, slots that are verified sooner weigh more.
+        targets: what the drafter learns at a slot: `"hard"`, the model's choice, or `"soft"`, the model's
+            distribution.
+        position_decay: weight of a slot over that of the slot before it, from the first wrong draft token on; above 0
+            and at most 1. Below 1, slots that are verified sooner weigh more.
         loss_chunk_numbers: most numbers in a vocabulary-sized tensor of the loss. A lower value takes less memory.
 
     Parameters that control the optimizer:
         learning_rate, lr_scheduler_type, adam_beta2: as in `TrainingArguments`, with other defaults.
-        muon_learning_rate: if given, Muon trains the LoRA's matrices at this peak learning rate, and AdamW the other weights
-            at `learning_rate`. Both follow one schedule.
+        muon_learning_rate: if given, Muon trains the LoRA's matrices at this peak learning rate, and AdamW the other
+            weights at `learning_rate`. Both follow one schedule.
         remove_unused_columns: must stay False, because the collator reads the raw columns.
 
     Parameters that control decoding:
-        decoding, jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: knobs
-            that evaluations decode with. `jacobi_block_size=None` takes 16. `decoding=None` decodes nothing.
+        decoding: how evaluations decode: `"jacobi_multiblock"`, `"jacobi"`, or None to decode nothing.
+        jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: knobs of
+            that decoding. `jacobi_block_size=None` takes 16.
         eval_max_new_tokens: new tokens of each prompt that an evaluation decodes.
         eval_prompt_count: most prompts of each set that an evaluation decodes.
 
@@ -69,6 +72,7 @@ class DrafterConfig(BaseConfig):
             raise ValueError(f"position_decay={self.position_decay} must be above 0 and at most 1.")
         if self.activation_checkpointing:
             raise ValueError(
-                "activation_checkpointing=True would drop the keys and values that the windows attend to: leave it off."
+                "activation_checkpointing=True would drop the keys and values that the windows attend to: leave it "
+                "off."
             )
         self.decoding_config()

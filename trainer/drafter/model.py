@@ -1,12 +1,13 @@
 """A frozen model with a drafter, as training runs them: decoding steps of windows in a clean text, and their losses.
 
-A training step reads a text once through the model alone. Then windows at random places of it make a few decoding steps. In each
-step the draft tokens run through model and drafter, after the keys and values of the text. The model accepts the first draft
-tokens that are right and adds one token of its own. The drafter's choices at the remaining slots are the next draft tokens. The
-drafter learns at these slots, since the model's choice there is known from the text.
+A training step reads a text once through the model alone. Then windows at random places of it make a few decoding
+steps. In each step the draft tokens run through model and drafter, after the keys and values of the text. The model
+accepts the first draft tokens that are right and adds one token of its own. The drafter's choices at the remaining
+slots are the next draft tokens. The drafter learns at these slots, since the model's choice there is known from the
+text.
 
-Shapes: B rows, L text columns, M windows of a row, W draft tokens of a window, Q = M * W slots, R = B * Q rows of hidden states,
-X those of them that carry a loss.
+Shapes: B rows, L text columns, M windows of a row, W draft tokens of a window, Q = M * W slots, R rows of hidden
+states (all slots of a batch, flattened), X those of them that carry a loss, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class ModelWithDrafter(torch.nn.Module):
         is_inside_BMW = position_BMW < text.length_B[:, None, None]
         is_right_BMW = (windows.draft_BMW == _at(text.ids_BL, position_BMW)) & is_inside_BMW
         accepted_BM = is_right_BMW.long().cumprod(-1).sum(-1)
-        # A slot predicts the position after its own. It is of use from the first wrong draft token to the answer's end.
+        # A slot predicts the position after its own. It is of use from the first wrong draft token to the answer's
+        # end.
         offset_W = torch.arange(width, device=position_BMW.device)
         has_next_BMW = position_BMW + 1 < text.length_B[:, None, None]
         is_kept_BMW = (offset_W >= accepted_BM[..., None]) & has_next_BMW
@@ -186,8 +188,8 @@ class ModelWithDrafter(torch.nn.Module):
             steps_per_window: decoding steps of each window.
 
         Returns:
-            the loss, and `(4,)`: kept slots, kept slots where the drafter agrees with the model, accepted draft tokens, and
-            steps of windows that had not reached the end of their text.
+            the loss, and `(4,)`: kept slots, kept slots where the drafter agrees with the model, accepted draft
+            tokens, and steps of windows that had not reached the end of their text.
         """
         text = self.read(input_ids, prompt_length, length)
         if self.training:
@@ -216,8 +218,8 @@ class ModelWithDrafter(torch.nn.Module):
     ) -> tuple[int, int]:
         """Decode the answers greedily, one window for each, and count tokens and forwards.
 
-        The tokens are known, so only their number of forwards is found out: prefill, and one for each step of a window of
-        `window_width` draft tokens that are all verified.
+        The tokens are known, so only their number of forwards is found out: prefill, and one for each step of a window
+        of `window_width` draft tokens that are all verified.
 
         Args:
             input_ids: `(B, L)`, prompts and the model's own greedy answers, padded on the right.

@@ -49,8 +49,8 @@ _TEXT_TENSORS = ("input_ids", "prompt_length", "length")
 class DrafterTrainer(BaseTrainer):
     """Trainer of a LoRA drafter for a frozen causal language model, from that model's own answers.
 
-    The model itself does not change. `save_model` writes a folder that `jacobi_hf.load_drafter` loads. It is transformers'
-    `Trainer`, so arguments that are not listed here go to that class.
+    The model itself does not change. `save_model` writes a folder that `jacobi_hf.load_drafter` loads. It is
+    transformers' `Trainer`, so arguments that are not listed here go to that class.
 
     Example:
     ```python
@@ -68,23 +68,23 @@ class DrafterTrainer(BaseTrainer):
     Args:
         model: a causal language model with sdpa or eager attention, or the name or path of one.
         args: a `DrafterConfig`; without it, one with the defaults and an output folder named after the model.
-        train_dataset: the model's own answers, as a `datasets.Dataset` or a list: packed records (see `load_packed`), or rows
-            with `prompt_ids` and `answer_ids`.
-        eval_dataset: the model's own greedy answers, in the same form, for loss and tokens per forward of an evaluation; or
-            a dict of them by name.
-        eval_prompts: lists of token ids, by name of their set. Each evaluation of `eval_dataset` decodes them, and reports
-            tokens per forward and identity with ordinary decoding.
+        train_dataset: the model's own answers, as a `datasets.Dataset` or a list: packed records (see `load_packed`),
+            or rows with `prompt_ids` and `answer_ids`.
+        eval_dataset: the model's own greedy answers, in the same form, for loss and tokens per forward of an
+            evaluation; or a dict of them by name.
+        eval_prompts: lists of token ids, by name of their set. Each evaluation of `eval_dataset` decodes them, and
+            reports tokens per forward and identity with ordinary decoding.
         processing_class: the tokenizer, which is saved beside the drafter.
-        peft_config: a `LoraConfig` with rank, scale and target modules of the drafter; by default rank 64 on all linear
-            layers.
+        peft_config: a `LoraConfig` with rank, scale and target modules of the drafter; by default rank 64 on all
+            linear layers.
         kwargs: go to `Trainer`: `callbacks`, `optimizers` and others.
 
     Raises:
         TypeError: `args` is no `DrafterConfig`, or a dataset is streamed.
-        ValueError: no drafter can be trained for the model, no answer can be learnt from, `peft_config` asks for what a
-            drafter does not have, or `eval_prompts` are given without an `eval_dataset`.
-        FloatingPointError: while training, a loss or gradient is not finite; the message names the batch's samples. The
-            weights are those before the step.
+        ValueError: no drafter can be trained for the model, no answer can be learnt from, `peft_config` asks for what
+            a drafter does not have, or `eval_prompts` are given without an `eval_dataset`.
+        FloatingPointError: while training, a loss or gradient is not finite; the message names the batch's samples.
+            The weights are those before the step.
     """
 
     def __init__(
@@ -231,23 +231,25 @@ def _check_model(model: Any) -> None:
     """Raise a ValueError for a model that no drafter can be trained for."""
     if hasattr(model, "get_base_model"):
         raise ValueError(
-            "the model has a PEFT adapter: merge it first (merge_and_unload), so that the drafter is made for one model."
+            "the model has a PEFT adapter: merge it first (merge_and_unload), so that the drafter is made for one "
+            "model."
         )
     output_head(model)
     config = model.config.get_text_config(decoder=True)
     if attention_of(config) not in TAKES_MASK:
         raise ValueError(
-            f"attn_implementation={attention_of(config)!r} does not take the mask of the windows: load the model with 'sdpa'."
+            f"attn_implementation={attention_of(config)!r} does not take the mask of the windows: load the model "
+            "with 'sdpa'."
         )
     if unknown := set(layer_types(config)) - LAYER_TYPES:
         raise ValueError(
-            f"the model has layers of type {', '.join(sorted(unknown))}: a drafter can be trained for full and sliding "
-            "attention only."
+            f"the model has layers of type {', '.join(sorted(unknown))}: a drafter can be trained for full and "
+            "sliding attention only."
         )
 
 
 def _new_drafter(model: Any, peft_config: Any, constant_draft: int | None) -> LoraDrafter:
-    """Return an untrained drafter in float32, with rank, scale and layers of a `LoraConfig`, or rank 64 on all linear layers."""
+    """Return an untrained drafter in float32, with the options of a `LoraConfig` or rank 64 on all linear layers."""
     if peft_config is None:
         return LoraDrafter.new(model, constant_draft=constant_draft).place(model, torch.float32)
     from peft import LoraConfig

@@ -1,7 +1,7 @@
 """Windows of draft tokens in a clean text, and how a decoding step moves them.
 
-A *window* is a place in an answer, given by the position of its pending token, and the W draft tokens after it. In a training
-step many windows of one text make decoding steps side by side, all with the keys and values of the same text.
+A *window* is a place in an answer, given by the position of its pending token, and the W draft tokens after it. In a
+training step many windows of one text make decoding steps side by side, all with the keys and values of the same text.
 
 Shapes: B rows, L text columns, M windows of a row, W draft tokens of a window, Q = M * W slots.
 """
@@ -85,14 +85,17 @@ def fresh_windows(text: CleanText, pending_BM: torch.Tensor, width: int) -> Wind
 
 
 def random_windows(text: CleanText, count: int, width: int) -> Windows:
-    """Return fresh windows at random places of the answers, `count` for each text, with at least one token to predict."""
+    """Return `count` fresh windows at random places of each answer, each with at least one token to predict."""
     room_B1 = (text.length_B - 1 - text.prompt_B).clamp(min=1)[:, None]
     drawn_BM = torch.rand(len(room_B1), count, device=room_B1.device)
     return fresh_windows(text, text.prompt_B[:, None] + (drawn_BM * room_B1).long(), width)
 
 
 def advanced(text: CleanText, windows: Windows, step: WindowStep) -> Windows:
-    """Return the windows after a step: accepted tokens and one more leave, the drafter's choices move up, fillers follow."""
+    """Return the windows after a step.
+
+    The accepted tokens and one more leave each window. The drafter's choices move up, and fillers follow them.
+    """
     width = windows.draft_BMW.shape[-1]
     pending_BM = windows.pending_BM + step.accepted_BM + 1
     source_BMW = step.accepted_BM[..., None] + torch.arange(width, device=pending_BM.device)
@@ -107,7 +110,7 @@ def _positions(pending_BM: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _fillers(text: CleanText, pending_BM: torch.Tensor, position_BMW: torch.Tensor) -> torch.Tensor:
-    """Return the tokens that the decoder puts at these positions while only the text up to the pending token is known."""
+    """Return the tokens that the decoder puts at these positions, if it knows the text up to the pending token."""
     rows, columns = text.ids_BL.shape
     known_BMW = (pending_BM + 1).clamp(max=columns)[..., None].expand_as(position_BMW)
     index_BMW = position_BMW - text.prompt_B[:, None, None]
@@ -116,7 +119,7 @@ def _fillers(text: CleanText, pending_BM: torch.Tensor, position_BMW: torch.Tens
 
 
 def window_mask(windows: Windows, columns: int, sliding_window: int | None = None) -> torch.Tensor:
-    """Return which keys each draft token attends to: the text up to its pending token, and its own window up to itself.
+    """Return the mask of a step: a draft token attends to the text up to its pending token, and to its own window.
 
     Args:
         windows: M windows of W draft tokens in each row.

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Config values with which the logits that reach the loss are not the LM head's output, and the value that changes nothing.
+# Config values with which the logits that reach the loss are not the LM head's output, and the value that changes
+# nothing.
 _LOGITS_CHANGED_BY = (
     ("final_logit_softcapping", None),
     ("logits_scaling", 1),
@@ -36,8 +37,8 @@ def check_model(model: Any, args: JacobiForcingConfig) -> None:
         value = getattr(config, name, neutral)
         if value not in (neutral, None):
             raise ValueError(
-                f"the model's {name}={value!r} changes logits or loss after the LM head, which JacobiForcingTrainer does "
-                "not do: train a model without it."
+                f"the model's {name}={value!r} changes logits or loss after the LM head, which JacobiForcingTrainer "
+                "does not do: train a model without it."
             )
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in base_of(model).parameters()):
         logger.warning(
@@ -47,9 +48,9 @@ def check_model(model: Any, args: JacobiForcingConfig) -> None:
     attention = attention_of(config)
     if args.layout == "packed" and "flash" in attention:
         raise ValueError(
-            f"layout='packed' needs a mask of its own, which attn_implementation={attention!r} does not take: load the "
-            "model with attn_implementation='sdpa' or 'flex_attention', or use layout='rows' with context='noisy' or "
-            "'window'."
+            f"layout='packed' needs a mask of its own, which attn_implementation={attention!r} does not take: load "
+            "the model with attn_implementation='sdpa' or 'flex_attention', or use layout='rows' with context='noisy' "
+            "or 'window'."
         )
 
 

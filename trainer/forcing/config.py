@@ -24,42 +24,45 @@ class JacobiForcingConfig(BaseConfig):
 
     Parameters that describe the data:
         block_size: n of the trajectories, the tokens of a block.
-        max_length: most slots of a packed row; short samples of a batch share rows. A sample counts as P + 2nT slots, and
-            another nT for each further noisy view, even where clean context leaves most of its noisy slots out.
+        max_length: most slots of a packed row; short samples of a batch share rows. A sample counts as P + 2nT slots,
+            and another nT for each further noisy view, even where clean context leaves most of its noisy slots out.
         too_long: what happens to a sample of more than `max_length` slots: `"drop"`, or `"truncate"` its last blocks.
         on_bad_row: what happens to a malformed record: `"raise"`, or `"skip"` with a warning.
 
     Parameters that control what noisy blocks attend to:
-        context: `"clean"` blocks, `"noisy"` blocks, or noisy blocks within a `"window"` and clean ones before it. The module
-            `jacobi_hf.trainer.forcing.mask` defines the three.
+        context: `"clean"` blocks, `"noisy"` blocks, or noisy blocks within a `"window"` and clean ones before it. The
+            module `jacobi_hf.trainer.forcing.mask` defines the three.
         context_window: blocks of a window with `context="window"`.
-        layout: `"packed"` lays a sample out in one row, with a mask that sdpa, eager and FlexAttention take. `"rows"` lays it
-            out in plain causal rows, for any attention.
+        layout: `"packed"` lays a sample out in one row, with a mask that sdpa, eager and FlexAttention take. `"rows"`
+            lays it out in plain causal rows, for any attention.
 
     Parameters that control the losses:
-        ar_loss_weight, consistency_loss_weight, replay_loss_weight: factors of three losses. Each loss is a mean over its
-            tokens in the whole accumulated batch, over all processes.
-        kl_loss_weight: factor of the KL divergence from a frozen model (the trainer's `ref_model`). It is a mean over the
-            tokens that AR and replay loss cover, whatever their weights, and keeps the model close to the frozen one. It needs
-            memory for a second model (none with LoRA) and a forward of the clean tokens. Without that memory, set
-            `kl_loss_weight=0`, `ar_loss_weight=1` and `replay_loss_weight=4`, which keep the model less close.
+        ar_loss_weight, consistency_loss_weight, replay_loss_weight: factors of three losses. Each loss is a mean over
+            its tokens in the whole accumulated batch, over all processes.
+        kl_loss_weight: factor of the KL divergence from a frozen model (the trainer's `ref_model`). It is a mean over
+            the tokens that AR and replay loss cover, whatever their weights, and keeps the model close to the frozen
+            one. It needs memory for a second model (none with LoRA) and a forward of the clean tokens. Without that
+            memory, set `kl_loss_weight=0`, `ar_loss_weight=1` and `replay_loss_weight=4`, which keep the model less
+            close.
         replay_ratio: replay rows for each row of trajectories, if the trainer has a `replay_dataset`.
         distill_temperature: temperature tau of the consistency loss.
-        consistency_reduction: `"mean"` over kept slots; `"block_sum"`, the mean over blocks of sums over slots (paper, eq. 8);
-            `"reference"`, for each sample the mean over kept slots times `tau^2 / T` (the paper's code).
+        consistency_reduction: `"mean"` over kept slots; `"block_sum"`, the mean over blocks of sums over slots (paper,
+            eq. 8); `"reference"`, for each sample the mean over kept slots times `tau^2 / T` (the paper's code).
         prompt_loss: whether the AR loss covers prompts.
         loss_chunk_numbers: most numbers in a vocabulary-sized tensor of the loss. A lower value takes less memory.
 
     Parameters that control the optimizer:
         learning_rate, lr_scheduler_type, adam_beta2: as in `TrainingArguments`, with other defaults.
-        muon_learning_rate: if given, Muon trains the matrices inside the layers at this peak learning rate, several times
-            `learning_rate`. AdamW trains embeddings, LM head, norms and biases at `learning_rate`. Both follow one schedule.
+        muon_learning_rate: if given, Muon trains the matrices inside the layers at this peak learning rate, several
+            times `learning_rate`. AdamW trains embeddings, LM head, norms and biases at `learning_rate`. Both follow
+            one schedule.
         remove_unused_columns: must stay False, because the collator reads the raw columns.
 
     Parameters that control decoding:
-        decoding, jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: knobs
-            that are saved in the checkpoint's generation config and used by evaluations. `jacobi_block_size=None` takes
-            `block_size`. With `decoding=None` the generation config stays as it was.
+        decoding: saved in the checkpoint's generation config and used by evaluations: `"jacobi_multiblock"`, `"jacobi"`,
+            or None, with which the generation config stays as it was and evaluations decode nothing.
+        jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: knobs of
+            that decoding. `jacobi_block_size=None` takes `block_size`.
         eval_max_new_tokens: new tokens of each prompt that an evaluation decodes.
         eval_prompt_count: most prompts of each set that an evaluation decodes.
 

@@ -27,7 +27,7 @@ _LAYOUT_TENSORS = ("input_ids", "position_ids", "attention_mask")
 
 
 class ForcingForward:
-    """Runs a batch through the trained model up to its losses, and through the frozen model that the KL loss compares with.
+    """Forward of a batch through the trained model up to its losses, and through the frozen model for the KL loss.
 
     Args:
         model: the model that is trained, or an adapter on it.
@@ -78,7 +78,7 @@ class ForcingForward:
         return losses, zero
 
     def attention_mask(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """Return the mask of a packed batch as the model's attention takes it, by kind of layer if there are several kinds."""
+        """Return the mask of a packed batch for the model's attention, by kind of layer if there are several kinds."""
         slots = Slots.of(inputs)
         context = self._args.context
         window = self._args.context_window

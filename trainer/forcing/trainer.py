@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class JacobiForcingTrainer(BaseTrainer):
-    """Trainer that finetunes a causal language model on its own Jacobi trajectories (Jacobi Forcing, arXiv 2512.14681).
+    """Trainer that finetunes a causal language model on its own Jacobi trajectories (arXiv 2512.14681).
 
     It is transformers' `Trainer`, so arguments that are not listed here go to that class.
 
@@ -60,21 +60,21 @@ class JacobiForcingTrainer(BaseTrainer):
         args: a `JacobiForcingConfig`; without it, one with the defaults and an output folder named after the model.
         train_dataset: packed records, as a `datasets.Dataset`, an `IterableDataset` or a list (see `load_packed`).
         eval_dataset: packed records for the losses of an evaluation, or a dict of them by name.
-        eval_prompts: lists of token ids, by name of their set. Each evaluation of `eval_dataset` decodes them, and reports
-            tokens per forward and identity with ordinary decoding.
+        eval_prompts: lists of token ids, by name of their set. Each evaluation of `eval_dataset` decodes them, and
+            reports tokens per forward and identity with ordinary decoding.
         replay_dataset: ordinary texts (`text`, `messages` or `input_ids`) that are mixed in against drift.
         processing_class: the tokenizer.
         peft_config: if given, an adapter is trained instead of the model.
-        ref_model: the frozen model of the KL loss. Without it, the frozen model is a copy of `model`, or with an adapter
-            the model without it. Each process holds all of it.
+        ref_model: the frozen model of the KL loss. Without it, the frozen model is a copy of `model`, or with an
+            adapter the model without it. Each process holds all of it.
         kwargs: go to `Trainer`: `callbacks`, `optimizers`, `compute_metrics` and others.
 
     Raises:
         TypeError: `args` is no `JacobiForcingConfig`.
-        ValueError: the data have another block size or vocabulary, the model cannot be trained this way, nothing would be
-            learnt, or `eval_prompts` are given without an `eval_dataset`.
-        FloatingPointError: while training, a loss or gradient is not finite; the message names the batch's samples. The
-            weights are those before the step.
+        ValueError: the data have another block size or vocabulary, the model cannot be trained this way, nothing would
+            be learnt, or `eval_prompts` are given without an `eval_dataset`.
+        FloatingPointError: while training, a loss or gradient is not finite; the message names the batch's samples.
+            The weights are those before the step.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class JacobiForcingTrainer(BaseTrainer):
         if ref_model is not None:
             ref_model.eval().requires_grad_(requires_grad=False).to(args.device)  # type: ignore[arg-type]
         if args.torch_compile:
-            # Each batch has a length of its own. Compiled for the first one, the model would be compiled again for the second.
+            # Each batch has a length of its own. Compiled for the first one, the model would be compiled again for the
+            # second.
             self.accelerator.state.dynamo_plugin.dynamic = True
             if ref_model is not None:
                 ref_model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
@@ -160,8 +161,8 @@ class JacobiForcingTrainer(BaseTrainer):
             model: the model as the trainer wraps it.
             inputs: a batch of `JacobiForcingCollator`.
             return_outputs: whether to return a pair of the loss and a dict with it.
-            num_items_in_batch: the counts of the accumulated batch, by which the losses are divided; those of this batch
-                if None.
+            num_items_in_batch: the counts of the accumulated batch, by which the losses are divided; those of this
+                batch if None.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -192,12 +193,12 @@ class JacobiForcingTrainer(BaseTrainer):
         return self._forward.attention_mask(inputs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as `Trainer` does, and add the losses by name and the metrics of decoding the evaluation prompts."""
+        """Evaluate as `Trainer` does, and add the losses by name and the metrics of decoding `eval_prompts`."""
         self._evaluation_sums.clear()
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a plain checkpoint whose generation config has the decoding knobs, and whose config asks for a cache again."""
+        """Save a plain checkpoint: its generation config has the decoding knobs, and its config asks for a cache."""
         base = self._base()
         training = base.config.use_cache
         base.config.use_cache = True
@@ -246,7 +247,7 @@ def _prepared(
 def _collator(
     base: PreTrainedModel, args: JacobiForcingConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> JacobiForcingCollator:
-    """Return the collator for the arguments, with the special ids of the model, or of the tokenizer if the model has none."""
+    """Return the collator, with the special ids of the model, or of the tokenizer if the model has none."""
     ends, pad = (
         special_ids(base.generation_config, name) or special_ids(tokenizer, name)
         for name in ("eos_token_id", "pad_token_id")

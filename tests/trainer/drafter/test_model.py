@@ -30,7 +30,7 @@ def answered(model, tokens=24):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_a_training_row_is_the_decoders_own_step(kind):
-    """From each state that a decoder was in: the same choices at the slots that are learnt from, and the same next drafts."""
+    """From each state of a decoder: the same choices at the kept slots, and the same next draft tokens."""
     model = fresh_model(kind)
     drafter = random_drafter(model, scale=0.1)
     ids, prompt_B, length_B = answered(model)
@@ -81,7 +81,7 @@ def test_a_training_row_is_the_decoders_own_step(kind):
                 following = advanced(text, windows, step)
                 next_pending, next_1W, _ = steps[number + 1]
                 assert int(following.pending_BM) == next_pending
-                # Slots behind the window's end are learnt from only when they are in it; fillers are the same in both.
+                # Slots after the window's end count only if they are in it; fillers are the same in both.
                 width = min(next_1W.shape[1], draft_1W.shape[1], last - next_pending)
                 kept = [i for i in range(width) if accepted + i in learnt or accepted + i >= draft_1W.shape[1]]
                 assert following.draft_BMW[0, 0, kept].tolist() == next_1W[0, kept].tolist()
@@ -128,7 +128,7 @@ def test_the_loss_by_chunks_is_the_plain_one(rows, chunk, soft, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", ["hard", "soft"])
-def test_learning_on_a_text_makes_its_drafts_come_true(targets):
+def test_a_drafter_learns_a_text(targets):
     """And only the drafter changes; rows of a batch and windows of a row do not disturb each other."""
     model = fresh_model("qwen3")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -148,7 +148,7 @@ def test_learning_on_a_text_makes_its_drafts_come_true(targets):
     _, fewer = trained.decode_answers(ids, prompt_B, length_B, 8)
     assert fewer < 0.7 * forwards
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    # What the training says it takes is what the decoder needs.
+    # The decoder needs as many forwards as the training counts.
     drafter = trained.drafter.copied()
     with drafting(model, drafter):
         counted = 0

@@ -24,7 +24,7 @@ N = 4
 
 
 def config(tmp_path, **options) -> JacobiForcingConfig:
-    """Plain SGD, whose steps are as close as the gradients are (Adam turns rounding of a gradient near 0 into a whole step)."""
+    """Return arguments with plain SGD; Adam would turn the rounding of a gradient near 0 into a whole step."""
     defaults = {
         "output_dir": str(tmp_path / "out"),
         "use_cpu": True,
@@ -86,7 +86,7 @@ def test_a_batch_of_4_equals_accumulated_smaller_ones(tmp_path, accumulated):
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("reduction", ["mean", "block_sum", "reference"])
 def test_every_reduction_is_what_its_formula_says(tmp_path, reduction, views):
-    """Mean over slots; mean over noisy blocks of sums (paper, eq. 8); mean over samples of tau^2 / T times their mean (reference)."""
+    """Mean over slots; mean over blocks of sums (paper, eq. 8); mean over samples of tau^2 / T times their mean."""
     tau, data = 1.7, records(5, N, seed=9, views=views)
     options = {
         "consistency_reduction": reduction,
@@ -394,7 +394,7 @@ def test_evaluation_reports_losses_and_decoding(tmp_path):
 
 @pytest.mark.slow
 def test_overfitting_eight_samples(tmp_path):
-    """Windows of a memorised text come true: agreement above 0.95, more than three tokens a forward."""
+    """Guesses of a memorised text are accepted: agreement above 0.95, more than three tokens a forward."""
     model = fresh_model("qwen3")
     data = own_records(model, 8, 16, 32, visits=8)
     trainer = forced(
@@ -443,7 +443,7 @@ def test_bad_arguments_are_named(tmp_path, options, message):
         config(tmp_path, **options)
 
 
-def test_what_nothing_would_come_of_is_refused(tmp_path):
+def test_weights_that_leave_nothing_to_learn_are_refused(tmp_path):
     data, replay = records(3, N, seed=1), [{"input_ids": [3, 4, 5]}]
     none = {"ar_loss_weight": 0.0, "consistency_loss_weight": 0.0, "replay_loss_weight": 0.0}
 
