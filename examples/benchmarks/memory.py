@@ -98,11 +98,8 @@ def main(
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     for contender in contenders:
         command = [sys.executable, __file__, "--tokens", str(tokens), "--setting", json.dumps(contender.arguments)]
-        found = json.loads(
-            subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[
-                -1
-            ]
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found = json.loads(done.stdout.splitlines()[-1])
         found |= {"one_cache": cache, "share_of_one_cache": round(found["bytes"] / cache, 4)}
         measurements.append(
             Measurement(

@@ -100,7 +100,7 @@ def collection(model: Any, tokenizer: Any, prompts: int, repeats: int) -> list[C
 
 
 def random_record(rng: random.Random, length: int, vocab: int) -> dict[str, Any]:
-    """A packed record of exactly `length` slots: a prompt and blocks that are wrong from a random place on."""
+    """Return a packed record of exactly `length` slots: a prompt, and blocks that are wrong from a random place on."""
     blocks = (length - 8) // (2 * BLOCK)
     prompt = [rng.randrange(2, vocab) for _ in range(length - 2 * BLOCK * blocks)]
     noisy, clean = [], []
@@ -112,7 +112,7 @@ def random_record(rng: random.Random, length: int, vocab: int) -> dict[str, Any]
 
 
 def throughput(length: int, batch: int, steps: int, repeats: int) -> list[Cost]:
-    """Slots per second of both trainers, alternating."""
+    """Return tokens per second of `Trainer` and slots per second of `JacobiForcingTrainer`, measured in turn."""
     rng = random.Random(0)
     model, _, _ = common.load(None)
     vocab = model.config.vocab_size

@@ -105,7 +105,7 @@ def lost(results: Results, domain: str) -> str:
     best = max(found[name].tokens_per_forward or 0 for name in OTHERS)
     ratio = (found[OURS].tokens_per_forward or 0) / best
     listed = f": {', '.join(prompts)}" if prompts else ""
-    return f"- {domain}: {ratio:.2f} of the best of the others; behind on {len(prompts)} prompts{listed}."
+    return f"- {domain}: {ratio:.2f} times as high; more forwards on {len(prompts)} prompts{listed}."
 
 
 def widths(results: Results) -> str:
