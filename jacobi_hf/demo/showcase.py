@@ -8,27 +8,21 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
-from transformers.generation import BaseStreamer
 
 import jacobi_hf
 from jacobi_hf import loading
+from jacobi_hf.demo.terminal import Painter, side_by_side
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results, Speedup
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TINY = Path(jacobi_hf.__file__).resolve().parents[1] / "examples" / "tiny_qwen3"
 PLACE = "examples/tiny_qwen3"  # name of that folder in results
-COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
 REPEATS = 3
 NO_CHECKPOINT = "an installed package does not have the tiny checkpoint of the repository: name a model with --model."
 
@@ -111,54 +105,6 @@ def load(name: str | None, drafter: str | None = None) -> list[Loaded]:
 def _load(source: str, name: str, label: str, drafter: str | None = None) -> Loaded:
     model, tokenizer = loading.load(source, "float32", drafter)
     return Loaded(name, model, tokenizer, label, drafter and drafter.replace(str(TINY), PLACE))
-
-
-class _Painter(BaseStreamer):
-    """Streamer that paints each token in the colour of its forward.
-
-    Args:
-        loaded: the model; its forwards are counted until the text ends.
-        title: title of the panel.
-        prompt: text that the panel starts with.
-
-    Attributes:
-        on_token: called after each token.
-    """
-
-    def __init__(self, loaded: Loaded, title: str, prompt: str) -> None:
-        self._tokenizer = loaded.tokenizer
-        self._title = title
-        self._text = Text(prompt, style="dim")
-        self._written = ""
-        self._tokens: list[int] = []
-        self._forwards = 0
-        self._is_prompt = True
-        self._hook = loaded.model.register_forward_pre_hook(self._count)
-        self.on_token: Callable[[], None] = lambda: None
-
-    def _count(self, *_: Any) -> None:
-        self._forwards += 1
-
-    def put(self, value: torch.Tensor) -> None:
-        """Paint a token; the first value is the prompt, which is painted already."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        self._tokens += value.tolist()
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if not whole.endswith("\ufffd"):  # the bytes of the last character are not complete yet
-            self._text.append(whole[len(self._written) :], style=COLOURS[self._forwards % len(COLOURS)])
-            self._written = whole
-        self.on_token()
-
-    def end(self) -> None:
-        """Stop counting forwards."""
-        self._hook.remove()
-
-    def panel(self) -> Panel:
-        """Return the text so far, with its counts."""
-        footer = f"{len(self._tokens)} tokens, {self._forwards} forwards"
-        return Panel(self._text, title=self._title, subtitle=footer, title_align="left", subtitle_align="left")
 
 
 @dataclass(frozen=True)
@@ -244,14 +190,14 @@ def _notes(loaded: list[Loaded]) -> list[str]:
 
 def _stream(shown: list[Contender], example: Example, max_new_tokens: int, console: Console) -> None:
     """Let all contenders write the text of an example, one after another, and show their panels."""
-    painters: list[_Painter] = []
+    painters: list[Painter] = []
 
     def redraw() -> None:
-        live.update(_side_by_side([painter.panel() for painter in painters], len(shown), console.width))
+        live.update(side_by_side([painter.panel() for painter in painters], len(shown), console.width))
 
     with Live(console=console, refresh_per_second=12) as live:
         for contender in shown:
-            painter = _Painter(contender.loaded, contender.title, example.prompt)
+            painter = Painter(contender.loaded.model, contender.loaded.tokenizer, contender.title, example.prompt)
             painters.append(painter)
             painter.on_token = redraw
             try:
@@ -260,17 +206,6 @@ def _stream(shown: list[Contender], example: Example, max_new_tokens: int, conso
                 painter.end()
     if not console.is_terminal:
         console.print()  # Live ends its only frame without a line break
-
-
-def _side_by_side(panels: list[Panel], columns: int, width: int) -> RenderableType:
-    """Return the panels in columns, or below each other in a narrow terminal."""
-    if width < 50 * columns:
-        return Group(*panels)
-    grid = Table.grid(expand=True)
-    for _ in range(columns):
-        grid.add_column(ratio=1)
-    grid.add_row(*panels, *[""] * (columns - len(panels)))
-    return grid
 
 
 def _measure(shown: list[Contender], example: Example, max_new_tokens: int) -> list[Measurement]:

@@ -160,6 +160,7 @@ class AlternatingLM(HFLM):
         return [output.text for output in self.outputs[self.answers_with]]
 
     def _generate_all(self, requests: list[Instance]) -> None:
+        """Answer every request with every decoder, unless the journal has the output already."""
         journal = self._journal(self._fingerprint)
         for name in self._decoders:
             self._generate(name, requests[0], 0)  # warm up, so that no timing includes what is slow only once
@@ -172,6 +173,7 @@ class AlternatingLM(HFLM):
         journal.close()
 
     def _generate(self, name: str, request: Instance, seed: int) -> Output:
+        """Return the output of one decoder for one request."""
         self._arguments = self._decoders[name]
         torch.manual_seed(seed)  # a task that samples gets the same sampling noise with every decoder
         (text,) = super().generate_until([request], disable_tqdm=True)
@@ -239,6 +241,7 @@ def _scores(lm: AlternatingLM, tasks: Mapping[str, Any], decoder: str, limit: in
 
 
 def _prompts(name: str, task: Any, count: int) -> Prompts:
+    """Return the description of a task's prompts for the results."""
     options = task.config.generation_kwargs or {}
     source = task.config.dataset_path or (task.config.metadata or {}).get("source") or "task file"
     longest = options.get("max_gen_toks", 256)
@@ -254,6 +257,15 @@ def _measurement(
     quality: Quality | None,
     scores: dict[str, float],
 ) -> Measurement:
+    """Return the measurement of one decoder on one task.
+
+    Args:
+        decoder: the decoder.
+        prompts: description of the task's prompts.
+        outputs: outputs for the task, by the name of the decoder.
+        quality: first score of the task; None without an interval.
+        scores: all scores of the task.
+    """
     mine = outputs[decoder.name]
     reference = outputs[BASELINE]
     is_baseline = decoder.name == BASELINE
