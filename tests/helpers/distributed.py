@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from jacobi_hf.trainer import DrafterTrainer, JacobiForcingTrainer  # noqa: E402
-from jacobi_hf.trainer.data.collator import counts_of  # noqa: E402
+from jacobi_hf.trainer.data.batch import counts_of  # noqa: E402
 from jacobi_hf.trainer.data.shards import processes  # noqa: E402
 from tests.helpers.models import VOCAB, fresh_model  # noqa: E402
 from tests.helpers.records import records  # noqa: E402

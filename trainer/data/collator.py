@@ -1,71 +1,40 @@
-"""From packed records to the compact integer tensors that masks and losses are built from on the device.
+"""The collator: from packed records and replay rows to the tensors of a training batch.
 
-A *record* is a row of the published format, `prompt, k_0, l_0, k_1, l_1, ...` (noisy block, clean block), or a replay row with
-`input_ids` alone, which is ordinary text for the AR loss.
+A replay row has `input_ids` alone. It is ordinary text for the AR loss.
+
+Suffixes of array names: P prompt tokens, M views, T blocks, n tokens of a block; B rows, L slots of a row.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from jacobi_hf.trainer.data.batch import FILL, Row
 from jacobi_hf.trainer.data.record import SEQUENCE, PackedRecord, interleave
 from jacobi_hf.trainer.forcing.losses import IGNORE
-from jacobi_hf.trainer.forcing.mask import CLEAN, NOISY, PADDING, PROMPT, window_of
+from jacobi_hf.trainer.forcing.mask import CLEAN, NOISY, blocks_per_window
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 LAYOUTS = ("packed", "rows")
-COUNTS = ("labels", "replay labels", "pairs", "blocks", "samples")
-
-_FILL = {
-    "input_ids": 0,
-    "position_ids": 0,
-    "sample": PADDING,
-    "stream": PROMPT,
-    "block": 0,
-    "start": 0,
-    "labels": IGNORE,
-    "replay": 0,
-    "teacher": -1,
-    "divisor": 1,
-    "index": -1,
-    "attention_mask": 0,
-}
-
-
-@dataclass
-class _Row:
-    """One row under construction: an array per tensor, and what a whole row counts."""
-
-    parts: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _FILL})
-    length: int = 0
-    members: int = 0
-    samples: int = 0  # those with blocks
-    blocks: int = 0  # noisy ones, of all views
-
-    def add(self, ids: np.ndarray, positions: np.ndarray, index: int, **tensors: np.ndarray | int) -> None:
-        given = {"input_ids": ids, "position_ids": positions, "index": index, "attention_mask": 1, **tensors}
-        for name, fill in _FILL.items():
-            value = given.get(name, fill)
-            self.parts[name].append(value if isinstance(value, np.ndarray) else np.full(len(ids), value))
-        self.length += len(ids)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """What a row of training data holds, ready to be laid out.
+    """A record or replay row, ready to be laid out.
 
     Attributes:
         index: number of the row in the data set.
         prompt_P: token ids of the prompt, or of the whole text of a replay row.
-        noisy_MTn, clean_Tn, position_Tn: as in `PackedRecord`; M is 0 if no noisy block is wanted, T is 0 in a replay row.
+        noisy_MTn, clean_Tn, position_Tn: as in `PackedRecord`; M is 0 if no noisy block is wanted, T is 0 in a replay
+            row.
         end: length of the answer in tokens, its end-of-sequence id included.
         ended: whether the answer has an end-of-sequence id.
         is_replay: whether it is a replay row.
@@ -94,7 +63,14 @@ class _Sample:
         return self.position_Tn - len(self.prompt_P)
 
     def labels(self, *, prompt_loss: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the token after each slot of the prompt, and after each slot of the clean blocks; `IGNORE` where there is no AR loss."""
+        """Return the labels of the AR loss: the next token of each slot, or `IGNORE`.
+
+        Args:
+            prompt_loss: whether the slots of the prompt have labels. The last one always has.
+
+        Returns:
+            The labels of the prompt `(P,)`, and those of the clean blocks one after the other `(nT,)`.
+        """
         answer = self.clean_Tn.reshape(-1)
         after_answer = np.full(len(answer), IGNORE)
         after_answer[: max(0, self.end - 1)] = answer[1 : self.end]
@@ -107,7 +83,10 @@ class _Sample:
 
     @cached_property
     def kept_MTn(self) -> np.ndarray:
-        """Which slots of the noisy blocks have a consistency loss: from the first wrong token on, if the answer goes on after them."""
+        """Whether a slot of a noisy block has a consistency loss.
+
+        It has from the first wrong token of its block on, if the answer goes on after it.
+        """
         wrong_MTn = (self.noisy_MTn != self.clean_Tn) & (self.offset_Tn < self.end)
         goes_on_Tn = self.offset_Tn + 1 < self.end if self.ended else self.offset_Tn < self.end
         kept_MTn: np.ndarray = np.logical_or.accumulate(wrong_MTn, axis=2) & goes_on_Tn
@@ -116,28 +95,37 @@ class _Sample:
 
 @dataclass
 class JacobiForcingCollator:
-    """Lays a batch of records out as packed rows (`layout="packed"`) or as plain causal rows (`layout="rows"`).
+    """Lays records and replay rows out as a training batch, in packed rows or in plain causal rows.
+
+    Call it with a list of rows, as a `DataLoader` does.
 
     Parameters:
         block_size: n of the records.
-        eos_token_ids: an answer ends with the first of these; what follows carries no loss.
-        pad_token_id: of the padding on the right.
-        layout: `"packed"` needs the mask of `jacobi_hf.trainer.forcing.mask`; `"rows"` needs none and runs with any attention.
-        context, window: what noisy blocks see, see `jacobi_hf.trainer.forcing.mask`.
-        max_length: most slots of a row. In packed rows, short samples share a row no longer than the longest of the batch; with the
-            clean context, slots that neither carry a loss nor are context of one are left out.
+        eos_token_ids: an answer ends with the first of these ids. Slots after it have no loss.
+        pad_token_id: id of the padding on the right.
+        layout: `"packed"`, the rows of `jacobi_hf.trainer.data.record`, which need the mask of
+            `jacobi_hf.trainer.forcing.mask`; or `"rows"`, plain causal rows, for any attention.
+        context, context_window: what noisy blocks see, see `jacobi_hf.trainer.forcing.mask`.
+        max_length: most slots of a packed row. Short samples share a row, which gets no longer than the longest sample
+            of the batch. With the clean context, noisy slots without a loss are left out.
         prompt_loss: whether the AR loss covers the prompt.
-        noisy: whether noisy blocks are laid out at all; without a consistency loss nothing needs them.
-        pad_to_multiple_of: round the row length up.
+        noisy: whether noisy blocks are laid out. Only the consistency loss needs them.
+        pad_to_multiple_of: the length of the rows is rounded up to a multiple of this.
 
-    Returns (calling it with a list of records):
-        int tensors `(B, L)`: `input_ids`, `position_ids`, `labels` (already shifted: the token behind each slot), `replay`, `teacher` (for
-        a noisy slot with a consistency loss, its clean counterpart as an index into the flattened batch, else -1), `divisor`
-        (T times the kept slots of the sample), `index` (of the record in the dataset), and `sample`, `stream`, `block`, `start` (packed) or
-        `attention_mask` (rows); and `blocks_in_row`, `samples_in_row` (those with blocks) `(B,)`.
+    Returns (of a call): int tensors `(B, L)`, if not said otherwise.
+        input_ids, position_ids: inputs of the model.
+        sample, stream, block, start: what the slots are, see `Slots`; only in packed rows.
+        attention_mask: 1, and 0 for padding; only in plain rows.
+        labels: the next token of each slot, for the AR loss, or `IGNORE`. They are shifted already.
+        replay: 1 in replay rows.
+        teacher: for a noisy slot with a consistency loss, the index of its clean slot in the flattened batch; else -1.
+        divisor: T times the number of slots of the sample with a consistency loss.
+        index: number of the row in the data set.
+        blocks_in_row, samples_in_row: `(B,)`, the noisy blocks and the records of each row.
 
     Raises:
-        ValueError: an unknown layout, `layout="rows"` with the clean context, a record that does not fit.
+        ValueError: the layout is unknown, `layout="rows"` comes with the clean context, or a record is too long.
+        BadRecordError: a record is malformed or has another block size.
     """
 
     block_size: int
@@ -145,7 +133,7 @@ class JacobiForcingCollator:
     pad_token_id: int = 0
     layout: str = "packed"
     context: str = "clean"
-    window: int | None = None
+    context_window: int | None = None
     max_length: int = 2048
     prompt_loss: bool = True
     noisy: bool = True
@@ -156,32 +144,32 @@ class JacobiForcingCollator:
             raise ValueError(f"layout={self.layout!r} must be one of {', '.join(map(repr, LAYOUTS))}.")
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} must be at least 2.")
-        self._blocks_per_window = window_of(self.context, self.window)
-        # Behind clean context, nothing is lost with slots that carry no loss: before the first wrong one a noisy block is the
-        # clean block, and what follows the answer is seen by nobody.
+        self._blocks_per_window = blocks_per_window(self.context, self.context_window)
+        # With the clean context, noisy slots without a loss can be left out: before its first wrong token a noisy
+        # block equals the clean block, and no slot sees what comes after the answer.
         self._sparse = self._blocks_per_window == 1
         if self.layout == "rows" and self.context == "clean":
             raise ValueError(
-                "layout='rows' has no clean context: each noisy block would need a row of its own. Use layout='packed', or context='noisy' "
-                "or 'window'."
+                "layout='rows' has no clean context: each noisy block would need a row of its own. "
+                "Use layout='packed', or context='noisy' or 'window'."
             )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch of `records`, see the class."""
+        """Return the batch of packed records and replay rows."""
         samples = [self._read(record, number) for number, record in enumerate(records)]
         rows = self._packed_rows(samples) if self.layout == "packed" else self._causal_rows(samples)
         length = max(row.length for row in rows)
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
-        fill = {**_FILL, "input_ids": self.pad_token_id}
+        fill = {**FILL, "input_ids": self.pad_token_id}
         dropped = {"attention_mask"} if self.layout == "packed" else {"sample", "stream", "block", "start"}
         batch = {
-            name: np.full((len(rows), length), fill[name], dtype=np.int64) for name in _FILL if name not in dropped
+            name: np.full((len(rows), length), fill[name], dtype=np.int64) for name in FILL if name not in dropped
         }
         for number, row in enumerate(rows):
             for name, target in batch.items():
                 target[number, : row.length] = np.concatenate(row.parts[name])
-        # A teacher was noted as (row, column); rows had no common length yet.
+        # Teachers are (row, column) in one number until here, since the length of the rows was not known.
         teacher = batch["teacher"]
         batch["teacher"] = np.where(teacher < 0, -1, (teacher >> 32) * length + (teacher & 0xFFFFFFFF))
         batch["blocks_in_row"] = np.array([row.blocks for row in rows])
@@ -209,19 +197,22 @@ class JacobiForcingCollator:
             is_replay=False,
         )
 
-    def _packed_rows(self, samples: list[_Sample]) -> list[_Row]:
-        """First fit, longest first: samples share rows as long as the longest of them, since attention costs a row's length squared."""
-        rows: list[_Row] = []
+    def _packed_rows(self, samples: list[_Sample]) -> list[Row]:
+        """Return packed rows, which short samples share: the longest samples first, each in the first row with room.
+
+        No row gets longer than the longest sample, since the cost of attention grows with the square of the length.
+        """
+        rows: list[Row] = []
         lengths = [self._packed_length(sample) for sample in samples]
         for length, sample in sorted(zip(lengths, samples, strict=True), key=lambda pair: -pair[0]):
             if length > self.max_length:
                 raise ValueError(
                     f"record {sample.index} needs {length} slots, more than max_length={self.max_length}: drop or "
-                    "truncate such records (JacobiForcingTrainer does, see too_long)."
+                    "truncate such records, as JacobiForcingTrainer does with too_long."
                 )
             number = next((i for i, row in enumerate(rows) if row.length + length <= max(lengths)), len(rows))
             if number == len(rows):
-                rows.append(_Row())
+                rows.append(Row())
             self._pack(sample, rows[number], number)
         return rows
 
@@ -231,7 +222,7 @@ class JacobiForcingCollator:
             return len(sample.prompt_P) + sample.end + int(sample.kept_MTn.sum())
         return len(sample.prompt_P) + sample.noisy_MTn.size + sample.clean_Tn.size
 
-    def _pack(self, sample: _Sample, row: _Row, row_number: int) -> None:
+    def _pack(self, sample: _Sample, row: Row, row_number: int) -> None:
         """Add a sample to a packed row: its prompt, then its blocks."""
         after_prompt_P, after_answer = sample.labels(prompt_loss=self.prompt_loss)
         row.add(
@@ -248,8 +239,15 @@ class JacobiForcingCollator:
         row.samples += sample.blocks > 0
         row.blocks += sample.noisy_blocks
 
-    def _pack_blocks(self, sample: _Sample, row: _Row, row_number: int, label_Tn: np.ndarray) -> None:
-        """Add the noisy and clean blocks of a sample, in the order of the packed layout, to a row that ends with its prompt."""
+    def _pack_blocks(self, sample: _Sample, row: Row, row_number: int, label_Tn: np.ndarray) -> None:
+        """Add the blocks of a sample, in the order of the packed layout, to a row that ends with its prompt.
+
+        Args:
+            sample: the sample.
+            row: the row.
+            row_number: number of the row in the batch.
+            label_Tn: labels of the clean blocks.
+        """
         kept_MTn = sample.kept_MTn
         offset_Tn = sample.offset_Tn
         position_Tn = sample.position_Tn
@@ -260,7 +258,7 @@ class JacobiForcingCollator:
         def laid_out(noisy: np.ndarray | int, clean: np.ndarray | int) -> np.ndarray:
             return interleave(np.broadcast_to(noisy, kept_MTn.shape), np.broadcast_to(clean, offset_Tn.shape))[used]
 
-        # Columns of the clean slots in the row. Clean slots that are not used teach nobody, so any column does for them.
+        # Columns of the slots in the row. A clean slot that is left out is no teacher, so its column does not matter.
         column = row.length + np.cumsum(used) - 1
         is_clean = interleave(np.zeros_like(kept_MTn), np.ones_like(offset_Tn, dtype=bool))
         teacher_Tn = (row_number << 32) | column[is_clean].reshape(offset_Tn.shape)
@@ -279,17 +277,17 @@ class JacobiForcingCollator:
             divisor=max(1, int(kept_MTn.sum()) * sample.blocks),
         )
 
-    def _causal_rows(self, samples: list[_Sample]) -> list[_Row]:
-        """Return plain causal rows that give the packed row's logits.
+    def _causal_rows(self, samples: list[_Sample]) -> list[Row]:
+        """Return plain causal rows, which have the same logits as packed rows.
 
-        Each sample has one clean row, `[prompt, l_0, l_1, ..]`, and for each view and window of blocks a row
-        `[prompt, clean blocks of earlier windows, noisy blocks of this window]`.
+        Each sample has one clean row `[prompt, l_0, l_1, ...]`. For each view and each window of blocks it has a row
+        with the prompt, the clean blocks of earlier windows and the noisy blocks of this window.
         """
-        rows: list[_Row] = []
+        rows: list[Row] = []
         for sample in samples:
             after_prompt_P, after_answer = sample.labels(prompt_loss=self.prompt_loss)
             clean_row = len(rows)
-            rows.append(_Row(samples=int(sample.blocks > 0), blocks=sample.noisy_blocks))
+            rows.append(Row(samples=int(sample.blocks > 0), blocks=sample.noisy_blocks))
             ids = np.concatenate([sample.prompt_P, sample.clean_Tn.reshape(-1)])
             rows[-1].add(
                 ids,
@@ -300,12 +298,12 @@ class JacobiForcingCollator:
             )
             window = self._blocks_per_window or max(1, sample.blocks)
             for view, first in itertools.product(range(len(sample.noisy_MTn)), range(0, sample.blocks, window)):
-                rows.append(_Row())
+                rows.append(Row())
                 self._add_noisy_row(sample, rows[-1], clean_row, view, slice(first, first + window))
         return rows
 
-    def _add_noisy_row(self, sample: _Sample, row: _Row, clean_row: int, view: int, window: slice) -> None:
-        """Fill a plain causal row with one window of noisy blocks, after the prompt and the clean blocks of earlier windows."""
+    def _add_noisy_row(self, sample: _Sample, row: Row, clean_row: int, view: int, window: slice) -> None:
+        """Fill a plain causal row with the noisy blocks of one view and window, and what they follow."""
         before = np.concatenate([sample.prompt_P, sample.clean_Tn[: window.start].reshape(-1)])
         ids = np.concatenate([before, sample.noisy_MTn[view, window].reshape(-1)])
         column = np.arange(len(ids))
@@ -317,44 +315,3 @@ class JacobiForcingCollator:
             teacher=np.where(kept, (clean_row << 32) | column, -1),
             divisor=max(1, int(sample.kept_MTn.sum()) * sample.blocks),
         )
-
-
-def clean_part(batch: Mapping[str, torch.Tensor], multiple: int = 1) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A batch without its noisy slots, for models that only read clean text.
-
-    Args:
-        batch: what `JacobiForcingCollator` returned, in either layout.
-        multiple: round the row length up, no further than the batch's own.
-
-    Returns:
-        the layout's tensors `(B', L')`, and where each of those B' L' slots lies in the flattened batch, -1 for padding.
-    """
-    length = batch["input_ids"].shape[1]
-    home_BL = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device).view(batch["input_ids"].shape)
-    if "stream" not in batch:  # plain rows are noisy or clean as a whole
-        clean_B = (batch["labels"] != IGNORE).any(1)
-        part = {name: batch[name][clean_B] for name in ("input_ids", "position_ids", "attention_mask")}
-        return part, home_BL[clean_B].masked_fill(part["attention_mask"] == 0, -1).flatten()
-    clean_BL = (batch["sample"] != PADDING) & (batch["stream"] < NOISY)
-    width = min(length, -(-int(clean_BL.sum(1).max()) // multiple) * multiple)
-    first_BL = (~clean_BL).long().argsort(dim=1, stable=True)[:, :width]
-    is_padding_BL = ~clean_BL.gather(1, first_BL)
-    part = {
-        name: batch[name].gather(1, first_BL)
-        for name in ("input_ids", "position_ids", "sample", "stream", "block", "start")
-    }
-    part["sample"] = part["sample"].masked_fill(is_padding_BL, PADDING)
-    return part, home_BL.gather(1, first_BL).masked_fill(is_padding_BL, -1).flatten()
-
-
-def counts_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the losses of a batch are averaged over, int `(5,)` in the order of `COUNTS`."""
-    labelled, replayed = batch["labels"] != IGNORE, batch["replay"] != 0
-    counted = (
-        labelled & ~replayed,
-        labelled & replayed,
-        batch["teacher"] >= 0,
-        batch["blocks_in_row"],
-        batch["samples_in_row"],
-    )
-    return torch.stack([c.sum() for c in counted])

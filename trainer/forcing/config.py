@@ -10,7 +10,7 @@ from jacobi_hf.trainer.base_config import BaseConfig
 from jacobi_hf.trainer.data.collator import LAYOUTS
 from jacobi_hf.trainer.data.loading import TOO_LONG
 from jacobi_hf.trainer.forcing.losses import REDUCTIONS
-from jacobi_hf.trainer.forcing.mask import window_of
+from jacobi_hf.trainer.forcing.mask import blocks_per_window
 from jacobi_hf.trainer.options import check_at_least, check_choice, option
 
 
@@ -98,7 +98,7 @@ class JacobiForcingConfig(BaseConfig):
         check_at_least(self, 1, "context_window")
         check_at_least(self, 0, "ar_loss_weight", "consistency_loss_weight", "replay_loss_weight", "kl_loss_weight")
         check_at_least(self, 0, "replay_ratio")
-        window_of(self.context, self.context_window)
+        blocks_per_window(self.context, self.context_window)
         if self.layout == "rows" and self.context == "clean":
             raise ValueError(
                 "layout='rows' has no clean context (see jacobi_hf.trainer.data.collator): use layout='packed', or "

@@ -262,7 +262,7 @@ def _collator(
         pad_token_id=(pad or ends or (0,))[0],
         layout=args.layout,
         context=args.context,
-        window=args.context_window,
+        context_window=args.context_window,
         max_length=args.max_length,
         prompt_loss=args.prompt_loss,
         noisy=args.consistency_loss_weight > 0,

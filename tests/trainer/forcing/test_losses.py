@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.trainer import JacobiForcingCollator
-from jacobi_hf.trainer.data.collator import counts_of
+from jacobi_hf.trainer.data.batch import counts_of
 from jacobi_hf.trainer.forcing.losses import IGNORE, Reference, Targets, chunked_losses, plain_losses
 from jacobi_hf.trainer.forcing.mask import Slots, dense_mask
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
@@ -132,10 +132,12 @@ def test_packed_rows_and_the_loop_agree(kind, views, context, window):
     model, n = fresh_model(kind), 3  # other tests may leave a shared model on another attention
     data = records(3, n, seed=5, views=views)
     weights = (3.0, 1.0)
-    collators = [JacobiForcingCollator(n, (END,), layout="packed", context=context, window=window, max_length=96)]
+    collators = [
+        JacobiForcingCollator(n, (END,), layout="packed", context=context, context_window=window, max_length=96)
+    ]
     if context != "clean":
         collators.append(
-            JacobiForcingCollator(n, (END,), layout="rows", context=context, window=window, max_length=96)
+            JacobiForcingCollator(n, (END,), layout="rows", context=context, context_window=window, max_length=96)
         )
     terms = [by_hand(model, record, n, context, window) for record in data]
     ar, consistency = [t for a, _ in terms for t in a], [t for _, c in terms for t in c]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jacobi_hf.trainer.data.collator import JacobiForcingCollator
 from jacobi_hf.trainer.data.record import PackedRecord
-from jacobi_hf.trainer.forcing.mask import CONTEXTS, Slots, dense_mask, draw, mask_mod, sample_slots, window_of
+from jacobi_hf.trainer.forcing.mask import CONTEXTS, Slots, blocks_per_window, dense_mask, draw, mask_mod, sample_slots
 from tests.helpers.properties import at_most
 
 
@@ -98,7 +98,7 @@ def test_flex_attention_takes_the_mask_mod():
     assert block_mask.shape[-2:] == (length, length)
 
 
-def test_clean_context_is_the_window_of_one():
+def test_clean_context_is_the_blocks_per_window_one():
     slots = sample_slots(3, 4, 3)
     assert torch.equal(dense_mask(slots, "clean"), dense_mask(slots, "window", 1))
     assert torch.equal(dense_mask(slots, "noisy"), dense_mask(slots, "window", 4))
@@ -107,7 +107,7 @@ def test_clean_context_is_the_window_of_one():
 @pytest.mark.parametrize("context", ["noisy", "window"])
 def test_collator_packs_the_slots_that_the_mask_is_drawn_from(context):
     record = PackedRecord.build([1, 2], [[[3, 5]] * 3], [[3, 4]] * 3, [0] * 3)
-    batch = JacobiForcingCollator(block_size=2, context=context, window=2)([record.to_row()])
+    batch = JacobiForcingCollator(block_size=2, context=context, context_window=2)([record.to_row()])
     packed = Slots.of(batch)
     expected = sample_slots(2, 3, 2)
     for name in ("sample", "stream", "block", "position", "start"):
@@ -131,7 +131,7 @@ def test_behind_clean_context_only_slots_with_a_loss_are_laid_out():
 @pytest.mark.parametrize(("context", "window"), [("noise", None), ("window", None), ("window", 0)])
 def test_bad_contexts_are_named(context, window):
     with pytest.raises(ValueError, match=r"context=") as error:
-        window_of(context, window)
+        blocks_per_window(context, window)
     assert repr(window if context == "window" else context) in str(error.value)
 
 
