@@ -10,7 +10,7 @@ import torch
 from jacobi_hf.attention.interface import MaskBuilder, attention_of
 from jacobi_hf.trainer.base import output_head, vocabulary_size
 from jacobi_hf.trainer.data.answers import base_of
-from jacobi_hf.trainer.data.collator import clean_part
+from jacobi_hf.trainer.data.batch import clean_part
 from jacobi_hf.trainer.forcing.losses import Losses, Reference, Targets, chunked_losses
 from jacobi_hf.trainer.forcing.mask import Slots, dense_mask, mask_mod
 from jacobi_hf.trainer.head_hook import AtHead

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jacobi_hf.trainer.data.collator import COUNTS
+from jacobi_hf.trainer.data.batch import COUNTS
 from jacobi_hf.trainer.forcing.mask import PADDING
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from jacobi_hf.trainer.base import (
     vocabulary_size,
 )
 from jacobi_hf.trainer.data.answers import base_of, special_ids
-from jacobi_hf.trainer.data.collator import JacobiForcingCollator, counts_of
+from jacobi_hf.trainer.data.batch import counts_of
+from jacobi_hf.trainer.data.collator import JacobiForcingCollator
 from jacobi_hf.trainer.data.loading import StreamedRecords, TrainingRecords, checked, tokenized_replay
 from jacobi_hf.trainer.forcing.checks import check_model, check_reference, check_weights
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
@@ -143,7 +144,7 @@ class JacobiForcingTrainer(BaseTrainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | None:
-        """Return what each loss of the accumulated batch is averaged over (`collator.COUNTS`), over all processes."""
+        """Return what each loss of the accumulated batch is averaged over (`batch.COUNTS`), over all processes."""
         if not batch_samples:
             return None
         return self._summed(torch.stack([counts_of(batch) for batch in batch_samples]).sum(0).to(device))
