@@ -427,7 +427,7 @@ def test_overfitting_eight_samples(tmp_path):
         ({"block_size": 1}, "block_size=1"),
         ({"context_window": 0}, "context_window=0"),
         ({"context": "any"}, "context='any'"),
-        ({"context": "window"}, "needs a window"),
+        ({"context": "window"}, "needs a context_window"),
         ({"layout": "rows"}, "layout='rows' has no clean context"),
         ({"layout": "grid"}, "layout='grid'"),
         ({"consistency_reduction": "sum"}, "consistency_reduction='sum'"),
