@@ -1,10 +1,11 @@
-"""The command line, `jacobi-hf`: one module a verb. Heavy imports happen inside the verbs, so that `--help` is quick."""
+"""The command line, `jacobi-hf`: one module for each verb."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from jacobi_hf.cli._options import WITH_TRACEBACK
+from jacobi_hf.cli._errors import WITH_TRACEBACK
 from jacobi_hf.cli.autotune import autotune
 from jacobi_hf.cli.bench import bench
 from jacobi_hf.cli.card import card
@@ -19,10 +20,12 @@ from jacobi_hf.cli.push import push
 from jacobi_hf.cli.serve import serve
 from jacobi_hf.cli.train import train
 
-# Options that a dataclass describes are read by jacobi_hf.cli._recipes.
-BY_DATACLASS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+VERBS = {
+    verb.__name__: verb
+    for verb in (demo, generate, chat, collect, pack, train, bench, eval_, autotune, card, push, serve, info)
+}
 
-# Without rich's markup, whose tables cut off the names of long options and whose boxes break errors into lines.
+# Without rich's markup: its tables cut off the names of long options, and its boxes break errors into lines.
 app = typer.Typer(
     help="Parallel decoding for Hugging Face transformers.",
     no_args_is_help=True,
@@ -30,22 +33,30 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, generate, chat, collect, pack, train, bench, eval_, autotune, card, push, serve, info):
-    app.command(
-        verb.__name__.rstrip("_"),
-        short_help=" ".join(
-            str(verb.__doc__).split("\n\n")[0].split()
-        ),  # all of it: typer would cut it off at the width of a line
-        context_settings=BY_DATACLASS if verb in (collect, pack, train, bench) else None,
-    )(verb)
+
+
+class _Verb(TyperCommand):
+    """A command that leaves its words to `jacobi_hf.cli._recipes`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return []
+
+
+for _name, _verb in VERBS.items():
+    # The whole first paragraph: typer would cut it off at the width of a line.
+    _summary = " ".join(str(_verb.__doc__).split("\n\n")[0].split())
+    app.command(_name, cls=_Verb, short_help=_summary)(_verb)
 
 
 @app.callback()
 def main(
+    context: typer.Context,
     *,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="In front of a verb: also show where an error was raised.")
+        bool, typer.Option("--traceback", help="Before a verb: also show where an error was raised.")
     ] = False,
 ) -> None:
     """Parallel decoding for Hugging Face transformers."""
-    WITH_TRACEBACK.set(traceback)
+    token = WITH_TRACEBACK.set(traceback)
+    context.call_on_close(lambda: WITH_TRACEBACK.reset(token))

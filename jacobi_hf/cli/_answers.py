@@ -1,12 +1,11 @@
-"""One text after another from a loaded model, for the verbs that show texts: how tokens are chosen, the stream, and what it took."""
+"""Texts of a loaded model with their figures, for the verbs that show texts."""
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -17,70 +16,17 @@ if TYPE_CHECKING:
 
     from transformers import StoppingCriteria
 
-# Options of every verb that generates, named as generate names them.
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of a text.")]
-DoSample = Annotated[
-    bool | None, typer.Option(help="Sample, or take the likeliest token; as the model's generation config says.")
-]
-Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample from the likeliest tokens that have this probability together.")
-]
-TopK = Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens; 0 is all.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, help="Of torch's random generator; the same seed samples the same text.")
-]
-Dtype = Annotated[str, typer.Option(help="auto (as the weights are), float32, bfloat16 or float16.")]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; None is what the model's generation config says.
-
-    Raises:
-        ValueError: a value is out of range, or sampling is both asked for and not.
-    """
-
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"temperature={self.temperature} cannot be used; it must be above 0. --no-do-sample is greedy."
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} cannot be used; it must be above 0 and at most 1.")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} cannot be used; it must be at least 0.")
-        if self.do_sample is False and self._given:
-            raise ValueError(
-                f"{', '.join(self._given)} given with --no-do-sample, which takes the likeliest token: drop one of the two."
-            )
-
-    @property
-    def _given(self) -> list[str]:
-        return [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
-
-    def arguments(self, model: Any) -> dict[str, Any]:
-        """For `generate`; `do_sample` is always among them."""
-        if self._given:
-            return {"do_sample": True, **{name: getattr(self, name) for name in self._given}}
-        return {"do_sample": bool(model.generation_config.do_sample) if self.do_sample is None else self.do_sample}
-
 
 @dataclass(frozen=True)
 class Answer:
-    """A text and what it took.
+    """A generated text and its figures.
 
     Attributes:
-        text: without special tokens.
-        ids: the new tokens.
-        forwards: of the model, the prefill as one.
-        seconds: wall time of the call.
-        warnings: why it was not decoded as asked for.
+        text: The text without special tokens.
+        ids: The new tokens.
+        forwards: Forwards of the model; the prefill counts as one.
+        seconds: Wall time of the call.
+        warnings: Reasons why the call was not decoded as requested.
     """
 
     text: str
@@ -91,7 +37,7 @@ class Answer:
 
     @property
     def figures(self) -> dict[str, float]:
-        """For a program to read."""
+        """The figures by name, for a program to read."""
         return {
             "new_tokens": len(self.ids),
             "forwards": self.forwards,
@@ -109,7 +55,7 @@ class Answer:
 
 
 class _Shown(TextStreamer):
-    """A streamer that hands text on as soon as it is whole words."""
+    """A streamer that passes text on as soon as its words are whole."""
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -130,14 +76,16 @@ def write(
     show: Callable[[str], None] | None = None,
     stop: StoppingCriteria | None = None,
 ) -> Answer:
-    """Continue a prompt.
+    """Return the model's continuation of a prompt.
 
     Args:
-        ids: of the prompt, all of it where `arguments` hold `past_key_values`.
-        arguments: of `generate`.
-        seed: for torch's generator, before the text is begun.
-        show: called with each piece of text as it is there.
-        stop: ends the text when it says so.
+        model: A loaded model.
+        tokenizer: Tokenizer of the model.
+        ids: Token ids of the prompt; of the whole prompt, even if `arguments` hold a cache.
+        arguments: Arguments of `generate`.
+        seed: Seed of torch's random generator, set before the text begins.
+        show: Called with each piece of the text as soon as it is known.
+        stop: Criterion that ends the text.
     """
     prompt_1P = torch.tensor([ids], device=model.device)
     if seed is not None:
@@ -156,21 +104,21 @@ def write(
     seconds = time.perf_counter() - started
     new = output.sequences[0, len(ids) :].tolist()
     stats = getattr(output, "jacobi_stats", None)
-    said = dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning)
+    reasons = dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning)
     return Answer(
         tokenizer.decode(new, skip_special_tokens=True),
         new,
         stats.forwards if stats else len(new),
         seconds,
-        tuple(said),
+        tuple(reasons),
     )
 
 
 def say(text: str) -> None:
-    """Write a piece of a text, at once."""
+    """Print a piece of a text to stdout at once, without a line break."""
     typer.echo(text, nl=False)
 
 
 def note(text: str) -> None:
-    """Say something about a text, beside it."""
+    """Print a dim line to stderr."""
     typer.secho(text, err=True, dim=True)

@@ -1,192 +1,159 @@
-"""What verbs share: the knobs as options, recipes, JSON from outside, errors in one line."""
+"""Options of the verbs. Each is a dataclass field with a help text; a recipe and the command line set it under the same name.
+
+Verbs import torch and transformers when they run, so that `jacobi-hf --help` is quick. This module imports neither.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
-import importlib.util
-import inspect
-import os
-import traceback
-import typing
-from contextvars import ContextVar
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-import typer
-from safetensors import SafetensorError
-from typer.exceptions import TyperException
+import typer  # noqa: TC002  (typer reads the annotation)
 
-from jacobi_hf.config import DECODINGS, JacobiConfig
-from jacobi_hf.io import read_yaml
+from jacobi_hf.cli._errors import errors_in_one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+
+    from jacobi_hf.cli._recipes import Call
+
+# Keys of a field's metadata, besides "help".
+ROLE = "role"
+LOW = "low"
+HIGH = "high"
+REQUIRED = "required"
+
+# Roles of fields that are more than an option with a value.
+ARGUMENT = "argument"
+FLAG = "flag"
+SWITCH = "switch"
+SEVERAL = "several"
 
 
-def with_knobs(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb an option for each knob; it is called with `knobs`, those that were given, by name."""
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a)
-        for name, a in _annotations().items()
-    ]
-    hints = typing.get_type_hints(verb, include_extras=True)
-    own = [
-        p.replace(annotation=hints[p.name]) for p in inspect.signature(verb).parameters.values() if p.name != "knobs"
-    ]
+def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """Return a field that is an option with a value.
 
-    @functools.wraps(verb)
-    def with_options(**arguments: Any) -> None:
-        given = {name: value for name in _annotations() if (value := arguments.pop(name)) is not None}
-        verb(**arguments, knobs=given)
-
-    with_options.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    return with_options
+    Args:
+        default: Value if the option is not given.
+        text: Help text.
+        low, high: Least and greatest value of a number.
+    """
+    return field(default=default, metadata={"help": text, LOW: low, HIGH: high})
 
 
-def _annotations() -> dict[str, Any]:
-    allowed = ", ".join((*DECODINGS, "none"))
-    annotations: dict[str, Any] = {
-        "decoding": Annotated[
-            str | None, typer.Option(help=f"{allowed}; as the model's generation config says, or {DECODINGS[1]}.")
-        ]
-    }
-    for knob in fields(JacobiConfig)[1:]:
-        text = f"{knob.metadata['help']} (default {knob.default:g})."
-        annotations[knob.name] = Annotated[type(knob.default) | None, typer.Option(help=text[0].upper() + text[1:])]
-    return annotations
+def required(text: str) -> Any:
+    """Return a field that is an option with a value, without which the verb does not start."""
+    return field(default="", metadata={"help": f"{text} Required.", REQUIRED: True})
 
 
-WITH_TRACEBACK = ContextVar("WITH_TRACEBACK", default=False)  # what `jacobi-hf --traceback` says
+def argument(text: str, *, optional: bool = False) -> Any:
+    """Return a field that is a word of the command line without `--name` before it."""
+    return field(default=None if optional else "", metadata={"help": text, ROLE: ARGUMENT, REQUIRED: not optional})
+
+
+def flag(text: str) -> Any:
+    """Return a field that is true if `--name` is given and false otherwise."""
+    return field(default=False, metadata={"help": text, ROLE: FLAG})
+
+
+def switch(text: str) -> Any:
+    """Return a field that is true after `--name`, false after `--no-name`, and None otherwise."""
+    return field(default=None, metadata={"help": text, ROLE: SWITCH})
+
+
+def several(text: str) -> Any:
+    """Return a field that is a list of strings, one for each time that `--name` is given."""
+    return field(default_factory=list, metadata={"help": f"{text}; may be given several times.", ROLE: SEVERAL})
 
 
 @dataclass
-class Ending:
-    """What is said when a verb is interrupted.
-
-    Attributes:
-        kept: what is kept, and how to go on; asked for at that moment.
-    """
-
-    kept: Callable[[], str] = lambda: "nothing is kept"
-
-
-@contextlib.contextmanager
-def errors_in_one_line(verb: str) -> Iterator[Ending]:
-    """End the program with one line: with exit code 2 where bad input raises, 130 where it is interrupted, 1 for anything else.
-
-    With `jacobi-hf --traceback VERB`, the line comes behind where it was raised.
-    """
-    ending = Ending()
-    try:
-        yield ending
-    except (OSError, ValueError, SafetensorError) as error:
-        if WITH_TRACEBACK.get():
-            traceback.print_exc()
-        typer.echo(f"jacobi-hf {verb}: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo(f"jacobi-hf {verb}: interrupted; {ending.kept()}.", err=True)
-        raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort, TyperException):
-        raise
-    except Exception as error:  # noqa: BLE001  (--traceback shows it)
-        if WITH_TRACEBACK.get():
-            traceback.print_exc()
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        typer.echo(f"jacobi-hf {verb}: {said} (jacobi-hf --traceback {verb} .. shows where)", err=True)
-        raise typer.Exit(1) from None
-
-
-def need(extra: str, *modules: str) -> None:
-    """Raise `ValueError` where packages of an extra are missing."""
-    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
-        raise ValueError(f"this needs {', '.join(missing)}: pip install 'jacobi-hf[{extra}]'")
-
-
-def check_folder(path: str | Path) -> None:
-    """Raise `ValueError` where a folder cannot be written into or made."""
-    folder = Path(path).absolute()
-    there = next(f for f in (folder, *folder.parents) if f.exists())
-    if not there.is_dir():
-        raise ValueError(f"{path} cannot be a folder: {there} is a file.")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {there} is not writable; choose another folder.")
-
-
-def recipe_option(*mappings: str) -> Any:
-    """The option `--config`: a recipe's section for the verb, which holds defaults of the other options.
-
-    Args:
-        mappings: names that a section may hold besides, each a mapping, which no option could be; see `mapping`.
-    """
-
-    def read(context: typer.Context, path: Path | None) -> Path | None:
-        if path is not None:
-            with errors_in_one_line(str(context.info_name)):
-                _take_section(context, path, mappings)
-        return path
-
-    text = "YAML file with a section for this verb; what the command line says comes before it."
-    return typer.Option(help=text, callback=read, is_eager=True)
-
-
-def _take_section(context: typer.Context, path: Path, mappings: Sequence[str]) -> None:
-    """Make a recipe's section the defaults of a verb's options, which it names as the command line does."""
-    verb = str(context.info_name)
-    where = f"{path}, section {verb!r}"
-    options = {_in_recipes(p): p for p in context.command.params if p.name != "config"}
-    context.default_map = {}
-    for name, value in section_of(path, verb).items():
-        if name not in options and name not in mappings:
-            close = difflib.get_close_matches(str(name), [*options, *mappings], 1)
-            raise ValueError(
-                f"{where}: {name!r} is no option of {verb}{f'; did you mean {close[0]!r}?' if close else '.'}"
-            )
-        if (name in mappings) != isinstance(value, dict):
-            wanted = "settings by name" if name in mappings else "a value"
-            raise ValueError(f"{where}: {name!r} has to hold {wanted}; it is {value!r}.")
-        if name in mappings:
-            context.meta[name] = value
-        elif name == "decoding" and value is None:
-            raise ValueError(f"{where}: decoding is empty. Ordinary decoding is written none; or leave it out.")
-        else:
-            context.default_map[str(options[name].name)] = _as_typed(value, options[name])
-
-
-def _in_recipes(option: Any) -> str:
-    return str(option.opts[0]).removeprefix("--").replace("-", "_")
-
-
-def mapping(context: typer.Context, name: str) -> dict[str, Any]:
-    """A mapping of the recipe; empty where there is none."""
-    found: dict[str, Any] = context.meta.get(name, {})
-    return found
-
-
-def section_of(path: Path, section: str) -> dict[str, Any]:
-    """A section of a recipe.
+class Options:
+    """Base of the verbs' options, which checks the ranges of numbers.
 
     Raises:
-        ValueError: there is no such file, it is no YAML, or has no such section with options by name.
+        ValueError: A number is out of range.
     """
-    recipe = read_yaml(path)
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is no recipe: it has to hold sections by name, such as {section!r}.")  # noqa: TRY004  (of a file)
-    found = recipe.get(section)
-    if not isinstance(found, dict):
-        there = ", ".join(map(str, recipe)) or "none"
-        raise ValueError(f"{path} has no section {section!r} with options by name; it has {there}.")  # noqa: TRY004
-    return found
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, low, high = getattr(self, one.name), one.metadata.get(LOW), one.metadata.get(HIGH)
+            if value is not None and low is not None and value < low:
+                raise ValueError(f"{one.name}={value} must be at least {low}.")
+            if value is not None and high is not None and value > high:
+                raise ValueError(f"{one.name}={value} must be at most {high}.")
 
 
-def _as_typed(value: Any, option: Any) -> Any:
-    """A value as the command line would have it, so that it is checked the same: 2.5 is no whole number, and neither is true."""
-    several = getattr(option, "multiple", False)
-    if isinstance(value, list):
-        return [str(one) for one in value] if several else ",".join(map(str, value))
-    if value is None or (isinstance(value, bool) and getattr(option, "is_flag", False)):
-        return value
-    return [str(value)] if several else str(value)
+@dataclass
+class ModelOptions(Options):
+    """Options of verbs that load a model."""
+
+    model: str = required("Model name or folder.")
+    drafter: str | None = option(None, "Folder or Hub repository of a drafter to decode with.")
+    dtype: str = option("auto", "auto (as the weights are), float32, bfloat16 or float16.")
+
+
+@dataclass
+class Sampling:
+    """Options of how tokens are chosen. None leaves an option to the model's generation config.
+
+    Raises:
+        ValueError: A value is out of range, or sampling is both requested and refused.
+    """
+
+    do_sample: bool | None = switch(
+        "Sample, or take the likeliest token. The default is that of the model's generation config."
+    )
+    temperature: float | None = option(None, "Sample at this temperature.")
+    top_p: float | None = option(None, "Sample from the likeliest tokens that have this probability together.")
+    top_k: int | None = option(None, "Sample from so many of the likeliest tokens; 0 is all.")
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature={self.temperature} cannot be used; it must be above 0. --no-do-sample is greedy."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} cannot be used; it must be above 0 and at most 1.")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} cannot be used; it must be at least 0.")
+        if self.do_sample is False and self._given:
+            names = ", ".join(self._given)
+            raise ValueError(
+                f"{names} given with --no-do-sample, which takes the likeliest token: drop one of the two."
+            )
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
+
+    def arguments(self, model: Any) -> dict[str, Any]:
+        """Return arguments of the model's `generate`. `do_sample` is always one of them."""
+        if self._given:
+            return {"do_sample": True, **{name: getattr(self, name) for name in self._given}}
+        return {"do_sample": bool(model.generation_config.do_sample) if self.do_sample is None else self.do_sample}
+
+
+def verb(kinds: Callable[[], Sequence[type]], *, json: bool = False) -> Callable[[Callable[[Call], None]], Any]:
+    """Return a decorator that makes a function a verb of the command line.
+
+    The verb reads its recipe and its command line, calls the function, and ends in one line if something raises.
+
+    Args:
+        kinds: Returns the dataclasses of the verb's options. It is called when the verb runs, so it may import torch.
+        json: Whether the verb has the option `--json`.
+    """
+
+    def decorate(function: Callable[[Call], None]) -> Any:
+        def run(context: typer.Context) -> None:
+            with errors_in_one_line(str(context.info_name)) as ending:
+                from jacobi_hf.cli._recipes import read_call
+
+                function(read_call(context, kinds(), ending, json=json))
+
+        run.__name__ = function.__name__.rstrip("_")
+        run.__doc__ = function.__doc__
+        run.kinds = kinds  # type: ignore[attr-defined]
+        return run
+
+    return decorate

@@ -1,4 +1,4 @@
-"""Verbs whose arguments are dataclasses: the same names in Python, in a recipe's section and on the command line."""
+"""Reading of a verb's options: a recipe's section first, the command line over it, both under the same names and checks."""
 
 from __future__ import annotations
 
@@ -6,75 +6,109 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
+import textwrap
 import typing
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 from transformers import HfArgumentParser
 
-from jacobi_hf.cli._options import section_of
-from jacobi_hf.io import parse_json_object
-from jacobi_hf.trainer.options import RENAMED, option
+from jacobi_hf.cli._options import ARGUMENT, FLAG, HIGH, LOW, REQUIRED, ROLE, SEVERAL, SWITCH, flag, option
+from jacobi_hf.io import parse_json_object, read_yaml
+from jacobi_hf.trainer.options import RENAMED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from dataclasses import Field
+    from pathlib import Path
+
+    from jacobi_hf.cli._errors import Ending
 
 
 @dataclass
-class Invocation:
-    """What such verbs take besides."""
+class WithConfig:
+    """Options that every verb has."""
 
     config: str | None = option(
         None, "YAML file with a section for this verb; what the command line says comes before it."
     )
-    json: bool = option(False, "Print the result as one JSON document and nothing else.")
 
 
 @dataclass
-class Given:
-    """What a verb was given.
+class WithJson(WithConfig):
+    """Options of verbs whose result a program may want to read."""
+
+    json: bool = flag("Print the result as one JSON document and nothing else.")
+
+
+@dataclass
+class Call:
+    """One call of a verb: what was given to it, not yet checked.
 
     Attributes:
-        verb: its name.
-        section: its section of the recipe.
-        words: the rest of the command line.
-        as_json: whether the result is for a program.
-        kinds: all dataclasses that the verb may take.
+        verb: Name of the verb.
+        kinds: Dataclasses of its options, all that it may use.
+        recipe: Path of the recipe, or None.
+        section: Its section of the recipe.
+        line: The words of the command line after the verb.
+        words: Those of them that are not `--config` or `--json`.
+        as_json: Whether the result is for a program.
+        ending: Message of an interruption.
     """
 
     verb: str
+    kinds: Sequence[type]
+    recipe: str | None
     section: dict[str, Any]
+    line: list[str]
     words: list[str]
     as_json: bool
-    kinds: tuple[type, ...] = ()
+    ending: Ending
 
     def parse(self, *kinds: type, more: Mapping[str, Any] | None = None) -> Any:
-        """Dataclasses of these kinds; `more` comes before the recipe's section."""
-        return parse(kinds, {**self.section, **(more or {})}, self.words, self.verb, self.kinds)
+        """Return the dataclasses of the options.
+
+        Args:
+            kinds: The dataclasses that this call uses; all of the verb if not given.
+            more: Options in the form of a recipe's section, which come before that section.
+
+        Raises:
+            ValueError: An option is unknown, missing, or has a value that it cannot have.
+        """
+        section = {**self.section, **(more or {})}
+        return parse(kinds or self.kinds, section, self.words, self.verb, self.kinds, self.recipe)
 
     def value_of(self, name: str, default: str) -> str:
-        """Return the value of one option before the others are read: of the command line, the recipe, or the default."""
-        parser = _Parser((), add_help=False, allow_abbrev=False)
+        """Return the value of one option, before the others are read."""
+        parser = _Parser(())
         parser.add_argument(f"--{name}", default=str(self.section.get(name, default)))
         return str(getattr(parser.parse_known_args(self.words)[0], name))
 
 
-def given(context: typer.Context, *kinds: type) -> Given:
-    """The recipe's section and the command line of a verb; ends the program where help is asked for.
+def read_call(context: typer.Context, kinds: Sequence[type], ending: Ending, *, json: bool) -> Call:
+    """Return what a verb was given. Print the help text and end the program if that was asked for.
 
     Raises:
-        ValueError: there is no such recipe, or no such section in it.
+        ValueError: The recipe cannot be read, or has no section for the verb.
     """
-    verb, words = str(context.info_name), list(context.args)
+    verb, words, common = str(context.info_name), list(context.args), WithJson if json else WithConfig
     if {"--help", "-h"}.intersection(words):
-        typer.echo(_help(verb, str(context.command.help), kinds))
+        typer.echo(_help(verb, str(context.command.help), (*kinds, common)))
         raise typer.Exit
-    own, words = _Parser((Invocation,), add_help=False, allow_abbrev=False).parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
+    words, after = _split(words)
+    found, rest = _Parser((common,)).parse_known_args(words)
+    section = section_of(found.config, verb) if found.config else {}
+    return Call(
+        verb, kinds, found.config, section, list(context.args), [*rest, *after], getattr(found, "json", False), ending
     )
-    return Given(verb, section_of(Path(own.config), verb) if own.config else {}, words, own.json, kinds)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words before "--", which may be options, and the others from "--" on."""
+    end = list(words).index("--") if "--" in words else len(words)
+    return list(words[:end]), list(words[end:])
 
 
 def parse(
@@ -83,66 +117,213 @@ def parse(
     words: Sequence[str],
     verb: str,
     all_kinds: Sequence[type] = (),
+    recipe: str | None = None,
 ) -> tuple[Any, ...]:
-    """Dataclasses from a recipe's section and the command line, which comes first; both are read alike.
+    """Return dataclasses with values of a recipe's section and of the command line, which comes first.
 
     Args:
-        kinds: the dataclasses.
-        section: the recipe's section.
-        words: the command line.
-        verb: the verb's name, for errors.
-        all_kinds: all dataclasses that the verb may take, so that an error can name the one that an option belongs to.
+        kinds: The dataclasses. Names of fields are names of options.
+        section: The recipe's section.
+        words: The command line.
+        verb: Name of the verb, for errors.
+        all_kinds: All dataclasses that the verb may use, so that an error can name the owner of an option.
+        recipe: Path of the recipe, for errors.
 
     Raises:
-        ValueError: a name that is unknown, with the nearest one; a value that cannot be.
+        ValueError: A name is unknown (the error says the nearest one), missing, or has a value that it cannot have.
     """
-    hints = {f.name: typing.get_type_hints(kind)[f.name] for kind in kinds for f in fields(kind) if f.init}
-    renamed = RENAMED.get(verb, {})
+    known = {one.name: one for kind in kinds for one in fields(kind) if one.init}
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    where = f"{recipe}, section {verb!r}" if recipe else f"the recipe's section {verb!r}"
+    hint = _Hint(verb, kinds, all_kinds)
+    _check_names(section, known, hint, where)
+    given = {name: _as_word(known[name], value, hints[name], where) for name, value in section.items()}
+    parser = _Parser(kinds)
+    own = (ARGUMENT, SEVERAL)  # these replace a recipe's value rather than having it as their default
+    parser.set_defaults(**{name: value for name, value in given.items() if known[name].metadata.get(ROLE) not in own})
+    words, after = _split(words)
+    found, rest = parser.parse_known_args(words)
+    values = _arguments([*_without_options(rest, hint), *after[1:]], known) | vars(found)
+    values |= {name: value for name, value in given.items() if values.get(name) is None}
+    _check_required(values, known, verb)
+    return tuple(_made(kind, values) for kind in kinds)
+
+
+def _made(kind: type, values: Mapping[str, Any]) -> Any:
+    names = [one.name for one in fields(kind) if one.init]
+    return kind(**{name: values[name] for name in names if name in values})
+
+
+@dataclass(frozen=True)
+class _Hint:
+    """Ends of errors about unknown options of a verb.
+
+    Attributes:
+        verb: Name of the verb.
+        kinds: Dataclasses that a call uses.
+        all_kinds: All dataclasses that the verb may use.
+    """
+
+    verb: str
+    kinds: Sequence[type]
+    all_kinds: Sequence[type]
+
+    def renamed(self, name: str) -> str | None:
+        """Return the new name of a renamed option."""
+        return RENAMED.get(self.verb, {}).get(name)
+
+    def unknown(self, name: str, show: Callable[[str], str]) -> str:
+        """Return the end of an error: the option's owner if another dataclass has it, or else the nearest name."""
+        owners = [kind.__name__ for kind in self.all_kinds if name in {one.name for one in fields(kind)}]
+        if owners:
+            used = ", ".join(kind.__name__ for kind in self.kinds)
+            return f"is no option of {self.verb} with {used}: it belongs to {owners[0]}."
+        names = [one.name for kind in self.kinds for one in fields(kind) if one.init]
+        close = difflib.get_close_matches(name, names, 1)
+        return f"is no option of {self.verb}{f'; did you mean {show(close[0])}?' if close else '.'}"
+
+
+def _check_names(section: Mapping[str, Any], known: Mapping[str, Any], hint: _Hint, where: str) -> None:
     for name in section:
-        if name in renamed:
-            raise ValueError(f"the recipe's section {verb!r} has {name!r}, which is now {renamed[name]!r}.")
-        if name not in hints:
-            raise ValueError(
-                f"the recipe's section {verb!r} has {name!r}, which is no option of {verb}"
-                f"{_elsewhere(str(name), kinds, all_kinds) or _nearest(str(name), hints)}"
-            )
-    parser = _Parser(tuple(kinds), add_help=False, allow_abbrev=False)
-    parser.set_defaults(**{name: _as_word(name, value, hints[name]) for name, value in section.items()})
-    *configs, rest = parser.parse_args_into_dataclasses(
-        list(words), return_remaining_strings=True, look_for_args_file=False
-    )
-    if rest:
-        name = rest[0].split("=")[0]
-        if not name.startswith("--"):
-            raise ValueError(f"{name!r} belongs to no option; options are written as --name value.")
-        plain = name.removeprefix("--").replace("-", "_")
-        if plain in renamed:
-            raise ValueError(f"{name} is now --{renamed[plain]}.")
-        close = _elsewhere(plain, kinds, all_kinds) or _nearest(plain, hints, "--")
-        raise ValueError(f"{name} is no option of {verb}{close}")
-    return tuple(configs)
+        if new := hint.renamed(name):
+            raise ValueError(f"{where}: {name!r} is now {new!r}.")
+        if name not in known:
+            raise ValueError(f"{where}: {name!r} {hint.unknown(str(name), repr)}")
+
+
+def _without_options(rest: Sequence[str], hint: _Hint) -> list[str]:
+    """Return words that no option took.
+
+    Raises:
+        ValueError: One of them looks like an option.
+    """
+    for word in rest:
+        if re.match(r"--?[a-zA-Z][\w-]*(=|$)", word):
+            name = word.split("=")[0]
+            plain = name.removeprefix("--").replace("-", "_")
+            if new := hint.renamed(plain):
+                raise ValueError(f"{name} is now --{new}.")
+            raise ValueError(f"{name} {hint.unknown(plain, _shown)}")
+    return list(rest)
+
+
+def _shown(name: str) -> str:
+    """Return an option as help texts and errors write it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _arguments(words: Sequence[str], known: Mapping[str, Field[Any]]) -> dict[str, str]:
+    """Return the arguments of the command line by name, in their order.
+
+    Raises:
+        ValueError: There are more words than arguments.
+    """
+    names = [name for name, one in known.items() if one.metadata.get(ROLE) == ARGUMENT]
+    if len(words) > len(names):
+        raise ValueError(f"{words[len(names)]!r} belongs to no option; options are written as --name value.")
+    return dict(zip(names, words, strict=False))
+
+
+def _check_required(values: Mapping[str, Any], known: Mapping[str, Field[Any]], verb: str) -> None:
+    names = [name for name, one in known.items() if one.metadata.get(REQUIRED)]
+    _demand([name for name in names if not values.get(name)], verb)
 
 
 def demand(config: Any, verb: str, *names: str) -> None:
-    """Fail before any work where a field is missing that the verb cannot do without."""
-    if missing := [name for name in names if not getattr(config, name)]:
+    """Raise `ValueError` if fields that the verb needs are empty."""
+    _demand([name for name in names if not getattr(config, name)], verb)
+
+
+def _demand(missing: Sequence[str], verb: str) -> None:
+    if missing:
+        them = "it" if len(missing) == 1 else "them"
         raise ValueError(
-            f"{', '.join(missing)} missing: give {'it' if len(missing) == 1 else 'them'} in the recipe's section {verb!r} "
-            f"or on the command line (--{missing[0]} ..)."
+            f"{', '.join(missing)} missing: give {them} in the recipe's section {verb!r} or on the command line "
+            f"(jacobi-hf {verb} --help)."
         )
 
 
-class _Parser(HfArgumentParser):
-    """Reads dataclasses; what is wrong is raised rather than printed among the usage of 150 options."""
+def section_of(path: str | Path, section: str) -> dict[str, Any]:
+    """Return a section of a recipe: options by name.
 
-    def __init__(self, kinds: tuple[type, ...], **options: Any) -> None:
-        super().__init__(kinds, **options)
+    Raises:
+        ValueError: The file cannot be read, is not a recipe, or has no such section.
+    """
+    recipe = read_yaml(path)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is no recipe: it must hold sections by name, such as {section!r}.")  # noqa: TRY004
+    found = recipe.get(section)
+    if not isinstance(found, dict):
+        names = ", ".join(map(str, recipe)) or "none"
+        raise ValueError(f"{path} has no section {section!r} with options by name; it has {names}.")  # noqa: TRY004
+    return found
+
+
+def _as_word(one: Field[Any], value: Any, hint: Any, where: str) -> Any:
+    """Return a recipe's value in the form of the command line, so that both are checked alike: 2.5 is no whole number."""
+    name, role = one.name, one.metadata.get(ROLE)
+    if name == "decoding" and value is None:
+        raise ValueError(f"{where}: decoding is empty. Ordinary decoding is written none; or leave it out.")
+    if value is None and type(None) not in typing.get_args(hint):
+        raise ValueError(f"{where}: {name} is empty. Give a value, or leave it out.")
+    if role in (FLAG, SWITCH):
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{where}: {name} takes true or false; it is {value!r}.")
+        return value
+    if (isinstance(value, list) and "list" not in str(hint)) or (
+        isinstance(value, dict) and hint in (str, int, float)
+    ):
+        raise ValueError(f"{where}: {name} takes one value; it is {value!r}.")
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return None if value is None else [str(value)] if role == SEVERAL else str(value)
+
+
+class _Parser(HfArgumentParser):
+    """A parser of dataclasses. It raises errors, because their usage would be a list of 150 options."""
+
+    def __init__(self, kinds: Sequence[type], **options: Any) -> None:
+        super().__init__([_plain(kind) for kind in kinds], add_help=False, allow_abbrev=False, **options)
         for action in self._actions:
             if typing.get_origin(action.type) is dict:
                 action.type = _mapping
+        for one in (one for kind in kinds for one in fields(kind)):
+            names = dict.fromkeys((_shown(one.name), f"--{one.name}"))
+            text = one.metadata.get("help")
+            if one.metadata.get(ROLE) == FLAG:
+                self.add_argument(*names, dest=one.name, action="store_true", help=text)
+            elif one.metadata.get(ROLE) == SWITCH:
+                self.add_argument(*names, dest=one.name, action=argparse.BooleanOptionalAction, help=text)
+            elif one.metadata.get(ROLE) == SEVERAL:
+                self.add_argument(*names, dest=one.name, action="append", default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}.")
+
+
+def _plain(kind: type) -> type:
+    """Return a dataclass with the fields of another that have no role, which `HfArgumentParser` reads."""
+    hints = typing.get_type_hints(kind)
+    own = {LOW, HIGH, REQUIRED}
+    return make_dataclass(
+        kind.__name__,
+        [
+            (
+                one.name,
+                hints[one.name],
+                field(
+                    default=one.default,
+                    default_factory=one.default_factory,
+                    metadata={key: value for key, value in one.metadata.items() if key not in own},
+                ),
+            )
+            for one in fields(kind)
+            if one.init and ROLE not in one.metadata
+        ],
+        kw_only=True,
+    )
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -152,58 +333,58 @@ def _mapping(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from None
 
 
-def _as_word(name: str, value: Any, hint: Any) -> Any:
-    """A recipe's value as the command line would have it, so that it is checked the same: 2.5 is no whole number."""
-    if value is None and type(None) not in typing.get_args(hint):
-        raise ValueError(f"{name} is empty in the recipe: give a value, or leave it out.")
-    if isinstance(value, list):
-        if "list" not in str(hint):
-            raise ValueError(f"{name} takes one value; the recipe has {value!r}.")
-        return [str(one) for one in value]
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return None if value is None else str(value)
-
-
-def _nearest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {prefix}{close[0]}?" if close else "."
-
-
-def _elsewhere(name: str, kinds: Sequence[type], all_kinds: Sequence[type]) -> str | None:
-    """Return the end of an error for an option of a dataclass that is not used; None if no dataclass has the option."""
-    owners = [kind.__name__ for kind in all_kinds if name in {f.name for f in fields(kind)}]
-    used = ", ".join(kind.__name__ for kind in kinds)
-    return f" with {used}: it belongs to {owners[0]}." if owners else None
-
-
 class _Help(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = [textwrap.fill(" ".join(one.split()), width) for one in text.split("\n\n")]
+        return "\n\n".join(paragraphs)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return action.dest
+        names = [name for name in action.option_strings if "_" not in name]
         kind = getattr(action.type, "__name__", "")
         takes = {"string_to_bool": "[true|false]", "_mapping": "JSON", "int": "INT", "float": "FLOAT"}.get(
-            kind, "TEXT" if kind else ""
+            kind, "" if action.nargs == 0 else "TEXT"
         )
         more = " .." if action.nargs == "+" else ""
-        return f"{action.option_strings[0]} {takes}{more}".strip()
+        return f"{', '.join(names)} {takes}{more}".strip()
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, "", [], {}) or action.nargs == 0 or "%(default)" in (action.help or "")
+        silent = (
+            action.default in (None, "", [], {}, argparse.SUPPRESS)
+            or action.nargs == 0
+            or "%(default)" in (action.help or "")
+        )
         default = "" if silent else " (default: %(default)s)"
         return (action.help or "") + default
 
 
 def _help(verb: str, text: str, kinds: Sequence[type]) -> str:
-    """Return the help text, with options of one dataclass alone after those of all, and transformers' own last."""
+    """Return the help text of a verb.
+
+    Options that only one of several alternative dataclasses has follow the others; those that transformers declares come last.
+    """
+    known = {one.name: one for kind in kinds for one in fields(kind) if one.init}
+    arguments = [one for one in known.values() if one.metadata.get(ROLE) == ARGUMENT]
+    words = "".join(
+        f" {one.name.upper()}" if one.metadata[REQUIRED] else f" [{one.name.upper()}]" for one in arguments
+    )
     parser = _Parser(
-        (Invocation, *kinds),
-        add_help=False,
+        kinds,
         formatter_class=_Help,
         description=text,
-        usage=f"jacobi-hf {verb} [--config RECIPE.yaml] [--name value ..]",
-        conflict_handler="resolve",  # of dataclasses that share fields, of which a call uses one
+        usage=f"jacobi-hf {verb}{words} [--config RECIPE.yaml] [--name value ..]",
+        conflict_handler="resolve",  # alternative dataclasses share fields
     )
     parser._optionals.title = "options (with - or _ between words)"
-    names = {kind: {f.name for f in fields(kind)} for kind in kinds}
+    order = list(known)
+    parser._optionals._group_actions.sort(key=lambda action: order.index(action.dest))
+    if arguments:
+        group = parser.add_argument_group("arguments")
+        for one in arguments:
+            group.add_argument(one.name.upper(), help=one.metadata["help"], nargs="?")
+        parser._action_groups.insert(0, parser._action_groups.pop())
+    names = {kind: {one.name for one in fields(kind)} for kind in kinds}
     for kind in kinds:
         others = set().union(*(names[other] for other in kinds if other is not kind))
         if others & names[kind]:
@@ -212,12 +393,12 @@ def _help(verb: str, text: str, kinds: Sequence[type]) -> str:
         for base in kind.__mro__:
             if base.__module__.startswith("transformers.") and dataclasses.is_dataclass(base):
                 own = {name for cls in kind.__mro__ if not issubclass(base, cls) for name in cls.__annotations__}
-                _move(parser, {f.name for f in fields(base)} - own, f"options of {base.__name__}")
+                _move(parser, {one.name for one in fields(base)} - own, f"options of {base.__name__}")
     return str(parser.format_help())
 
 
 def _move(parser: argparse.ArgumentParser, names: set[str], title: str) -> None:
-    """Move the options of these names to a group of their own, if any are left."""
+    """Move the options of these names to a group of their own, if there are any."""
     main = parser._optionals
     moved = [action for action in main._group_actions if action.dest in names]
     if moved:

@@ -1,107 +1,85 @@
-"""`jacobi-hf autotune`: which setting is fastest for a model, this machine and somebody's prompts."""
+"""`jacobi-hf autotune`: find the fastest decoding for a model, this machine and the user's prompts."""
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
 
-from jacobi_hf.cli._answers import (
-    DoSample,
-    Dtype,
-    MaxNewTokens,
-    Sampling,
-    Temperature,
-    TopK,
-    TopP,
-)
-from jacobi_hf.cli._options import check_folder, errors_in_one_line, recipe_option
+from jacobi_hf.cli._errors import check_folder
+from jacobi_hf.cli._options import ModelOptions, Sampling, flag, option, required, verb
 
 if TYPE_CHECKING:
+    from jacobi_hf.cli._recipes import Call
     from jacobi_hf.tuning.autotune import Tuning
     from jacobi_hf.tuning.strategies import Strategy
 
 GENERATION_CONFIG = "generation_config.json"
 
 
-def autotune(
-    *,
-    model: Annotated[str, typer.Option(help="Model name or folder.")],
-    prompts: Annotated[
-        Path, typer.Option(help="File of prompts, see above; a dozen of the kind that will be decoded.")
-    ],
-    drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
-    assistant_model: Annotated[
-        str | None, typer.Option(help="Draft model, to try transformers' assisted decoding too.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
-    max_new_tokens: MaxNewTokens = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that will be decoded together.")] = 1,
-    seconds: Annotated[float, typer.Option(help="How long to try settings.")] = 60.0,
-    do_sample: DoSample = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile all strategies; allow ten minutes on a CPU.")
-    ] = False,
-    dtype: Dtype = "auto",
-    save: Annotated[
-        bool, typer.Option("--save", help="Write the fastest setting into the model folder's generation config.")
-    ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print what was measured as one JSON document and nothing else.")
-    ] = False,
-    config: Annotated[Path | None, recipe_option()] = None,  # noqa: ARG001  (its callback has read it)
-) -> None:
-    """Try settings on your prompts and tell the fastest, which may be ordinary decoding. The text is the same with all of them.
+@dataclass
+class AutotuneOptions(ModelOptions):
+    """Options of `jacobi-hf autotune`."""
 
-    A .jsonl file of prompts has one a line, a .json file a list: texts, or objects with "prompt" or "messages". Any other file is text
-    with a prompt a line.
+    prompts: str = required("File of prompts, see above; a dozen of the kind that will be decoded.")
+    assistant_model: str | None = option(None, "Draft model, to try transformers' assisted decoding too.")
+    chat: bool = flag("Put prompts through the model's chat template.")
+    max_new_tokens: int = option(128, "Most new tokens of a text.", low=1)
+    batch_size: int = option(1, "Prompts that will be decoded together.", low=1)
+    seconds: float = option(60.0, "How long to try settings.")
+    compile: bool = flag("Compile all strategies; allow ten minutes on a CPU.")
+    save: bool = flag("Write the fastest setting into the model folder's generation config.")
+
+
+@verb(lambda: (AutotuneOptions, Sampling), json=True)
+def autotune(call: Call) -> None:
+    """Try settings on your prompts and print the fastest, which may be ordinary decoding. The text is the same with all of them.
+
+    A .jsonl file of prompts has a prompt in each line. A .json file is a list of prompts. Prompts are texts, or objects with "prompt"
+    or "messages". Any other file is text with a prompt in each line.
     """
-    with errors_in_one_line("autotune"):
-        from jacobi_hf.io import encode_prompts, read_prompts
-        from jacobi_hf.loading import check_length, load
-        from jacobi_hf.tuning.autotune import autotune as tune
+    from jacobi_hf.cli._models import placement_of
+    from jacobi_hf.io import encode_prompts, read_prompts
+    from jacobi_hf.loading import check_length, load
+    from jacobi_hf.tuning.autotune import autotune as tune
 
-        sampling, texts = Sampling(do_sample, temperature, top_p, top_k), read_prompts(prompts)
-        if save:
-            _check_can_save(model, assistant_model)
-        loaded, tokenizer = load(model, dtype, drafter)
-        assistant = None if assistant_model is None else _draft_model(assistant_model, loaded)
-        ids = encode_prompts(texts, tokenizer, model, chat=chat)
-        check_length(loaded, max(map(len, ids)), max_new_tokens)
-        tuning = tune(
-            loaded,
-            ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seconds=seconds,
-            progress=not json,
-            assistant_model=assistant,
-            **sampling.arguments(loaded),
-            **_compile_config(compiled=compiled),
-        )
-        saved = _save(loaded, tuning, Path(model)) if save else None
-    if json:
-        where = {
-            "device": str(loaded.device),
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-        asked = {
-            "model": model,
-            "drafter": drafter,
+    options, sampling = call.parse()
+    texts = read_prompts(options.prompts)
+    if options.save:
+        _check_can_save(options.model, options.assistant_model)
+    model, tokenizer = load(options.model, options.dtype, options.drafter)
+    assistant = None if options.assistant_model is None else _draft_model(options.assistant_model, model)
+    ids = encode_prompts(texts, tokenizer, options.model, chat=options.chat)
+    check_length(model, max(map(len, ids)), options.max_new_tokens)
+    tuning = tune(
+        model,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        seconds=options.seconds,
+        progress=not call.as_json,
+        assistant_model=assistant,
+        **sampling.arguments(model),
+        **_compile_config(compiled=options.compile),
+    )
+    saved = _save(model, tuning, Path(options.model)) if options.save else None
+    if call.as_json:
+        document = {
+            "model": options.model,
+            "drafter": options.drafter,
             "prompts": len(ids),
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
+            "max_new_tokens": options.max_new_tokens,
+            "batch_size": options.batch_size,
+            **placement_of(model),
+            **_document(tuning),
+            "saved": saved,
         }
-        typer.echo(json_module.dumps({**asked, **where, **_document(tuning), "saved": saved}, indent=1))
+        typer.echo(json.dumps(document, indent=1))
     else:
         _show(tuning, saved)
 
@@ -134,8 +112,8 @@ def _check_can_save(model: str, assistant_model: str | None) -> None:
 
 
 def _save(model: Any, tuning: Tuning, folder: Path) -> str:
-    """Put the knobs into the folder's generation config, whole or not at all."""
-    from jacobi_hf.cli.serve import make_default
+    """Write the knobs into the folder's generation config, whole or not at all. Return the file's path."""
+    from jacobi_hf.cli._models import make_default
 
     if tuning.config:
         tuning.config.save_defaults(model)
@@ -193,13 +171,11 @@ def _show(tuning: Tuning, saved: str | None) -> None:
         table.add_row(describe(one.strategy, drafted=tuning.drafted), str(one.prompts), *figures)
     Console().print(table)
     if tuning.untried:
-        typer.echo(
-            f"no time for: {'; '.join(describe(strategy, drafted=tuning.drafted) for strategy in tuning.untried)}"
-        )
+        untried = [describe(strategy, drafted=tuning.drafted) for strategy in tuning.untried]
+        typer.echo(f"no time for: {'; '.join(untried)}")
     best = tuning.table[0]
-    typer.echo(
-        f"fastest: {describe(best.strategy, drafted=tuning.drafted)}, {best.speedup:.2f} times as fast as ordinary decoding"
-    )
+    fastest = describe(best.strategy, drafted=tuning.drafted)
+    typer.echo(f"fastest: {fastest}, {best.speedup:.2f} times as fast as ordinary decoding")
     typer.echo(", ".join(f"{name}={value!r}" for name, value in _knobs_of(best.strategy).items()))
     if saved:
         typer.echo(f"saved in {saved}")

@@ -1,4 +1,4 @@
-"""`jacobi-hf bench`: what a model is worth through the real decoder, on prompts by domain."""
+"""`jacobi-hf bench`: measure a model with the decoder, on prompts by domain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from jacobi_hf.cli._options import check_folder, errors_in_one_line
-from jacobi_hf.trainer.options import option
+from jacobi_hf.cli._errors import check_file
+from jacobi_hf.cli._options import Options, option, required, verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from jacobi_hf.cli._recipes import Call
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.results.schema import Measurement, Results
     from jacobi_hf.resume import Progress
@@ -23,68 +24,65 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(Options):
     """What is measured of a model."""
 
-    model: str = option("", "Model name or path.")
+    model: str = required("Model name or path.")
     drafter: str | None = option(None, "Folder or Hub repository of a drafter to decode with.")
-    name: str | None = option(None, "What the results call the model.")
+    name: str | None = option(None, "Name of the model in the results.")
     dtype: str = option("float32", "dtype of the model; texts are compared token for token in float32.")
-    output: str = option("", "JSON file of the results.")
-    prompts: str = option("", "JSON with prompts by domain.")
+    output: str = required("JSON file of the results.")
+    prompts: str = required("JSON with prompts by domain.")
     domains: str | None = option(None, "Domains to measure, separated by commas.")
-    prompt_count: int = option(64, "Prompts of each domain.")
-    max_new_tokens: int = option(128, "New tokens per prompt.")
+    prompt_count: int = option(64, "Prompts of each domain.", low=1)
+    max_new_tokens: int = option(128, "New tokens per prompt.", low=1)
     decoders: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Knobs of each decoder, by name; one as the model decodes by itself, if not given."},
+        metadata={"help": "Knobs of each decoder, by name. If not given, the model decodes with its own knobs."},
     )
     held_out: str | None = option(None, "JSONL with domain and text, for the held-out loss.")
-    held_out_tokens: int = option(120_000, "Tokens of each domain for that loss.")
+    held_out_tokens: int = option(120_000, "Tokens of each domain for that loss.", low=1)
     problems: str | None = option(None, "JSONL with prompt and answer.")
     problem_domain: str = option("arithmetic", "Domain that the problems belong to.")
-    problem_count: int = option(1000, "Problems to solve.")
+    problem_count: int = option(1000, "Problems to solve.", low=1)
     answer_pattern: str = option(r"The answer is (-?\d+)", "Regular expression; group 1 is the answer.")
 
-    def __post_init__(self) -> None:
-        for name in ("prompt_count", "max_new_tokens", "held_out_tokens", "problem_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
-
-def bench(context: typer.Context) -> None:
+@verb(lambda: (BenchConfig,), json=True)
+def bench(call: Call) -> None:
     """Measure tokens per forward and identity with ordinary decoding on prompts by domain, held-out loss, and right answers.
 
-    The prompts' file is JSON: {"prompts": {"code": ["def f():"]}}; a prompt is text or a list of messages. Interrupted, it goes on behind
-    the last finished domain when it is run again.
+    The file of prompts is JSON: {"prompts": {"code": ["def f():"]}}; a prompt is text or a list of messages. An interrupted run goes on
+    after the last finished domain when it is run again.
     """
-    with errors_in_one_line("bench") as ending:
-        from jacobi_hf.cli import _recipes as recipes
-
-        given = recipes.given(context, BenchConfig)
-        (config,) = given.parse(BenchConfig)
-        recipes.demand(config, "bench", "model", "prompts", "output")
-        ending.kept = lambda: (
-            f"finished domains are kept in {unfinished(config)}; the same command goes on from there"
-            if unfinished(config).is_file()
-            else "nothing was finished yet"
-        )
-        results = run(config, quiet=given.as_json)
-    typer.echo(results.model_dump_json(indent=1, exclude_none=True)) if given.as_json else _show(
-        results, config.output
+    (config,) = call.parse()
+    file = unfinished(config)
+    call.ending.kept = lambda: (
+        f"finished domains are kept in {file}; the same command goes on from there"
+        if file.is_file()
+        else "nothing was finished yet"
     )
+    results = run(config, quiet=call.as_json)
+    if call.as_json:
+        typer.echo(results.model_dump_json(indent=1, exclude_none=True))
+    else:
+        _show(results, config.output)
 
 
 def unfinished(config: BenchConfig) -> Path:
-    """Where measurements are kept until all are there."""
+    """Return the file that keeps measurements until all of them are finished."""
     return Path(f"{config.output}.unfinished.json")
 
 
 def run(config: BenchConfig, *, quiet: bool = False) -> Results:
-    """Measure, and write the results where `output` says.
+    """Measure a model and write the results to `config.output`.
+
+    Args:
+        config: What is measured.
+        quiet: Whether to show no progress.
 
     Raises:
-        ValueError, OSError: something is wrong with the options or files; nothing was measured.
+        ValueError: Options or files cannot be used. Nothing was measured.
     """
     from rich.console import Console
     from rich.progress import track
@@ -132,30 +130,32 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
 
 
 def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str]], list[dict[str, Any]]]:
-    """Prompts by domain, held-out texts by domain, problems."""
+    """Return prompts by domain, held-out texts by domain, and problems."""
     from jacobi_hf.io import read_jsonl, read_prompts_by_domain
 
     by_domain = read_prompts_by_domain(config.prompts)
     domains = [domain.strip() for domain in config.domains.split(",")] if config.domains else list(by_domain)
     if unknown := [domain for domain in domains if domain not in by_domain]:
         raise ValueError(f"{config.prompts} has no domain {', '.join(unknown)}; it has {', '.join(by_domain)}.")
-    texts: dict[str, list[str]] = {}
-    if config.held_out:
-        rows = read_jsonl(config.held_out)
-        texts = {
-            domain: [str(row.get("text", "")) for row in rows if row.get("domain") == domain] for domain in domains
-        }
-        if missing := [domain for domain in domains if not texts[domain]]:
-            raise ValueError(
-                f"{config.held_out} has no text of {', '.join(missing)}: name the --domains that it has, or leave held_out out."
-            )
+    texts = _held_out(config.held_out, domains) if config.held_out else {}
     problems = read_jsonl(config.problems)[: config.problem_count] if config.problems else []
     if bad := [number for number, problem in enumerate(problems, 1) if not {"prompt", "answer"} <= problem.keys()]:
         raise ValueError(f"{config.problems}, row {bad[0]} has no prompt or no answer.")
-    check_folder(Path(config.output).parent)
-    if Path(config.output).is_dir():
-        raise ValueError(f"{config.output} is a folder: give the file that the results go to.")
+    check_file(config.output)
     return {domain: by_domain[domain][: config.prompt_count] for domain in domains}, texts, problems
+
+
+def _held_out(file: str, domains: list[str]) -> dict[str, list[str]]:
+    """Return the held-out texts of each domain."""
+    from jacobi_hf.io import read_jsonl
+
+    rows = read_jsonl(file)
+    texts = {domain: [str(row.get("text", "")) for row in rows if row.get("domain") == domain] for domain in domains}
+    if missing := [domain for domain in domains if not texts[domain]]:
+        raise ValueError(
+            f"{file} has no text of {', '.join(missing)}: name the --domains that it has, or leave held_out out."
+        )
+    return texts
 
 
 def _decoders(config: BenchConfig) -> dict[str, JacobiConfig]:

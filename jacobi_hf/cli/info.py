@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-import json as json_module
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
-from jacobi_hf.cli._options import errors_in_one_line
+from jacobi_hf.cli._options import Options, argument, option, verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jacobi_hf.cli._inspection import Environment, ModelFacts
+    from jacobi_hf.cli._recipes import Call
+    from jacobi_hf.inspection import Environment, ModelFacts
 
 
-def info(
-    model: Annotated[str | None, typer.Argument(help="Model name or folder: whether and how it would decode.")] = None,
-    *,
-    drafter: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of a drafter: whether it is for the model.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
-) -> None:
-    """Say what is installed, on what it runs, and whether a model would decode with Jacobi or fall back, and why.
+@dataclass
+class InfoOptions(Options):
+    """Options of `jacobi-hf info`."""
+
+    model: str | None = argument("Model name or folder; if given, how it would decode.", optional=True)
+    drafter: str | None = option(None, "Folder or Hub repository of a drafter; if given, whether it fits the model.")
+
+
+@verb(lambda: (InfoOptions,), json=True)
+def info(call: Call) -> None:
+    """Print what is installed, on what it runs, and whether a model would decode with Jacobi or fall back, and why.
 
     Only the model's configuration is read, never its weights.
     """
-    with errors_in_one_line("info"):
-        if drafter is not None and model is None:
-            raise ValueError(
-                f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}"
-            )
-        from jacobi_hf.cli._inspection import Environment, inspect_model
+    from jacobi_hf.inspection import Environment, inspect_model
 
-        here = Environment.here()
-        facts = None if model is None else inspect_model(model, drafter)
-    if json:
-        typer.echo(json_module.dumps({**asdict(here), "model": asdict(facts) if facts else None}, indent=1))
+    (options,) = call.parse()
+    model, drafter = options.model, options.drafter
+    if drafter is not None and model is None:
+        raise ValueError(
+            f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}"
+        )
+    here = Environment.here()
+    facts = None if model is None else inspect_model(model, drafter)
+    if call.as_json:
+        typer.echo(json.dumps({**asdict(here), "model": asdict(facts) if facts else None}, indent=1))
         return
     for name, value in [*_environment(here), *(_model(facts) if facts else ())]:
         typer.echo(f"{name:<14}{value}" if name else "")

@@ -4,59 +4,64 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from pathlib import Path  # noqa: TC003  (typer reads the annotation)
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
-from jacobi_hf.cli._options import errors_in_one_line, recipe_option, with_knobs
-from jacobi_hf.integration.compat import require_release
+from jacobi_hf.cli._options import Options, argument, flag, option, verb
 
 if TYPE_CHECKING:
-    from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.cli._recipes import Call
 
 
-@with_knobs
-def serve(
-    model: Annotated[str, typer.Argument(help="Model name or folder; also what requests call it.")],
-    *,
-    drafter: Annotated[str | None, typer.Option(help="Folder or Hub repository of a drafter to decode with.")] = None,
-    host: Annotated[
-        str,
-        typer.Option(help="Address to listen on. There is no authentication: one that others reach is open to them."),
-    ] = ("127.0.0.1"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="auto (as the weights are), float32, bfloat16 or float16.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps; on CUDA they are captured.")] = False,
-    config: Annotated[Path | None, recipe_option()] = None,  # noqa: ARG001  (its callback has read it)
-    knobs: dict[str, Any],
-) -> None:
+@dataclass
+class ServeOptions(Options):
+    """Options of `jacobi-hf serve`."""
+
+    model: str = argument("Model name or folder; also its name in requests.")
+    drafter: str | None = option(None, "Folder or Hub repository of a drafter to decode with.")
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on. There is no authentication: everybody who reaches the address can use the server.",
+    )
+    port: int = option(8000, "Port to listen on; 0 for any that is free.", low=0, high=65535)
+    dtype: str = option("auto", "auto (as the weights are), float32, bfloat16 or float16.")
+    compile: bool = flag("Compile the steps; on CUDA they run as CUDA graphs.")
+
+
+def _kinds() -> tuple[type, ...]:
+    from jacobi_hf.cli._models import KnobOptions
+    from jacobi_hf.integration.compat import require_release
+
+    require_release("serving", "5.15")
+    return ServeOptions, KnobOptions
+
+
+@verb(_kinds)
+def serve(call: Call) -> None:
     """Serve a model at /v1/chat/completions and /v1/completions, as the OpenAI API has them, streaming or not.
 
-    A request may hold knobs of its own: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}. Sampling
-    is as the model's generation config says unless the request has a temperature; 0 is greedy.
+    A request may hold knobs: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}. Sampling is that of the
+    model's generation config unless the request has a temperature; temperature 0 is greedy.
     """
-    from jacobi_hf.cli._models import check_knobs, decoding_of
+    from jacobi_hf.cli._models import check_knobs, decoding_of, given_knobs, make_default
     from jacobi_hf.loading import load
 
-    with errors_in_one_line("serve"):
-        require_release("serving", "5.15")
-        _check_extra()
-        check_knobs(knobs)
-        at = listener(host, port)  # before the model is loaded, which takes long
-    from jacobi_hf.serving.app import Server, build_app
+    options, knobs = call.parse()
+    _check_extra()
+    given = given_knobs(knobs)
+    check_knobs(given)
+    with listener(options.host, options.port) as at:  # before the model is loaded, which takes long
+        from jacobi_hf.serving.app import Server, build_app
 
-    with at:
-        with errors_in_one_line("serve"):
-            loaded, tokenizer = load(model, dtype, drafter)
-            default = decoding_of(loaded, knobs)
-        make_default(loaded, default)
-        app = build_app(loaded, tokenizer, model, compiled=compiled)
-        shown = f"[{host}]" if ":" in host else host
-        typer.echo(
-            f"{model} ({default.decoding if default else 'ordinary decoding'}) at http://{shown}:{at.getsockname()[1]}/v1"
-        )
-        with suppress(KeyboardInterrupt):  # which is how one ends it
+        model, tokenizer = load(options.model, options.dtype, options.drafter)
+        default = decoding_of(model, given)
+        make_default(model, default)
+        app = build_app(model, tokenizer, options.model, compiled=options.compile)
+        decoding = default.decoding if default else "ordinary decoding"
+        typer.echo(f"{options.model} ({decoding}) at {address_of(options.host, at)}/v1")
+        with suppress(KeyboardInterrupt):  # the way to end it
             Server(app).run(sockets=[at])
 
 
@@ -70,10 +75,10 @@ def _check_extra() -> None:
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket bound to an address.
+    """Return a socket that is bound to an address.
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: The address is in use, or does not exist.
     """
     at = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     at.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,10 +92,6 @@ def listener(host: str, port: int) -> socket.socket:
     return at
 
 
-def make_default(model: Any, config: JacobiConfig | None) -> None:
-    """Let a loaded model decode like this where a call does not say otherwise; its sampling stays as it is."""
-    from jacobi_hf.config import KNOBS
-
-    knobs = config.to_knobs() if config else {}
-    for name in KNOBS:
-        setattr(model.generation_config, name, knobs.get(name))
+def address_of(host: str, at: socket.socket) -> str:
+    """Return the URL of a bound socket."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"

@@ -37,8 +37,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
 from jacobi_hf.attention import interface
-from jacobi_hf.cli import app
-from jacobi_hf.cli.serve import listener, make_default
+from jacobi_hf.cli import VERBS, app
+from jacobi_hf.cli._models import make_default
+from jacobi_hf.cli._recipes import parse, section_of
+from jacobi_hf.cli.serve import listener
 from jacobi_hf.config import JacobiConfig
 from jacobi_hf.serving.app import Server, build_app
 from jacobi_hf.trainer.data import schedule
@@ -50,8 +52,6 @@ HUB_MODEL = re.compile(r"(?<=[\"' =])Qwen/[\w.-]+")
 PACKED = "build/packed"
 SERVER = "http://127.0.0.1:8000"
 MOST_EXCUSES = 3
-VERBS = typer.main.get_command(app).commands
-USAGE_ERROR = typer.BadParameter.__base__
 OTHER_PROGRAMS = {"cd", "curl", "export", "git", "for", "do", "done"}
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+|.*\.\.\.")
 
@@ -172,24 +172,33 @@ def fault_of_verb(rest):
     if not rest or rest[0] == "--help":
         return None
     verb, *arguments = rest
-    command = VERBS.get(verb)
-    if command is None:
+    if verb not in VERBS:
         return f"jacobi-hf has no verb {verb}"
     unknown = unknown_options(arguments, help_of_verb(verb))
     if unknown or "--help" in arguments or any(PLACEHOLDER.fullmatch(word) for word in arguments) or not arguments:
         return unknown
+    return None if verb == "train" else fault_of_options(verb, [word for word in arguments if word != "--json"])
+
+
+def fault_of_options(verb, words):
+    """What is wrong with the values of a verb's options."""
+    section = {}
+    if "--config" in words:
+        at = words.index("--config")
+        section = section_of(words[at + 1], verb) if Path(words[at + 1]).is_file() else None
+        words = words[:at] + words[at + 2 :]
+    if section is None:
+        return None
+    section.pop("sets", None)
     try:
-        command.make_context(verb, list(arguments))
-    except USAGE_ERROR as error:
-        return error.format_message()
+        parse(VERBS[verb].kinds(), section, words, verb)
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def help_of_verb(verb):
-
-    return " ".join(
-        itertools.chain.from_iterable([*parameter.opts, *parameter.secondary_opts] for parameter in VERBS[verb].params)
-    ) + shown(lambda: app([verb, "--help"], standalone_mode=False))
+    return shown(lambda: app([verb, "--help"], standalone_mode=False))
 
 
 def fault_of_script(rest):

@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
 from jacobi_hf import JacobiConfig
-from jacobi_hf.cli import app
 from jacobi_hf.cli._models import check_decoder
-from jacobi_hf.cli._options import mapping
 from jacobi_hf.cli._recipes import parse
 from jacobi_hf.cli.bench import BenchConfig
+from jacobi_hf.cli.card import CardOptions
+from jacobi_hf.cli.eval import Evaluation
 from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
 from jacobi_hf.trainer.data.collection import CollectConfig
 from jacobi_hf.trainer.data.packing import PackConfig
@@ -51,21 +50,15 @@ def test_every_section_of_a_recipe_is_understood(path):
 def test_the_newcomers_recipe_evaluates_what_it_trains():
     path = ROOT / "examples" / "recipes" / "tiny_newcomer.yaml"
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    with typer.main.get_command(app).commands["eval"].make_context("eval", ["--config", str(path)]) as context:
-        assert (context.params["model"], context.params["drafter"]) == (
-            recipe["bench"]["model"],
-            recipe["bench"]["drafter"],
-        )
-        assert all((ROOT / file).is_file() for file in (*context.params["task_file"], recipe["collect"]["dataset"]))
-        for name, knobs in mapping(context, "decoders").items():
-            check_decoder(name, knobs)
-    asked = [f"{recipe['train']['output_dir']}/final", "you/tiny-drafter", "--config", str(path)]
-    with typer.main.get_command(app).commands["card"].make_context("card", asked) as context:
-        assert [str(file) for file in context.params["results"]] == [
-            recipe["bench"]["output"],
-            recipe["eval"]["output"],
-        ]
-        assert context.params["license"]
+    (evaluation,) = parse((Evaluation,), recipe["eval"], [], "eval")
+    assert (evaluation.model, evaluation.drafter) == (recipe["bench"]["model"], recipe["bench"]["drafter"])
+    assert all((ROOT / file).is_file() for file in (*evaluation.task_file, recipe["collect"]["dataset"]))
+    for name, knobs in evaluation.decoders.items():
+        check_decoder(name, knobs)
+    words = [f"{recipe['train']['output_dir']}/final", "you/tiny-drafter"]
+    (card,) = parse((CardOptions,), recipe["card"], words, "card")
+    assert card.results == [recipe["bench"]["output"], recipe["eval"]["output"]]
+    assert card.license
 
 
 def test_every_control_of_the_drafter_is_understood():

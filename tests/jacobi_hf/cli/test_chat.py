@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from jacobi_hf import loading
 from jacobi_hf.cli import app
-from jacobi_hf.cli._conversation import Conversation
-from jacobi_hf.cli._interrupts import StopOnInterrupt
+from jacobi_hf.cli._conversation import Conversation, StopOnInterrupt
 from tests.helpers.models import fresh_model
 from tests.helpers.tiny import EXAMPLE
 
@@ -137,7 +136,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tiny, monkeypatch):
     before = list(conversation.messages)
     with pytest.raises(ValueError, match="beam"):
         conversation.ask(QUESTIONS[1], {**arguments, "num_beams": 2})
-    with pytest.raises(ValueError, match="/clear begins anew"):
+    with pytest.raises(ValueError, match="/clear starts a new one"):
         conversation.ask("1 2" * 3000, arguments)
     assert conversation.messages == before
     wanted = answer_alone(model, tokenizer, [*before, {"role": "user", "content": QUESTIONS[1]}])
@@ -260,7 +259,7 @@ def test_without_a_template_turns_are_concatenated(say, load, monkeypatch):
     tokenizer.chat_template = None
     monkeypatch.setattr(loading, "load", lambda *_: (model, tokenizer))
     told = say("def add(a, b):", "    return a")
-    assert "has no chat template: turns are concatenated as they are" in told.stderr
+    assert "has no chat template: turns are concatenated without one" in told.stderr
     arguments = {"max_new_tokens": 48, "do_sample": False, "decoding": None}
     text = "def add(a, b):"
     for turn in ("", "    return a"):

@@ -41,7 +41,7 @@ def evaluated(tmp_path_factory):
     """Results of the shipped task on the forced checkpoint, written and read back."""
     output = tmp_path_factory.mktemp("eval") / "new folder" / "results.json"
     decoders = {"multiblock": {}, "blocks": {"decoding": "jacobi", "jacobi_block_size": 8}}
-    run(Evaluation(FORCED, task_files=[str(TASK)], decoders=decoders, output=str(output), **SMALL), quiet=True)
+    run(Evaluation(FORCED, task_file=[str(TASK)], decoders=decoders, output=str(output), **SMALL), quiet=True)
     assert [file.name for file in output.parent.iterdir()] == ["results.json"]
     return Results.read(output)
 
@@ -88,7 +88,7 @@ def test_the_score_is_that_of_plain_generate(evaluated):
 def test_with_a_drafter_the_models_own_knobs(tmp_path):
     drafter = str(EXAMPLE / "drafter")
     results = run(
-        Evaluation(str(CHECKPOINT), drafter=drafter, task_files=[str(TASK)], **SMALL | {"limit": 2}), quiet=True
+        Evaluation(str(CHECKPOINT), drafter=drafter, task_file=[str(TASK)], **SMALL | {"limit": 2}), quiet=True
     )
     ordinary, drafted = results.measurements
     assert (drafted.decoder.name, drafted.decoder.drafter) == ("jacobi_multiblock", drafter)
@@ -111,14 +111,14 @@ def test_how_answers_are_read(tmp_path, monkeypatch):
     for number, (header, problems, share) in enumerate(cases):
         rows = [{"prompt": prompt, "answer": answer, "more": None} for prompt, answer in problems]
         path = write_task(tmp_path, *[header] * bool(header), "", *rows, name=f"t{number}.jsonl")
-        results = run(Evaluation(FORCED, task_files=[path]), quiet=True)
+        results = run(Evaluation(FORCED, task_file=[path]), quiet=True)
         assert [m.quality.value for m in results.measurements] == pytest.approx([share, share])
 
 
 def test_stop_strings_of_a_file_end_the_text(tmp_path):
     problem = {"prompt": TaskFile.read(TASK).problems[0].prompt, "answer": "Ben starts with 51 stickers"}
     path = write_task(tmp_path, {"stop": ["."], "max_new_tokens": 40}, problem)
-    ordinary, jacobi = run(Evaluation(FORCED, task_files=[path], dtype="float32"), quiet=True).measurements
+    ordinary, jacobi = run(Evaluation(FORCED, task_file=[path], dtype="float32"), quiet=True).measurements
     assert ordinary.quality.value == jacobi.quality.value == 1
     assert jacobi.agreement.identical == 1
     assert ordinary.new_tokens < 40
@@ -144,7 +144,7 @@ def test_a_task_of_the_harness_by_name(monkeypatch):
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     output = tmp_path / "results.json"
-    options = Evaluation(FORCED, task_files=[str(TASK)], output=str(output), **SMALL)
+    options = Evaluation(FORCED, task_file=[str(TASK)], output=str(output), **SMALL)
     generate, calls = AlternatingLM._generate, []
 
     def interrupted(self, name, request, seed):
@@ -177,7 +177,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task_files": []}, "nothing to evaluate on"),
+        ({"task_file": []}, "nothing to evaluate on"),
         ({"limit": 0}, "limit=0"),
         ({"num_fewshot": -1}, "num_fewshot=-1"),
         ({"max_new_tokens": 5000}, "2048 positions"),
@@ -189,19 +189,19 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         ({"model": "nowhere/at/all"}, "nowhere"),
         ({"dtype": "float33"}, "float33"),
         ({"drafter": "nowhere"}, "nowhere"),
-        ({"task_files": [str(TASK), str(TASK)]}, "arithmetic"),
+        ({"task_file": [str(TASK), str(TASK)]}, "arithmetic"),
     ],
 )
 def test_bad_options_fail_before_anything_is_generated(change, message, monkeypatch):
     monkeypatch.setattr(AlternatingLM, "generate_until", lambda *_: pytest.fail("generated"))
     with pytest.raises((ValueError, OSError), match=message):
-        run(Evaluation(**{"model": FORCED, "task_files": [str(TASK)], **change}), quiet=True)
+        run(Evaluation(**{"model": FORCED, "task_file": [str(TASK)], **change}), quiet=True)
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=re.escape("pip install 'jacobi-hf[eval]'")):
-        run(Evaluation(FORCED, task_files=[str(TASK)]), quiet=True)
+        run(Evaluation(FORCED, task_file=[str(TASK)]), quiet=True)
 
 
 def recipe(folder, section):
@@ -257,8 +257,8 @@ def test_the_verb_shows_a_table(tmp_path):
         ({"limt": 3}, "did you mean 'limit'"),
         ({"limit": 2.5}, "--limit"),
         ({"limit": "x"}, "--limit"),
-        ({"limit": {"a": 1}}, "'limit'"),
-        ({"decoders": 3}, "'decoders'"),
+        ({"limit": {"a": 1}}, "--limit"),
+        ({"decoders": 3}, "--decoders"),
         ({"tasks": "a", "decoders": {"x": 3}}, "decoder 'x'"),
         ([1], "no section 'eval'"),
         (None, "no section"),

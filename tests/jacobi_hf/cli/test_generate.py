@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import signal
 
@@ -10,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from jacobi_hf.cli import app
-from jacobi_hf.cli._answers import Answer, Sampling
+from jacobi_hf.cli import _answers, app
+from jacobi_hf.cli._answers import Answer
+from jacobi_hf.cli._options import Sampling
 from tests.helpers.tiny import EXAMPLE
 
 run = CliRunner().invoke
-VERB = importlib.import_module("jacobi_hf.cli.generate")  # its name in the package is the function's
 FORCED, CHECKPOINT, DRAFTER = (str(EXAMPLE / name) for name in ("forced", "checkpoint", "drafter"))
 QUESTION = "Anna has 12 apples and buys 30 more. How many apples does Anna have now?"
 PROMPT = f"Question: {QUESTION}\nAnswer:"
@@ -102,7 +101,7 @@ def test_a_difference_is_shown(monkeypatch):
     def write(model, tokenizer, ids, arguments, **_):
         return Answer("ours", [1, 2], 1, 0.1) if arguments["decoding"] else Answer("theirs", [1, 3], 2, 0.1)
 
-    monkeypatch.setattr(VERB, "write", write)
+    monkeypatch.setattr(_answers, "write", write)
     result = run(app, ["generate", "--model", FORCED, PROMPT, *SHORT, "--compare"])
     assert "differ from new token 2 on. Ordinary" in result.stderr
     assert result.stdout.endswith("theirs\n")
@@ -184,7 +183,7 @@ def test_a_prompt_that_is_no_text_and_a_model_without_a_template(tmp_path):
 
 
 def test_ctrl_c_ends_with_130(monkeypatch):
-    monkeypatch.setattr(VERB, "write", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(_answers, "write", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     result = run(app, ["generate", "--model", FORCED, PROMPT])
     assert (result.exit_code, "jacobi-hf generate: interrupted" in result.stderr) == (130, True)
 

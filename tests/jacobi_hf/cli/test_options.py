@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
-from jacobi_hf.cli._options import check_folder, errors_in_one_line, need
+from jacobi_hf.cli._errors import check_folder, errors_in_one_line, need
 from jacobi_hf.config import KNOBS
 
 run = CliRunner().invoke
@@ -43,9 +43,9 @@ def test_what_is_no_bad_input_is_one_line_too_and_exit_code_1(capsys):
 RECIPES = [
     ("generate", "max_new_tokns: 3", "'max_new_tokns' is no option of generate; did you mean 'max_new_tokens'?"),
     ("generate", "1: 3", "1 is no option of generate."),
-    ("generate", "model: {a: 3}", "'model' has to hold a value; it is {'a': 3}."),
+    ("generate", "model: {a: 3}", "model takes one value; it is {'a': 3}."),
     ("generate", "decoding:", "decoding is empty. Ordinary decoding is written none"),
-    ("eval", "decoders: [a]", "'decoders' has to hold settings by name; it is ['a']."),
+    ("eval", "decoders: [a]", "decoders takes one value; it is ['a']."),
     ("serve", "compiled: true", "'compiled' is no option of serve; did you mean 'compile'?"),
 ]
 

@@ -139,7 +139,8 @@ def test_errors_are_one_line(folder, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "message"), [(PushError("no\nroom"), 2, "no room"), (KeyboardInterrupt(), 130, "is as it was")]
+    ("error", "code", "message"),
+    [(PushError("no\nroom"), 2, "no room"), (KeyboardInterrupt(), 130, "has not changed")],
 )
 def test_a_refusal_and_an_interrupt_are_one_line(monkeypatch, folder, error, code, message):
     def push_to_hub(*_, **__):

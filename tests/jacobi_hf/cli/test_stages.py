@@ -304,7 +304,7 @@ def test_what_is_missing_or_wrong_is_named_before_any_work(tmp_path, monkeypatch
         (bench[:5], "output missing"),
         ((*bench, "--domains", "cod"), "no domain cod; it has code"),
         ((*bench, "--decoders", '{"x": {"jacobi_blocksize": 4}}'), "did you mean 'jacobi_block_size'"),
-        ((*bench, "--decoders", '{"x": 4}'), "the decoder 'x' has to hold knobs by name"),
+        ((*bench, "--decoders", '{"x": 4}'), "the decoder 'x' must hold knobs by name"),
         ((*bench, "--problems", "rows.jsonl"), "rows.jsonl, line 2 is not JSON"),
         ((*bench, "--problems", "good.jsonl"), "good.jsonl, row 1 has no prompt or no answer"),
         ((*bench, "--held_out", "good.jsonl"), "good.jsonl has no text of code"),
@@ -332,7 +332,7 @@ def test_several_sets_have_their_own_folders(tmp_path):
     counts = json.loads(run("collect", "--config", path, "--json").stdout)
     assert [(one["set"], one["prompts"]) for one in counts] == [("one", 1), ("two", 1)]
     path.write_text(yaml.safe_dump({"collect": {**common, "sets": ["one"]}}))
-    assert "have to be sections by name" in refused("collect", "--config", path)
+    assert "must be sections by name" in refused("collect", "--config", path)
 
 
 @pytest.mark.slow
