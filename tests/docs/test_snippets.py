@@ -4,7 +4,7 @@ Blocks of Python run, one after another in one namespace for each page. Some tex
 
 - A model of the Hub (`Qwen/...`) becomes the tiny checkpoint.
 - Numbers of new tokens become 16, and a search for a setting gets one second.
-- `bf16=True` of a trainer becomes `use_cpu=True`.
+- `bf16=True` of a trainer becomes one step on the CPU.
 
 A page may use `model`, `tokenizer`, `inputs` and `prompts`, as its reader has them, packed trajectories, and a server of the model. A block
 that cannot run here has a comment before it, `<!-- not run here: REASON -->`. Quotes of code (`quotes.py`) do not run. A block after a comment
@@ -95,7 +95,7 @@ def served(model, tokenizer):
 
 def translated(code):
     code = re.sub(r"(max_(?:new_)?tokens)=\d+", r"\1=16", HUB_MODEL.sub(CHECKPOINT, code)).replace(
-        "bf16=True", "use_cpu=True"
+        "bf16=True", "use_cpu=True, max_steps=1"
     )
     return re.sub(r"autotune\(model, prompts,(?!.*seconds=)", "autotune(model, prompts, seconds=1,", code)
 
