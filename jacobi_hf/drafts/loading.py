@@ -1,4 +1,4 @@
-"""The drafters of a model: loading, choosing, unloading."""
+"""Loading, choosing and unloading the drafters of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Loaded:
-    """The drafters of a model, and the one in use."""
+    """The drafters of a model by name, and the name of the one in use."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, LoraDrafter] = {}
@@ -38,26 +38,32 @@ def load_drafter(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> None:
-    """Give a model a drafter: its next calls with Jacobi decoding draft with it. Ordinary calls are not changed.
+    """Load a drafter for a model and use it: the next calls with Jacobi decoding take their guesses from it.
+
+    The text of a call does not change, nor do ordinary calls.
 
     Args:
-        model: of a registered class.
-        source: folder, or repository of the Hub.
-        name: to tell several apart; the one loaded last is in use (`set_drafter`).
-        revision, token: for the Hub.
+        model: a model of a registered class, such as Qwen2 or Qwen3.
+        source: a folder, or a repository of the Hub.
+        name: name of the drafter, if a model has several. The one loaded last is in use; `set_drafter` chooses
+            another.
+        revision: branch, tag or commit of the repository.
+        token: token for the Hub, as in `from_pretrained`.
 
     Raises:
-        DrafterError: the files are missing, damaged or those of another model, or the name is taken; the model is as it was.
+        DrafterError: the files are missing or damaged, the drafter was made for another model, or the name is taken.
+            The model is as it was before.
     """
     model = _base_of(model)
     drafters = _loaded.get(model) or _Loaded()
     if name in drafters.by_name:
         raise DrafterError(
-            f"a drafter named {name!r} is loaded already: unload it first, or give this one another name."
+            f"a drafter named {name!r} is loaded already: unload it first, or load this one with another name=."
         )
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise DrafterError(
-            "the model's layers are split over several processes (tp_plan), which a drafter does not follow."
+            "the model's layers are split over several processes (tp_plan), and drafters do not support that: "
+            "load the model without tp_plan."
         )
     drafter = read_drafter(model, source, revision=revision, token=token)
     if broken := [layer for layer, p in drafter.weights().items() if not bool(p.to(model.dtype).isfinite().all())]:
@@ -68,10 +74,16 @@ def load_drafter(
 def read_drafter(
     model: Any, source: str | Path, *, revision: str | None = None, token: str | bool | None = None
 ) -> LoraDrafter:
-    """A drafter that is for a model of this shape, which may be without weights (on the meta device).
+    """Return a drafter from a folder or repository, after checking that it was made for `model`.
+
+    Args:
+        model: a transformers model, which may be on the meta device.
+        source: a folder, or a repository of the Hub.
+        revision: branch, tag or commit of the repository.
+        token: token for the Hub.
 
     Raises:
-        DrafterError: as `load_drafter`.
+        DrafterError: as in `load_drafter`.
     """
     drafter = LoraDrafter.from_pretrained(_folder_of(source, revision, token))
     check_fits(drafter.config, drafter.shapes(), model)
@@ -79,7 +91,7 @@ def read_drafter(
 
 
 def attach(model: PreTrainedModel, drafter: LoraDrafter, name: str = "default") -> None:
-    """Make a drafter one of a model's, and the one in use."""
+    """Add a drafter to those of a model, and use it. Its weights move to the model's devices and dtype."""
     model = _base_of(model)
     drafters = _loaded.setdefault(model, _Loaded())
     drafters.by_name[name] = drafter.place(model, model.dtype)
@@ -89,9 +101,10 @@ def attach(model: PreTrainedModel, drafter: LoraDrafter, name: str = "default") 
 
 @contextlib.contextmanager
 def using(model: Any, drafter: LoraDrafter) -> Iterator[None]:
-    """A drafter in use for a while, and then again what was before."""
+    """Return a context in which a model uses `drafter`; afterwards it uses the drafter from before."""
     drafters = _loaded.setdefault(_base_of(model), _Loaded())
-    former, name = drafters.active, f"for a while {id(drafter)}"
+    former = drafters.active
+    name = f"for a while {id(drafter)}"
     attach(model, drafter, name)
     try:
         yield
@@ -105,12 +118,19 @@ def using(model: Any, drafter: LoraDrafter) -> Iterator[None]:
 def using_source(
     model: PreTrainedModel, source: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> Iterator[None]:
-    """The drafter of a folder or repository in use; loaded the first time, and kept for the next.
+    """Return a context in which a model uses the drafter of a folder or repository.
 
-    Afterwards it is as after `load_drafter`, except that another one which was in use is in use again.
+    The drafter is loaded the first time and stays loaded. If another drafter was in use before, that is in use
+    afterwards; otherwise this one stays in use.
+
+    Args:
+        model: a model of a registered class.
+        source: a folder, or a repository of the Hub.
+        revision: branch, tag or commit of the repository.
+        token: token for the Hub.
 
     Raises:
-        DrafterError: as `load_drafter`.
+        DrafterError: as in `load_drafter`.
     """
     name = source if revision is None else f"{source}@{revision}"
     with _loading:
@@ -128,17 +148,17 @@ def using_source(
 
 
 def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:
-    """Take a drafter off a model, or all of them; if it was in use, none is then.
+    """Remove a drafter from a model, or all of its drafters. If it was in use, none is in use afterwards.
+
+    Args:
+        model: the model that the drafter was loaded for.
+        name: name of the drafter; None for all.
 
     Raises:
-        DrafterError: there is none of that name, or a call is drafting with it.
+        DrafterError: no drafter has this name, or a call is drafting with it.
     """
     model = _base_of(model)
-    drafters = _loaded.get(model) or _Loaded()
-    if name is not None and name not in drafters.by_name:
-        raise DrafterError(
-            f"no drafter named {name!r} is loaded; there is {', '.join(map(repr, drafters.by_name)) or 'none'}."
-        )
+    drafters = _drafters_with(model, name)
     names = list(drafters.by_name) if name is None else [name]
     if busy := [one for one in names if drafters.by_name[one].in_use]:
         raise DrafterError(f"a call of generate is drafting with {busy[0]!r}: unload it when that has ended.")
@@ -150,45 +170,55 @@ def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:
 
 
 def set_drafter(model: PreTrainedModel, name: str | None) -> None:
-    """Choose which of a model's drafters is in use; None for none of them.
+    """Choose which of a model's drafters is in use.
+
+    Args:
+        model: the model that the drafters were loaded for.
+        name: name of the drafter; None to draft without one.
 
     Raises:
-        DrafterError: there is none of that name.
+        DrafterError: no drafter has this name.
     """
     model = _base_of(model)
+    _drafters_with(model, name).active = name
+    clear_graphs(model)
+
+
+def _drafters_with(model: Any, name: str | None) -> _Loaded:
+    """Return the drafters of a model; raise `DrafterError` unless `name` is one of them, or None."""
     drafters = _loaded.get(model) or _Loaded()
     if name is not None and name not in drafters.by_name:
         raise DrafterError(
             f"no drafter named {name!r} is loaded; there is {', '.join(map(repr, drafters.by_name)) or 'none'}."
         )
-    drafters.active = name
-    clear_graphs(model)
+    return drafters
 
 
 def drafter_of(model: Any) -> LoraDrafter | None:
-    """The drafter that a model's next call drafts with."""
+    """Return the drafter that is in use for a model, or None."""
     drafters = _loaded.get(_base_of(model))
     return None if drafters is None or drafters.active is None else drafters.by_name[drafters.active]
 
 
 def _base_of(model: Any) -> Any:
-    """The model under a PEFT adapter, which is the one that decodes."""
+    """Return the model under a PEFT adapter, which is the one that decodes; other models as they are."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _folder_of(source: str | Path, revision: str | None, token: str | bool | None) -> Path:
+    """Return the folder of a drafter, after fetching it from the Hub if `source` is no folder."""
     folder = Path(source)
     if folder.is_dir():
         return folder
     if folder.exists() or not isinstance(source, str) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DrafterError(f"{source} is no folder; a drafter is a folder or a repository of the Hub.")
+        raise DrafterError(f"{source} is no folder; name a folder with a drafter, or a repository of the Hub.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         paths = [hf_hub_download(source, name, revision=revision, token=token) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     except HFValidationError as error:
-        raise DrafterError(f"{source!r} is neither a folder nor a name of a repository: {error}") from error
+        raise DrafterError(f"{source!r} is neither a folder nor the name of a repository: {error}") from error
     except LocalEntryNotFoundError as error:
         raise DrafterError(
             f"the drafter {source} is not in the cache, and the Hub cannot be reached: {error}"

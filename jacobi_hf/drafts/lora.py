@@ -1,7 +1,8 @@
-"""A drafter: a LoRA and one learnt embedding that act on draft positions alone, so that the untouched model verifies what they propose.
+"""A LoRA drafter: a LoRA and one learnt embedding that act on the draft slots of a forward alone.
 
-Rows of a forward from the gate's first slot on get the drafter's delta, all others the model's weights exactly. So the text is the
-model's own whatever a drafter has learnt; it decides how many tokens come true per forward.
+The draft slots are the last ones of a forward. There the drafter adds its delta to the output of linear layers. All
+other slots run with the model's weights exactly, and they verify what the draft slots propose. So the text is the
+model's own, whatever a drafter has learnt. The drafter decides how many guesses are accepted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Gate(threading.local):
-    """From which slot on the forward that this thread runs is the drafter's; None outside of a step."""
+    """The draft slots of the forward that a thread runs: those from `first` on; None while no forward drafts."""
 
     first: int | None = None
     slots: int = 0
@@ -38,14 +39,20 @@ class _Gate(threading.local):
 
 
 class LoraDrafter(torch.nn.Module):
-    """LoRA factors for linear layers of a model, and the embedding added to draft tokens.
+    """A drafter for one model: LoRA factors for its linear layers, and an embedding that is added to draft tokens.
+
+    Make an untrained one with `new`, or read one with `from_pretrained`. `jacobi_hf.load_drafter` reads one for
+    decoding.
 
     Args:
-        config: rank, scale, layers.
-        shapes: `(in, out)` features of each layer, by its name in the model.
+        config: rank, scale and layers.
+        shapes: `(in_features, out_features)` of each layer that gets factors, by its name in the model.
 
     Attributes:
-        lora_A, lora_B: `(r, in)` and `(out, r)`, by the layer's name with "." written "-".
+        config: rank, scale and layers.
+        layers: key of each layer's factors, by the layer's name in the model.
+        lora_A: first factors, `(r, in_features)`, by key.
+        lora_B: second factors, `(out_features, r)`, by key.
         embedding: `(H,)`.
     """
 
@@ -54,7 +61,8 @@ class LoraDrafter(torch.nn.Module):
         self.config = config
         self.scale = config.lora_alpha / config.r
         self.layers = {name: name.replace(".", "-") for name in shapes}
-        self.lora_A, self.lora_B = torch.nn.ParameterDict(), torch.nn.ParameterDict()
+        self.lora_A = torch.nn.ParameterDict()
+        self.lora_B = torch.nn.ParameterDict()
         for name, (inputs, outputs) in shapes.items():
             factor = torch.empty(config.r, inputs)
             torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
@@ -74,24 +82,27 @@ class LoraDrafter(torch.nn.Module):
         target_modules: str | Iterable[str] = "all-linear",
         constant_draft: int | None = None,
     ) -> Self:
-        """An untrained drafter for a model: its delta is zero.
+        """Return an untrained drafter for a model; its delta is zero.
 
         Args:
-            r, lora_alpha: rank, and scale times rank (the rank when not given).
-            target_modules: last parts of layer names, or "all-linear": all linear layers but the LM head.
-            constant_draft: see `LoraDrafterConfig`.
+            model: a transformers model; it does not change.
+            r: rank of the factors.
+            lora_alpha: scale times rank, as in PEFT; by default the rank, for a scale of 1.
+            target_modules: last parts of the names of linear layers, such as "q_proj"; or "all-linear" for all linear
+                layers but the LM head.
+            constant_draft: a token id that replaces every guess at the drafter's input; None to use the guesses.
 
         Raises:
-            DrafterError: a name that is no linear layer of the model.
+            DrafterError: the model has no linear layer of such a name.
         """
         layers = linear_layers(model)
         last = {name.rpartition(".")[2] for name in layers}
-        wanted = (
-            last if isinstance(target_modules, str) and target_modules == "all-linear" else {*_as_list(target_modules)}
-        )
+        named = {target_modules} if isinstance(target_modules, str) else {*target_modules}
+        wanted = last if target_modules == "all-linear" else named
         if unknown := sorted(wanted - last):
             raise DrafterError(
-                f"target_modules {', '.join(unknown)} are no linear layers of the model; it has {', '.join(sorted(last))}."
+                f"target_modules {', '.join(unknown)} are no linear layers of the model; "
+                f"it has {', '.join(sorted(last))}."
             )
         shapes = {
             name: (layer.in_features, layer.out_features)
@@ -105,10 +116,10 @@ class LoraDrafter(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read a drafter from its folder.
+        """Return the drafter in a folder, in float32 and without gradients.
 
         Raises:
-            DrafterError: something is missing, damaged, pickled, or not finite; the file is named.
+            DrafterError: a file is missing, damaged or pickled, or a number is not finite. The message names the file.
         """
         config, tensors = read_drafter_files(Path(folder))
         drafter = cls(config, shapes_of_factors(tensors))
@@ -122,7 +133,7 @@ class LoraDrafter(torch.nn.Module):
         return {name: (self.lora_A[key].shape[1], self.lora_B[key].shape[0]) for name, key in self.layers.items()}
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters by their names in the file, which for the factors are PEFT's."""
+        """Return the parameters by their names in the file; the names of the factors are PEFT's."""
         named = {EMBEDDING: self.embedding}
         for name, key in self.layers.items():
             name_A, name_B = factor_names(name)
@@ -131,15 +142,17 @@ class LoraDrafter(torch.nn.Module):
         return named
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write `drafter_config.json` and `drafter_model.safetensors`, each whole or not at all.
+        """Write `drafter_config.json` and `drafter_model.safetensors`; see `write_drafter_files`.
 
-        No `adapter_config.json` on purpose: `from_pretrained` attaches any adapter that it finds, ungated.
+        Args:
+            folder: made if it is missing.
+            dtype: of the weights in the file.
         """
         tensors = {name: p.detach().to("cpu", dtype).contiguous().clone() for name, p in self.weights().items()}
         write_drafter_files(Path(folder), self.config, tensors)
 
     def merge_and_unload(self) -> None:
-        """Refused.
+        """Raise an error: a drafter cannot become part of the model's weights.
 
         Raises:
             DrafterError: always.
@@ -149,13 +162,17 @@ class LoraDrafter(torch.nn.Module):
         )
 
     def copied(self) -> Self:
-        """A drafter with the same weights of its own, not to be trained."""
+        """Return a copy with weights of its own, without gradients."""
         twin = type(self)(self.config, self.shapes())
         twin.load_state_dict(self.state_dict())
         return twin.requires_grad_(requires_grad=False).eval()
 
     def place(self, model: Any, dtype: torch.dtype) -> Self:
-        """Move each factor to the device of its layer."""
+        """Move each factor to the device of its layer, in a dtype; return the drafter.
+
+        Raises:
+            DrafterError: a layer is on the meta device, so nothing says where it runs.
+        """
         layers = linear_layers(model)
         for name, key in self.layers.items():
             for factors in (self.lora_A, self.lora_B):
@@ -193,18 +210,24 @@ class LoraDrafter(torch.nn.Module):
         return self._uses > 0
 
     def shown(self, token_BQ: torch.Tensor, draft_slots: int) -> torch.Tensor:
-        """The ids of a forward with what the drafter is given in place of the last `draft_slots` ones."""
+        """Return the ids of a forward; `constant_draft`, if there is one, replaces the last `draft_slots` ids."""
         constant = self.config.constant_draft
-        return (
-            token_BQ
-            if constant is None
-            else torch.cat([token_BQ[:, :-draft_slots], torch.full_like(token_BQ[:, -draft_slots:], constant)], 1)
-        )
+        if constant is None:
+            return token_BQ
+        return torch.cat([token_BQ[:, :-draft_slots], torch.full_like(token_BQ[:, -draft_slots:], constant)], 1)
 
     @contextlib.contextmanager
     def drafting(self, first: int, slots: int, rows: int) -> Iterator[None]:
-        """This thread's forward of `rows` rows of `slots` slots is the drafter's from slot `first` on."""
-        self._gate.first, self._gate.slots, self._gate.rows = first, slots, rows
+        """Return a context in which the drafter acts on the last slots of this thread's forwards.
+
+        Args:
+            first: the first draft slot.
+            slots: Q, slots of the forward.
+            rows: B.
+        """
+        self._gate.first = first
+        self._gate.slots = slots
+        self._gate.rows = rows
         try:
             yield
         finally:
@@ -215,13 +238,14 @@ class LoraDrafter(torch.nn.Module):
             gate = self._gate
             if gate.first is None:
                 return output
-            # Some blocks flatten rows and slots into one dimension; what has other rows (a routed part of the slots) cannot be told apart.
+            # A block may flatten rows and slots into one axis. If it drops slots, the draft slots cannot be found.
             if args[0].numel() != gate.rows * gate.slots * args[0].shape[-1]:
                 raise DrafterError(
                     f"a layer ({key}) does not see every slot once: leave it out of the drafter's target_modules."
                 )
             inputs = args[0].reshape(-1, gate.slots, args[0].shape[-1])[:, gate.first :]
-            lora_A, lora_B = self.lora_A[key], self.lora_B[key]
+            lora_A = self.lora_A[key]
+            lora_B = self.lora_B[key]
             if not torch.is_autocast_enabled(inputs.device.type):
                 inputs = inputs.to(lora_A.dtype)
             delta = torch.nn.functional.linear(torch.nn.functional.linear(inputs, lora_A), lora_B)
@@ -239,6 +263,7 @@ class LoraDrafter(torch.nn.Module):
 
 
 def _added(output: torch.Tensor, delta: torch.Tensor, gate: _Gate) -> torch.Tensor:
+    """Return a layer's output with `delta` added to its draft slots; in place unless all slots are draft slots."""
     if gate.first == 0:
         return output + delta.reshape(output.shape) if delta.ndim > 1 else output + delta
     output.view(-1, gate.slots, output.shape[-1])[:, gate.first :] += delta
@@ -246,15 +271,15 @@ def _added(output: torch.Tensor, delta: torch.Tensor, gate: _Gate) -> torch.Tens
 
 
 def _device_of(layer: torch.nn.Module, model: Any) -> torch.device:
+    """Return the device that a layer runs on, also if its weights are offloaded."""
     weight = next(layer.parameters(), None)
     if weight is not None and weight.device.type != "meta":
         return weight.device
     offloaded = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     device = model.device if offloaded is None else torch.device(offloaded)
     if device.type == "meta":
-        raise DrafterError("the model's weights are on no device (meta), and nothing says where they run.")
+        raise DrafterError(
+            "the model's weights are on the meta device, so there is no device for the drafter: "
+            "load the model with its weights."
+        )
     return device
-
-
-def _as_list(value: str | Iterable[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
