@@ -1,4 +1,4 @@
-"""Whoever follows the forwards is told what went in and what came out of each."""
+"""A step streamer receives, for each forward, what was verified and what was committed."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def dense(query, key, value, allowed, scaling):
-    """Softmax attention, head by head, in words of the definition."""
+    """Return softmax attention, computed head by head as it is defined."""
     groups = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for row in range(len(query)):
@@ -50,7 +50,7 @@ def dense(query, key, value, allowed, scaling):
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, window_size):
-    """As flash-attn documents it: the queries are the last of the `cache_seqlens` keys, and causality is aligned to that end."""
+    """Return what flash-attn documents: the queries are the last of the `cache_seqlens` keys, under a causal mask."""
     assert causal
     assert cache_seqlens.dtype == torch.int32
     assert cache_seqlens.shape == (len(q),)
@@ -72,7 +72,10 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, softmax_scale
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Makes the kernels of CUDA run on the CPU: FlexAttention as its definition says, flash-attn as emulated above; counts their calls."""
+    """Make the kernels of CUDA run on the CPU, and return a counter of their calls.
+
+    FlexAttention runs uncompiled, and flash-attn is emulated by the function above.
+    """
     counts = Counter()
 
     def counted(name, function):
@@ -104,7 +107,7 @@ def kernels(monkeypatch):
 )
 @at_most(50)
 def test_every_kernel_is_dense_attention(kernels, own, lengths, cached, window, groups, heads, seed):
-    """Ragged rows, trees, sliding windows; what is behind a row's slots is never read."""
+    """Ragged rows, trees and sliding windows. Columns after a row's slots are never read."""
     torch.manual_seed(seed)
     layout, batch, width, lengths_B = build_layout(lengths, CPU), len(cached), 8, torch.tensor(cached)
     extent = max(cached) + layout.slots + 3
@@ -197,7 +200,7 @@ def prompts():
 
 @pytest.mark.slow
 def test_compiled_steps_of_an_sdpa_model_run_flex(kernels, monkeypatch):
-    """Each shape once, whatever the lengths: one block of columns or more, full ones or none."""
+    """Each shape compiles once, for any lengths: one block of columns or more, with or without whole blocks."""
     model, compiler = fresh_model("qwen3"), CompileConfig(backend="eager", mode=None)
     monkeypatch.setattr(attention, "usable_kernels", lambda *_: {FLEX})
     monkeypatch.setattr(attention, "flex", jacobi_kernels.flex)  # not counted, as counting is no tensor operation
@@ -334,7 +337,7 @@ def test_calls_that_overlap_leave_the_model_as_it_was():
 
 
 def test_models_that_share_a_config():
-    """A call of the second begins within one of the first and outlives it."""
+    """A call of the second model begins during one of the first, and ends after it."""
     first = fresh_model("qwen3")
     second = type(first)(first.config).eval()
     assert first.config is second.config

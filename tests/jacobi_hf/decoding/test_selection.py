@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
     batch=st.integers(1, 4), vocab=st.sampled_from([2, 17, 1000]), tokens=st.integers(1, 5), seed=st.integers(0, 10**6)
 )
 def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
-    """The choice under the noise of an index, however far ahead it was drawn, is what multinomial would have sampled."""
+    """The choice under a token's noise is what multinomial samples, however far ahead the noise was drawn."""
     torch.manual_seed(seed)
     scores = torch.randn(tokens, batch, vocab)
     before = torch.get_rng_state()
@@ -49,7 +49,7 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
     rewound=st.integers(0, 3),
 )
 def test_an_index_keeps_its_noise_however_far_rows_are_apart(steps, seed, rewound):
-    """The ring against a table of everything: windows of indices that move on and grow or shrink, and the generator behind them."""
+    """The ring holds the same noise as a table of all of it, and `rewind` leaves the generator in the same state."""
     torch.manual_seed(seed)
     states, table = [torch.get_rng_state()], []
     for _ in range(sum(moved for moved, _ in steps) + 12):
@@ -92,7 +92,7 @@ def test_the_best_of_equals_is_the_first_as_in_ordinary_decoding(dtype, vocab, k
 
 @given(data=st.data(), penalty=st.sampled_from([0.7, 1.3]), ignore=st.sampled_from([None, 2, "per row"]))
 def test_scores_of_every_slot_are_those_of_its_true_prefix(data, penalty, ignore):
-    """The vectorised repetition penalty and warpers against the processors themselves, slot by slot."""
+    """Vectorised repetition penalty and warpers give what the processors themselves give, slot by slot."""
     lengths = tuple(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)))
     batch, vocab, layout = 2, 7, build_layout(lengths, CPU)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))

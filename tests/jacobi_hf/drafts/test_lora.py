@@ -30,7 +30,7 @@ IDS = torch.tensor([[3, 4, 5, 3, 4]])
 
 
 def drafted_cases():
-    """Cases with a seed and a scale for the drafter; in some, the width that is verified is given."""
+    """Return cases with a seed and a scale for the drafter; some have a verify width."""
 
     def with_width(case: Case, share: float | None) -> Case:
         knobs = case.knobs
@@ -74,8 +74,8 @@ def test_other_registered_classes(kind):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", TINY)
-def test_no_drafter_reaches_a_clean_row(kind, attention):
-    """In one forward, clean rows are bit-equal under a zero drafter, a random one, and one that makes NaN and Inf everywhere."""
+def test_no_drafter_changes_a_verified_slot(kind, attention):
+    """Verified slots are bit-equal under a zero drafter, a random one, and drafters that make Inf or NaN."""
     model = fresh_model(kind)
     model.set_attn_implementation(attention)
     layout = build_layout((3, 2), torch.device("cpu"), 4)
@@ -238,7 +238,7 @@ def test_a_folder_with_model_and_drafter_loads_as_the_plain_model(tmp_path):
 
 
 def test_under_an_adapter_of_pefts():
-    """A LoRA on the model is part of what verifies."""
+    """A LoRA adapter of the model is part of the model that verifies."""
     model = get_peft_model(
         fresh_model("qwen3"), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     ).eval()
@@ -354,7 +354,7 @@ class TestBadInput:
 
 
 def test_states_are_held_to_a_bound_in_the_cache():
-    """What a drafter writes behind the committed tokens is finite, whatever it computed."""
+    """Keys and values of draft slots are finite, whatever the drafter computed."""
     model = fresh_model("qwen3")
     drafter = random_drafter(model, scale=1e30)
     cache = JacobiStaticCache(model.config, 1, 20, torch.device("cpu"))
@@ -388,7 +388,7 @@ def test_a_drafter_for_a_while():
 
 
 def test_a_host_that_lags(monkeypatch):
-    """As on CUDA, where the next step is launched before the host knows of the last one."""
+    """The next step is launched before the host knows the report of the last one, as on CUDA."""
     model, ids = fresh_model("qwen3"), torch.randint(1, VOCAB, (2, 6), generator=torch.Generator().manual_seed(2))
     arguments = {
         "attention_mask": torch.ones_like(ids),

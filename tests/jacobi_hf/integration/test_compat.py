@@ -1,4 +1,4 @@
-"""What differs between releases of transformers and torch."""
+"""Differences between releases of transformers and torch."""
 
 from __future__ import annotations
 
