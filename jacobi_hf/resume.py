@@ -1,6 +1,7 @@
-"""Interrupted work: a file with the settings of the work and its finished parts, so that the same command continues it.
+"""Interrupted work: a file with its settings and finished parts, so that the same command continues the work.
 
-`collect` and `pack` (parts: shards), `train` (checkpoints), `bench` (measurements) and `eval` (outputs) all keep such a file.
+`collect` and `pack` (parts: shards), `train` (checkpoints), `bench` (measurements) and `eval` (outputs) all keep such
+a file.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class ResumeError(ValueError):
 class Progress:
     """Settings and finished parts of some work, in a file that outlives an interruption.
 
-    A `.json` file is replaced as a whole with each part. A `.jsonl` file grows by a line with each part, for work of thousands of parts.
-    Either way a part is in the file completely or not at all. The file is written with the first part, or by `begin`.
+    A `.json` file is replaced as a whole when a part is added. A `.jsonl` file gets a further line, which suits work
+    with thousands of parts. A part is in the file completely or not at all. The file is written by `begin`, or with
+    the first part.
 
     Args:
         file: the file; its folder is created when the file is written.
@@ -165,7 +167,7 @@ def read_progress(file: Path, parts_key: str = "parts", renamed: Mapping[str, st
 
 
 def differences(former: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a phrase for each setting that differs: `batch_size: 4, now 8`. Settings within settings are named `data.split`.
+    """Return a phrase for each setting that differs, such as `batch_size: 4, now 8` or `data.split: 'a', now 'b'`.
 
     Args:
         former: settings under which some work was begun.

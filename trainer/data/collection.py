@@ -1,7 +1,7 @@
-"""Collecting trajectories from a dataset of prompts: sharded, resumable, over several processes.
+"""Collection of trajectories from a data set of prompts, in shards, which several processes may share.
 
-Shard k holds the trajectories of the prompts `k * shard_size .. (k + 1) * shard_size - 1`, whoever collects it and however
-often the run was interrupted: batches and the generator's seed depend on the shard alone.
+Shard k has the trajectories of prompts `k * shard_size` to `(k + 1) * shard_size - 1`. Its rows depend on the settings
+alone: neither on the process that collects it nor on interruptions, since batches and seeds belong to the shard.
 """
 
 from __future__ import annotations
@@ -43,25 +43,31 @@ LONG_PROMPTS = ("drop", "truncate")
 
 @dataclass
 class CollectConfig:
-    """What is collected, from which prompts, and where it goes.
+    """What to collect, from which prompts, and where to write it.
 
     Parameters:
-        model, revision, dtype: the model, by name or path.
-        dataset, split: a JSONL or parquet file, or a dataset of the Hub, with a column `messages`, `prompt` or `text`.
+        model, revision, dtype: the model.
+        dataset, split: the prompts: a JSONL or parquet file or a data set of the Hub, with a column `messages`,
+            `prompt` or `text`.
         output_dir: folder of the shards.
         name: first part of each row's `data_id`.
         block_size: n.
-        max_new_tokens: longest answer, a multiple of n.
-        prompt_tokens: where `text` is cut to become a prompt.
-        max_prompt_tokens, long_prompts: longer prompts are dropped (and counted), or truncated to their last tokens.
-        system_prompt: put before `messages` that have none of their own; None leaves it to the tokenizer's template.
-        chat_template: file with a template to use instead of the tokenizer's.
+        max_new_tokens: longest answer in tokens, a multiple of n.
+        prompt_tokens: how many tokens of a `text` are the prompt.
+        max_prompt_tokens, long_prompts: a longer prompt is dropped and counted (`"drop"`), or only its last tokens are
+            kept (`"truncate"`).
+        system_prompt: system turn for `messages` without one; None leaves it to the tokenizer's template.
+        chat_template: file with a chat template to use instead of the tokenizer's.
         chat_template_options: arguments of the template as JSON, for example `{"enable_thinking": false}`.
-        limit: rows of the dataset to take, those whose prompts are then dropped included; None takes all.
-        random_start: blocks begin behind a random number of the answer's tokens, below n, instead of with its first. A model that only saw
-            blocks on one grid learns that grid, and drafts worse across its lines, where every other window lies.
-        batch_size, shard_size: prompts per batch and per shard.
-        do_sample, temperature, top_k, top_p, min_p, seed: how answers are written, see `AnswerConfig`.
+        limit: how many rows of the data set to read; None reads all.
+        random_start: blocks begin after a random number of the answer's tokens, below n, instead of with the first
+            token. A model that is trained on one grid of blocks drafts worse where a window crosses the lines of that
+            grid.
+        batch_size, shard_size: prompts of a batch, prompts of a shard.
+        do_sample, temperature, top_k, top_p, min_p, seed: how the model answers, see `AnswerConfig`.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     model: str = option("", "Model name or path.")
@@ -111,20 +117,25 @@ class CollectConfig:
         self.answers()
 
     def answers(self) -> AnswerConfig:
-        """How answers are written."""
+        """Return how the model answers."""
         return AnswerConfig(self.max_new_tokens, self.do_sample, self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def read_prompts(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: CollectConfig
 ) -> tuple[list[list[int]], int]:
-    """Prompt ids of each row, and how many rows were dropped for their length.
+    """Return the token ids of each prompt, and how many rows were dropped because their prompt is too long.
 
-    `messages` (or a `prompt` that is a list) goes through the chat template, without its last turn if that is the assistant's; a
-    `prompt` string is taken as it stands; `text` is cut behind `prompt_tokens` tokens.
+    `messages`, or a `prompt` that is a list, goes through the chat template; a last turn of the assistant is left out.
+    A `prompt` that is a string is tokenized. Of a `text`, the first `prompt_tokens` tokens are the prompt.
+
+    Args:
+        rows: rows with one of these columns.
+        tokenizer: tokenizer of the model.
+        config: lengths and templates.
 
     Raises:
-        ValueError: a row with none of these columns, or an empty prompt, named by its number.
+        ValueError: a row has none of these columns, or its prompt is empty. The error has the number of the row.
     """
     options = json.loads(config.chat_template_options) if config.chat_template_options else {}
     if config.chat_template:
@@ -146,7 +157,8 @@ def read_prompts(
             ids = tokenizer(row["text"])["input_ids"][: config.prompt_tokens]
         else:
             raise ValueError(
-                f"row {number} of {config.dataset} has none of the columns messages, prompt, text; it has {', '.join(row) or 'none'}."
+                f"row {number} of {config.dataset} has none of the columns messages, prompt, text; "
+                f"it has {', '.join(row) or 'none'}."
             )
         if not ids:
             raise ValueError(f"row {number} of {config.dataset} is an empty prompt.")
@@ -165,21 +177,23 @@ def collect(
     config: CollectConfig,
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> Counter[str]:
-    """Collect the trajectories of all prompts into `config.output_dir`, or what is missing there.
+    """Write the trajectories of all prompts to `config.output_dir`. A second call continues an interrupted one.
 
-    Under `accelerate launch` (`torchrun` on CPUs), process r of R collects the shards r, r + R, ..
+    Under `accelerate launch`, or `torchrun` on CPUs, process r of R collects shards r, r + R, r + 2R, and so on.
 
     Args:
-        model, tokenizer: loaded; the model in eval mode, on its device.
+        model: the model, in eval mode and on its device.
+        tokenizer: its tokenizer.
         config: what to collect.
-        rows: the prompts' rows, instead of `config.dataset`.
+        rows: rows with prompts, instead of those of `config.dataset`.
 
     Returns:
-        Counts over the whole folder: prompts, rows, tokens, forwards, too_long, too_short.
+        Sums over the whole folder: "prompts", "rows", "tokens" and "forwards", and how many prompts were "too_long"
+        and how many answers "too_short".
 
     Raises:
         ResumeError: the folder was begun under other settings.
-        ValueError: rows without prompts.
+        ValueError: there are no prompts, or a row has none.
     """
     from tqdm.auto import tqdm
 
@@ -245,7 +259,7 @@ def collect(
 
 
 def _start(config: CollectConfig, number: int) -> int:
-    """How many tokens of an answer are in front of its first block."""
+    """Return how many tokens of an answer come before its first block."""
     return zlib.crc32(f"{config.seed}/start/{number}".encode()) % config.block_size if config.random_start else 0
 
 
@@ -298,18 +312,21 @@ def _counts(prompts: Sequence[Sequence[int]], kept: Sequence[Trajectory]) -> dic
 def load_trajectories(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, block_size: int | None = None
 ) -> Any:
-    """Collected trajectories as a `datasets.Dataset` with the columns `data_id`, `prompt_ids`, `answer_ids`, `blocks`.
+    """Return collected trajectories as a `datasets.Dataset` with columns `data_id`, `prompt_ids`, `answer_ids`, `blocks`.
 
     Args:
-        tokenizer, block_size: what the data must have been collected with; None takes any.
+        path: folder that `collect` wrote.
+        tokenizer: tokenizer that they must have been collected with; None accepts any.
+        block_size: block size that they must have been collected with; None accepts any.
 
     Raises:
-        ManifestError: a folder that is unfinished or damaged, or was collected with another tokenizer or block size.
+        ManifestError: the folder is unfinished or damaged, or of another tokenizer or block size.
     """
     settings = read_manifest(path)["settings"]
     if tokenizer is not None and settings.get("tokenizer") != tokenizer_fingerprint(tokenizer):
         raise ManifestError(
-            f"{path} was collected with another tokenizer (model {settings.get('model')!r}): collect it again for this one."
+            f"{path} was collected with another tokenizer, that of {settings.get('model')!r}: "
+            "collect again with this one."
         )
     if block_size is not None and settings.get("block_size") != block_size:
         raise ManifestError(f"{path} was collected with block_size={settings.get('block_size')}, not {block_size}.")

@@ -1,4 +1,4 @@
-"""Loading packed trajectories, ours and the published ones, with every row checked; and mixing in replay."""
+"""Loading of packed records, our own and published ones: every row is checked, and fitted to the length of a row."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ def load_packed(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
 ) -> Any:
-    """Packed records from a JSONL or parquet file, a folder of parquet shards, or a dataset of the Hub.
+    """Return the packed records of a JSONL or parquet file, a folder of parquet shards, or a dataset of the Hub.
 
     Args:
-        source: path or Hub id.
-        split: of a Hub dataset.
-        streaming: read while iterating (`datasets.IterableDataset`) instead of converting first.
-        on_bad_row: `"raise"` or `"skip"` (with a warning per bad row).
-        block_size: the n that every record must have; None takes that of the first good one.
-        tokenizer: that of the model; a folder that was packed for another one is refused.
-        options: go to `datasets.load_dataset`.
+        source: path, or Hub id.
+        split: split of a Hub dataset.
+        streaming: read the rows while iterating, as a `datasets.IterableDataset`.
+        on_bad_row: what happens to a malformed row: `"raise"`, or `"skip"` with a warning.
+        block_size: the n that every record must have; None takes the n of the first good record.
+        tokenizer: tokenizer of the model; a folder that was packed with another one is refused.
+        options: further arguments of `datasets.load_dataset`.
 
     Raises:
-        BadRecordError: a bad row, named by index and reason, under `on_bad_row="raise"`.
-        ManifestError: a folder of ours that is unfinished, damaged, or of another tokenizer.
-        FileNotFoundError: a path of which nothing is there.
+        BadRecordError: a row is malformed and `on_bad_row="raise"`. The error has the number of the row.
+        ManifestError: a folder that `pack` wrote is unfinished, damaged, or of another tokenizer.
+        FileNotFoundError: there is nothing at the path.
+        ValueError: a file is damaged.
     """
     if (Path(source) / MANIFEST).is_file():
         former = read_manifest(source)["settings"].get("tokenizer")
@@ -64,11 +65,17 @@ def load_packed(
 
 
 def open_dataset(source: str, split: str = "train", *, streaming: bool = False, **options: Any) -> Any:
-    """Rows of a JSONL or parquet file, of a folder of parquet files, or of a dataset of the Hub.
+    """Return the rows of a JSONL or parquet file, of a folder of parquet files, or of a dataset of the Hub.
+
+    Args:
+        source: path, or Hub id.
+        split: split of a Hub dataset.
+        streaming: read the rows while iterating.
+        options: further arguments of `datasets.load_dataset`.
 
     Raises:
-        FileNotFoundError: a path of which nothing is there.
-        ValueError: a file that is damaged.
+        FileNotFoundError: there is nothing at the path.
+        ValueError: a file is damaged.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -81,9 +88,8 @@ def open_dataset(source: str, split: str = "train", *, streaming: bool = False, 
         files = sorted(str(f) for f in path.glob("*.parquet"))
         if not files:
             raise FileNotFoundError(f"the dataset {source} holds no parquet file.")
-    elif not path.is_file() and (
-        kind or path.is_absolute() or source.startswith(".") or source.count("/") > 1
-    ):  # no Hub id
+    is_no_hub_id = kind or path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if not path.exists() and is_no_hub_id:
         raise FileNotFoundError(f"the dataset {source} does not exist.")
     try:
         if kind:
@@ -96,9 +102,18 @@ def open_dataset(source: str, split: str = "train", *, streaming: bool = False, 
 def checked(
     dataset: Any, name: str, *, on_bad_row: str = "raise", block_size: int | None = None, vocab_size: int | None = None
 ) -> Any:
-    """`dataset` with every row checked by `PackedRecord.from_row`, bad ones raising or left out.
+    """Return a data set whose rows are valid packed records.
 
-    Takes a `datasets.Dataset`, a `datasets.IterableDataset` (checked while it is read) or a list of records.
+    Args:
+        dataset: a `datasets.Dataset`, a `datasets.IterableDataset`, which is checked while it is read, or a list of
+            rows.
+        name: name of the data set in errors.
+        on_bad_row: what happens to a malformed row: `"raise"`, or `"skip"` with a warning.
+        block_size: the n that every record must have; None takes the n of the first good record.
+        vocab_size: size of the vocabulary that all ids must be in; None accepts any id.
+
+    Raises:
+        BadRecordError: a column is missing, or a row is malformed and `on_bad_row="raise"`.
     """
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"on_bad_row={on_bad_row!r} must be one of {', '.join(map(repr, ON_BAD_ROW))}.")
@@ -120,7 +135,7 @@ def checked(
     missing = [] if columns is None else [column for column in COLUMNS if column not in columns]
     if columns is not None and missing:
         raise BadRecordError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}.")
-    # An IterableDataset is filtered while it is read; of a Dataset, a cached result would skip the check's warnings.
+    # A cached result of a Dataset would skip the warnings.
     options = {"load_from_cache_file": False} if isinstance(dataset, Sized) else {}
     return dataset.filter(good, with_indices=True, **options)
 
@@ -134,7 +149,8 @@ def fit(row: Mapping[str, Any], max_length: int, too_long: str) -> dict[str, Any
         too_long: what happens to a longer record: `"truncate"` leaves out its last blocks, `"drop"` gives None.
 
     Returns:
-        The row with plain lists, shortened if needed; None if the record is dropped, or if not even its first block fits.
+        The row with plain lists, shortened if needed; None if the record is dropped, or if not even its first block
+        fits.
     """
     record = PackedRecord.from_row(row)
     if record.slots > max_length:
@@ -146,16 +162,19 @@ def fit(row: Mapping[str, Any], max_length: int, too_long: str) -> dict[str, Any
 
 
 class _Mixture:
-    """Records that are fitted, and replay rows in a fixed shuffle (a part of them is a fair sample), over and over.
+    """Base of the training sets: records that fit, and replay rows.
+
+    Replay rows come in a shuffled order, which starts again when all were used.
 
     Args:
-        records: packed records.
-        max_length, too_long: see `fit`.
+        records: rows with packed records.
+        max_length: most slots of a record.
+        too_long: what happens to a longer record: `"drop"` or `"truncate"`, see `fit`.
         replay: rows with `input_ids`, or None.
-        replay_ratio: replay rows per trajectory row.
+        replay_ratio: replay rows for each record.
 
     Raises:
-        ValueError: an unknown `too_long`, or a replay set without rows.
+        ValueError: too_long is unknown, or replay has no rows.
     """
 
     def __init__(
@@ -186,13 +205,13 @@ class _Mixture:
 
 
 class TrainingRecords(_Mixture, torch.utils.data.Dataset[dict[str, Any]]):
-    """Map-style training set: trajectories that fit, and `replay_ratio` rows of replay for each. Arguments: `_Mixture`.
+    """A training set with a length: the records that fit, and after them the replay rows. Arguments: see `_Mixture`.
 
     Attributes:
-        dropped: how many records were too long, and how many were truncated.
+        dropped: how many records were "dropped", and how many were "truncated".
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: no record is left.
     """
 
     def __init__(self, records: Any, *args: Any, **kwargs: Any) -> None:
@@ -208,7 +227,8 @@ class TrainingRecords(_Mixture, torch.utils.data.Dataset[dict[str, Any]]):
         self.dropped = Counter({"dropped": len(lengths) - len(self._kept), "truncated": truncated})
         if not self._kept:
             raise ValueError(
-                f"no record is left: {self.dropped['dropped']} of {len(lengths)} are longer than max_length={self._max_length}"
+                f"no record is left: {self.dropped['dropped']} of {len(lengths)} are longer than "
+                f"max_length={self._max_length}"
                 f"{' even with a single block' if may_cut else ''}. "
                 f"Raise max_length{'' if may_cut else ', or set too_long=' + repr('truncate')}."
             )
@@ -227,19 +247,21 @@ class TrainingRecords(_Mixture, torch.utils.data.Dataset[dict[str, Any]]):
         return {**record, "index": index}
 
     def name(self, index: int) -> str:
-        """What an error calls the record."""
+        """Return the name of a row in errors."""
         return str(self[index].get("data_id", f"record {index}"))
 
 
 class StreamedRecords(_Mixture, torch.utils.data.IterableDataset[dict[str, Any]]):
-    """The same of records that are read while training (`datasets.IterableDataset`), in their order. Arguments: `_Mixture`.
+    """A training set without a length: records that are read while training, in their order, and replay rows.
+
+    Arguments: see `_Mixture`, with records as a `datasets.IterableDataset`.
 
     Raises:
-        ValueError: nothing is left, when the stream has ended.
+        ValueError: no record was left when the stream ended.
     """
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Workers read a part of the stream each, and number what they give among themselves.
+        # Each worker reads a part of the stream. The numbers of the rows must differ between workers.
         worker = torch.utils.data.get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         given = replayed = dropped = 0
@@ -265,18 +287,18 @@ class StreamedRecords(_Mixture, torch.utils.data.IterableDataset[dict[str, Any]]
                 dropped,
                 self._max_length,
             )
-        if not given and (dropped or worker is None):  # a worker may be without a part
+        if not given and (dropped or worker is None):  # a worker may have no part of the stream
             raise ValueError(
                 f"no record is left: all {dropped} of the stream are longer than max_length={self._max_length}."
             )
 
     def name(self, index: int) -> str:
-        """What an error calls the record."""
+        """Return the name of a row in errors."""
         return f"row {index} of the stream, replay rows counted"
 
 
 def _slots(records: Any) -> Iterator[int]:
-    """Yield `PackedRecord.slots` of each row, from the lengths of its lists alone: arrow need not become Python lists."""
+    """Yield `PackedRecord.slots` of each record. For a `datasets.Dataset` the lengths of its lists are enough."""
     if isinstance(records, list):
         yield from (PackedRecord.from_row(row).slots for row in records)
         return
@@ -286,34 +308,3 @@ def _slots(records: Any) -> Iterator[int]:
         if MORE_VIEWS in columns:
             lengths = lengths + np.array([sum(map(len, views or [])) for views in batch[MORE_VIEWS].to_pylist()])
         yield from map(int, lengths)
-
-
-def tokenized_replay(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int | None = None
-) -> list[dict[str, list[int]]]:
-    """Replay rows as `input_ids`, from a dataset with `input_ids`, `text` or `messages`; longer texts are cut into several rows.
-
-    Raises:
-        ValueError: none of these columns, or text without a tokenizer.
-    """
-    rows: list[dict[str, list[int]]] = []
-    for number, row in enumerate(dataset):
-        if row.get("input_ids") is not None:
-            ids = list(row["input_ids"])
-            if vocab_size is not None and ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                raise ValueError(
-                    f"row {number} of replay_dataset has ids outside the model's vocabulary of {vocab_size}."
-                )
-        elif row.get("text") is None and row.get("messages") is None:
-            raise ValueError(
-                f"row {number} of replay_dataset has none of the columns input_ids, text, messages; it has {', '.join(row)}."
-            )
-        elif tokenizer is None:
-            raise ValueError("replay_dataset holds text: give processing_class (the tokenizer) as well.")
-        elif row.get("text") is not None:
-            ids = tokenizer(row["text"])["input_ids"]
-            ids = [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
-        else:
-            ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
-        rows += [{"input_ids": ids[start : start + max_length]} for start in range(0, len(ids) - 1, max_length)]
-    return rows

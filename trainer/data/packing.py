@@ -1,4 +1,4 @@
-"""From collected trajectories to a training set in the published packed format: filter, mix, choose noisy states, write."""
+"""Packing: filters and mixes trajectories, chooses noisy blocks, and writes a training set in the published format."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class PackConfig:
-    """Which trajectories become training records, and how noisy.
+    """Which trajectories become training records, and how noisy their blocks are.
 
     Parameters:
-        sources: folders of trajectories; `folder=0.4` asks for that share of the rows.
+        sources: folders of trajectories. `folder=0.4` asks for that share of the rows.
         output_dir: folder of the packed records.
         rows: how many trajectories to take; None takes as many as the shares allow.
-        max_blocks: leave out samples of more blocks (`traj_count` of published runs).
-        buckets: length buckets to keep, "8-11" or "3,5": the number in `data_id`, in ours the tokens in front of the first block over 32.
-        visits: records per trajectory, each with its own phase.
-        views: noisy versions within a record, each with its own phase, which share prompt and clean blocks (the published format has one).
-        schedule, noise_levels, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`.
-        shard_size: records per file.
-        seed: of the choice, the order and the phases.
+        max_blocks: samples of more blocks are left out.
+        buckets: length buckets to keep, such as "8-11" or "3,5". The bucket of a sample is the number in its
+            `data_id`: the tokens before its first block, divided by 32.
+        visits: records for each trajectory, each with choices of its own.
+        views: noisy versions of each block in a record, each with choices of its own (see `PackedRecord`).
+        schedule, noise_levels, min_noise, max_noise, end_points, phase, noise: see `NoiseSchedule`; schedule is its
+        kind.
+        shard_size: records of a file.
+        seed: seed of the choice of trajectories, their order and the schedule.
+
+    Raises:
+        ValueError: a value is out of range, or visits or views would repeat the same choices.
     """
 
     sources: list[str] = field(
@@ -67,21 +72,22 @@ class PackConfig:
         wanted_buckets(self.buckets)
         if self.noise_schedule().is_deterministic and (self.views > 1 or self.visits > 1):
             raise ValueError(
-                f"visits={self.visits} and views={self.views} would repeat one noisy version: schedule={self.schedule!r} with "
-                f"phase={self.phase!r} draws nothing. Use phase='random' or schedule='random', or one visit and one view."
+                f"visits={self.visits} and views={self.views} would repeat one noisy version: "
+                f"schedule={self.schedule!r} with phase={self.phase!r} draws nothing. "
+                "Use phase='random' or schedule='random', or one visit and one view."
             )
 
     def noise_schedule(self) -> NoiseSchedule:
-        """The schedule that the fields describe."""
+        """Return the schedule of these options."""
         names = {f.name for f in fields(NoiseSchedule)} - {"kind"}
         return NoiseSchedule(kind=self.schedule, **{name: getattr(self, name) for name in names})
 
 
 def wanted_buckets(text: str | None) -> set[int] | None:
-    """The numbers of "8-11" or "3,5,7-9"; None for no choice.
+    """Return the numbers in a text such as "8-11" or "3,5,7-9", or None for None.
 
     Raises:
-        ValueError: text that is no such list.
+        ValueError: the text is no such list.
     """
     if text is None:
         return None
@@ -92,7 +98,7 @@ def wanted_buckets(text: str | None) -> set[int] | None:
 
 
 def select(rows: Any, max_blocks: int | None = None, buckets: str | None = None) -> list[int]:
-    """Indices of the trajectories that pass the filters of a `PackConfig`."""
+    """Return the numbers of the rows that pass the filters `max_blocks` and `buckets` of a `PackConfig`."""
     wanted = wanted_buckets(buckets)
     chosen = []
     for index, (name, blocks) in enumerate(zip(rows["data_id"], rows["blocks"], strict=True)):
@@ -104,10 +110,10 @@ def select(rows: Any, max_blocks: int | None = None, buckets: str | None = None)
 
 
 def shares(sources: Sequence[str]) -> dict[str, float | None]:
-    """Folders and their shares of the rows.
+    """Return the share of each folder in `sources`; None for each if no source has one.
 
     Raises:
-        ValueError: shares for some sources only, or shares that are no positive numbers.
+        ValueError: there is no source, only some have a share, or a share is no positive number.
     """
     parsed: dict[str, float | None] = {}
     for source in sources:
@@ -125,7 +131,16 @@ def shares(sources: Sequence[str]) -> dict[str, float | None]:
 
 
 def _amounts(available: Mapping[str, int], wanted: Mapping[str, float | None], rows: int | None) -> dict[str, int]:
-    """Rows of each source: its share of `rows`, or of as many as the shares allow."""
+    """Return how many rows to take from each source: its share of `rows`, or of as many rows as the shares allow.
+
+    Args:
+        available: rows of each source that pass the filters.
+        wanted: share of each source; None for each to take all rows.
+        rows: rows to take in all.
+
+    Raises:
+        ValueError: the sources have too few rows.
+    """
     share_of = {name: share for name, share in wanted.items() if share is not None}
     if not share_of:
         total = sum(available.values())
@@ -134,7 +149,8 @@ def _amounts(available: Mapping[str, int], wanted: Mapping[str, float | None], r
     most = min((available[name] * whole / share for name, share in share_of.items() if share), default=0.0)
     if rows is not None and rows > most + 0.5:
         raise ValueError(
-            f"rows={rows} cannot be had: {', '.join(f'{n} has {c}' for n, c in available.items())}; at most {int(most)}."
+            f"rows={rows} is too many: {', '.join(f'{n} has {c}' for n, c in available.items())}; "
+            f"at most {int(most)} are possible."
         )
     return {
         name: min(available[name], round((most if rows is None else rows) * share / whole))
@@ -143,11 +159,19 @@ def _amounts(available: Mapping[str, int], wanted: Mapping[str, float | None], r
 
 
 def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, int]:
-    """Write the packed records of `config.sources`, in random order; returns the trajectories taken from each.
+    """Write the packed records of `config.sources`, in random order. A second call continues an interrupted one.
+
+    Args:
+        config: what to pack.
+        tokenizer: if given, the trajectories must be of this tokenizer.
+
+    Returns:
+        The number of trajectories that were taken from each source.
 
     Raises:
-        ManifestError: sources of different block sizes or tokenizers, or damaged ones.
-        ValueError: see `PackConfig`, `shares`; nothing passes the filters.
+        ResumeError: the output folder was begun under other settings.
+        ManifestError: the sources differ in block size or tokenizer, hold packed records, or are damaged.
+        ValueError: the shares cannot be used, or no trajectory passes the filters.
     """
     from tqdm.auto import tqdm
 
@@ -155,9 +179,8 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
     settings = {folder: read_manifest(folder)["settings"] for folder in wanted}
     for name in ("block_size", "tokenizer"):
         if len({str(s.get(name)) for s in settings.values()}) > 1:
-            raise ManifestError(
-                f"the sources differ in {name}: {', '.join(f'{folder}: {s.get(name)}' for folder, s in settings.items())}."
-            )
+            values = ", ".join(f"{folder}: {s.get(name)}" for folder, s in settings.items())
+            raise ManifestError(f"the sources differ in {name}: {values}.")
     for folder, one in settings.items():
         if "max_new_tokens" not in one:
             raise ManifestError(
@@ -195,6 +218,7 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _record(row: Mapping[str, Any], schedule: NoiseSchedule, visit: int, config: PackConfig) -> dict[str, Any]:
+    """Return a packed record of a row with a trajectory. Its random choices depend on seed, row and visit alone."""
     trajectory = Trajectory(row["prompt_ids"], row["answer_ids"], row["blocks"])
     rng = random.Random(f"{config.seed}/{row['data_id']}/{visit}")
     return pack(trajectory, schedule, row["data_id"], rng, config.views)

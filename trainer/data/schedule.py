@@ -1,7 +1,8 @@
-"""Noise schedules: which state of each block a sample trains on, and the packed record that comes of it.
+"""Noise schedules: how wrong the noisy block of each pair is.
 
-A sample with T blocks asks for a noise level per block; the state of the block's trajectory whose noise is nearest is taken
-(arXiv 2512.14681, section 3.2, eq. 7). Noise of a state is measured against the fixed point, over the n slots of a block.
+The *noise* of a state is the share of its block that still differs from the fixed point. A schedule gives a target
+noise for each block of a sample. The noisy block is the state of the block's trajectory whose noise is nearest to the
+target (arXiv 2512.14681, section 3.2, eq. 7).
 """
 
 from __future__ import annotations
@@ -24,24 +25,28 @@ NOISES = ("suffix", "fraction")
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Target noise per block, and the state that comes nearest.
+    """A schedule of target noises, and the choice of states that come nearest.
 
     Parameters:
-        kind: `"progressive"` rises over each run of w blocks, `"reverse"` falls, `"random"` draws one of the w levels per
-            block, `"cyclic"` walks through the states by index instead of by noise (block j takes the state that lies
-            `(j mod w) / (w - 1)` of the way from the fixed point back to the draft, whatever the levels are), `"constant"` asks for
-            `max_noise` everywhere.
-        noise_levels: w, how many levels the schedule has.
-        min_noise, max_noise: the ends of the levels, within 0 and 1.
-        end_points: `"reference"` includes both ends (`linspace(min, max, w)`), `"paper"` leaves the upper one out (eq. 7:
-            `{0, 1/w, .., (w-1)/w}`).
-        phase: `"random"` starts each sample at a random level. With `"fixed"`, samples of fewer than w blocks never
-            reach the high levels.
-        noise: `"suffix"`, slots from the first wrong one on (the reference code), or `"fraction"`, wrong slots (the
-            paper's text), each over n.
+        kind: how the target goes from block to block.
+            `"progressive"`: it rises through the levels and starts again.
+            `"reverse"`: it falls through the levels and starts again.
+            `"random"`: each block has a random level.
+            `"constant"`: each block has max_noise.
+            `"cyclic"`: states are chosen by their number instead of their noise. Block j has the state that lies
+            `(j mod w) / (w - 1)` of the way from the fixed point back to the draft.
+        noise_levels: w, the number of levels.
+        min_noise, max_noise: lowest and highest level, from 0 to 1.
+        end_points: `"reference"`, levels that include both ends: `linspace(min_noise, max_noise, w)`. `"paper"`,
+            without the
+            upper end: `{0, 1/w, ..., (w-1)/w}` (eq. 7).
+        phase: `"random"`, each sample starts at a random level. `"fixed"`, each sample starts at the first level; then
+            samples of fewer than w blocks never have the last levels.
+        noise: how the noise of a state is measured, each divided by n. `"suffix"`, the slots from the first wrong one
+            on (the reference code). `"fraction"`, the wrong slots (the text of the paper).
 
     Raises:
-        ValueError: an unknown word, noise_levels below 1, or ends out of order.
+        ValueError: a value is unknown or out of range.
     """
 
     kind: str = "progressive"
@@ -55,9 +60,10 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         words = (("kind", kinds()), ("end_points", END_POINTS), ("phase", PHASES), ("noise", NOISES))
         for name, allowed in words:
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if value not in allowed:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} of a noise schedule must be one of {', '.join(map(repr, allowed))}."
+                    f"{name}={value!r} of a noise schedule must be one of {', '.join(map(repr, allowed))}."
                 )
         if isinstance(self.noise_levels, bool) or not isinstance(self.noise_levels, int) or self.noise_levels < 1:
             raise ValueError(f"noise_levels={self.noise_levels!r} must be an integer of at least 1.")
@@ -68,29 +74,34 @@ class NoiseSchedule:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether a trajectory gives the same noisy version every time."""
+        """Whether the schedule chooses the same states of a trajectory every time."""
         return self.kind == "constant" or (self.kind != "random" and self.phase == "fixed")
 
     def levels(self) -> list[float]:
-        """The w levels, rising."""
+        """Return the w levels in rising order."""
         steps = self.noise_levels - 1 if self.end_points == "reference" else self.noise_levels
         return [
             self.min_noise + (self.max_noise - self.min_noise) * i / max(1, steps) for i in range(self.noise_levels)
         ]
 
     def targets(self, blocks: int, rng: random.Random) -> list[float]:
-        """Return the noise that each of `blocks` blocks should have; `rng` draws the phase and whatever the kind draws."""
+        """Return the target noise of each of `blocks` blocks.
+
+        Args:
+            blocks: number of blocks.
+            rng: random generator of the phase and of what the kind draws.
+        """
         shift = rng.randrange(self.noise_levels) if self.phase == "random" else 0
         steps = [(block + shift) % self.noise_levels for block in range(blocks)]
         return SCHEDULES[self.kind](self, steps, rng)
 
     def choose(self, blocks: Sequence[Sequence[State]], lengths: Sequence[int], rng: random.Random) -> list[int]:
-        """The index of the chosen state in each block's trajectory.
+        """Return the number of the chosen state for each block.
 
         Args:
-            blocks: states per block, the fixed point last.
-            lengths: slots of each block that belong to the answer.
-            rng: of the phase and the draws.
+            blocks: states of each block, the fixed point last.
+            lengths: how many slots of each block belong to the answer.
+            rng: random generator of the phase and of what the kind draws.
         """
         if self.kind == "cyclic":
             shift = rng.randrange(self.noise_levels) if self.phase == "random" else 0
@@ -129,8 +140,8 @@ def constant(schedule: NoiseSchedule, steps: list[int], rng: random.Random) -> l
     return [schedule.max_noise] * len(steps)
 
 
-# By kind: a function that takes the schedule, a number from 0 to w - 1 for each block (counted on from the phase) and a random
-# generator, and returns the noise that each block should have. docs/developer.md adds one.
+# By kind: a function that takes the schedule, a number from 0 to w - 1 for each block (counted on from the phase) and
+# a random generator, and returns the noise that each block should have. docs/developer.md adds one.
 SCHEDULES: dict[str, Callable[[NoiseSchedule, list[int], random.Random], list[float]]] = {
     "progressive": progressive,
     "reverse": reverse,
@@ -145,11 +156,13 @@ def kinds() -> tuple[str, ...]:
 
 
 def noise_of(state: State, fixed: State, length: int, definition: str) -> float:
-    """Noise of a state against its fixed point, from 0 to (n - 1) / n.
+    """Return the noise of a state, from 0 to (n - 1) / n.
 
     Args:
-        length: slots that belong to the answer; the rest is never wrong.
-        definition: `"suffix"` or `"fraction"`.
+        state: n token ids.
+        fixed: the fixed point of the state's block.
+        length: how many slots belong to the answer; the slots after them are never wrong.
+        definition: `"suffix"` or `"fraction"`, see `NoiseSchedule`.
     """
     wrong = [i for i in range(length) if state[i] != fixed[i]]
     if not wrong:
@@ -160,11 +173,14 @@ def noise_of(state: State, fixed: State, length: int, definition: str) -> float:
 def pack(
     trajectory: Trajectory, schedule: NoiseSchedule, data_id: str, rng: random.Random, views: int = 1
 ) -> dict[str, Any]:
-    """The packed record of one sample, `prompt, k_0, l_0, k_1, l_1, ...`, with the fields of the published sets.
+    """Return the packed record of a trajectory, as a row with a `data_id`.
 
     Args:
-        views: noisy versions of the sample, each with its own phase. Those beyond the first, which the published format has no
-            place for, are in `more_noisy_ids`, block after block.
+        trajectory: an answer with the states of its blocks.
+        schedule: chooses the noisy blocks.
+        data_id: name of the sample.
+        rng: random generator of the schedule.
+        views: noisy versions of each block, each with choices of its own.
     """
     blocks = trajectory.blocks
     n = len(blocks[0][-1])

@@ -1,4 +1,4 @@
-"""Folders of parquet shards with a manifest: each shard finished atomically, nothing half-written ever under its final name."""
+"""Folders of parquet shards with a manifest. A shard gets its final name when it is complete."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ MANIFEST = "manifest.json"
 
 
 def processes() -> PartialState:
-    """The processes that share the work, under `accelerate launch` or `torchrun`; on a machine without an accelerator too."""
+    """Return the state of the processes that share the work, under `accelerate launch`, `torchrun` or alone."""
     import torch
     from accelerate import PartialState
 
-    # Not told so, accelerate takes each process of a CPU machine for the only one. One that is done waits for the slowest.
+    # With cpu=False, accelerate takes each process of a machine without accelerators for the only one. The timeout is
+    # long because a process that is finished waits for the slowest one.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def leave_together() -> None:
-    """End the group of processes, where there is one: a process that leaves while another still sends makes that one abort."""
+    """End the group of processes, if there is one, when all have come here.
+
+    A process aborts if another one leaves while it still sends.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -82,7 +86,13 @@ class ShardFolder:
         return {name: counts for name, counts in self._progress.parts.items() if (self.path / name).is_file()}
 
     def write(self, name: str, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> None:
-        """Add a shard: to a temporary file first, then under its name, then into the manifest."""
+        """Write a shard to a temporary file, rename it, and add it to the manifest.
+
+        Args:
+            name: file name of the shard.
+            rows: its rows.
+            counts: numbers about the rows, for the manifest.
+        """
         from datasets import Dataset
 
         part = self.path / f".{name}.{os.getpid()}.part"
@@ -104,10 +114,10 @@ class ShardFolder:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a folder.
+    """Return the manifest of a folder: `settings`, `versions`, `shards` (counts by file name) and `complete`.
 
     Raises:
-        ManifestError: there is none, or it cannot be read.
+        ManifestError: there is no manifest, or it is damaged.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
@@ -119,10 +129,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def read_shards(path: str | Path) -> Any:
-    """All rows of a folder as a `datasets.Dataset`.
+    """Return all rows of a folder as a `datasets.Dataset`.
 
     Raises:
-        ManifestError: shards are missing or damaged, named; or the folder is unfinished.
+        ManifestError: the folder is unfinished, or a shard is missing or damaged.
     """
     from datasets import load_dataset
 
@@ -130,15 +140,16 @@ def read_shards(path: str | Path) -> Any:
 
 
 def checked_shards(path: str | Path) -> list[str]:
-    """The files of a finished folder that hold rows, in order.
+    """Return the files of a finished folder that have rows, in order, after a check of their checksums.
 
     Raises:
-        ManifestError: shards are missing or damaged, named; or the folder is unfinished.
+        ManifestError: the folder is unfinished, or a shard is missing or damaged. The error names the shard.
     """
-    folder, manifest = Path(path), read_manifest(path)
+    folder = Path(path)
+    manifest = read_manifest(path)
     if not manifest.get("complete"):
         raise ManifestError(
-            f"{folder} is not finished: run the command that writes it again, it goes on where it stopped."
+            f"{folder} is not finished: run the command that writes it again. It continues where it stopped."
         )
     files = []
     for name, counts in manifest["shards"].items():
@@ -166,13 +177,13 @@ def _versions() -> dict[str, str]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers with the same vocabulary."""
+    """Return a hash of the vocabulary: equal for tokenizers with the same vocabulary."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Differs when a model under the same name was trained on: a hash over a few numbers of every parameter."""
+    """Return a hash of a few numbers of every parameter, which differs after any further training of the model."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())

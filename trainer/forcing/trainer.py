@@ -23,7 +23,8 @@ from jacobi_hf.trainer.base import (
 from jacobi_hf.trainer.data.answers import base_of, special_ids
 from jacobi_hf.trainer.data.batch import counts_of
 from jacobi_hf.trainer.data.collator import JacobiForcingCollator
-from jacobi_hf.trainer.data.loading import StreamedRecords, TrainingRecords, checked, tokenized_replay
+from jacobi_hf.trainer.data.loading import StreamedRecords, TrainingRecords, checked
+from jacobi_hf.trainer.data.replay import tokenized_replay
 from jacobi_hf.trainer.forcing.checks import check_model, check_reference, check_weights
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.forward import ForcingForward

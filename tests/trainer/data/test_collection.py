@@ -399,7 +399,7 @@ def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, 
             PackConfig(sources=sources, output_dir=str(tmp_path / "packed"), visits=1, rows=5, noise_levels=4),
             tokenizer,
         )
-    with pytest.raises(ValueError, match=r"rows=50 cannot be had: .* at most 10"):
+    with pytest.raises(ValueError, match=r"rows=50 is too many: .* at most 10"):
         pack_trajectories(PackConfig(sources=sources, output_dir=str(tmp_path / "more"), rows=50), tokenizer)
     with pytest.raises(ValueError, match="no trajectory passes max_blocks=0"):
         pack_trajectories(PackConfig(sources=sources, output_dir=str(tmp_path / "none"), max_blocks=0), tokenizer)

@@ -14,8 +14,8 @@ from jacobi_hf.trainer.data.loading import (
     TrainingRecords,
     checked,
     fit,
-    tokenized_replay,
 )
+from jacobi_hf.trainer.data.replay import tokenized_replay
 from tests.helpers.records import records
 
 N = 4
