@@ -11,8 +11,9 @@ from jacobi_hf.config import JacobiConfig
 from jacobi_hf.drafts.loading import load_drafter, set_drafter, unload_drafter
 from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.drafts.lora_format import DrafterError
-from jacobi_hf.execution.buffers import clear_graphs
-from jacobi_hf.integration.mixin import JacobiGenerationMixin, register, register_defaults, unregister
+from jacobi_hf.execution.kept import clear_graphs
+from jacobi_hf.integration.mixin import JacobiGenerationMixin
+from jacobi_hf.integration.registry import register, register_defaults, unregister
 from jacobi_hf.output import JacobiDecoderOnlyOutput, JacobiStats
 from jacobi_hf.streaming import Candidate, StepEvent, StepStreamer
 from jacobi_hf.tuning.autotune import Tuning, autotune

@@ -18,8 +18,8 @@ from jacobi_hf.attention.interface import attention_of, layer_types, usable_kern
 from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
-from jacobi_hf.integration.mixin import check_can_decode, registered
-from jacobi_hf.integration.support import contradiction_in, unserved_in
+from jacobi_hf.integration.registry import check_can_decode, registered
+from jacobi_hf.integration.support import fallback_reason, refusal_reason
 from jacobi_hf.loading import reading
 
 if TYPE_CHECKING:
@@ -186,10 +186,10 @@ def _verdict(model: Any, generation_config: GenerationConfig) -> tuple[str, str 
         saved = JacobiConfig.from_generation_config(generation_config)
     except (TypeError, ValueError) as error:
         return REFUSED, str(error)
-    if reason := contradiction_in(model, generation_config.get_generation_mode(), generation_config):
+    if reason := refusal_reason(model, generation_config.get_generation_mode(), generation_config):
         return FALLS_BACK if saved else REFUSED, f"Jacobi decoding does not work with {reason}."
-    if reason := unserved_in(model, generation_config):
-        return FALLS_BACK, f"Jacobi decoding does not serve {reason}."
+    if reason := fallback_reason(model, generation_config):
+        return FALLS_BACK, f"Jacobi decoding does not support {reason}."
     return RUNS, None
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jacobi_hf.drafts.loading import load_drafter
-from jacobi_hf.integration.mixin import register
+from jacobi_hf.integration.registry import register
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from jacobi_hf.decoding.step import Slots
+    from jacobi_hf.decoding.step import StepInputs
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,17 @@ class Candidate:
     """A continuation of the text that went into a forward: the window or a branch.
 
     Attributes:
-        source: "window" for the window; "lookup", "pool" or "topk" for a branch.
+        source: name of the draft source, such as "window", "drafter", "lookup", "pool" or "topk".
         token_ids: the guesses, in the order of the text.
         verified: how many of the guesses the model verified, counted from the first. All of them, except for the
             window of a drafter.
+        is_backbone: whether it is the backbone of the step rather than a branch.
     """
 
     source: str
     token_ids: tuple[int, ...]
     verified: int
+    is_backbone: bool = False
 
     def accepted(self, token_ids: Sequence[int]) -> int:
         """Return how many guesses were accepted by a forward that committed `token_ids`."""
@@ -86,20 +88,21 @@ class StepStreamer(BaseStreamer):
         """Receive the end of the text; `generate` calls this."""
 
 
-def candidates_of(slots: Slots, names: Sequence[str]) -> tuple[Candidate, ...]:
+def candidates_of(inputs: StepInputs, names: Sequence[str]) -> tuple[Candidate, ...]:
     """Return the candidates of the first row of a forward, without those that have no guess.
 
     Args:
-        slots: the slots of the forward.
+        inputs: the tokens of the step.
         names: sources of the segments that are verified, in their order.
     """
-    layout = slots.layout
-    token_Q = slots.token_BQ[0].tolist()
-    segments = zip(layout.path_SD.tolist(), slots.length_BS[0].tolist(), strict=True)
+    layout = inputs.layout
+    token_Q = inputs.token_BQ[0].tolist()
+    segments = zip(layout.path_SD.tolist(), inputs.length_BS[0].tolist(), strict=True)
     guesses = [tuple(token_Q[slot] for slot in path[1 : 1 + length]) for path, length in segments]
-    candidates = [Candidate(name, chain, len(chain)) for name, chain in zip(names, guesses, strict=False)]
-    if (
-        layout.draft_slots
-    ):  # the draft segment holds the whole window; the first segment holds the part that is verified
-        candidates[0] = Candidate("window", guesses[layout.draft_segment], len(guesses[0]))
+    candidates = [
+        Candidate(name, chain, len(chain), is_backbone=segment == 0)
+        for segment, (name, chain) in enumerate(zip(names, guesses, strict=False))
+    ]
+    if layout.draft_slots:  # these hold the whole backbone; the first segment holds the part that is verified
+        candidates[0] = Candidate(names[0], guesses[layout.draft_segment], len(guesses[0]), is_backbone=True)
     return tuple(candidate for candidate in candidates if candidate.token_ids)

@@ -38,20 +38,23 @@ from step_cost import synchronize
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jacobi_hf import JacobiConfig
+from jacobi_hf.decoding import step
 from jacobi_hf.decoding.cache import JacobiStaticCache
-from jacobi_hf.decoding.step import Step, Widths, candidate_sources
-from jacobi_hf.drafts.base import NgramLookup, NgramPool
-from jacobi_hf.drafts.window import Window
+from jacobi_hf.decoding.step import StepShape
+from jacobi_hf.drafts.lookup import NgramLookup
+from jacobi_hf.drafts.ngram_pool import NgramPool
+from jacobi_hf.drafts.sources import Sources
+from jacobi_hf.drafts.window import JacobiWindow
 from jacobi_hf.execution.base import Eager
-from jacobi_hf.integration import mixin
+from jacobi_hf.integration.forward import ModelForward
 from jacobi_hf.results.schema import Measurement, Prompts, Results
 
 PARTS = {
-    "mask": [(mixin._Forward, "arguments")],
-    "choice": [(Step, "accept")],
+    "mask": [(ModelForward, "arguments")],
+    "choice": [(step, "accept")],
     "lookup": [(NgramLookup, "propose")],
-    "pool": [(NgramPool, "propose"), (NgramPool, "learn")],
-    "window": [(Window, "append_blocks"), (Window, "redraft")],
+    "pool": [(NgramPool, "propose"), (NgramPool, "observe")],
+    "window": [(JacobiWindow, "observe"), (JacobiWindow, "propose")],
     "commit": [(JacobiStaticCache, "commit")],
 }
 MOST = 32_768
@@ -210,11 +213,12 @@ def memory_of(model: Any, calls: list[tuple[int, int, int]]) -> dict[str, list[i
     return found
 
 
-def full_widths(_: Eager, __: Widths) -> Widths:
-    """An `Eager.widths` that makes window and branches as long as the default knobs let them be, whatever the step needs."""
+def full_shape(_: Eager, shape: StepShape) -> StepShape:
+    """Return, in place of `Eager.shape`, the greatest shape that the default knobs allow, whatever the step needs."""
     config = JacobiConfig()
-    sources = candidate_sources(config, 1, torch.device("cpu"))
-    return Widths(config.window_width, tuple(source.length for source in sources for _ in range(source.branches)))
+    pool = NgramPool(config.jacobi_pool_size, config.jacobi_branch_length)
+    sources = Sources([JacobiWindow(config), NgramLookup(config.jacobi_lookup_tokens), pool])
+    return StepShape(sources.width, sources.branch_lengths, starts=shape.starts)
 
 
 def contenders() -> list[common.Contender]:
@@ -239,7 +243,7 @@ def main(
     """All points of all axes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, planned = random_model(device), points(most)
-    Eager.widths = full_widths  # type: ignore[method-assign, assignment]
+    Eager.shape = full_shape  # type: ignore[method-assign]
     calls = list(dict.fromkeys(point.call for point in planned))
     if memory:
         print(json.dumps(memory_of(model, calls)))

@@ -22,28 +22,32 @@ import typer
 from transformers import CompileConfig
 
 import jacobi_hf
-from jacobi_hf.drafts.window import Window
-from jacobi_hf.execution.compiled import of_its_own
-from jacobi_hf.integration import mixin
+from jacobi_hf.decoding.step import ForwardInputs
+from jacobi_hf.drafts.window import JacobiWindow
+from jacobi_hf.execution.compiled import with_own_code
+from jacobi_hf.integration import call as generate_call
 from jacobi_hf.results.schema import Measurement, Prompts, Results
 
 
 def replaying(truth_BT: torch.Tensor, seconds: list[float]) -> Any:
-    """A `Window.redraft` that drafts the true continuation; uncompiled, it adds to `seconds` what that took more than drafting."""
-    redraft = Window.redraft
+    """Return a `JacobiWindow.propose` that proposes the true continuation.
 
-    def replay(self: Window, generated_B: torch.Tensor, *rest: Any) -> None:
-        redraft(self, generated_B, *rest)
+    Uncompiled, it adds to `seconds` what this took in addition to an ordinary proposal.
+    """
+    propose = JacobiWindow.propose
+
+    def replay(self: JacobiWindow, context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        token_B1W, length_B1 = propose(self, context)
         if torch.compiler.is_compiling():
-            return replace(self, generated_B)
+            return replaced(token_B1W, context), length_B1
         started = time.perf_counter()
-        replace(self, generated_B)
+        token_B1W = replaced(token_B1W, context)
         seconds.append(time.perf_counter() - started)
-        return None
+        return token_B1W, length_B1
 
-    def replace(self: Window, generated_B: torch.Tensor) -> None:
-        index_BW = generated_B[:, None] + torch.arange(self.draft_BW.shape[1])
-        self.draft_BW.copy_(truth_BT.gather(1, index_BW.clamp(max=truth_BT.shape[1] - 1)))
+    def replaced(token_B1W: torch.Tensor, context: Any) -> torch.Tensor:
+        index_BW = context.outcome.generated_B[:, None] + torch.arange(token_B1W.shape[2])
+        return truth_BT.gather(1, index_BW.clamp(max=truth_BT.shape[1] - 1))[:, None]
 
     return replay
 
@@ -69,33 +73,33 @@ class Clock:
 
     def run(
         self,
-        step: Any,
+        state: Any,
         forward: Any,
         selector: Any,
-        widths: Any,
+        shape: Any,
         layout: Any,
         key_column_K: torch.Tensor,
         *rest: Any,
         **options: Any,
-    ) -> None:
+    ) -> Any:
         """From one step's beginning to the next one's, less the bare forward in between."""
         if self._last is not None:
             self.steps.append(time.perf_counter() - self._last - sum(self._replaying))
         self._replaying.clear()
-        slots = step.slots(widths, layout)
+        token_BQ = state.inputs(shape, layout).token_BQ
         bare, read_K = self._model.forward, key_column_K.view(-1)
         if self._forwards is not None:
             bare = self._forwards.setdefault(layout.slots, compiled(self._model))
             torch._dynamo.mark_dynamic(read_K, 0)
-        step.cache.open_step(layout.slots, read_K)
-        arguments = forward.arguments(slots.token_BQ, None, layout, read_K, None)
+        state.cache.open_step(layout.slots, read_K)
+        arguments = forward.arguments(ForwardInputs(layout, read_K, token_BQ))
         if self._forwards is not None:
             torch._dynamo.mark_dynamic(arguments["attention_mask"], 3)
         began = time.perf_counter()
         bare(**arguments)
         self._last = time.perf_counter()
         self.bare.append(self._last - began)
-        self._execution.run(step, forward, selector, widths, layout, key_column_K, *rest, **options)
+        return self._execution.run(state, forward, selector, shape, layout, key_column_K, *rest, **options)
 
 
 def compiled(model: Any) -> Any:
@@ -105,7 +109,7 @@ def compiled(model: Any) -> Any:
         logits: torch.Tensor = model(**arguments).logits
         return logits
 
-    run = torch.compile(of_its_own(call), fullgraph=True, dynamic=False)
+    run = torch.compile(with_own_code(call), fullgraph=True, dynamic=False)
     return lambda **arguments: run(arguments)
 
 
@@ -122,15 +126,16 @@ def one_width(
     if compiles:
         arguments["compile_config"] = CompileConfig()
     steps, bare, tokens, forwards = [], [], 0, 0
-    original, execution, clocks = Window.redraft, mixin._Call._execution, []
+    original, execution_for, clocks = JacobiWindow.propose, generate_call.execution_for, []
     compiled_forwards: dict[int, Any] = {}
     seconds: list[float] = []
 
-    def clocked(call: Any, *arguments: Any) -> Clock:
-        clocks.append(Clock(model, execution(call, *arguments), compiled_forwards if compiles else None, seconds))
+    def clocked(*arguments: Any) -> Clock:
+        clocks.append(Clock(model, execution_for(*arguments), compiled_forwards if compiles else None, seconds))
         return clocks[-1]
 
-    Window.redraft, mixin._Call._execution = replaying(truth, seconds), clocked  # type: ignore[method-assign, assignment]
+    JacobiWindow.propose = replaying(truth, seconds)  # type: ignore[method-assign]
+    generate_call.execution_for = clocked  # type: ignore[assignment]
     try:
         for repeat in range(repeats + 1):  # the first one warms up, and compiles
             output = model.generate(**inputs, **arguments, **contender.arguments, return_dict_in_generate=True)
@@ -141,7 +146,8 @@ def one_width(
                 bare += clocks[-1].bare[: len(clocks[-1].steps)]
                 tokens, forwards = tokens + max_new_tokens, forwards + output.jacobi_stats.forwards
     finally:
-        Window.redraft, mixin._Call._execution = original, execution  # type: ignore[method-assign]
+        JacobiWindow.propose = original  # type: ignore[method-assign]
+        generate_call.execution_for = execution_for
         jacobi_hf.clear_graphs(model)
     step, alone = statistics.median(steps) * 1e3, statistics.median(bare) * 1e3
     return Measurement(

@@ -33,12 +33,13 @@ from jacobi_hf import JacobiConfig, clear_graphs
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.prompt import Prompt
 from jacobi_hf.decoding.selection import Selector
-from jacobi_hf.decoding.step import Widths
-from jacobi_hf.drafts.window import Window
-from jacobi_hf.execution.base import Eager, whole_steps
-from jacobi_hf.execution.buffers import Arena
-from jacobi_hf.integration import mixin
+from jacobi_hf.decoding.step import StepShape
+from jacobi_hf.drafts.sources import sources_of
+from jacobi_hf.drafts.window import JacobiWindow
+from jacobi_hf.execution.buffers import CallBuffers
+from jacobi_hf.execution.choose import execution_for
 from jacobi_hf.integration.compat import CACHE
+from jacobi_hf.integration.forward import ModelForward, jacobi_attention
 from jacobi_hf.results.schema import Decoder, Measurement, Prompts, Results, Speedup
 
 # hidden size, intermediate size, layers, query heads, key/value heads, head dimension, vocabulary, tied embeddings
@@ -147,37 +148,35 @@ def timed_steps(
     config = JacobiConfig(
         jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0
     )
-    arena = Arena(model, config, batch, context + room, context + 2 * room, device)
-    cache, step, selector = arena.cache, arena.step, Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
+    sources = sources_of(config, model)
+    buffers = CallBuffers(model, sources, batch, context + room, context + 2 * room, device)
+    cache = buffers.cache
+    state = buffers.state
+    selector = Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
     text_BL = torch.randint(2, model.config.vocab_size, (batch, context), device=device)
     length_B = torch.full((batch,), context, device=device)
     prompt = Prompt(text_BL, None, length_B, torch.zeros_like(length_B), 0, context, text_BL, length_B)
     last = torch.tensor(context + room, device=device)
-    forward = mixin._Forward(model, cache, last)
-    executions = {
-        f"step{way}": Eager() if wanted is None else whole_steps(model, config, wanted, arena)
-        for way, wanted in ways.items()
-    }
+    executions = {f"step{way}": execution_for(model, config, wanted, buffers) for way, wanted in ways.items()}
     times: dict[str, dict[int, Any]] = {name: {width: [] for width in widths} for name in executions}
 
     def once(execution: Any, width: int) -> tuple[float, float]:
-        step.open(prompt, room, 0, torch.zeros(0, dtype=torch.long, device=device), fills=False)
-        step.generated_B.zero_()
+        state.open(prompt, room, 0, torch.zeros(0, dtype=torch.long, device=device), fills=False)
         cache.lengths_B.fill_(context)
-        step.width_B.fill_(width - 1)
+        state.width_B.fill_(width - 1)
         layout = build_layout((width - 1,), device)
         key_column_K = cache.columns(width, context)
         synchronize(device)
         started = time.perf_counter()
         execution.run(
-            step, forward, selector, Widths(width - 1, ()), layout, key_column_K, context + 1, some_over=False
+            state, forward, selector, StepShape(width - 1, ()), layout, key_column_K, context + 1, some_over=False
         )
         returned = time.perf_counter()
         synchronize(device)
         return time.perf_counter() - started, returned - started
 
-    with torch.no_grad(), mixin._our_attention(model):
-        forward = mixin._Forward(model, cache, last)
+    with torch.no_grad(), jacobi_attention(model):
+        forward = ModelForward(model, cache, sources, last)
         for name, execution in executions.items():  # allocate, compile, warm up
             for width in track(widths, description=name, console=Console(stderr=True)):
                 once(execution, width)
@@ -227,17 +226,18 @@ def ordinary(model: Any, context: int, tokens: int, compile_config: CompileConfi
     return statistics.median(b - a for a, b in zip(gaps.times[3:], gaps.times[4:], strict=False))
 
 
-def replaying(truth_BT: torch.Tensor, per_forward: float) -> Callable[..., None]:
-    """A `Window.redraft` that drafts the true continuation, wrong wherever a forward is to end."""
+def replaying(truth_BT: torch.Tensor, per_forward: float) -> Callable[..., Any]:
+    """Return a `JacobiWindow.propose` that proposes the true continuation, wrong wherever a forward is to end."""
     index_T = torch.arange(truth_BT.shape[1], device=truth_BT.device)
     ends_T = (index_T / per_forward).floor() != ((index_T + 1) / per_forward).floor()
     draft_BT = torch.where(ends_T, (truth_BT + 1) % truth_BT.max().add(1), truth_BT)
-    redraft = Window.redraft
+    propose = JacobiWindow.propose
 
-    def replay(self: Window, generated_B: torch.Tensor, *rest: Any) -> None:
-        redraft(self, generated_B, *rest)
-        index_BW = generated_B[:, None] + torch.arange(self.draft_BW.shape[1], device=generated_B.device)
-        self.draft_BW.copy_(draft_BT.gather(1, index_BW.clamp(max=draft_BT.shape[1] - 1)))
+    def replay(self: JacobiWindow, context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        token_B1W, length_B1 = propose(self, context)
+        generated_B = context.outcome.generated_B
+        index_BW = generated_B[:, None] + torch.arange(token_B1W.shape[2], device=generated_B.device)
+        return draft_BT.gather(1, index_BW.clamp(max=draft_BT.shape[1] - 1))[:, None], length_B1
 
     return replay
 
@@ -252,7 +252,7 @@ def replays(model: Any, tokens: int, ways: dict[str, CompileConfig | None]) -> l
         "eos_token_id": None,
     }
     config = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0, jacobi_lookup_tokens=0)
-    reference, original, found = model.generate(ids, **arguments), Window.redraft, []
+    reference, original, found = model.generate(ids, **arguments), JacobiWindow.propose, []
     truth_BT = torch.cat([reference[:, 64:], reference[:, -1:].expand(-1, 160)], 1)
     prompts = Prompts(
         domain="replay", source="random weights, random prompt of 64 tokens", count=1, max_new_tokens=tokens
@@ -294,13 +294,13 @@ def replays(model: Any, tokens: int, ways: dict[str, CompileConfig | None]) -> l
         plain, _ = measured(ordinary, options | ({"cache_implementation": "static"} if compiles else {}))
         found.append(plain)
         for per_forward in TPF:
-            Window.redraft = replaying(truth_BT, per_forward)  # type: ignore[method-assign]
+            JacobiWindow.propose = replaying(truth_BT, per_forward)  # type: ignore[method-assign]
             clear_graphs(model)
             decoder = Decoder.of(f"replay-{per_forward}{way}", config).model_copy(update={"compiled": compiles})
             try:
                 mine, output = measured(decoder, config.to_knobs() | options)
             finally:
-                Window.redraft = original  # type: ignore[method-assign]
+                JacobiWindow.propose = original  # type: ignore[method-assign]
             stats, factor = output.jacobi_stats, (plain.seconds or 0) / (mine.seconds or 1)
             measures = {
                 "new_tokens": tokens,

@@ -135,7 +135,7 @@ class Selector:
             )
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Any, ...]:
         """What one call's selection has different from another's, but for values that are held."""
         processors = tuple(
             (type(p), *((name, repr(value)) for name, value in vars(p).items() if name not in (*VALUES, *OF_PROMPTS)))

@@ -86,7 +86,7 @@ class Replay:
         branches = join(
             _branch(candidate, step, self.runner.lane.tokenizer)
             for candidate in step.candidates
-            if candidate.source != "window"
+            if not candidate.is_backbone
         )
         listed = Markup('<ul class="branches">{}</ul>').format(branches) if branches else ""
         return Markup('<section class="replay" data-forward="{}">{}{}{}{}</section>').format(
@@ -101,7 +101,7 @@ class Replay:
             return f"{of}: no guesses, 1 token." if number > 1 else f"{of}: the prompt, and the first token."
         best = max(step.candidates, key=lambda candidate: candidate.accepted(step.token_ids))
         accepted = best.accepted(step.token_ids)
-        source = f" ({'the window' if best.source == 'window' else best.source})" if accepted else ""
+        source = f" ({f'the {best.source}' if best.is_backbone else best.source})" if accepted else ""
         guesses = sum(candidate.verified for candidate in step.candidates)
         tokens = f"{len(step.token_ids)} token{'s' * (len(step.token_ids) != 1)}"
         return f"{of}: {guesses} guesses verified, {accepted} accepted{source}, {tokens}."
@@ -129,7 +129,7 @@ class Replay:
         final = self.runner.pieces.token_ids
         tokenizer = self.runner.lane.tokenizer
         cells = [Markup('<td class="known">{}</td>').format(_shown(tokenizer, token)) for token in final[first:before]]
-        for window in (candidate for candidate in step.candidates if candidate.source == "window"):
+        for window in (candidate for candidate in step.candidates if candidate.is_backbone):
             kinds = _kinds(window, step.token_ids, final[before:])
             cells += [
                 Markup('<td class="{}">{}</td>').format(kind, _shown(tokenizer, token))

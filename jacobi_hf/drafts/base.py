@@ -1,236 +1,198 @@
-"""Sources of candidate branches: recycled n-grams and n-gram lookup in the text.
+"""The interface of draft sources: everything that proposes tokens for the model to verify.
 
-A source proposes continuations of the pending token; the decoder verifies them beside the window in the same forward.
+In each step the model's forward covers a tree of *slots*. The pending token (the last one chosen, whose keys and values
+are not in the cache yet) is slot 0. After it comes the *backbone*, a chain of guesses from one source. Further sources add
+*branches*, which start at the pending token or after some guesses of the backbone. The model verifies all of them in one
+forward and commits the longest accepted chain, so the text never depends on a source.
+
+A source sees each step twice: `observe` reports the outcome of the step, then `propose` asks for the next guesses. Both
+work on whole batches with tensors of fixed shapes, because a step may run compiled or as a CUDA graph: no Python value may
+depend on the contents of a tensor.
+
+Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, V
+vocabulary, L text columns, P prompt columns, F features (tapped layers times H, hidden).
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
+    import torch
 
-@dataclass(frozen=True)
-class Text:
-    """Everything committed so far, prompt included, without pads.
-
-    Attributes:
-        ids_BL: ids, `L` at least the longest row.
-        length_B: tokens of each row; the last one is pending.
-    """
-
-    ids_BL: torch.Tensor
-    length_B: torch.Tensor
+    from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.decoding.layout import Layout
+    from jacobi_hf.decoding.step import Acceptance, StepInputs
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """What a forward had in its window, for sources that learn from what was not accepted.
+class SourceShape:
+    """What a source needs in every step of a call, known on the host before any tensor exists.
 
     Attributes:
-        token_BW1: the pending token and the guesses behind it.
-        choice_BW1: the model's choice at each of them; the drafter's, where there is one and the model was not asked.
-        accepted_B: guesses confirmed in the window; `width_B`: guesses that were there.
+        lengths: the most guesses of each of its segments.
+        starts: for each segment, the number of backbone guesses that it follows; 0 is the pending token. Empty: all 0.
+        is_backbone: whether its one segment is the backbone. A call has at most one backbone.
+        draft_slots: slots of its own in the model's forward, in which it drafts and which nobody verifies.
+        taps: decoder layers whose outputs it reads as features (0-based, before the final norm).
+        cache_ahead: places after the committed tokens that its own key/value cache needs.
     """
 
-    token_BW1: torch.Tensor
-    choice_BW1: torch.Tensor
-    accepted_B: torch.Tensor
-    width_B: torch.Tensor
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...] = ()
+    is_backbone: bool = False
+    draft_slots: int = 0
+    taps: tuple[int, ...] = ()
+    cache_ahead: int = 0
+
+    def __post_init__(self) -> None:
+        if self.starts and len(self.starts) != len(self.lengths):
+            raise ValueError(
+                f"a source has {len(self.lengths)} segments and {len(self.starts)} starts: give one each."
+            )
+        if self.is_backbone and (len(self.lengths) != 1 or any(self.starts)):
+            raise ValueError("a backbone has one segment, which follows the pending token.")
+
+    @property
+    def segment_starts(self) -> tuple[int, ...]:
+        """The start of every segment, zeros included."""
+        return self.starts or (0,) * len(self.lengths)
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """The next step's window, for sources that branch off it.
+class StepOutcome:
+    """What a step did, as the sources see it after its tokens were committed.
+
+    The *draft chain* is the pending token and the backbone guesses after it, at the slots whose choices may become the next
+    guesses: the draft slots where the backbone has some, else the verified slots of the backbone.
 
     Attributes:
-        draft_BW: its guesses.
-        other_BSK: for its first S guesses, the K ids that the model held likeliest after its choice.
-        known_B: guesses that the model itself has made; what is behind them are fillers.
+        inputs: tokens, valid lengths and layout of the step's slots.
+        acceptance: the model's choices and which guesses were accepted.
+        before_B: new tokens of each row before the step.
+        generated_B: new tokens of each row after the step.
+        chain_choice_BD: the token chosen at each slot of the draft chain, `D = 1 + W`.
+        chain_length_B1: valid guesses of the draft chain.
+        features_BQF: outputs of the tapped layers at every slot, side by side; None without taps.
     """
 
-    draft_BW: torch.Tensor
-    other_BSK: torch.Tensor
-    known_B: torch.Tensor
+    inputs: StepInputs
+    acceptance: Acceptance
+    before_B: torch.Tensor
+    generated_B: torch.Tensor
+    chain_choice_BD: torch.Tensor
+    chain_length_B1: torch.Tensor
+    features_BQF: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The tree of the step's slots."""
+        return self.inputs.layout
+
+    @property
+    def chain_slot_D(self) -> torch.Tensor | slice:
+        """The slots of the draft chain, for use as an index."""
+        return chain_slots(self.layout)
+
+    @property
+    def chain_token_BD(self) -> torch.Tensor:
+        """The pending token and the backbone guesses, as they went into the forward."""
+        return self.inputs.token_BQ[:, self.chain_slot_D]
 
 
-class CandidateSource(Protocol):
-    """What the decoder asks of a source: at most `branches` branches of at most `length` tokens per step.
+def chain_slots(layout: Layout) -> torch.Tensor | slice:
+    """Return the slots of the draft chain of a layout, see `StepOutcome`."""
+    depths = 1 + layout.lengths[layout.draft_segment]
+    return layout.path_SD[layout.draft_segment, :depths] if layout.draft_slots else slice(depths)
+
+
+@dataclass(frozen=True)
+class ProposalContext:
+    """What a source may look at to propose guesses for the next step.
 
     Attributes:
-        starts: for each branch, the guesses of the window that it follows.
+        outcome: what the last step did.
+        text_BL: prompt and new tokens of each row without pads, of which the first `text_length_B` count.
+        text_length_B: tokens of each row's text; the last one is the pending token.
+        pending_B1: the pending token.
+        backbone_BW: guesses of the backbone for the next step; None while the backbone itself is asked.
+    """
+
+    outcome: StepOutcome
+    text_BL: torch.Tensor
+    text_length_B: torch.Tensor
+    pending_B1: torch.Tensor
+    backbone_BW: torch.Tensor | None = None
+
+
+class DraftSource:
+    """Something that proposes tokens; the base class of all draft sources.
+
+    A subclass sets `name` and `shape` and defines `for_call` and `propose`. It defines the other methods only if it needs
+    them; here they do nothing. `jacobi_hf.drafts.sources.SOURCES` lists the classes that a call may use.
+
+    Attributes:
+        name: short name, shown in statistics and to streamers.
+        shape: what the source needs in every step.
     """
 
     name: str
-    branches: int
-    length: int
+    shape: SourceShape
 
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """For each branch, the guesses of the window that it follows."""
+    @classmethod
+    def for_call(cls, config: JacobiConfig, model: Any) -> Self | None:
+        """Return the source for a call with these knobs and this model, or None if the call does not use it.
 
-    def forget(self) -> None:
-        """Begin with other texts."""
+        This must be cheap: it is also called to learn the sizes of a step. Tensors are made in `allocate`.
+        """
+        raise NotImplementedError
 
-    def propose(self, text: Text, drafts: Drafts | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(token_BCL, depth_BC)`: candidates, and how far they reach behind the pending token; 0 is no candidate.
+    def allocate(self, rows: int, columns: int, capacity: int, device: torch.device) -> None:
+        """Make the buffers of a call; their addresses must not change afterwards.
 
         Args:
-            drafts: there where some source branches off the window.
+            rows: B.
+            columns: the most tokens of a row's text, prompt included.
+            capacity: the most tokens of a row in the model's cache.
+            device: where the tokens are.
         """
 
-    def learn(self, rejection: Rejection) -> None:
-        """Take note of a step's rejected guesses."""
+    def sized_by_length(self) -> list[tuple[torch.Tensor, int]]:
+        """Return the buffers whose size depends on `columns` or `capacity`, each with the dimension that does."""
+        return []
 
+    def reset(self) -> None:
+        """Forget everything about earlier texts; called before each call of `generate`."""
 
-class NgramPool:
-    """Rejection recycling (arXiv 2512.14681, section 3.3): n-grams of rejected tails, kept as long as the sequence.
+    def during_call(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context that is open while a call decodes, for example to attach hooks. Calls may overlap."""
+        return contextlib.nullcontext()
 
-    Behind every rejected guess the forward still computed what the model would say next; that guess and the choices from there
-    on are an n-gram. When the guess turns up as the pending token, the n-gram is proposed.
+    def during_forward(self, layout: Layout, rows: int) -> AbstractContextManager[None]:
+        """Return a context that is open during a forward with draft slots, for example to switch a LoRA on in them."""
+        return contextlib.nullcontext()
 
-    Args:
-        branches: proposals per step, the newest first, no two alike.
-        length: tokens of a proposal.
-        capacity: n-grams kept per row; the oldest are overwritten.
-    """
+    def read_prompt(self, place_B: torch.Tensor, next_BP: torch.Tensor, features_BPF: torch.Tensor | None) -> None:
+        """Read a part of the prompt; called for each part before the first step.
 
-    name = "pool"
+        Args:
+            place_B: the place in each row's text of the first token of this part.
+            next_BP: for each token of the part, the token after it.
+            features_BPF: outputs of the tapped layers at each token of the part; None without taps.
+        """
 
-    def __init__(
-        self, branches: int, length: int, batch_size: int, device: torch.device, capacity: int = 1024
-    ) -> None:
-        self.branches, self.length, self.capacity = branches, length, capacity
-        # One place more than the capacity, for what is not to be kept.
-        self._key_BP = torch.full((batch_size, capacity + 1), -1, dtype=torch.long, device=device)
-        self._gram_BPL = torch.zeros(batch_size, capacity + 1, length, dtype=torch.long, device=device)
-        self._length_BP = torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device)
-        self._age_BP = torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device)
-        self._learnt_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn from a step; called after its tokens were committed and before `propose`."""
 
-    def forget(self) -> None:
-        """Drop all n-grams."""
-        self._key_BP.fill_(-1)
-        self._learnt_B.zero_()
+    def propose(self, context: ProposalContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return guesses for the next step.
 
-    def learn(self, rejection: Rejection) -> None:
-        """Add the n-grams that begin at the rejected guesses."""
-        slot_W1 = torch.arange(rejection.token_BW1.shape[1], device=self._key_BP.device)
-        width_B1 = rejection.width_B[:, None]
-        rejected_BW1 = (slot_W1 > rejection.accepted_B[:, None]) & (slot_W1 <= width_B1)
-        number_BW1 = self._learnt_B[:, None] + rejected_BW1.long().cumsum(
-            1
-        )  # of all that the row has learnt, from 1 on
-        place_BW1 = torch.where(rejected_BW1, (number_BW1 - 1) % self.capacity, self.capacity)
-        following_W1L = (slot_W1[:, None] + torch.arange(self.length, device=slot_W1.device)).clamp(
-            max=len(slot_W1) - 1
-        )
-        self._gram_BPL.scatter_(
-            1, place_BW1[..., None].expand(-1, -1, self.length), rejection.choice_BW1[:, following_W1L]
-        )
-        self._length_BP.scatter_(1, place_BW1, (width_B1 - slot_W1 + 1).clamp(0, self.length))
-        self._age_BP.scatter_(1, place_BW1, number_BW1)
-        self._key_BP.scatter_(1, place_BW1, rejection.token_BW1)
-        self._key_BP[:, -1].fill_(-1)
-        self._learnt_B += rejected_BW1.sum(1)
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """All hang on the pending token."""
-        return (0,) * self.branches
-
-    def propose(self, text: Text, drafts: Drafts | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The newest n-grams whose key is the pending token, each with another first token."""
-        pending_B1 = text.ids_BL.gather(1, text.length_B[:, None] - 1)
-        age_BP = torch.where(self._key_BP == pending_B1, self._age_BP + 1, 0)
-        tokens, lengths = [], []
-        for _ in range(self.branches):
-            newest_B1 = age_BP.argmax(1, keepdim=True)
-            gram_BL = self._gram_BPL.gather(1, newest_B1[..., None].expand(-1, -1, self.length))[:, 0]
-            tokens.append(gram_BL)
-            lengths.append(torch.where(age_BP.gather(1, newest_B1) > 0, self._length_BP.gather(1, newest_B1), 0)[:, 0])
-            age_BP = age_BP.masked_fill(self._gram_BPL[:, :, 0] == gram_BL[:, :1], 0)
-        return torch.stack(tokens, 1), torch.stack(lengths, 1)
-
-
-class NgramLookup:
-    """Prompt lookup (Saxena, 2023): what followed the last few tokens when they occurred before, in prompt or output.
-
-    The longest match wins, of equals the latest. A match so late that fewer than `length` tokens follow it is continued with its
-    own beginning: text that has begun to repeat goes on repeating.
-    """
-
-    name = "lookup"
-    branches = 1
-
-    def __init__(self, length: int, max_ngram: int = 3) -> None:
-        self.length, self.max_ngram = length, max_ngram
-
-    def forget(self) -> None:
-        """Nothing: there is no memory."""
-
-    def learn(self, rejection: Rejection) -> None:
-        """Nothing: lookup knows the text alone."""
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """It hangs on the pending token."""
-        return (0,)
-
-    def propose(self, text: Text, drafts: Drafts | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One branch per row, none where the last token is new."""
-        ids_BL, last_B1 = text.ids_BL, text.length_B[:, None] - 1
-        place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        run_BL = place_L < last_B1  # the last `order` tokens before and at this place equal the text's last ones
-        matched_BL = torch.zeros_like(ids_BL)
-        for order in range(min(self.max_ngram, ids_BL.shape[1])):
-            wanted_B1 = ids_BL.gather(1, (last_B1 - order).clamp(min=0))
-            equal_BL = (ids_BL == wanted_B1) & (last_B1 >= order)
-            run_BL = run_BL & (place_L >= order) & equal_BL.roll(order, 1)
-            matched_BL += run_BL
-        found_B1 = (matched_BL * ids_BL.shape[1] + place_L).argmax(1, keepdim=True)
-        period_B1 = (last_B1 - found_B1).clamp(min=1)
-        index_BN = found_B1 + 1 + torch.arange(self.length, device=ids_BL.device) % period_B1
-        length_B = torch.where(matched_BL.gather(1, found_B1)[:, 0] > 0, self.length, 0)
-        return ids_BL.gather(1, index_BN.clamp(max=ids_BL.shape[1] - 1))[:, None], length_B[:, None]
-
-
-class OtherChoices:
-    """Short branches off the window: at each of its first guesses, what the model held likely beside its choice, and then the window's
-    next guess.
-
-    Branch c stands in for guess `c // 2 + 1`, with the model's second choice where c is even and its third where c is odd.
-
-    Args:
-        branches: at most so many, two for each guess.
-        width: of the window.
-    """
-
-    name, length = "topk", 2
-    PER_GUESS = 2
-
-    def __init__(self, branches: int, width: int) -> None:
-        self.branches = min(branches, self.PER_GUESS * width)
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """The guesses before the one that a branch stands in for."""
-        return tuple(c // self.PER_GUESS for c in range(self.branches))
-
-    def forget(self) -> None:
-        """Nothing: there is no memory."""
-
-    def learn(self, rejection: Rejection) -> None:
-        """Nothing: what the model held likely comes with the drafts."""
-
-    def propose(self, text: Text, drafts: Drafts | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Branches where the window's guess is the model's own."""
-        assert drafts is not None
-        start_C = torch.arange(self.branches, device=drafts.draft_BW.device) // self.PER_GUESS
-        number_C = torch.arange(self.branches, device=start_C.device) % self.PER_GUESS
-        last = drafts.draft_BW.shape[1] - 1
-        next_BC = drafts.draft_BW[:, (start_C + 1).clamp(max=last)]
-        token_BCL = torch.stack([drafts.other_BSK[:, start_C, number_C], next_BC], 2)
-        depth_C = torch.where(start_C < last, start_C + 2, start_C + 1)
-        return token_BCL, torch.where(start_C < drafts.known_B[:, None], depth_C, 0)
+        Returns:
+            token_BSN, length_BS: the guesses of each segment, and how many of them are valid. The length of a segment that
+            follows backbone guesses counts these too; 0 means that the segment proposes nothing.
+        """
+        raise NotImplementedError

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.drafts.lora_format import CONFIG_FILE, WEIGHTS_FILE, DrafterError, check_fits
-from jacobi_hf.execution.buffers import clear_graphs
+from jacobi_hf.execution.kept import clear_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,7 +160,7 @@ def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:
     model = _base_of(model)
     drafters = _drafters_with(model, name)
     names = list(drafters.by_name) if name is None else [name]
-    if busy := [one for one in names if drafters.by_name[one].in_use]:
+    if busy := [one for one in names if drafters.by_name[one].is_attached(model)]:
         raise DrafterError(f"a call of generate is drafting with {busy[0]!r}: unload it when that has ended.")
     for one in names:
         del drafters.by_name[one]

@@ -25,9 +25,11 @@ from jacobi_hf.drafts.lora_format import (
     shapes_of_factors,
     write_drafter_files,
 )
+from jacobi_hf.shared_change import SharedChange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
 
 class _Gate(threading.local):
@@ -70,8 +72,7 @@ class LoraDrafter(torch.nn.Module):
             self.lora_B[self.layers[name]] = torch.nn.Parameter(torch.zeros(outputs, config.r))
         self.embedding = torch.nn.Parameter(torch.zeros(config.hidden_size))
         self._gate = _Gate()
-        self._uses = 0
-        self._lock = threading.Lock()
+        self._hooked = SharedChange()
 
     @classmethod
     def new(
@@ -180,34 +181,37 @@ class LoraDrafter(torch.nn.Module):
         self.embedding.data = self.embedding.data.to(_device_of(model.get_input_embeddings(), model), dtype)
         return self
 
-    @contextlib.contextmanager
-    def attached(self, model: Any) -> Iterator[None]:
-        """The model with the drafter's hooks on its layers, which do nothing outside of `drafting`. Calls may overlap."""
-        with self._lock:
-            if not self._uses:
-                layers = linear_layers(model)
-                if missing := [name for name in self.layers if name not in layers]:
-                    raise DrafterError(
-                        f"the model has no layer {missing[0]} any more, on which its drafter acts: load the drafter again."
-                    )
-                self._handles = [
-                    layers[name].register_forward_hook(self._delta_hook(key)) for name, key in self.layers.items()
-                ]
-                self._handles.append(model.get_input_embeddings().register_forward_hook(self._embedding_hook()))
-            self._uses += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._uses -= 1
-                if not self._uses:
-                    for handle in self._handles:
-                        handle.remove()
+    def attached(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which the model's layers have the drafter's hooks. Calls may overlap.
 
-    @property
-    def in_use(self) -> bool:
-        """Whether a call that runs has it attached."""
-        return self._uses > 0
+        The hooks do nothing outside of `drafting`.
+
+        Raises:
+            DrafterError: the model has lost a layer on which the drafter acts.
+        """
+        return self._hooked.made(model, lambda: self._attach(model))
+
+    def _attach(self, model: Any) -> Callable[[], None]:
+        layers = linear_layers(model)
+        if missing := [name for name in self.layers if name not in layers]:
+            raise DrafterError(
+                f"the model has no layer {missing[0]} any more, on which its drafter acts: load the drafter again."
+            )
+        embeddings = model.get_input_embeddings()
+        handles = [layers[name].register_forward_hook(self._delta_hook(key)) for name, key in self.layers.items()]
+        handles.append(embeddings.register_forward_hook(self._embedding_hook()))
+        if self.config.constant_draft is not None:
+            handles.append(embeddings.register_forward_pre_hook(self._token_hook()))
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def is_attached(self, model: Any) -> bool:
+        """Return whether a call is drafting with it on this model."""
+        return self._hooked.is_made(model)
 
     def shown(self, token_BQ: torch.Tensor, draft_slots: int) -> torch.Tensor:
         """Return the ids of a forward; `constant_draft`, if there is one, replaces the last `draft_slots` ids."""
@@ -253,6 +257,16 @@ class LoraDrafter(torch.nn.Module):
 
         add_delta.is_drafters = True  # type: ignore[attr-defined]
         return add_delta
+
+    def _token_hook(self) -> Any:
+        def show_constant(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            if self._gate.first is None:
+                return None
+            token_BQ, *rest = args
+            return (self.shown(token_BQ, self._gate.slots - self._gate.first), *rest)
+
+        show_constant.is_drafters = True  # type: ignore[attr-defined]
+        return show_constant
 
     def _embedding_hook(self) -> Any:
         def add_embedding(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

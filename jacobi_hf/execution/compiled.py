@@ -1,119 +1,200 @@
-"""Whole steps through `torch.compile`, each under what the model decided by, and freed with its last holder."""
+"""Whole steps through `torch.compile`."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jacobi_hf.execution.switches import LeftOut, Switches, with_filter
+from jacobi_hf.decoding.step import run_step
+from jacobi_hf.execution.base import WholeSteps
+from jacobi_hf.execution.kept import kept_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
+    from jacobi_hf.config import JacobiConfig
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
-    from jacobi_hf.decoding.step import Forward, Step, Widths
+    from jacobi_hf.decoding.state import DecodingState
+    from jacobi_hf.decoding.step import Forward, StepShape
+    from jacobi_hf.drafts.sources import Sources
+
+MOST_COMPILED = 128  # steps that are kept for a model
 
 
 class CompiledStep:
-    """What `torch.compile` makes of a whole step when it first runs, and again for other sizes.
+    """One kind of step, compiled when it first runs, and again when `torch.compile` finds that the model has changed.
 
     Args:
-        kind: what distinguishes it from others, beside what the model decides by.
         how: backend, mode and options of `torch.compile`.
-        all_guards: whether all that it takes for granted is checked in every step, see `LeftOut`.
     """
 
-    why_not = None
-
-    def __init__(self, kind: Any, how: dict[str, Any], *, all_guards: bool) -> None:
-        self.kind, self.has_all_guards = kind, all_guards
-        self._left_out, self._known_names = LeftOut(), -1
-        self._under: Any = None
-        own = of_its_own(whole_step)
+    def __init__(self, how: dict[str, Any]) -> None:
+        own = with_own_code(whole_step)
+        # The compiled code belongs to the code object, which outlives this step if nobody resets it.
         weakref.finalize(self, torch._dynamo.reset_code, own.__code__).atexit = False  # type: ignore[attr-defined]
-        self._run = torch.compile(
-            own, **(how if all_guards else with_filter(**how, left_out=self._left_out)), fullgraph=True, dynamic=False
-        )
-
-    def __call__(
-        self,
-        step: Step,
-        forward: Forward,
-        selector: Selector,
-        widths: Widths,
-        layout: Layout,
-        key_column_K: torch.Tensor,
-    ) -> None:
-        """One step.
-
-        Raises:
-            torch._dynamo.exc.Unsupported: it cannot be compiled; nothing of it has run.
-            torch._dynamo.exc.FailOnRecompileLimitHit: it was compiled too often; nothing of it has run.
-        """
-        self._run(step, forward, selector, widths, layout, key_column_K)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether `settle` has been told of all that was compiled so far."""
-        return len(self._left_out.names) == self._known_names
-
-    def settle(self, before: Switches, after: Switches) -> bool:
-        """Note what it depends on; false if that changed while it was compiled, so that it has to be checked in every step."""
-        names = self._left_out.names
-        self._under, self._known_names = after.of(names), len(names)
-        return before.of(names) == self._under
-
-    def fits(self, switches: Switches) -> bool:
-        """Whether it is what a model that decides by these would compile."""
-        return switches.of(self._left_out.names) == self._under
+        self.run = torch.compile(own, **how, fullgraph=True, dynamic=False)
 
 
 class UncompiledStep:
-    """A whole step that torch.compile does not take.
+    """One kind of step that `torch.compile` does not take.
 
     Args:
-        kind: as of the compiled one.
-        why_not: the reason, for people.
-        switches: what the model decides by.
-        names: of the attributes that matter to it; by default all do.
+        reason: why, for the warning.
     """
 
-    is_settled = True
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.run = whole_step
 
-    def __init__(self, kind: Any, why_not: str, switches: Switches, names: Iterable[str] | None = None) -> None:
-        self.kind, self.why_not = kind, why_not
-        self._names, self._under = names, switches.of(names)
+    def warn(self) -> None:
+        """Warn that these steps run uncompiled."""
+        warnings.warn(
+            f"compile_config is ignored for some steps, because {self.reason}. They run uncompiled.",
+            UserWarning,
+            stacklevel=2,
+        )
 
-    def __call__(
+
+class Compiled(WholeSteps):
+    """Whole steps through `torch.compile`, once for each kind of step. They are kept with the model.
+
+    Args:
+        model: the model.
+        config: the knobs of the call.
+        sources: the draft sources of the call.
+        backend, mode, options: of `torch.compile`.
+        fullgraph: whether a step that cannot be compiled is an error. If not, it runs uncompiled, with a warning.
+
+    Attributes:
+        compiled: kinds of steps that this call compiled.
+    """
+
+    def __init__(
         self,
-        step: Step,
+        model: Any,
+        config: JacobiConfig,
+        sources: Sources,
+        backend: Any = "inductor",
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        *,
+        fullgraph: bool = False,
+    ) -> None:
+        super().__init__(sources)
+        self._kept = kept_for(model)
+        self._fullgraph = fullgraph
+        self._how = {"backend": backend, "mode": mode, "options": options}
+        # torch.compile would tell these apart itself, but it gives up after a few differences.
+        self._context = hash((config, torch.is_inference_mode_enabled(), repr(self._how)))
+        self._steps: dict[Any, CompiledStep | UncompiledStep] = {}  # those that this call has found or made
+        self._made: set[Any] = set()
+        self._has_marked = False
+
+    def key(self, state: DecodingState, selector: Selector, shape: StepShape) -> tuple[Any, ...]:
+        """Return what makes one step other code than another, apart from lengths."""
+        return *super().key(state, selector, shape), self._context
+
+    def run(
+        self,
+        state: DecodingState,
         forward: Forward,
         selector: Selector,
-        widths: Widths,
+        shape: StepShape,
         layout: Layout,
         key_column_K: torch.Tensor,
+        text_columns: int,
+        *,
+        some_over: bool,
     ) -> None:
-        """One step, as it stands."""
-        whole_step(step, forward, selector, widths, layout, key_column_K)
+        """Run one step without a result.
 
-    def fits(self, switches: Switches) -> bool:
-        """Whether compiling would fail again."""
-        return switches.of(self._names) == self._under
+        Raises:
+            torch._dynamo.exc.Unsupported: the step cannot be compiled, and `fullgraph` says that it must.
+            torch._dynamo.exc.FailOnRecompileLimitHit: the model changes from step to step, and `fullgraph` is set.
+        """
+        if not self._has_marked:
+            mark_lengths(state)
+            self._has_marked = True
+        key_column_K = key_column_K.view(-1)
+        torch._dynamo.mark_dynamic(key_column_K, 0)
+        key = self.key(state, selector, shape)
+        arguments = state, forward, selector, shape, layout, key_column_K
+        try:
+            self._step(key).run(*arguments)
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            self._instead(key, error).run(*arguments)  # nothing of the step has run
+
+    def _step(self, key: Any) -> CompiledStep | UncompiledStep:
+        """Return the step of this kind: the call's own, one that is kept with the model, or a new one."""
+        step = self._steps.get(key)
+        if step is not None:
+            return step
+        step = self._kept.steps.get(key)
+        if step is None:
+            return self._new(key)
+        if isinstance(step, UncompiledStep):
+            step.warn()
+        self._steps[key] = step
+        return step
+
+    def _new(self, key: Any) -> CompiledStep:
+        step = CompiledStep(self._how)
+        self._made.add(key)
+        self.compiled += 1
+        self._keep(key, step)
+        return step
+
+    def _instead(self, key: Any, error: Exception) -> CompiledStep | UncompiledStep:
+        """Return what runs instead of a step that could not be compiled, or not once more."""
+        changes = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+        if changes and key not in self._made:  # the model has changed over many calls: begin anew
+            return self._new(key)
+        if self._fullgraph:
+            raise error
+        if key in self._made:
+            self._made.remove(key)
+            self.compiled -= 1
+        reason = "the model's attributes change between steps" if changes else str(error).partition("\n")[0]
+        step = UncompiledStep(reason)
+        step.warn()
+        self._keep(key, step)
+        return step
+
+    def _keep(self, key: Any, step: CompiledStep | UncompiledStep) -> None:
+        """Keep a step with the model; the oldest ones go if there are too many."""
+        self._steps[key] = step
+        others = {other: kept for other, kept in self._kept.steps.items() if other != key}
+        self._kept.steps = dict([*others.items(), (key, step)][-MOST_COMPILED:])
 
 
 def whole_step(
-    step: Step, forward: Forward, selector: Selector, widths: Widths, layout: Layout, key_column_K: torch.Tensor
+    state: DecodingState,
+    forward: Forward,
+    selector: Selector,
+    shape: StepShape,
+    layout: Layout,
+    key_column_K: torch.Tensor,
 ) -> None:
-    """What is compiled."""
-    step.run(forward, selector, widths, layout, key_column_K)
+    """Run a step without a result; this is what is compiled."""
+    run_step(state, forward, selector, shape, layout, key_column_K)
 
 
-def of_its_own(function: Any) -> Any:
-    """A copy with a code object of its own: by that torch.compile keeps what it compiled, limits and searches it."""
+def with_own_code(function: Any) -> Any:
+    """Return a copy of a function with its own code object, by which `torch.compile` keeps, counts and drops its results."""
     return FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )
+
+
+def mark_lengths(state: DecodingState) -> None:
+    """Mark for the compiler which sizes change from call to call: those that follow from the lengths of the texts."""
+    sized = [(state.text_BL, 1), (state.cache.column_C, 0)]
+    for layer in state.cache.layers:
+        sized += [(layer.keys, 2), (layer.values, 2)]
+    for source in state.sources.all:
+        sized += source.sized_by_length()
+    for tensor, dimension in sized:
+        torch._dynamo.mark_dynamic(tensor, dimension)

@@ -1,61 +1,64 @@
-"""Steps recorded as graphs of the device, so that the host starts a whole step with one call."""
+"""Steps as CUDA graphs, so that the host starts a whole step with one call."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from jacobi_hf.execution.buffers import rounded_up
-from jacobi_hf.execution.switches import Switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
-    from jacobi_hf.decoding.step import Forward, Step, Widths
+    from jacobi_hf.decoding.state import DecodingState
+    from jacobi_hf.decoding.step import Forward, StepShape
     from jacobi_hf.execution.base import WholeSteps
-    from jacobi_hf.execution.buffers import Arena
+    from jacobi_hf.execution.buffers import CallBuffers
 
-
-_one_at_a_time = threading.Lock()  # a process has one capture under way
+_one_at_a_time = threading.Lock()  # a process can record one graph at a time
 
 
 class DeviceGraphs(Protocol):
-    """What records work of a device; one for each arena, whose graphs never run at the same time."""
+    """Recorder of a device's work, one for each set of buffers. Its graphs never run at the same time."""
 
     def __init__(self, device: torch.device) -> None: ...
 
-    def warm_up(self, work: Callable[[], None]) -> None:
-        """Do it, as it will be recorded."""
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Run the work in the way in which it will be recorded."""
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What does it again, with the tensors that it used; nothing is done now."""
+    def record(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Return a function that runs the work again on the tensors that it uses now; nothing runs yet."""
 
 
 class CudaGraphs:
-    """CUDA graphs that share a pool of memory for what a step needs in between."""
+    """CUDA graphs that share a memory pool for the temporary tensors of a step."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
-    def warm_up(self, work: Callable[[], None]) -> None:
-        """On the stream of the recordings, where libraries then have their workspaces."""
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Run the work on the stream of the recordings, where libraries then allocate their workspaces."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
         current.wait_stream(self._stream)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record on a stream of our own; what other threads do on the device meanwhile is none of its business."""
-        graph, caches = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+    def record(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Record the work on a stream of its own; other threads may use the device meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        caches = torch.is_autocast_cache_enabled()
         with _one_at_a_time:
-            # Weights that autocast has cast are gone with its context; the graph casts its own.
+            # Weights that autocast has cast are gone when its context ends, so the graph casts its own.
             torch.set_autocast_cache_enabled(False)
             try:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -70,90 +73,129 @@ GRAPHS: dict[str, type[DeviceGraphs]] = {"cuda": CudaGraphs}
 
 
 @dataclass
-class Recordings:
-    """The captured steps of an arena.
+class RecordedSteps:
+    """The graphs over one set of buffers.
 
     Attributes:
-        model_state: what they hold good for, see `baked_in`.
-        replays: by kind of step; None for one that has run once. With each goes the layout, whose tensors it reads.
+        recorder: records the steps.
+        fingerprint: the model for which the graphs hold, see `fingerprint_of`.
+        replays: for each kind of step, how to run it and the layout whose tensors it reads; None if it has run once.
     """
 
-    graphs: DeviceGraphs
-    model_state: Any
+    recorder: DeviceGraphs
+    fingerprint: Any
     replays: dict[Any, tuple[Callable[[], None], Layout] | None] = field(default_factory=dict)
 
 
-class Captured:
-    """Whole steps, compiled or not, each kind of which is recorded once and replayed from then on.
+class CudaGraphSteps:
+    """Whole steps, compiled or not, each kind of which is recorded once and then replayed.
 
-    Recording does nothing on the device. So the first step of a kind runs, which is its warm-up, and the second one is recorded.
+    Recording does nothing on the device. So the first step of a kind runs, as a warm-up, and the second one is recorded.
 
     Args:
-        model: whose steps these are.
+        model: the model.
         steps: what is recorded.
-        arena: whose buffers they work on; recordings stay with it.
+        buffers: what the steps read and write; the graphs stay with them.
 
     Attributes:
-        captured: steps that this call recorded.
+        recorded: graphs that this call recorded.
     """
 
-    def __init__(self, model: Any, steps: WholeSteps, arena: Arena) -> None:
-        self._model, self._steps, self._arena, self.captured = model, steps, arena, 0
-        self._recordings: Recordings | None = None
+    def __init__(self, model: Any, steps: WholeSteps, buffers: CallBuffers) -> None:
+        self._model = model
+        self._steps = steps
+        self._buffers = buffers
+        self._known: RecordedSteps | None = None
+        self.recorded = 0
 
     @property
     def compiled(self) -> int:
-        """Steps that this call compiled."""
+        """Kinds of steps that this call compiled."""
         return self._steps.compiled
 
-    def widths(self, widths: Widths) -> Widths:
-        """The shape in which a step that needs `widths` runs."""
-        return self._steps.widths(widths)
+    def shape(self, shape: StepShape) -> StepShape:
+        """Return the shape in which a step runs that needs at least the given one."""
+        return self._steps.shape(shape)
 
     def run(
         self,
-        step: Step,
+        state: DecodingState,
         forward: Forward,
         selector: Selector,
-        widths: Widths,
+        shape: StepShape,
         layout: Layout,
         key_column_K: torch.Tensor,
         text_columns: int,
         *,
         some_over: bool,
     ) -> None:
-        """One step; it reads the cache in few lengths, since each is a recording of its own."""
-        key_column_K = step.cache.column_C[: rounded_up(len(key_column_K))]
-        kind = len(key_column_K), self._steps.kind(step, selector, widths)
-        work = partial(
-            self._steps.run, step, forward, selector, widths, layout, key_column_K, text_columns, some_over=some_over
+        """Run one step; the cache is read in few lengths, because each length is a graph of its own."""
+        key_column_K = state.cache.column_C[: rounded_up(len(key_column_K))]
+        key = len(key_column_K), self._steps.key(state, selector, shape)
+        work: Callable[[], object] = partial(
+            self._steps.run,
+            state,
+            forward,
+            selector,
+            shape,
+            layout,
+            key_column_K,
+            text_columns,
+            some_over=some_over,
         )
-        if self._recordings is None:
-            self._recordings = self._kept()  # not before, since a prefill may set what a model decides by
-        known = self._recordings
-        if kind not in known.replays:
-            known.graphs.warm_up(work)
-            known.replays[kind] = None
+        if self._known is None:
+            self._known = self._recorded_before()  # after the prefill, which may change the model's attributes
+        known = self._known
+        if key not in known.replays:
+            known.recorder.warm_up(work)
+            known.replays[key] = None
             return
-        recording = known.replays[kind]
+        recording = known.replays[key]
         if recording is None:
-            recording = known.replays[kind] = known.graphs.record(work), layout
-            self.captured += 1
+            recording = known.replays[key] = known.recorder.record(work), layout
+            self.recorded += 1
         replay, _ = recording
         replay()
 
-    def _kept(self) -> Recordings:
-        """What the arena has, if it holds good for the model as it is."""
-        state, known = baked_in(self._model), self._arena.recordings
-        if known is None or known.model_state != state:
-            device = self._arena.cache.lengths_B.device
-            known = self._arena.recordings = Recordings(GRAPHS[device.type](device), state)
+    def _recorded_before(self) -> RecordedSteps:
+        """Return the graphs that come with the buffers if they hold for the model as it is, else none."""
+        fingerprint = fingerprint_of(self._model)
+        known: RecordedSteps | None = self._buffers.graphs
+        if known is None or known.fingerprint != fingerprint:
+            device = self._buffers.cache.lengths_B.device
+            known = self._buffers.graphs = RecordedSteps(GRAPHS[device.type](device), fingerprint)
         return known
 
 
-def baked_in(model: Any) -> tuple[Any, ...]:
-    """What a recorded step has taken from a model for good: where its weights lie, and what its modules decide by."""
-    return Switches(model).of(), [_address(weight) for weight in (*model.parameters(), *model.buffers())]
+def fingerprint_of(model: Any) -> tuple[Any, ...]:
+    """Return what a graph has taken from a model for good: addresses of its weights, and plain attributes of its modules.
+
+    Such attributes are, for example, `training`, the names of active adapters, and their scales.
+    """
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    modules = [
+        (
+            type(module),
+            type(module).forward,
+            {name: _plain(value) for name, value in vars(module).items() if not name.endswith("_hooks")},
+        )
+        for module in model.modules()
+    ]
+    weights = [_address(weight) for weight in (*model.parameters(), *model.buffers())]
+    return attention, modules, weights
+
+
+def _plain(value: Any, depth: int = 4) -> Any:
+    """Return a number, string or the like, also in collections; the identity of a function; None for anything else."""
+    if type(value) in (bool, int, float, str, torch.dtype, torch.device) or isinstance(value, Enum):
+        return value
+    if isinstance(value, FunctionType | MethodType | partial):
+        return id(value)
+    if isinstance(value, dict) and depth:
+        value = value.items()
+    elif not isinstance(value, list | tuple | set | frozenset) or not depth:
+        return None
+    return [_plain(part, depth - 1) for part in value]
 
 
 def _address(weight: torch.Tensor) -> int:

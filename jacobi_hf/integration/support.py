@@ -1,22 +1,31 @@
-"""What Jacobi decoding does not do: told before a call decodes, and by `jacobi-hf info` before a model is loaded."""
+"""What Jacobi decoding does not do, each with its reason: refused, decoded in the ordinary way, or not compiled.
+
+`generate` asks before it decodes, and `jacobi-hf info` asks before a model is loaded.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.generation import GenerationMode
 
 from jacobi_hf.attention.interface import LAYER_TYPES, cannot_attend, layer_types
-from jacobi_hf.integration.compat import is_checkpointing
+from jacobi_hf.integration.compat import OUTPUT_CAPTURING, is_checkpointing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import GenerationConfig
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-def contradiction_in(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
-    """What in the call asks for something that Jacobi decoding cannot be or give; None for nothing.
 
-    A call that names a `decoding` is refused for it; where the decoding comes from a saved generation config it is decoded ordinarily.
+def refusal_reason(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
+    """Return what in a call contradicts Jacobi decoding, or None.
+
+    A call that names a `decoding` is refused for it. If the decoding comes from a saved generation config, the call is
+    decoded in the ordinary way.
     """
     config = model.config.get_text_config(decoder=True)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -31,8 +40,14 @@ def contradiction_in(model: Any, mode: GenerationMode, generation_config: Genera
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
 
 
-def unserved_in(model: Any, generation_config: GenerationConfig, *, own_positions: bool = False) -> str | None:
-    """What sends a call back to ordinary decoding; None for nothing. `own_positions`: whether it has position ids."""
+def fallback_reason(model: Any, generation_config: GenerationConfig, *, own_positions: bool = False) -> str | None:
+    """Return why a call is decoded in the ordinary way, with a warning, or None.
+
+    Args:
+        model: the model.
+        generation_config: of the call.
+        own_positions: whether the caller gave position ids.
+    """
     if generation_config.use_cache is False:
         return "use_cache=False"
     if generation_config.guidance_scale is not None and generation_config.guidance_scale != 1:
@@ -51,7 +66,43 @@ def unserved_in(model: Any, generation_config: GenerationConfig, *, own_position
 
 
 def _frequencies_depend_on_length(config: Any) -> bool:
-    """Whether a forward over drafts would rotate the tokens before them differently."""
+    """Return whether a forward over guesses would rotate the tokens before them differently."""
     declared = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [declared, *(value for value in declared.values() if isinstance(value, dict))]
     return any(one.get("rope_type", one.get("type")) in ("dynamic", "longrope") for one in nested)
+
+
+def cannot_compile(model: Any) -> str | None:
+    """Return why a model cannot be compiled as one graph, or None."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model is spread over several devices"
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return "the model is split over several processes"
+    if any(not _can_be_traced(hook) for hook in _hooks(model)) or any(hasattr(m, "_hf_hook") for m in model.modules()):
+        return "a module of the model has hooks"
+    if any(_hooks_of_all_modules()):
+        return "there are hooks for all modules"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return "its quantisation cannot be compiled"
+    return None
+
+
+def _can_be_traced(hook: Any) -> bool:
+    """Return whether a hook is compiled together with the model's forward.
+
+    A drafter's hooks are there while another call drafts. Transformers' own are left on the layers by a forward with
+    `output_hidden_states=True` or `output_attentions=True`, and do nothing in other forwards.
+    """
+    return getattr(hook, "is_drafters", False) or getattr(hook, "__module__", "") == OUTPUT_CAPTURING
+
+
+def _hooks(model: Any) -> Iterator[Any]:
+    for module in model.modules():
+        for name in _HOOKS:
+            yield from getattr(module, name).values()
+
+
+def _hooks_of_all_modules() -> Iterator[Any]:
+    for name in _HOOKS:
+        yield from getattr(torch.nn.modules.module, f"_global{name}", {}).values()

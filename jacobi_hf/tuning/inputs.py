@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jacobi_hf.config import KNOBS
-from jacobi_hf.execution.base import cannot_compile
 from jacobi_hf.integration.compat import CACHE_NAMES
+from jacobi_hf.integration.support import cannot_compile
 
 if TYPE_CHECKING:
     from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase

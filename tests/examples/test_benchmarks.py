@@ -152,7 +152,7 @@ def test_a_replay_has_the_given_tokens_per_forward(per_forward):
     reference = model.generate(ids, **arguments).sequences
     truth = torch.cat([reference[:, 3:], reference[:, -1:].expand(-1, 160)], 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_cost.Window, "redraft", step_cost.replaying(truth, per_forward))
+        patch.setattr(step_cost.JacobiWindow, "propose", step_cost.replaying(truth, per_forward))
         output = model.generate(
             ids,
             **arguments,

@@ -108,7 +108,9 @@ def _from_pretrained() -> None:
         warnings.simplefilter("always")
         note("beams", model.generate(**inputs, **beams), plain.generate(**inputs, **beams))
     seen["warnings"] = [
-        str(one.message).split("does not serve ")[1].split()[0] for one in told if "does not serve" in str(one.message)
+        str(one.message).split("does not support ")[1].split()[0]
+        for one in told
+        if "does not support" in str(one.message)
     ]
     errors["misspelt"] = error_of(lambda: model.generate(**inputs, jacobi_blok_size=3))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)

@@ -32,23 +32,24 @@ def test_same_as_generate_in_thousands_of_cases() -> None:
 @at_most(80)
 def test_drafts_of_any_quality(kind: str, seed: int, share: float, setting: dict, tokens: int) -> None:
     """Drafts are replaced by the true continuation, each token spoilt with probability 1 - share, at every step."""
-    from jacobi_hf.drafts.window import Window
+    from jacobi_hf.drafts.window import JacobiWindow
 
     model = tiny_model(kind)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCAB, (2, 5), generator=generator)
     reference = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     truth = torch.cat([reference[:, 5:], reference.new_zeros(2, 400)], 1)
-    redraft = Window.redraft
+    propose = JacobiWindow.propose
 
-    def replay(self, generated_B, *rest):
-        redraft(self, generated_B, *rest)
-        index = generated_B[:, None] + torch.arange(self.draft_BW.shape[1])
+    def replay(self, context):
+        token_BSN, length_BS = propose(self, context)
+        index = context.outcome.generated_B[:, None] + torch.arange(token_BSN.shape[2])
         spoilt = torch.rand(index.shape, generator=generator) >= share
-        self.draft_BW.copy_(torch.where(spoilt, (truth.gather(1, index) + 1) % VOCAB, truth.gather(1, index)))
+        token_BN = torch.where(spoilt, (truth.gather(1, index) + 1) % VOCAB, truth.gather(1, index))
+        return token_BN[:, None], length_BS
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Window, "redraft", replay)
+        patch.setattr(JacobiWindow, "propose", replay)
         output = model.generate(
             ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **setting
         )
@@ -85,22 +86,22 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
 @hypothesis.given(case=cases())
 @at_most(40)
 def test_a_step_accepts_at_least_what_its_window_alone_would(case: Case) -> None:
-    from jacobi_hf.decoding.step import Step
+    from jacobi_hf.decoding import step
 
-    accept, steps = Step.accept, []
+    accept, steps = step.accept, []
 
-    def watch(self, slots, *rest, **options):
-        acceptance = accept(self, slots, *rest, **options)
-        width_B = torch.minimum(acceptance.accepted_BS[:, 0] + 1, self._limit - self.generated_B)
+    def watch(state, *rest, **options):
+        acceptance = accept(state, *rest, **options)
+        width_B = state.limited(acceptance.accepted_BS[:, 0] + 1)
         best_B = acceptance.accepted_BS.max(1).values
         assert torch.equal(acceptance.accepted_BS.gather(1, acceptance.best_B[:, None])[:, 0], best_B)
-        going = ~self.halted_B & ~acceptance.at_eos_B
+        going = ~state.halted_B & ~acceptance.at_eos_B
         assert (acceptance.count_B >= width_B)[going].all()
         steps.append(acceptance)
         return acceptance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "accept", watch)
+        patch.setattr(step, "accept", watch)
         output, _ = case.generate(**case.knobs)
     if case.returns_dict and steps:
         assert len(steps) == output.jacobi_stats.forwards

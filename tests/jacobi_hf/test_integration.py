@@ -14,8 +14,8 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, StaticCache, pipeline
 
 from jacobi_hf.decoding.loop import Decoder
-from jacobi_hf.integration import mixin
 from jacobi_hf.integration.compat import CACHE
+from jacobi_hf.integration.forward import ModelForward
 from tests.helpers.cases import Case, differences
 from tests.helpers.models import TINY, VOCAB, fresh_model, tiny_model
 from tests.helpers.tiny import CHECKPOINT
@@ -64,7 +64,7 @@ def test_num_return_sequences(any_model, prompt):
 def test_a_long_prompt_goes_in_by_parts(kind, attention, monkeypatch):
     """Rows that end in different parts, and at the end of one: tokens, scores, cache are those of a prefill in one go."""
     monkeypatch.setattr(Decoder, "PREFILL_SLOTS", 4)
-    monkeypatch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
+    monkeypatch.setattr(ModelForward, "needs_mask", lambda *_, **__: True)
     widths = []
     hook = tiny_model(kind).register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -88,7 +88,7 @@ def test_inputs_embeds(any_model, prompt, with_ids):
     same(any_model, inputs, max_new_tokens=15)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "PREFILL_SLOTS", 4)
-        patch.setattr(mixin._Forward, "needs_mask", lambda *_, **__: True)
+        patch.setattr(ModelForward, "needs_mask", lambda *_, **__: True)
         same(any_model, inputs, max_new_tokens=15)
 
 
@@ -227,7 +227,7 @@ def test_a_model_in_stages(tmp_path, prompt):
         reference = model.generate(**inputs, max_new_tokens=12)
         torch.manual_seed(0)
         assert torch.equal(spread.generate(**inputs, max_new_tokens=12, **KNOBS), reference)
-    with pytest.warns(UserWarning, match="compile_config is without effect: the model is spread over several devices"):
+    with pytest.warns(UserWarning, match="compile_config is ignored: the model is spread over several devices"):
         output = spread.generate(
             **prompt, max_new_tokens=12, return_dict_in_generate=True, compile_config=CompileConfig(), **KNOBS
         )
@@ -239,7 +239,7 @@ def test_a_device_map_on_one_device_says_why_it_is_not_compiled(tmp_path, prompt
     fresh_model("qwen3").save_pretrained(tmp_path)
     hooked = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=torch.float32)
     dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
+    with pytest.warns(UserWarning, match="compile_config is ignored: a module of the model has hooks"):
         output = hooked.generate(**prompt, max_new_tokens=12, compile_config=CompileConfig(), **KNOBS)
     assert torch.equal(output, hooked.generate(**prompt, max_new_tokens=12))
 

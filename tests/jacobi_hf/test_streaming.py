@@ -95,9 +95,9 @@ def test_steps_are_forwards_and_their_tokens_the_output(seed, new, end, stops, p
     assert not seen.steps[0].candidates
     for step in seen.steps[1:-1]:  # a stop may cut the last one short
         assert len(step.token_ids) == 1 + max([draft.accepted(step.token_ids) for draft in step.candidates], default=0)
-    assert sum(
-        len(draft.token_ids) for step in seen.steps for draft in step.candidates if draft.source == "window"
-    ) == (output.jacobi_stats.drafted)
+    assert sum(len(draft.token_ids) for step in seen.steps for draft in step.candidates if draft.is_backbone) == (
+        output.jacobi_stats.drafted
+    )
 
 
 def test_guesses_become_what_the_model_chooses_for_them():
@@ -126,7 +126,7 @@ def test_under_a_drafter_more_is_guessed_than_verified():
         tokens, output, seen = generated(model, 5, 30, decoding="jacobi_multiblock", jacobi_verify_width=3)
     assert seen.tokens == tokens
     assert len(seen.steps) == output.jacobi_stats.forwards
-    windows = [draft for step in seen.steps for draft in step.candidates if draft.source == "window"]
+    windows = [draft for step in seen.steps for draft in step.candidates if draft.is_backbone]
     assert sum(draft.verified for draft in windows) == output.jacobi_stats.verified
     assert sum(len(draft.token_ids) for draft in windows) == output.jacobi_stats.drafted
     assert max(len(draft.token_ids) for draft in windows) > 3 == max(draft.verified for draft in windows)

@@ -29,8 +29,8 @@ from jacobi_hf.attention.interface import (
 )
 from jacobi_hf.attention.masks import attention_mask
 from jacobi_hf.decoding.layout import build_layout, chain_layout
-from jacobi_hf.integration import mixin
 from jacobi_hf.integration.compat import CACHE
+from jacobi_hf.integration.forward import jacobi_attention
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 from tests.helpers.properties import at_most
 
@@ -341,7 +341,7 @@ def test_models_that_share_a_config():
     first = fresh_model("qwen3")
     second = type(first)(first.config).eval()
     assert first.config is second.config
-    one, other = mixin._our_attention(first), mixin._our_attention(second)
+    one, other = jacobi_attention(first), jacobi_attention(second)
     one.__enter__()
     other.__enter__()
     one.__exit__(None, None, None)

@@ -129,7 +129,7 @@ def test_a_fall_back_is_said(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({**config, "prefill_chunk_size": 8}), encoding="utf-8")
     told = document("--model", str(tmp_path), PROMPT)
     assert told["forwards"] == told["new_tokens"]
-    assert "does not serve prefill_chunk_size" in told["warnings"][0]
+    assert "does not support prefill_chunk_size" in told["warnings"][0]
 
 
 @pytest.mark.parametrize(

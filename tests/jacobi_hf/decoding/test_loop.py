@@ -9,22 +9,23 @@ from jacobi_hf.decoding.cache import JacobiStaticCache
 from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.execution.base import Eager
 from jacobi_hf.integration.compat import CACHE
+from tests.helpers.calls import CALLS, SETTINGS, counts, generate, prompt
 from tests.helpers.models import fresh_model, tiny_model
-from tests.jacobi_hf.execution.test_compiled import CALLS, SETTINGS, counts, generate, prompt
 
 
 class Watched(Eager):
     """Steps as they stand, each of which finds what it needs: the host has to prepare it without knowing where rows are."""
 
-    def run(self, step, forward, selector, widths, layout, key_column_K, text_columns, *, some_over):
-        deepest, new = len(layout.offset_D) - 1, int(step.generated_B.max())
-        assert len(key_column_K) >= int(step.cache.lengths_B.max()) + layout.slots
-        assert widths.window >= int(step.width_B.max())
+    def run(self, state, forward, selector, shape, layout, key_column_K, text_columns, *, some_over):
+        deepest, new = len(layout.offset_D) - 1, int(state.generated_B.max())
+        assert len(key_column_K) >= int(state.cache.lengths_B.max()) + layout.slots
+        assert shape.backbone >= int(state.width_B.max())
         if selector.noise is not None:
             assert selector.noise._drawn > new + deepest
-            assert len(selector.noise.ring_IBV) > new + deepest - int(step.generated_B.min())
-        super().run(step, forward, selector, widths, layout, key_column_K, text_columns, some_over=some_over)
-        assert text_columns >= int(step.length_B.max())
+            assert len(selector.noise.ring_IBV) > new + deepest - int(state.generated_B.min())
+        result = super().run(state, forward, selector, shape, layout, key_column_K, text_columns, some_over=some_over)
+        assert text_columns >= int(state.length_B.max())
+        return result
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def lagging(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(Decoder, "LAGS_ON", ("cpu",))
             patched.setattr(JacobiStaticCache, "EXTENT_MULTIPLE", 1)
-            patched.setattr("jacobi_hf.integration.mixin.Eager", Watched)
+            patched.setattr("jacobi_hf.execution.choose.Eager", Watched)
             return generate(*arguments, **knobs)
 
     return generate_lagging

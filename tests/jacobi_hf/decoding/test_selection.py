@@ -150,13 +150,13 @@ def test_held_values_do_to_scores_exactly_what_numbers_do(temperature, top_p, mi
             held.clear()
             numbers, tensors = (Selector(LogitsProcessorList(some), None, tokens, h) for h in (None, hold))
             assert torch.equal(numbers.scores(logits, layout, tokens), tensors.scores(logits, layout, tokens))
-            assert tensors.kind == numbers.kind
+            assert tensors.key == numbers.key
             assert held
 
 
 def test_values_are_no_other_kind_of_step_but_what_shapes_depend_on_is():
     def kind(*processors):
-        return Selector(LogitsProcessorList(processors), None, torch.zeros(1, 1, dtype=torch.long)).kind
+        return Selector(LogitsProcessorList(processors), None, torch.zeros(1, 1, dtype=torch.long)).key
 
     assert kind(TemperatureLogitsWarper(0.5)) == kind(TemperatureLogitsWarper(0.7))
     assert kind(TopKLogitsWarper(5)) != kind(TopKLogitsWarper(6))

@@ -44,7 +44,8 @@ def steps_of(*parts):
 
 
 def draft(source, text, verified=None):
-    return Candidate(source, tuple(text.encode()), len(text) if verified is None else verified)
+    verified = len(text) if verified is None else verified
+    return Candidate(source, tuple(text.encode()), verified, is_backbone=source == "window")
 
 
 def test_a_pane_has_each_forward_in_its_colour_and_counts():

@@ -1,23 +1,30 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jacobi_hf.decoding.step import Step
-from jacobi_hf.drafts.base import Drafts, NgramLookup, NgramPool, OtherChoices, Rejection, Text
+from jacobi_hf.decoding import step
+from jacobi_hf.decoding.layout import build_layout
+from jacobi_hf.drafts.lookup import NgramLookup
+from jacobi_hf.drafts.ngram_pool import NgramPool
+from jacobi_hf.drafts.topk import TopKBranches
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import tiny_model
+from tests.helpers.outcomes import context_of, outcome_of_step
 
 ids = st.integers(0, 4)
 
 
-def text_of(*rows):
-    longest = max(map(len, rows))
-    return Text(
-        torch.tensor([row + [9] * (longest - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
-    )
+def after(*rows):
+    """Return the context of a proposal that depends on the texts alone."""
+    return context_of(None, *rows)
+
+
+def pool_of(branches, length, rows=1, capacity=1024):
+    pool = NgramPool(branches, length, capacity)
+    pool.allocate(rows, 64, 64, torch.device("cpu"))
+    return pool
 
 
 def lookup_by_definition(row, length, max_ngram=3):
@@ -32,7 +39,7 @@ def lookup_by_definition(row, length, max_ngram=3):
 
 @given(rows=st.lists(st.lists(ids, min_size=1, max_size=14), min_size=1, max_size=3), length=st.integers(1, 6))
 def test_lookup_is_as_defined(rows, length):
-    tokens, lengths = NgramLookup(length).propose(text_of(*rows))
+    tokens, lengths = NgramLookup(length).propose(after(*rows))
     for number, row in enumerate(rows):
         wanted = lookup_by_definition(row, length)
         assert lengths[number, 0] == (length if wanted else 0)
@@ -41,7 +48,7 @@ def test_lookup_is_as_defined(rows, length):
 
 
 def test_lookup_goes_on_with_a_repetition():
-    tokens, lengths = NgramLookup(7).propose(text_of([1, 2, 3, 1, 2, 3]))
+    tokens, lengths = NgramLookup(7).propose(after([1, 2, 3, 1, 2, 3]))
     assert lengths.tolist() == [[7]]
     assert tokens[0, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
 
@@ -81,81 +88,75 @@ class PlainPool:
     length=1,
 )
 def test_pool_is_as_defined(steps, branches, length):
-    pool = NgramPool(branches, length, 1, torch.device("cpu"), capacity=8)
+    pool = pool_of(branches, length, capacity=8)
     plain = PlainPool(branches, length, capacity=8)
     for tokens, choices, accepted, pending in steps:
         width = len(tokens) - 1
         accepted = min(accepted, width)
         choices = choices[: width + 1]
-        pool.learn(
-            Rejection(torch.tensor([tokens]), torch.tensor([choices]), torch.tensor([accepted]), torch.tensor([width]))
-        )
+        pool.learn(torch.tensor([tokens]), torch.tensor([choices]), torch.tensor([accepted]), torch.tensor([[width]]))
         plain.learn(tokens, choices, accepted, width)
-        proposed, lengths = pool.propose(text_of([pending]))
+        proposed, lengths = pool.propose(after([pending]))
         found = [proposed[0, c, :n].tolist() for c, n in enumerate(lengths[0].tolist()) if n]
         assert found == plain.propose(pending)
 
 
 def test_rows_have_pools_of_their_own():
-    pool = NgramPool(1, 2, 2, torch.device("cpu"))
+    pool = pool_of(1, 2, rows=2)
     pool.learn(
-        Rejection(
-            torch.tensor([[1, 2], [1, 3]]), torch.tensor([[5, 6], [5, 7]]), torch.tensor([0, 0]), torch.tensor([1, 1])
-        )
+        torch.tensor([[1, 2], [1, 3]]), torch.tensor([[5, 6], [5, 7]]), torch.tensor([0, 0]), torch.tensor([[1], [1]])
     )
-    tokens, lengths = pool.propose(text_of([2], [2]))
+    tokens, lengths = pool.propose(after([2], [2]))
     assert lengths.tolist() == [[1], [0]]
     assert tokens[0, 0, 0] == 6
 
 
-def test_other_choices_stand_in_for_the_first_guesses():
-    source = OtherChoices(5, width=3)
-    drafts = Drafts(
-        torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[[11, 21], [12, 22], [13, 23]]] * 2), torch.tensor([3, 1])
-    )
-    tokens, depths = source.propose(text_of([0]), drafts)
-    assert source.starts == (0, 0, 1, 1, 2)
-    assert tokens[0].tolist() == [[11, 2], [21, 2], [12, 3], [22, 3], [13, 3]]
-    assert depths.tolist() == [[2, 2, 3, 3, 3], [2, 2, 0, 0, 0]]
-    assert OtherChoices(32, width=2).branches == 4
+def test_top_k_branches_replace_the_first_guesses():
+    source = TopKBranches(5, width=3)
+    source.allocate(1, 64, 64, torch.device("cpu"))
+    layout = build_layout((3,), torch.device("cpu"))
+    scores = torch.zeros(1, 4, 30)
+    for slot in range(4):
+        scores[0, slot, [slot, slot + 10, slot + 20]] = torch.tensor([3.0, 2.0, 1.0])
+    backbone = torch.tensor([[1, 2, 3]])
+    for valid, lengths in ((3, [2, 2, 3, 3, 3]), (1, [2, 2, 0, 0, 0])):
+        outcome = outcome_of_step(layout, lengths=(valid,), count=1, scores=scores)
+        tokens, depths = source.propose(context_of(outcome, [0], backbone=backbone))
+        assert tokens[0].tolist() == [[11, 2], [21, 2], [12, 3], [22, 3], [13, 3]]
+        assert depths.tolist() == [lengths]
+    assert source.shape.starts == (0, 0, 1, 1, 2)
+    assert TopKBranches(32, width=2).shape.lengths == (2,) * 4
 
 
-def test_other_choices_are_the_models_second_and_third(model):
-    """In a call: what a branch begins with is the runner-up at the slot that the window's guess comes from."""
-    accept, former, seen = Step.accept, [], []
+def test_top_k_branches_are_the_models_second_and_third_choices(model, monkeypatch):
+    """In a call: a branch begins with the runner-up at the slot that the guess of the backbone comes from."""
+    accept, last, seen = step.accept, [], []
 
-    def watch(self, slots, *rest, **options):
-        acceptance = accept(self, slots, *rest, **options)
-        if former:
-            former_slots, former_verdict = former.pop()
-            depths = self._branches[0][1][0].tolist()
+    def watch(state, inputs, *rest, **options):
+        acceptance = accept(state, inputs, *rest, **options)
+        if last:
+            last_inputs, last_acceptance = last.pop()
+            lengths = state.branches[0][1][0].tolist()
+            starts = state.sources.branch_starts
             sent = [
-                (c, start) for c, (start, depth) in enumerate(zip(self.starts, depths, strict=True)) if depth > start
+                (c, start) for c, (start, length) in enumerate(zip(starts, lengths, strict=True)) if length > start
             ]
             for segment, (branch, start) in enumerate(sent, 1):
-                slot = former_slots.layout.path_SD[0, int(former_verdict.count_B) + start]
-                likeliest = former_verdict.merit_BQV[0, slot].topk(3).indices.tolist()
-                first = int(slots.token_BQ[0, slots.layout.path_SD[segment, start + 1]])
+                slot = last_inputs.layout.path_SD[0, int(last_acceptance.count_B) + start]
+                likeliest = last_acceptance.merit_BQV[0, slot].topk(3).indices.tolist()
+                first = int(inputs.token_BQ[0, inputs.layout.path_SD[segment, start + 1]])
                 assert first == likeliest[1 + branch % 2]
                 seen.append(first)
-        former.append((slots, acceptance))
+        last.append((inputs, acceptance))
         return acceptance
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "accept", watch)
-        ids = torch.tensor([[3, 4, 5]])
-        output = model.generate(
-            ids,
-            max_new_tokens=20,
-            do_sample=False,
-            pad_token_id=0,
-            decoding="jacobi_multiblock",
-            jacobi_block_size=4,
-            jacobi_pool_size=0,
-            jacobi_lookup_tokens=0,
-            jacobi_topk_branches=8,
-        )
-    assert torch.equal(output, model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0))
+    ids = torch.tensor([[3, 4, 5]])
+    arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **arguments)
+    monkeypatch.setattr(step, "accept", watch)
+    knobs = {"jacobi_block_size": 4, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0, "jacobi_topk_branches": 8}
+    output = model.generate(ids, **arguments, **knobs, decoding="jacobi_multiblock")
+    assert torch.equal(output, expected)
     assert len(seen) > 20
 
 
@@ -164,13 +165,13 @@ def test_the_pool_learns_from_the_model_as_far_as_it_verifies(monkeypatch):
     learnt, texts = [], []
     learn, propose = NgramPool.learn, NgramPool.propose
 
-    def proposing(self, text, drafts=None):
-        texts.append(text.ids_BL[0, : text.length_B[0]].tolist())
-        return propose(self, text, drafts)
+    def proposing(self, context):
+        texts.append(context.text_BL[0, : context.text_length_B[0]].tolist())
+        return propose(self, context)
 
-    def learning(self, rejection):
-        learnt.append((texts[-1] if texts else None, rejection))
-        learn(self, rejection)
+    def learning(self, token_BD, choice_BD, accepted_B, length_B1):
+        learnt.append((texts[-1] if texts else None, token_BD, choice_BD, int(length_B1)))
+        learn(self, token_BD, choice_BD, accepted_B, length_B1)
 
     monkeypatch.setattr(NgramPool, "propose", proposing)
     monkeypatch.setattr(NgramPool, "learn", learning)
@@ -181,11 +182,11 @@ def test_the_pool_learns_from_the_model_as_far_as_it_verifies(monkeypatch):
             torch.tensor([[3, 4, 5, 3, 4]]), max_new_tokens=24, do_sample=False, decoding="jacobi_multiblock", **knobs
         )
     checked = 0
-    for text, rejection in learnt[1:]:
-        guesses = min(verified, int(rejection.width_B[0]))
-        assert text[-1] == rejection.token_BW1[0, 0]
-        ids = torch.tensor([[*text, *rejection.token_BW1[0, 1 : guesses + 1].tolist()]])
+    for text, token_BD, choice_BD, length in learnt[1:]:
+        guesses = min(verified, length)
+        assert text[-1] == token_BD[0, 0]
+        ids = torch.tensor([[*text, *token_BD[0, 1 : guesses + 1].tolist()]])
         said = model(ids).logits[0, len(text) - 1 :].argmax(-1)
-        assert torch.equal(rejection.choice_BW1[0, : guesses + 1], said)
+        assert torch.equal(choice_BD[0, : guesses + 1], said)
         checked += guesses
     assert checked > 20

@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM, CompileConfig
 import jacobi_hf
 from jacobi_hf.decoding.cache import BOUND, JacobiStaticCache
 from jacobi_hf.decoding.layout import build_layout
-from jacobi_hf.decoding.loop import Decoder, Reach
+from jacobi_hf.decoding.loop import Decoder, VerifyWidth
+from jacobi_hf.decoding.step import ForwardInputs
 from jacobi_hf.drafts.loading import attach, drafter_of, using
 from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.drafts.lora_format import CONFIG_FILE, EMBEDDING, WEIGHTS_FILE, DrafterError, linear_layers
-from jacobi_hf.integration import mixin
+from jacobi_hf.drafts.lora_source import LoraDraftSource
+from jacobi_hf.drafts.sources import Sources
+from jacobi_hf.integration.forward import ModelForward, jacobi_attention
 from tests.helpers.cases import Case, cases, check_thousands, differences
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
@@ -72,6 +75,11 @@ def test_other_registered_classes(kind):
         jacobi_hf.unregister(type(model))
 
 
+def forward_with(model, cache, drafter):
+    sources = Sources([LoraDraftSource(jacobi_hf.JacobiConfig(), drafter)])
+    return ModelForward(model, cache, sources, torch.tensor(40))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", TINY)
 def test_no_drafter_changes_a_verified_slot(kind, attention):
@@ -92,12 +100,12 @@ def test_no_drafter_changes_a_verified_slot(kind, attention):
         broken,
     ):
         cache = JacobiStaticCache(model.config, 2, 40, torch.device("cpu"))
-        forward = mixin._Forward(model, cache, 40, drafter)
-        with torch.no_grad(), mixin._our_attention(model), drafter.attached(model):
+        forward = forward_with(model, cache, drafter)
+        with torch.no_grad(), jacobi_attention(model), drafter.attached(model):
             prompt = build_layout((7,), torch.device("cpu"))
-            forward(torch.arange(16).view(2, 8) % VOCAB, None, prompt, cache.columns(8, 0), None)
+            forward(ForwardInputs(prompt, cache.columns(8, 0), torch.arange(16).view(2, 8) % VOCAB))
             cache.commit(torch.tensor([8, 5]))
-            logits_BQV = forward(token_BQ, None, layout, cache.columns(layout.slots, 8), None)
+            logits_BQV = forward(ForwardInputs(layout, cache.columns(layout.slots, 8), token_BQ)).logits_BQV
         clean.append(logits_BQV[:, : -layout.draft_slots])
         noisy.append(logits_BQV[:, -layout.draft_slots :])
     assert all(torch.equal(clean[0], other) for other in clean[1:])
@@ -360,7 +368,8 @@ def test_states_are_held_to_a_bound_in_the_cache():
     cache = JacobiStaticCache(model.config, 1, 20, torch.device("cpu"))
     layout = build_layout((2,), torch.device("cpu"), 2)
     with torch.no_grad(), drafter.attached(model):
-        mixin._Forward(model, cache, 20, drafter)(torch.arange(5)[None], None, layout, cache.columns(5, 0), None)
+        forward = forward_with(model, cache, drafter)
+        forward(ForwardInputs(layout, cache.columns(5, 0), torch.arange(5)[None]))
     for layer in cache.layers:
         assert layer.keys.abs().max() <= BOUND
         assert layer.values.abs().max() <= BOUND
@@ -409,16 +418,16 @@ def test_a_host_that_lags(monkeypatch):
             assert torch.equal(model.generate(ids, **arguments, **knobs), expected)
 
 
-def test_the_reach_follows_what_is_accepted():
-    reach = Reach(jacobi_hf.JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=2))
-    assert reach.width == 8
+def test_the_verify_width_follows_what_is_accepted():
+    verify = VerifyWidth(jacobi_hf.JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=2))
+    assert verify.width == 8
     for _ in range(60):
-        reach.note(0)
-    assert reach.width == 3
+        verify.note(0)
+    assert verify.width == 3
     for _ in range(60):
-        reach.note(7)
-    assert reach.width == 16
-    assert Reach(jacobi_hf.JacobiConfig(jacobi_verify_width=5)).width == 5
+        verify.note(7)
+    assert verify.width == 16
+    assert VerifyWidth(jacobi_hf.JacobiConfig(jacobi_verify_width=5)).width == 5
 
 
 def test_layers_that_are_gone():

@@ -4,7 +4,7 @@ import copy
 import gc
 import shutil
 import weakref
-from collections import Counter, deque
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +13,10 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StoppingCriteria
 
 import jacobi_hf
-from jacobi_hf.execution import base as execution
-from jacobi_hf.execution import buffers as arena
-from jacobi_hf.execution import cuda_graphs as capture
-from jacobi_hf.execution import switches
-from jacobi_hf.execution.base import cannot_compile
+from jacobi_hf.execution import compiled, cuda_graphs, kept
 from jacobi_hf.integration.compat import CACHE
+from jacobi_hf.integration.support import cannot_compile
+from tests.helpers.calls import BOTH, CALLS, SETTINGS, counts, generate, prompt
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 from tests.helpers.tapes import TapeGraphs
 
@@ -26,19 +24,6 @@ from tests.helpers.tapes import TapeGraphs
 TRACED = CompileConfig(backend="aot_eager", mode=None)
 # Traces alone.
 PLAIN = CompileConfig(backend="eager", mode=None)
-BOTH = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 2, "jacobi_branch_length": 3}
-SETTINGS = {
-    "jacobi": {"decoding": "jacobi", "jacobi_block_size": 4},
-    "window": {"jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_pool_size": 0},
-    "lookup alone": {"jacobi_max_blocks": 0, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 0},
-    "both": BOTH,
-    "late blocks": {**BOTH, "jacobi_activation_ratio": 0.5},
-}
-CALLS = {
-    "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 10, "repetition_penalty": 1.2},
-    "ends": {"do_sample": False, "eos_token_id": list(range(1, 9))},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -46,20 +31,6 @@ def _forget():
     yield
     for kind in ("qwen3", "qwen2-sliding"):
         jacobi_hf.clear_graphs(tiny_model(kind))
-
-
-def prompt(rows, columns, seed=0, alphabet=6):
-    return torch.randint(1, alphabet, (rows, columns), generator=torch.Generator().manual_seed(seed))
-
-
-def generate(model, ids, **arguments):
-    torch.manual_seed(5)
-    arguments = {"decoding": "jacobi_multiblock", "pad_token_id": 0, "max_new_tokens": 24, **arguments}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **arguments)
-
-
-def counts(stats):
-    return stats.forwards, stats.new_tokens, stats.row_forwards, stats.accepted_lengths, stats.accepted_from
 
 
 @pytest.mark.parametrize(
@@ -74,12 +45,12 @@ def counts(stats):
 )
 def test_compiled_steps_give_the_same_tokens_statistics_and_cache(kind, setting, call):
     model, ids, arguments = tiny_model(kind), prompt(2, 7), {**SETTINGS[setting], **CALLS[call]}
-    plain, compiled = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=TRACED)
-    assert torch.equal(plain.sequences, compiled.sequences)
-    assert counts(plain.jacobi_stats) == counts(compiled.jacobi_stats)
+    plain, traced = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=TRACED)
+    assert torch.equal(plain.sequences, traced.sequences)
+    assert counts(plain.jacobi_stats) == counts(traced.jacobi_stats)
     assert plain.jacobi_stats.compiled_steps == 0
-    assert compiled.jacobi_stats.compiled_steps > 0
-    for a, b in zip(plain[CACHE].layers, compiled[CACHE].layers, strict=True):
+    assert traced.jacobi_stats.compiled_steps > 0
+    for a, b in zip(plain[CACHE].layers, traced[CACHE].layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
 
@@ -121,21 +92,14 @@ def test_other_lengths_and_prompts_compile_nothing():
 
 @pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=2)
-def test_other_knobs_and_other_switches_of_the_model_are_other_steps():
-    """More of them than torch.compile would tell apart by itself; each is counted."""
+def test_other_knobs_are_other_steps():
+    """More of them than torch.compile would tell apart itself; each is compiled once."""
     model, ids = fresh_model("qwen3", layers=1), prompt(1, 4)
     arguments = {"do_sample": False, "compile_config": PLAIN, "max_new_tokens": 6}
     for length in range(2, 6):
-        output = generate(
-            model, ids, **arguments, jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length
-        )
-        assert output.jacobi_stats.compiled_steps > 0
-    setting = {"jacobi_max_blocks": 0, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 2}
-    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
-    model.train()
-    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
-    model.eval()
-    assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
+        setting = {"jacobi_max_blocks": 0, "jacobi_pool_size": 0, "jacobi_lookup_tokens": length}
+        assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
+        assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps == 0
     with torch.inference_mode():
         assert generate(model, ids, **arguments, **setting).jacobi_stats.compiled_steps > 0
 
@@ -193,7 +157,7 @@ CHANGES = {
     [pytest.param(change, id=name, marks=[pytest.mark.slow] * (name != "module")) for name, change in CHANGES.items()],
 )
 def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
-    """Guards on its modules are not checked in every step."""
+    """torch.compile checks the model's modules, their attributes and weights before every step."""
     model, ids = fresh_model("qwen3", layers=1), prompt(1, 5)
     arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
     if change is swap_slots:
@@ -205,18 +169,6 @@ def test_a_model_that_was_changed_between_calls_is_compiled_as_it_is(change):
     plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
     assert torch.equal(plain.sequences, output.sequences)
     assert not torch.equal(before.sequences, output.sequences)
-
-
-@pytest.mark.slow
-def test_a_class_that_was_changed_between_calls_is_compiled_as_it_is(monkeypatch):
-    """Which torch.compile alone would not see."""
-    model, ids = fresh_model("qwen3", layers=1), prompt(1, 5)
-    arguments = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}
-    generate(model, ids, **arguments, compile_config=PLAIN)
-    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, hidden: -hidden)
-    plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
-    assert torch.equal(plain.sequences, output.sequences)
-    assert output.jacobi_stats.compiled_steps > 0
 
 
 class Wrapped(torch.nn.Module):
@@ -309,10 +261,10 @@ class ByLength(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "tapes", [pytest.param(False, id="compiled", marks=pytest.mark.slow), pytest.param(True, id="captured")]
+    "tapes", [pytest.param(False, id="compiled", marks=pytest.mark.slow), pytest.param(True, id="graphs")]
 )
 def test_what_a_prefill_decides_counts(tapes, monkeypatch):
-    monkeypatch.setitem(capture.GRAPHS, "cpu", TapeGraphs)
+    monkeypatch.setitem(cuda_graphs.GRAPHS, "cpu", TapeGraphs)
     model, arguments = (
         fresh_model("qwen3", layers=1),
         {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10},
@@ -358,7 +310,7 @@ def test_steps_that_are_no_longer_kept_are_freed(monkeypatch):
         gc.collect()
         return sum(graph() is not None for graph in graphs)
 
-    monkeypatch.setattr(execution, "MOST_COMPILED", 1)
+    monkeypatch.setattr(compiled, "MOST_COMPILED", 1)
     model, arguments = (
         fresh_model("qwen3", layers=1),
         {"do_sample": False, "jacobi_max_blocks": 0, "jacobi_pool_size": 0, "max_new_tokens": 6},
@@ -371,7 +323,7 @@ def test_steps_that_are_no_longer_kept_are_freed(monkeypatch):
             ).jacobi_stats.compiled_steps
             > 0
         )
-        assert alive() == len(arena.kept_for(model).compiled) == 1
+        assert alive() == len(kept.kept_for(model).steps) == 1
     assert len(graphs) > 1
     jacobi_hf.clear_graphs(model)
     assert alive() == 0
@@ -394,16 +346,16 @@ class Counting(torch.nn.Module):
 def test_what_would_be_compiled_again_and_again_is_not():
     """A model that is another one in every step runs uncompiled; one that is another one in every call begins anew."""
     arguments, ids = {"do_sample": False, **SETTINGS["lookup alone"], "max_new_tokens": 10}, prompt(1, 5)
-    for counts, settings in ((True, (1, 1)), (False, (1, 2, 3, 4))):
+    for changes, settings in ((True, (1, 1)), (False, (1, 2, 3, 4))):
         model = fresh_model("qwen3", layers=1)
-        mlp = model.model.layers[0].mlp = Counting(model.model.layers[0].mlp, model.config, counts)
+        mlp = model.model.layers[0].mlp = Counting(model.model.layers[0].mlp, model.config, changes)
         for call, setting in enumerate(settings):
             model.config.steering, mlp.forwards = setting, 0
             plain, mlp.forwards = generate(model, ids, **arguments), 0
-            if counts:
+            if changes:
                 with pytest.warns(
                     UserWarning,
-                    match="some steps: what the model decides by changes from step to step. They run uncompiled",
+                    match="some steps, because the model's attributes change between steps. They run uncompiled",
                 ):
                     output = generate(model, ids, **arguments, compile_config=PLAIN)
                 assert call == 0 or output.jacobi_stats.compiled_steps == 0
@@ -423,7 +375,7 @@ def test_a_step_that_is_no_graph_runs_uncompiled():
     )
     plain = generate(model, ids, **arguments)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="compile_config is without effect on some steps: "):
+        with pytest.warns(UserWarning, match="compile_config is ignored for some steps, because "):
             output = generate(model, ids, **arguments, compile_config=PLAIN)
         assert torch.equal(plain.sequences, output.sequences)
         assert output.jacobi_stats.compiled_steps == 0
@@ -446,32 +398,6 @@ def test_a_model_with_fewer_layers_has_other_buffers():
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     plain, output = generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=PLAIN)
     assert torch.equal(plain.sequences, output.sequences)
-
-
-@pytest.mark.slow
-def test_guards_on_modules_are_left_out(monkeypatch):
-    """In every step they would take longer than what is behind the forward. Their names are the compiler's: here we learn of others."""
-    guards, choose = [], switches.LeftOut.__call__
-
-    def noting(self, found):
-        guards.extend(zip(found, choose(self, found), strict=True))
-        return choose(self, found)
-
-    monkeypatch.setattr(switches.LeftOut, "__call__", noting)
-    generate(
-        fresh_model("qwen3", layers=1), prompt(1, 5), do_sample=False, **SETTINGS["window"], compile_config=TRACED
-    )
-    kinds = Counter(
-        (guard.guard_type, checked)
-        for guard, checked in guards
-        if "self_attn" in guard.name and "hooks" not in guard.name and "__dict__" not in guard.name
-    )
-    for kind in ("TENSOR_MATCH", "TYPE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT", "CONSTANT_MATCH"):
-        assert kinds[kind, False] > 10 * kinds[kind, True]
-    # Of our own buffers, the cache and the compiler's global state all are checked.
-    assert {"GLOBAL_STATE", "GRAD_MODE", "SHAPE_ENV"} <= {guard.guard_type for guard, checked in guards if checked}
-    assert all(checked for guard, checked in guards if "_model" not in guard.name)
-    assert all(checked for guard, checked in guards if ".config" in guard.name)
 
 
 @pytest.mark.slow
@@ -528,7 +454,7 @@ def test_hooks_and_disable_compile_leave_steps_as_they_are():
     output = generate(model, ids, **arguments, compile_config=TRACED, disable_compile=True)
     assert output.jacobi_stats.compiled_steps == 0
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
+    with pytest.warns(UserWarning, match="compile_config is ignored: a module of the model has hooks"):
         output = generate(model, ids, **arguments, compile_config=TRACED)
     handle.remove()
     assert output.jacobi_stats.compiled_steps == 0

@@ -1,4 +1,4 @@
-"""Captured steps. There is no CUDA where these tests run: a tape does on the CPU what a CUDA graph does (see `tapes.py`)."""
+"""Steps as CUDA graphs. There is no CUDA where these tests run: a tape does on the CPU what a CUDA graph does (see `tapes.py`)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 import jacobi_hf
 from jacobi_hf import JacobiConfig
 from jacobi_hf.decoding.loop import Decoder
-from jacobi_hf.execution import buffers as arena
-from jacobi_hf.execution import cuda_graphs as capture
-from jacobi_hf.execution.base import Compiled, WholeSteps, whole_steps
-from jacobi_hf.execution.cuda_graphs import Captured
+from jacobi_hf.drafts.sources import sources_of
+from jacobi_hf.execution import cuda_graphs
+from jacobi_hf.execution.base import WholeSteps
+from jacobi_hf.execution.buffers import CallBuffers
+from jacobi_hf.execution.choose import execution_for
+from jacobi_hf.execution.compiled import Compiled
+from jacobi_hf.execution.cuda_graphs import CudaGraphSteps
+from jacobi_hf.execution.kept import kept_for
 from jacobi_hf.integration.compat import CACHE
+from tests.helpers.calls import BOTH, CALLS, SETTINGS, counts, generate, prompt
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 from tests.helpers.tapes import TapeGraphs
-from tests.jacobi_hf.execution.test_compiled import BOTH, CALLS, SETTINGS, counts, generate, prompt
 
-CAPTURED = CompileConfig(backend="cudagraphs")
+GRAPHS = CompileConfig(backend="cudagraphs")
 
 
 @pytest.fixture(autouse=True)
 def _tapes(monkeypatch):
-    monkeypatch.setitem(capture.GRAPHS, "cpu", TapeGraphs)
+    monkeypatch.setitem(cuda_graphs.GRAPHS, "cpu", TapeGraphs)
     yield
     for kind in ("qwen2", "qwen3", "qwen2-sliding"):
         jacobi_hf.clear_graphs(tiny_model(kind))
@@ -56,7 +60,7 @@ def assert_same(plain, other, *, lag=0):
         ("qwen3", "lookup alone", "ends", 1),
     ],
 )
-def test_captured_steps_give_the_same_tokens_statistics_and_cache(kind, setting, call, lag, monkeypatch):
+def test_recorded_steps_give_the_same_tokens_statistics_and_cache(kind, setting, call, lag, monkeypatch):
     """Call after call over the same buffers and graphs, with all that may change between calls: texts, lengths, values, noise."""
     model, recorded = tiny_model(kind), []
     for number in (0, 3, 1, 2, 2, 2, 2):
@@ -69,10 +73,10 @@ def test_captured_steps_give_the_same_tokens_statistics_and_cache(kind, setting,
         plain = generate(model, ids, **arguments)
         with monkeypatch.context() as patched:
             patched.setattr(Decoder, "LAGS_ON", ("cpu",) if lag else ())
-            captured = generate(model, ids, **arguments, compile_config=CAPTURED)
-        assert_same(plain, captured, lag=lag if plain.jacobi_stats.forwards > 1 else 0)
-        recorded.append(captured.jacobi_stats.cuda_graphs)
-        assert captured.jacobi_stats.compiled_steps == 0
+            recorded_call = generate(model, ids, **arguments, compile_config=GRAPHS)
+        assert_same(plain, recorded_call, lag=lag if plain.jacobi_stats.forwards > 1 else 0)
+        recorded.append(recorded_call.jacobi_stats.cuda_graphs)
+        assert recorded_call.jacobi_stats.compiled_steps == 0
     assert sum(recorded) > 0
     assert recorded[-1] == 0  # all that this call needs has run before, and then been recorded
 
@@ -95,11 +99,11 @@ def test_other_lengths_and_values_record_nothing():
             **values,
             "max_new_tokens": 1 + 11 * number % 90,
         }
-        captured = generate(model, ids, **arguments, compile_config=CAPTURED)
-        assert torch.equal(captured.sequences, generate(model, ids, **arguments).sequences)
-        kinds |= set(captured.jacobi_stats.slots_by_width)
-        total += captured.jacobi_stats.cuda_graphs
-        assert len(arena.kept_for(model).arenas) == 1
+        recorded_call = generate(model, ids, **arguments, compile_config=GRAPHS)
+        assert torch.equal(recorded_call.sequences, generate(model, ids, **arguments).sequences)
+        kinds |= set(recorded_call.jacobi_stats.slots_by_width)
+        total += recorded_call.jacobi_stats.cuda_graphs
+        assert len(kept_for(model).buffers) == 1
     assert total <= len(kinds)
     assert TapeGraphs.replayed - before > 5 * total
 
@@ -108,14 +112,14 @@ def test_a_recording_is_never_replayed_for_another_model():
     first, second, ids = fresh_model("qwen3"), fresh_model("qwen3", seed=1), prompt(1, 5)
     arguments = {"do_sample": False, **BOTH}
     for model in (first, second, first, second):
-        assert_same(generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=CAPTURED))
+        assert_same(generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=GRAPHS))
 
 
 @pytest.mark.parametrize("change", ["weights moved", "adapter", "attention"])
 def test_a_recording_is_not_replayed_when_the_model_has_become_another(change):
     model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["window"]}
     for _ in range(3):
-        before = generate(model, ids, **arguments, compile_config=CAPTURED)
+        before = generate(model, ids, **arguments, compile_config=GRAPHS)
     assert before.jacobi_stats.cuda_graphs == 0
     if change == "weights moved":
         for parameter in model.parameters():
@@ -127,11 +131,11 @@ def test_a_recording_is_not_replayed_when_the_model_has_become_another(change):
         adapted = peft.get_peft_model(
             model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         )
-        assert_same(generate(adapted, ids, **arguments), generate(adapted, ids, **arguments, compile_config=CAPTURED))
+        assert_same(generate(adapted, ids, **arguments), generate(adapted, ids, **arguments, compile_config=GRAPHS))
         with adapted.disable_adapter():
-            assert_same(before, generate(adapted, ids, **arguments, compile_config=CAPTURED))
+            assert_same(before, generate(adapted, ids, **arguments, compile_config=GRAPHS))
     for _ in range(2):
-        assert_same(generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=CAPTURED))
+        assert_same(generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=GRAPHS))
 
 
 class Within(StoppingCriteria):
@@ -152,30 +156,30 @@ def test_calls_that_overlap_share_no_buffers():
     arguments = {"do_sample": False, **BOTH}
     plain, plain_inner, inner = generate(model, ids, **arguments), generate(model, others, **arguments), []
     for _ in range(3):
-        criterion = Within(lambda: inner.append(generate(model, others, **arguments, compile_config=CAPTURED)))
+        criterion = Within(lambda: inner.append(generate(model, others, **arguments, compile_config=GRAPHS)))
         output = generate(
-            model, ids, **arguments, compile_config=CAPTURED, stopping_criteria=StoppingCriteriaList([criterion])
+            model, ids, **arguments, compile_config=GRAPHS, stopping_criteria=StoppingCriteriaList([criterion])
         )
         assert_same(plain, output)
         assert_same(plain_inner, inner[-1])
-    assert len(arena.kept_for(model).arenas) == 2
+    assert len(kept_for(model).buffers) == 2
 
 
 def test_what_is_handed_out_is_the_callers():
     model, ids, arguments = tiny_model("qwen3"), prompt(2, 5), {"do_sample": False, **BOTH}
-    output = generate(model, ids, **arguments, compile_config=CAPTURED)
+    output = generate(model, ids, **arguments, compile_config=GRAPHS)
     sequences, keys = output.sequences.clone(), [layer.keys.clone() for layer in output[CACHE].layers]
-    generate(model, prompt(2, 5, seed=3), **arguments, compile_config=CAPTURED)
+    generate(model, prompt(2, 5, seed=3), **arguments, compile_config=GRAPHS)
     jacobi_hf.clear_graphs(model)
     assert torch.equal(output.sequences, sequences)
     assert all(torch.equal(layer.keys, before) for layer, before in zip(output[CACHE].layers, keys, strict=True))
 
 
-def test_a_conversation_goes_on_in_captured_steps():
+def test_a_conversation_goes_on_in_recorded_steps():
     model, caches = tiny_model("qwen3"), [None, None]
     texts = [prompt(1, 4, alphabet=VOCAB)] * 2
     for turn in range(4):
-        for number, options in enumerate(({}, {"compile_config": CAPTURED})):
+        for number, options in enumerate(({}, {"compile_config": GRAPHS})):
             cache = {} if caches[number] is None else {CACHE: caches[number]}
             output = generate(model, texts[number], do_sample=False, **BOTH, **options, **cache, max_new_tokens=11)
             caches[number] = output[CACHE]
@@ -184,16 +188,16 @@ def test_a_conversation_goes_on_in_captured_steps():
 
 
 def test_buffers_of_a_call_that_failed_are_not_used_again():
-    model, ids, arguments = tiny_model("qwen3"), prompt(1, 5), {"do_sample": False, **BOTH, "compile_config": CAPTURED}
+    model, ids, arguments = tiny_model("qwen3"), prompt(1, 5), {"do_sample": False, **BOTH, "compile_config": GRAPHS}
 
     def fail():
         raise KeyError("within")
 
     generate(model, ids, **arguments)
-    assert len(arena.kept_for(model).arenas) == 1
+    assert len(kept_for(model).buffers) == 1
     with pytest.raises(KeyError, match="within"):
         generate(model, ids, **arguments, stopping_criteria=StoppingCriteriaList([Within(fail)]))
-    assert not arena.kept_for(model).arenas
+    assert not kept_for(model).buffers
 
 
 def test_a_nan_of_an_earlier_call_is_not_met_again():
@@ -202,23 +206,23 @@ def test_a_nan_of_an_earlier_call_is_not_met_again():
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
-        generate(model, ids, **arguments, compile_config=CAPTURED)
+        generate(model, ids, **arguments, compile_config=GRAPHS)
         weight.copy_(kept)
-    assert_same(plain, generate(model, ids[:, :3], **arguments, compile_config=CAPTURED))
+    assert_same(plain, generate(model, ids[:, :3], **arguments, compile_config=GRAPHS))
 
 
 def test_inference_mode_has_buffers_of_its_own():
     model, ids, arguments = tiny_model("qwen3"), prompt(1, 5), {"do_sample": False, **BOTH}
     plain = generate(model, ids, **arguments)
     with torch.inference_mode():
-        generate(model, ids, **arguments, compile_config=CAPTURED)
-    assert_same(plain, generate(model, ids, **arguments, compile_config=CAPTURED))
+        generate(model, ids, **arguments, compile_config=GRAPHS)
+    assert_same(plain, generate(model, ids, **arguments, compile_config=GRAPHS))
 
 
 def test_recordings_go_with_the_model():
     model, ids = fresh_model("qwen3"), prompt(1, 5)
-    assert generate(model, ids, do_sample=False, **BOTH, compile_config=CAPTURED).jacobi_stats.cuda_graphs > 0
-    kept = weakref.ref(arena.kept_for(model))
+    assert generate(model, ids, do_sample=False, **BOTH, compile_config=GRAPHS).jacobi_stats.cuda_graphs > 0
+    kept = weakref.ref(kept_for(model))
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -227,7 +231,7 @@ def test_recordings_go_with_the_model():
 
 
 @pytest.mark.parametrize(
-    ("backend", "mode", "steps", "inner_mode", "captures"),
+    ("backend", "mode", "steps", "inner_mode", "records"),
     [
         ("inductor", "reduce-overhead", Compiled, None, True),
         ("inductor", "max-autotune", Compiled, "max-autotune-no-cudagraphs", True),
@@ -235,30 +239,30 @@ def test_recordings_go_with_the_model():
         ("inductor", "default", Compiled, "default", False),
     ],
 )
-def test_what_a_compile_config_asks_for(backend, mode, steps, inner_mode, captures, monkeypatch):
+def test_what_a_compile_config_asks_for(backend, mode, steps, inner_mode, records, monkeypatch):
     model, config, wanted = tiny_model("qwen3"), JacobiConfig(), CompileConfig(backend=backend, mode=mode)
-    buffers = arena.Arena(model, config, 1, 64, 64, torch.device("cpu"))
-    execution = whole_steps(model, config, wanted, buffers)
-    inner = execution._steps if captures else execution
-    assert isinstance(execution, Captured) == captures
+    buffers = CallBuffers(model, sources_of(config, model), 1, 64, 64, torch.device("cpu"))
+    execution = execution_for(model, config, wanted, buffers)
+    inner = execution._steps if records else execution
+    assert isinstance(execution, CudaGraphSteps) == records
     assert type(inner) is steps
     if steps is Compiled:
         assert (inner._how["backend"], inner._how["mode"]) == (backend, inner_mode)
-    monkeypatch.delitem(capture.GRAPHS, "cpu")  # a device that records nothing
-    execution = whole_steps(model, config, wanted, buffers)
+    monkeypatch.delitem(cuda_graphs.GRAPHS, "cpu")  # a device that records nothing
+    execution = execution_for(model, config, wanted, buffers)
     assert type(execution) is Compiled
     assert (execution._how["backend"], execution._how["mode"]) == (backend, mode)
 
 
 @pytest.mark.slow
-def test_steps_are_compiled_and_then_captured(monkeypatch):
+def test_steps_are_compiled_and_then_recorded(monkeypatch):
     """A graph of a compiled step is emulated by calling it with what it was called with."""
 
     class Called(TapeGraphs):
         def record(self, work):
             return work
 
-    monkeypatch.setitem(capture.GRAPHS, "cpu", Called)
+    monkeypatch.setitem(cuda_graphs.GRAPHS, "cpu", Called)
     model, totals = tiny_model("qwen3"), []
     for number in range(3):
         values = {"temperature": 0.6 + number / 10, "repetition_penalty": 1.1 + number / 5}
@@ -273,9 +277,9 @@ def test_steps_are_compiled_and_then_captured(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 0  # other values compile nothing, whether or not we count it
 
 
-def test_hooks_switch_capturing_off():
+def test_hooks_switch_graphs_off():
     model, ids = fresh_model("qwen3"), prompt(1, 5)
     model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="compile_config is without effect: a module of the model has hooks"):
-        output = generate(model, ids, do_sample=False, **BOTH, compile_config=CAPTURED)
+    with pytest.warns(UserWarning, match="compile_config is ignored: a module of the model has hooks"):
+        output = generate(model, ids, do_sample=False, **BOTH, compile_config=GRAPHS)
     assert output.jacobi_stats.cuda_graphs == 0

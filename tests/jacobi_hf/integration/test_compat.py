@@ -18,7 +18,7 @@ from packaging.version import Version
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, TrainingArguments
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from jacobi_hf.integration import compat, mixin
+from jacobi_hf.integration import compat, registry
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 from jacobi_hf.trainer import JacobiForcingConfig
 from tests.helpers.models import fresh_model, tiny_model
@@ -70,7 +70,7 @@ def test_importing_with_a_newer_release_warns_once_and_decodes():
         "import transformers, warnings; transformers.__version__ = '5.99.0'; "
         "found = warnings.catch_warnings(record=True); caught = found.__enter__(); warnings.simplefilter('always'); "
         "import jacobi_hf, jacobi_hf.trainer, jacobi_hf.cli; "
-        "print(len([w for w in caught if '5.99.0' in str(w.message)]), hasattr(transformers.Qwen3ForCausalLM, '_unless_told'))"
+        "print(len([w for w in caught if '5.99.0' in str(w.message)]), hasattr(transformers.Qwen3ForCausalLM, '_default_decoding'))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["1", "True"], done.stderr
@@ -87,12 +87,12 @@ def test_a_class_that_a_newer_release_has_changed_is_left_out(monkeypatch):
     def refuse(model_class):
         raise TypeError("forward does not take position_ids")
 
-    monkeypatch.setattr(mixin, "register", refuse)
+    monkeypatch.setattr(registry, "register", refuse)
     with pytest.raises(TypeError, match="position_ids"):
-        mixin.register_defaults()
+        registry.register_defaults()
     pretend(monkeypatch, "5.99.0")
     with pytest.warns(UserWarning, match="Qwen2ForCausalLM is not registered: forward does not take position_ids"):
-        mixin.register_defaults()
+        registry.register_defaults()
 
 
 def test_a_feature_of_a_newer_release_says_which(monkeypatch):

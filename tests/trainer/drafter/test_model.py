@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jacobi_hf.decoding.step import Step
+from jacobi_hf.decoding import step as decoding_step
 from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.trainer.drafter.loss import drafting_loss, plain_loss
 from jacobi_hf.trainer.drafter.model import ModelWithDrafter
@@ -34,16 +34,16 @@ def test_a_training_row_is_the_decoders_own_step(kind):
     model = fresh_model(kind)
     drafter = random_drafter(model, scale=0.1)
     ids, prompt_B, length_B = answered(model)
-    accept, steps = Step.accept, []
+    accept, steps = decoding_step.accept, []
 
-    def watch(self, slots, *rest, **options):
-        acceptance = accept(self, slots, *rest, **options)
-        if slots.layout.draft_slots:
+    def watch(state, inputs, *rest, **options):
+        acceptance = accept(state, inputs, *rest, **options)
+        if inputs.layout.draft_slots:
             steps.append(
                 (
-                    int(self.length_B[0]) - 1,
-                    slots.token_BQ[:, -slots.layout.draft_slots :],
-                    acceptance.choice_BQ[:, -slots.layout.draft_slots :],
+                    int(state.length_B[0]) - 1,
+                    inputs.token_BQ[:, -inputs.layout.draft_slots :],
+                    acceptance.choice_BQ[:, -inputs.layout.draft_slots :],
                 )
             )
         return acceptance
@@ -52,7 +52,7 @@ def test_a_training_row_is_the_decoders_own_step(kind):
     for row, prompt in enumerate(PROMPTS):
         steps.clear()
         with drafting(model, drafter), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Step, "accept", watch)
+            patch.setattr(decoding_step, "accept", watch)
             model.generate(
                 torch.tensor([prompt]),
                 max_new_tokens=int(length_B[row]) - len(prompt),
@@ -204,7 +204,7 @@ def test_constant_drafts_hide_the_drafts():
         assert torch.equal(trained._forward(text, first).logits, trained._forward(text, other).logits)
     # And in decoding.
     inputs, seen = torch.tensor([PROMPTS[0]]), []
-    handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     with drafting(model, drafter.copied()):
         output = model.generate(
             inputs,

@@ -1,0 +1,125 @@
+"""Acceptance token by token, for processors that must see the exact text before each token.
+
+Such a processor looks at the ids of the whole batch, so all rows move on together, by as many tokens as the row with the
+fewest accepted guesses. Each token goes through processors, choice, criteria and streamer before the next one is looked at,
+as in ordinary decoding.
+
+Shapes: B rows, Q slots of a forward, S segments, D depths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from jacobi_hf.decoding.selection import accepted_prefixes, best, pick
+from jacobi_hf.decoding.step import Acceptance
+
+if TYPE_CHECKING:
+    from jacobi_hf.decoding.selection import Selector
+    from jacobi_hf.decoding.state import DecodingState
+    from jacobi_hf.decoding.step import StepInputs
+    from jacobi_hf.decoding.stopping import Scores, StoppingRules
+
+
+class OneByOne:
+    """Accepts the guesses of a step token by token.
+
+    Args:
+        state: the rows.
+        selector: processors and sampling noise.
+        stopping: criteria, streamer and output ids, which get every token.
+        scores, logits: filled if the caller asked for them.
+    """
+
+    def __init__(
+        self,
+        state: DecodingState,
+        selector: Selector,
+        stopping: StoppingRules,
+        scores: Scores | None,
+        logits: Scores | None,
+    ) -> None:
+        self._state = state
+        self._selector = selector
+        self._stopping = stopping
+        self._scores = scores
+        self._logits = logits
+
+    def accept(self, inputs: StepInputs, logits_BQV: torch.Tensor) -> Acceptance:
+        """Return what the model accepts of a step.
+
+        Slots after the last committed token get the choice without processors, which is a fair guess.
+        """
+        layout = inputs.layout
+        halted_B = self._state.halted_B
+        choice_BQ = self._unprocessed_choice(inputs, logits_BQV)
+        path_SD = layout.path_SD[: layout.verified_segments]
+        length_BS = inputs.length_BS[:, : layout.verified_segments]
+        alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
+        for depth in range(path_SD.shape[1]):
+            best_B = alive_BS.long().argmax(1)
+            token_B = self._next_token(logits_BQV, path_SD[best_B, depth], halted_B)
+            # Segments may share slots. Those that are no longer alive write to one place more than there are.
+            slot_BS = torch.where(alive_BS, path_SD[:, depth], choice_BQ.shape[1])
+            written_BQ = functional.pad(choice_BQ, (0, 1)).scatter(1, slot_BS, token_B[:, None].expand_as(slot_BS))
+            choice_BQ = written_BQ[:, :-1]
+            self._commit(token_B)
+            if self._stopping.pads:
+                ended = [end is not None for end in self._stopping.ended]
+                halted_B = torch.tensor(ended, device=token_B.device)
+            if self._stopping.done or depth + 1 == path_SD.shape[1]:
+                break
+            guess_BS = inputs.token_BQ[:, path_SD[:, depth + 1]]
+            alive_BS = alive_BS & (length_BS > depth) & (guess_BS == token_B[:, None])
+            if not alive_BS.any(1).all():
+                break
+        path_BD = layout.path_SD[best_B]
+        agrees_BSN, accepted_BS = accepted_prefixes(layout, inputs.token_BQ, choice_BQ, inputs.length_BS)
+        return Acceptance(
+            choice_BQ=choice_BQ,
+            agrees_BSN=agrees_BSN,
+            accepted_BS=accepted_BS,
+            best_B=best_B,
+            path_BD=path_BD,
+            run_BD=choice_BQ.gather(1, path_BD),
+            count_B=torch.full_like(best_B, depth + 1),
+            at_eos_B=halted_B,
+            merit_BQV=logits_BQV,
+        )
+
+    def _unprocessed_choice(self, inputs: StepInputs, logits_BQV: torch.Tensor) -> torch.Tensor:
+        """Return the choice at every slot without processors."""
+        noise = self._selector.noise
+        if noise is None or not noise.ahead:
+            return best(logits_BQV)
+        index_BQ = self._state.generated_B[:, None] + inputs.layout.depth_Q
+        choice_BQ, _, _ = pick(logits_BQV, noise.at(index_BQ))
+        return choice_BQ
+
+    def _next_token(self, logits_BQV: torch.Tensor, slot_B: torch.Tensor, halted_B: torch.Tensor) -> torch.Tensor:
+        """Return the next token of every row, a pad for a row that has halted; record scores and logits."""
+        selector = self._selector
+        stopping = self._stopping
+        row_B = torch.arange(len(slot_B), device=slot_B.device)
+        index = stopping.generated
+        logits_BV = logits_BQV[row_B, slot_B].to(torch.float32, copy=True)
+        scores_BV = selector.processors(stopping.sequences, logits_BV)
+        if selector.noise is not None:
+            selector.noise.draw(index, index, tuple(scores_BV.shape))
+        token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
+        selector.check()
+        for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
+            if wanted is not None:
+                wanted.record(value_BV[:, None], [index] * len(row_B), [1] * len(row_B))
+        return torch.where(halted_B, stopping.pad, token_B)
+
+    def _commit(self, token_B: torch.Tensor) -> None:
+        """Hand a token of every row to criteria and streamer."""
+        stopping = self._stopping
+        index = stopping.generated
+        rows = len(token_B)
+        stopping.write(token_B[:, None], torch.full_like(token_B, index), torch.ones_like(token_B))
+        stopping.advance([index + 1] * rows, [False] * rows)

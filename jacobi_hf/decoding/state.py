@@ -1,0 +1,187 @@
+"""The state of all rows of a call: tensors that keep their address from step to step.
+
+Shapes: B rows, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, L text columns, E end tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from jacobi_hf.decoding.step import StepInputs
+
+if TYPE_CHECKING:
+    from jacobi_hf.decoding.cache import JacobiStaticCache
+    from jacobi_hf.decoding.layout import Layout
+    from jacobi_hf.decoding.prompt import Prompt
+    from jacobi_hf.decoding.step import Acceptance, StepShape
+    from jacobi_hf.drafts.sources import Sources
+
+
+class DecodingState:
+    """Text, cache, guesses and counters of every row, to be opened for a call and moved on by its steps.
+
+    Args:
+        sources: the draft sources of the call; their buffers are allocated here.
+        cache: keys and values of every committed token but the pending one.
+        columns: the most tokens of a row's text, prompt included.
+
+    Attributes:
+        generated_B: new tokens of each row, the pending one included.
+        halted_B: whether a row has ended.
+        text_BL: prompt and new tokens of each row without pads; `length_B` of them count, and the last one is pending.
+        start_B: the place of each row's first new token in its text.
+        front_BD: the pending token, then the guesses of the backbone, `D = 1 + W`.
+        width_B: valid guesses of the backbone.
+        branches: for each source with branches, its guesses `(B, S, N)` and their valid lengths `(B, S)`.
+        report_N: what the host reads after a step; see `report`.
+    """
+
+    REPORTED = 6  # numbers for each row in a report, before those of the branches
+
+    def __init__(self, sources: Sources, cache: JacobiStaticCache, columns: int) -> None:
+        device = cache.lengths_B.device
+        rows = len(cache.lengths_B)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        self.sources = sources
+        self.cache = cache
+        for source in sources.all:
+            source.allocate(rows, columns, cache.capacity, device)
+        self.generated_B = zeros(rows)
+        self.halted_B = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.text_BL = zeros(rows, columns + sources.depths)
+        self.length_B = zeros(rows)
+        self.start_B = zeros(rows)
+        self.front_BD = zeros(rows, 1 + sources.width)
+        self.width_B = zeros(rows)
+        shapes = [source.shape for source in sources.branching]
+        self.branches = [(zeros(rows, len(s.lengths), max(s.lengths)), zeros(rows, len(s.lengths))) for s in shapes]
+        starts = [torch.tensor(s.starts, device=device) if any(s.starts) else None for s in shapes]
+        self._starts: list[torch.Tensor | None] = starts
+        self.report_N = zeros((self.REPORTED + len(sources.branch_names)) * rows)
+        self.pad = zeros()
+        self.eos_E = zeros(0)
+        self.fills = False
+        self.zeros_B = zeros(rows)
+        self._limit = zeros()
+        self._last = zeros()
+
+    def open(self, prompt: Prompt, limit: int, pad: int, eos_E: torch.Tensor, *, fills: bool) -> None:
+        """Begin a call.
+
+        Args:
+            prompt: the prompt of every row; the cache holds what came before it.
+            limit: the most new tokens.
+            pad: the id that follows a finished row.
+            eos_E: ids that end a row.
+            fills: whether finished rows go on, as pads, because the caller gets their cache or scores.
+        """
+        for buffer in (self.generated_B, self.halted_B, self.width_B):
+            buffer.zero_()
+        for source in self.sources.all:
+            source.reset()
+        self.text_BL[:, : prompt.text_BL.shape[1]] = prompt.text_BL
+        self.start_B.copy_(prompt.text_length_B)
+        self.length_B.copy_(prompt.text_length_B)
+        self.pad.fill_(pad)
+        self.eos_E = eos_E
+        self.fills = fills
+        self._limit.fill_(limit)
+        self._last.fill_(limit - 1)  # the token that a step adds itself comes after its guesses
+
+    @property
+    def pending_B1(self) -> torch.Tensor:
+        """The last token of each row, whose keys and values are not in the cache yet."""
+        return self.front_BD[:, :1]
+
+    @property
+    def backbone_BW(self) -> torch.Tensor:
+        """The guesses of the backbone, a view."""
+        return self.front_BD[:, 1:]
+
+    @property
+    def key(self) -> tuple[int, int, bool]:
+        """What makes the steps of one call other code than those of another: rows, end tokens, filling."""
+        return len(self.generated_B), len(self.eos_E), self.fills
+
+    def inputs(self, shape: StepShape, layout: Layout) -> StepInputs:
+        """Return what goes into a step of this shape; `layout` is that of the shape."""
+        tokens = [self.front_BD[:, : 1 + shape.backbone]]
+        lengths = [self.width_B.clamp(max=shape.backbone) if shape.draft_slots else self.width_B]
+        segments = [
+            (token_BSN[:, s], length_BS[:, s])
+            for token_BSN, length_BS in self.branches
+            for s in range(token_BSN.shape[1])
+        ]
+        for (token_BN, length_B), used in zip(segments, shape.branches, strict=True):
+            if used:
+                tokens.append(token_BN[:, :used])
+                lengths.append(length_B)
+        if shape.draft_slots:
+            tokens.append(self.front_BD[:, 1 : 1 + shape.draft_slots])
+            lengths.append(self.width_B)
+        if len(tokens) == 1:
+            return StepInputs(layout, tokens[0].clone(), self.width_B[:, None])
+        return StepInputs(layout, torch.cat(tokens, 1), torch.stack(lengths, 1))
+
+    def limited(self, count_B: torch.Tensor) -> torch.Tensor:
+        """Return a number of tokens for each row, at most as many as its limit leaves room for."""
+        return torch.minimum(count_B, self._limit - self.generated_B)
+
+    def commit(self, acceptance: Acceptance, layout: Layout, *, moves: bool) -> None:
+        """Make the accepted tokens part of cache and text.
+
+        Args:
+            acceptance: what the step chose.
+            layout: where the slots of the step sit.
+            moves: whether keys and values of accepted branches must be moved after those of the pending token.
+        """
+        self.cache.commit(acceptance.count_B, acceptance.path_BD if moves else None)
+        # What comes after `count_B` tokens is overwritten before it counts.
+        self.text_BL.scatter_(1, self.length_B[:, None] + layout.offset_D, acceptance.run_BD)
+        self.length_B += acceptance.count_B
+        self.pending_B1.copy_(self.text_BL.gather(1, self.length_B[:, None] - 1))
+
+    def clip(self, *, some_over: bool = True) -> None:
+        """Cut the valid guesses to the room that the limit leaves; the guesses of halted rows become pads.
+
+        Args:
+            some_over: False if the host knows that no row has halted or has all its tokens.
+        """
+        room_B = self._last - self.generated_B
+        if not some_over and not self.branches:
+            self.width_B.copy_(torch.minimum(self.width_B, room_B).clamp_(min=0))
+            return
+        room_B = room_B.clamp(min=0)
+        halted_B1 = self.halted_B[:, None]
+        width_B = torch.minimum(self.width_B, room_B)
+        if some_over:
+            self.backbone_BW.copy_(torch.where(halted_B1, self.pad, self.backbone_BW))
+            width_B = torch.where(self.halted_B, room_B.clamp(max=self.sources.width), width_B)
+        self.width_B.copy_(width_B)
+        for start_S, (_, length_BS) in zip(self._starts, self.branches, strict=True):
+            length_BS.copy_(torch.minimum(length_BS, room_B[:, None]).masked_fill(halted_B1, 0))
+            if start_S is not None:  # there must be guesses to follow
+                length_BS.masked_fill_(self.width_B[:, None] < start_S, 0)
+
+    def roll_back(self, row: int, tokens: int) -> None:
+        """Take back the last `tokens` tokens of a row and halt it. Call `clip` afterwards."""
+        for length_B in (self.cache.lengths_B, self.length_B, self.generated_B):
+            length_B[row] -= tokens
+        self.halted_B[row] = True
+        self.front_BD[row, 0] = self.text_BL[row, self.length_B[row] - 1]
+
+    def report(self, acceptance: Acceptance) -> None:
+        """Write `report_N`, one number for each row of each kind.
+
+        The kinds are: new tokens, valid guesses of the backbone, whether the row has ended, the segment that won, guesses
+        accepted in the backbone, whether sampling met no distribution, and the valid length of each branch.
+        """
+        broken_B = self.zeros_B if acceptance.broken_B is None else acceptance.broken_B
+        accepted_B = acceptance.accepted_BS[:, 0]
+        numbers = [self.generated_B, self.width_B, self.halted_B.long(), acceptance.best_B, accepted_B, broken_B]
+        self.report_N.copy_(torch.cat([*numbers, *(length_BS.T.flatten() for _, length_BS in self.branches)]))

@@ -1,0 +1,240 @@
+"""One call of `generate`: build its parts in the order in which data meets them, decode, return the output.
+
+Shapes: B rows, P prompt columns, V vocabulary, I indices of new tokens, E end tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from jacobi_hf.decoding.loop import Decoder
+from jacobi_hf.decoding.noise import SamplingNoise
+from jacobi_hf.decoding.prompt import read_prompt
+from jacobi_hf.decoding.selection import Selector
+from jacobi_hf.decoding.stopping import Scores, StoppingRules, token_limit
+from jacobi_hf.drafts.sources import sources_of
+from jacobi_hf.execution.buffers import CallBuffers, acquire
+from jacobi_hf.execution.choose import execution_for
+from jacobi_hf.integration.compat import CACHE
+from jacobi_hf.integration.forward import ModelForward, jacobi_attention
+from jacobi_hf.integration.support import cannot_compile
+from jacobi_hf.output import JacobiDecoderOnlyOutput
+
+if TYPE_CHECKING:
+    from transformers import Cache, CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers.generation import BaseStreamer
+
+    from jacobi_hf.config import JacobiConfig
+
+
+class GenerateCall:
+    """One call of `generate` that decodes with Jacobi, from its prepared arguments to its output.
+
+    Args:
+        model: the model.
+        config: the knobs.
+        generation_config: as `generate` prepared it.
+        input_ids: the prompt, `(B, P)`.
+        model_kwargs: mask, cache and embeddings, as `generate` prepared them.
+        criteria: stopping criteria.
+        own_cache: whether the cache is the caller's, to be continued and to be given back.
+
+    Raises:
+        ValueError: a prompt or a cache that cannot be decoded, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: JacobiConfig,
+        generation_config: GenerationConfig,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        criteria: StoppingCriteriaList,
+        *,
+        own_cache: bool,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._options = generation_config
+        self._criteria = criteria
+        self._input_BP = input_ids.long()
+        self._cache: Cache | None = model_kwargs.get(CACHE)
+        self._own_cache = self._cache if own_cache else None
+        text_config = model.config.get_text_config(decoder=True)
+        past = cached_tokens(self._own_cache, len(input_ids), text_config.num_hidden_layers)
+        self._prompt = read_prompt(
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            model_kwargs.get("inputs_embeds"),
+            past,
+            getattr(generation_config, "_mask_length", None),
+            getattr(model.get_input_embeddings(), "num_embeddings", text_config.vocab_size),
+        )
+        self._limit = token_limit(criteria, generation_config.max_length, input_ids.shape[1])
+        self._check_room(getattr(text_config, "max_position_embeddings", None))
+
+    def _check_room(self, positions: int | None) -> None:
+        """Refuse a prompt that is longer than the model's positions, and a StaticCache that cannot hold the call."""
+        longest = int((self._prompt.total - self._prompt.pad_B).max())
+        if positions is not None and longest > positions:
+            raise ValueError(f"the prompt has {longest} tokens, more than the model's {positions} positions.")
+        if not isinstance(self._own_cache, StaticCache):
+            return
+        needed = self._prompt.total + self._limit - 1
+        layers = [layer for layer in self._own_cache.layers if not layer.is_sliding]
+        room = min((int(layer.max_cache_len) for layer in layers), default=needed)
+        if needed > room:
+            raise ValueError(
+                f"{CACHE} holds {room} tokens, but prompt and new tokens need {needed}: "
+                "give a larger cache or fewer new tokens."
+            )
+
+    def decode(
+        self, processors: LogitsProcessorList, streamer: BaseStreamer | None, *, synced_gpus: bool
+    ) -> JacobiDecoderOnlyOutput | torch.Tensor:
+        """Decode, and return what `_sample` returns.
+
+        Args:
+            processors: logits processors.
+            streamer: gets the tokens, or None.
+            synced_gpus: whether other processes wait for a forward of this one in every step.
+        """
+        model = self._model
+        prompt = self._prompt
+        rows, _ = self._input_BP.shape
+        device = self._input_BP.device
+        sources = sources_of(self._config, model)
+        wanted = self._compile_config(reads_features=bool(sources.taps))
+        text_columns = prompt.text_BL.shape[1] + self._limit
+        slots = sources.slots(self._limit if wanted is None else None)
+        capacity = prompt.total + self._limit + slots
+        if wanted is None:
+            buffers = CallBuffers(model, sources, rows, text_columns, capacity, device)
+            return self._decode(buffers, None, processors, streamer, synced_gpus=synced_gpus)
+        with acquire(model, self._config, sources, rows, max(capacity, text_columns), device) as buffers:
+            return self._decode(buffers, wanted, processors, streamer, synced_gpus=synced_gpus)
+
+    def _compile_config(self, *, reads_features: bool) -> CompileConfig | None:
+        """Return the caller's, unless the call disables compiling or the model does not allow it."""
+        wanted: CompileConfig | None = self._options.compile_config
+        if wanted is None or self._options.disable_compile:
+            return None
+        reason = "a draft source reads hidden states" if reads_features else cannot_compile(self._model)
+        if reason:
+            warnings.warn(f"compile_config is ignored: {reason}. The steps run uncompiled.", UserWarning, stacklevel=2)
+            return None
+        return wanted
+
+    def _decode(
+        self,
+        buffers: CallBuffers,
+        wanted: CompileConfig | None,
+        processors: LogitsProcessorList,
+        streamer: BaseStreamer | None,
+        *,
+        synced_gpus: bool,
+    ) -> JacobiDecoderOnlyOutput | torch.Tensor:
+        """Decode with these buffers, which are kept for later calls if steps are compiled (`wanted`)."""
+        options = self._options
+        prompt = self._prompt
+        state = buffers.state
+        device = self._input_BP.device
+        returns_dict = bool(options.return_dict_in_generate)
+        scores = Scores() if returns_dict and options.output_scores else None
+        logits = Scores() if returns_dict and options.output_logits else None
+        noise = self._noise(processors, buffers) if options.do_sample else None
+        selector = Selector(processors, noise, self._input_BP, None if wanted is None else buffers.store)
+        pad = None if options._pad_token_tensor is None else int(options._pad_token_tensor)
+        one_by_one = not selector.is_vectorised
+        stopping = StoppingRules(
+            self._input_BP, self._criteria, streamer, self._limit, pad, scores, one_by_one=one_by_one
+        )
+        if prompt.past and self._cache is not None:
+            buffers.cache.load(self._cache, prompt.pad_B)
+        returns_cache = returns_dict or self._own_cache is not None
+        wants_more = one_by_one or scores is not None or logits is not None
+        fills = returns_cache or wants_more
+        eos_E = buffers.store("end tokens", stopping.eos_E)
+        state.open(prompt, self._limit, stopping.pad, eos_E, fills=fills)
+        last_position = torch.tensor(prompt.total + self._limit - 1, device=device)
+        last_position = buffers.store("last position", last_position)
+        try:
+            with contextlib.ExitStack() as during_call:
+                during_call.enter_context(jacobi_attention(self._model))
+                for source in state.sources.all:
+                    during_call.enter_context(source.during_call(self._model))
+                forward = ModelForward(self._model, buffers.cache, state.sources, last_position)
+                during_call.enter_context(forward.tapping())
+                decoder = Decoder(
+                    forward,
+                    state,
+                    selector,
+                    stopping,
+                    self._config,
+                    execution_for(self._model, self._config, None if wants_more else wanted, buffers),
+                    scores,
+                    logits,
+                    fills=fills,
+                )
+                decoder.run(prompt, lambda done: self._has_unfinished_peers(done, synced_gpus))
+        finally:
+            if noise is not None:
+                noise.rewind(stopping.generated)
+                buffers.ring_IBV = noise.ring_IBV
+        if returns_cache and self._cache is not None:
+            last = prompt.total + stopping.generated - 1
+            buffers.cache.append_to(self._cache, prompt.past, last, prompt.pad_B, frees=wanted is None)
+        if streamer is not None:
+            streamer.end()
+        if not returns_dict:
+            return stopping.sequences
+        return JacobiDecoderOnlyOutput(
+            sequences=stopping.sequences,
+            scores=None if scores is None else tuple(scores.steps[: stopping.generated]),
+            logits=None if logits is None else tuple(logits.steps[: stopping.generated]),
+            jacobi_stats=decoder.stats,
+            **{CACHE: self._cache},
+        )
+
+    def _noise(self, processors: LogitsProcessorList, buffers: CallBuffers) -> SamplingNoise:
+        """Return the sampling noise of the call."""
+        # A processor from elsewhere may draw from torch's generator between two tokens.
+        ahead = all(type(processor).__module__.startswith("transformers.") for processor in processors)
+        room = buffers.state.sources.depths
+        return SamplingNoise(self._input_BP.device, ahead=ahead, room=room, ring_IBV=buffers.ring_IBV)
+
+    def _has_unfinished_peers(self, done: bool, synced_gpus: bool) -> bool:
+        return bool(self._model._has_unfinished_sequences(done, synced_gpus, device=self._input_BP.device))
+
+
+def cached_tokens(cache: Cache | None, rows: int, layers: int) -> int:
+    """Return how many tokens a caller's cache holds; 0 without one.
+
+    Args:
+        cache: the caller's, or None.
+        rows: rows of the prompt.
+        layers: decoder layers of the model.
+
+    Raises:
+        ValueError: a cache that this call cannot continue.
+    """
+    if cache is None:
+        return 0
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        raise ValueError(
+            f"{CACHE} is a {type(cache).__name__}; "
+            "Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded."
+        )
+    past = int(cache.get_seq_length())
+    held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
+    if held and held[0] != rows and (past or isinstance(cache, StaticCache)):
+        raise ValueError(f"{CACHE} holds a batch of {held[0]} rows, the prompt has {rows}.")
+    if len(cache.layers) not in (0, layers):
+        raise ValueError(f"{CACHE} has {len(cache.layers)} layers, the model {layers}: it belongs to another model.")
+    return past

@@ -1,0 +1,48 @@
+"""Changes to an object that calls in several threads share."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class SharedChange:
+    """A change that overlapping calls make to the same object, such as a hook on a model.
+
+    The first call makes the change, and the last one that ends undoes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._uses: dict[int, int] = {}
+        self._undo: dict[int, Callable[[], None]] = {}
+
+    @contextlib.contextmanager
+    def made(self, changed: object, make: Callable[[], Callable[[], None]]) -> Iterator[None]:
+        """Keep an object changed while the context is open.
+
+        Args:
+            changed: the object; it is told apart by its identity.
+            make: makes the change and returns the function that undoes it.
+        """
+        key = id(changed)
+        with self._lock:
+            if key not in self._uses:
+                self._undo[key] = make()
+            self._uses[key] = self._uses.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._uses[key] -= 1
+                if not self._uses[key]:
+                    del self._uses[key]
+                    self._undo.pop(key)()
+
+    def is_made(self, changed: object) -> bool:
+        """Return whether some call keeps the object changed."""
+        return id(changed) in self._uses
