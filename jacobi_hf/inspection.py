@@ -1,4 +1,4 @@
-"""What `jacobi-hf info` says: what is installed, on what it runs, and how a model would decode, read from its configuration alone."""
+"""What is installed, where it runs, and how a model would decode, without loading weights. For `jacobi-hf info`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ RUNS, FALLS_BACK, REFUSED = "runs", "falls back", "refused"
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed and on what it runs.
+    """What is installed and where it runs.
 
     Attributes:
-        versions: by package.
-        device, device_name: where models go, and what that is.
-        threads: of torch, on the CPU.
-        registered: classes that have the `decoding` argument once jacobi_hf is imported.
-        kernels: optional attention kernels, and whether they can be had here.
-        extras: of the package, each with what it lacks.
+        versions: Versions by package.
+        device: Type of the device that models are moved to.
+        device_name: Name of that device.
+        threads: Threads of torch on the CPU.
+        registered: Classes that have the `decoding` argument once jacobi_hf is imported.
+        kernels: Whether each optional attention kernel can be used here.
+        extras: Packages that each extra of this package lacks.
     """
 
     versions: dict[str, str]
@@ -51,7 +52,7 @@ class Environment:
 
     @classmethod
     def here(cls) -> Environment:
-        """This process's."""
+        """Return the environment of this process."""
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         is_cuda = device is not None and device.type == "cuda"
         return cls(
@@ -74,7 +75,7 @@ class Environment:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The package's extras and what each lacks; none where it is used without being installed."""
+    """Return the packages that each extra lacks. There are no extras if this package is not installed."""
     try:
         about = metadata.metadata("jacobi-hf")
     except metadata.PackageNotFoundError:
@@ -102,17 +103,20 @@ class ModelFacts:
     """How a model would decode here.
 
     Attributes:
-        name: as given.
-        model_class: that `AutoModelForCausalLM` would make.
-        is_registered: whether the class has `decoding` on import; where not, `jacobi_hf.register` gives it, as all commands do.
-        parameters, positions, vocabulary: sizes; no positions where the config names no limit.
-        dtype, attention: as it would be loaded.
-        layers: how many of each kind.
-        kernels: optional ones that its steps would use.
-        saved_knobs: those of its generation config that differ from none.
-        decoding: `RUNS`, `FALLS_BACK` to ordinary decoding with a warning, or `REFUSED` with an error.
-        reason: why it does not run.
-        drafter: rank, base and number of weights of the drafter that was named.
+        name: Name or folder of the model.
+        model_class: Class that `AutoModelForCausalLM` would build.
+        is_registered: Whether the class has `decoding` on import. If not, `jacobi_hf.register` adds it, as commands do.
+        parameters: Number of weights.
+        positions: Number of positions, or None if the config names no limit.
+        vocabulary: Size of the vocabulary.
+        dtype: dtype that the weights would be loaded in.
+        attention: Attention implementation that would be used.
+        layers: Number of layers of each type.
+        kernels: Optional kernels that its steps would use.
+        saved_knobs: Knobs that its generation config sets.
+        decoding: `RUNS`, `FALLS_BACK` (ordinary decoding with a warning) or `REFUSED` (an error).
+        reason: Why Jacobi decoding does not run, or None.
+        drafter: Rank, base and number of weights of the drafter, or None.
     """
 
     name: str
@@ -132,10 +136,14 @@ class ModelFacts:
 
 
 def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
-    """Read a model's configuration, and build it without weights.
+    """Return how a model would decode. Its configuration is read, and it is built without weights.
+
+    Args:
+        name: Name or folder of the model.
+        drafter: Folder or Hub repository of a drafter.
 
     Raises:
-        ValueError: there is no such model, it is no causal language model, or the drafter is missing or not for it.
+        ValueError: There is no such model, it is not a causal language model, or the drafter does not exist or fit.
     """
     model, generation_config = _without_weights(name)
     config = model.config.get_text_config(decoder=True)
@@ -143,7 +151,7 @@ def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    decoding, reason = _verdict(model, generation_config)
+    decoding, reason = _decoding_of(model, generation_config)
     return ModelFacts(
         name=name,
         model_class=type(model).__name__,
@@ -178,8 +186,8 @@ def _without_weights(name: str) -> tuple[Any, GenerationConfig]:
     return model, generation_config
 
 
-def _verdict(model: Any, generation_config: GenerationConfig) -> tuple[str, str | None]:
-    """How a call that does not add anything would be decoded, and why so."""
+def _decoding_of(model: Any, generation_config: GenerationConfig) -> tuple[str, str | None]:
+    """Return how a call without further arguments would decode, and why Jacobi decoding does not run."""
     try:
         check_can_decode(type(model))
         reject_misspelt(vars(generation_config))

@@ -1,4 +1,4 @@
-"""Readers of prompts, text, JSON, JSONL and YAML from outside. They all raise `ValueError` with file, line and fault."""
+"""Readers of prompts, text, JSON, JSONL and YAML from outside. All raise `ValueError` with file, line and fault."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """
     value = parse_json(text, where)
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object but {text.strip()[:40]!r}.")  # noqa: TRY004  (input, not argument)
+        raise ValueError(f"{where} is not a JSON object but {text.strip()[:40]!r}.")  # noqa: TRY004
     return value
 
 
@@ -122,10 +122,10 @@ def read_yaml(path: str | Path) -> Any:
 def read_prompts(path: str | Path) -> list[Any]:
     """Return the prompts of a file. Each is a string or a list of messages.
 
-    A `.jsonl` file has a prompt in each line. A `.json` file is a list of prompts. Both hold strings, lists of messages, or objects
-    with `prompt` or `messages`. Any other file is text with a prompt in each line.
-    The first line of a `.jsonl` file is skipped if it is an object with neither `prompt` nor `messages`. Task files of
-    `jacobi-hf eval` may have such a line.
+    A `.jsonl` file has a prompt in each line. A `.json` file is a list of prompts. Both hold strings, lists of
+    messages, or objects with `prompt` or `messages`. Any other file is text with a prompt in each line. The first line
+    of a `.jsonl` file is skipped if it is an object with neither `prompt` nor `messages`. Task files of `jacobi-hf
+    eval` may have such a line.
 
     Raises:
         ValueError: The file cannot be read, holds something else, or holds no prompts.
@@ -144,7 +144,7 @@ def read_prompts(path: str | Path) -> list[Any]:
 def _rows_of_json(path: str | Path) -> list[tuple[str, Any]]:
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise ValueError(f"{path} does not hold a list of prompts.")  # noqa: TRY004  (input, not argument)
+        raise ValueError(f"{path} does not hold a list of prompts.")  # noqa: TRY004
     return [(f"{path}, prompt {number}", row) for number, row in enumerate(rows, 1)]
 
 

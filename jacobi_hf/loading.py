@@ -26,7 +26,8 @@ def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[An
         drafter: Folder or Hub repository of a drafter, which is loaded with the model.
 
     Raises:
-        ValueError: There is no such model or dtype, the model's class cannot decode with Jacobi, or the drafter does not fit.
+        ValueError: There is no such model or dtype, the model's class cannot decode with Jacobi, or the drafter does
+        not fit.
     """
     check_dtype(dtype)
     with reading(name, "loaded as a causal language model"):

@@ -29,7 +29,8 @@ COMMANDS = "/clear starts a new conversation, /knobs shows or changes the decodi
 class StopOnInterrupt(StoppingCriteria):  # type: ignore[misc, unused-ignore]
     """A criterion that ends an answer after its next token when the user presses Ctrl-C inside `watching`.
 
-    A second Ctrl-C raises `KeyboardInterrupt`. The first one ends generation as any criterion does, so that its cache can be continued.
+    A second Ctrl-C raises `KeyboardInterrupt`. The first one ends generation as any criterion does, so that its cache
+    can be continued.
 
     Attributes:
         is_stopped: Whether Ctrl-C was pressed.
@@ -64,8 +65,9 @@ class StopOnInterrupt(StoppingCriteria):  # type: ignore[misc, unused-ignore]
 class Conversation:
     """Turns of a user and a model, whose cache is kept from turn to turn.
 
-    The prompt of a turn is the whole conversation through the chat template, so that answers equal those without a cache. The part of
-    the prompt that is in the cache is not computed again. Without a template the turns are concatenated.
+    The prompt of a turn is the whole conversation through the chat template, so that answers equal those without a
+    cache. The part of the prompt that is in the cache is not computed again. Without a template the turns are
+    concatenated.
 
     Args:
         model: A loaded model.
@@ -116,7 +118,8 @@ class Conversation:
             stop: Criterion that ends the answer.
 
         Raises:
-            ValueError: The conversation is longer than the model's positions, or the template or `generate` refuses it.
+            ValueError: The conversation is longer than the model's positions, or the template or `generate` refuses
+            it.
         """
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(turns)

@@ -36,8 +36,8 @@ class Ending:
 def errors_in_one_line(verb: str) -> Iterator[Ending]:
     """End the program with one line if something inside raises.
 
-    The exit code is 2 for bad input, 130 for an interruption and 1 for anything else. After `jacobi-hf --traceback VERB`, a traceback
-    is printed before the line.
+    The exit code is 2 for bad input, 130 for an interruption and 1 for anything else. After `jacobi-hf --traceback
+    VERB`, a traceback is printed before the line.
     """
     ending = Ending()
     try:

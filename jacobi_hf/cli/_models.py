@@ -98,7 +98,12 @@ def arguments_of(config: JacobiConfig | None) -> dict[str, Any]:
 
 
 def make_default(model: Any, config: JacobiConfig | None) -> None:
-    """Set how a loaded model decodes in calls without knobs; None is ordinary decoding. Its sampling does not change."""
+    """Set how a loaded model decodes in calls without knobs. Its sampling does not change.
+
+    Args:
+        model: A loaded model.
+        config: Knobs; None is ordinary decoding.
+    """
     knobs = config.to_knobs() if config else {}
     for name in KNOBS:
         setattr(model.generation_config, name, knobs.get(name))

@@ -1,4 +1,4 @@
-"""Options of the verbs. Each is a dataclass field with a help text; a recipe and the command line set it under the same name.
+"""Options of the verbs: dataclass fields with a help text, which a recipe and the command line set by name.
 
 Verbs import torch and transformers when they run, so that `jacobi-hf --help` is quick. This module imports neither.
 """

@@ -1,22 +1,19 @@
-"""Reading of a verb's options: a recipe's section first, the command line over it, both under the same names and checks."""
+"""Reading of a verb's options from a recipe and the command line, which use the same names and checks."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import difflib
 import json
 import re
-import textwrap
 import typing
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import typer
-from transformers import HfArgumentParser
 
-from jacobi_hf.cli._options import ARGUMENT, FLAG, HIGH, LOW, REQUIRED, ROLE, SEVERAL, SWITCH, flag, option
-from jacobi_hf.io import parse_json_object, read_yaml
+from jacobi_hf.cli._options import ARGUMENT, FLAG, REQUIRED, ROLE, SEVERAL, SWITCH, flag, option
+from jacobi_hf.cli._parser import Parser, help_of, shown_name
+from jacobi_hf.io import read_yaml
 from jacobi_hf.trainer.options import RENAMED
 
 if TYPE_CHECKING:
@@ -82,7 +79,7 @@ class Call:
 
     def value_of(self, name: str, default: str) -> str:
         """Return the value of one option, before the others are read."""
-        parser = _Parser(())
+        parser = Parser(())
         parser.add_argument(f"--{name}", default=str(self.section.get(name, default)))
         return str(getattr(parser.parse_known_args(self.words)[0], name))
 
@@ -95,10 +92,10 @@ def read_call(context: typer.Context, kinds: Sequence[type], ending: Ending, *, 
     """
     verb, words, common = str(context.info_name), list(context.args), WithJson if json else WithConfig
     if {"--help", "-h"}.intersection(words):
-        typer.echo(_help(verb, str(context.command.help), (*kinds, common)))
+        typer.echo(help_of(verb, str(context.command.help), (*kinds, common)))
         raise typer.Exit
     words, after = _split(words)
-    found, rest = _Parser((common,)).parse_known_args(words)
+    found, rest = Parser((common,)).parse_known_args(words)
     section = section_of(found.config, verb) if found.config else {}
     return Call(
         verb, kinds, found.config, section, list(context.args), [*rest, *after], getattr(found, "json", False), ending
@@ -138,7 +135,7 @@ def parse(
     hint = _Hint(verb, kinds, all_kinds)
     _check_names(section, known, hint, where)
     given = {name: _as_word(known[name], value, hints[name], where) for name, value in section.items()}
-    parser = _Parser(kinds)
+    parser = Parser(kinds)
     own = (ARGUMENT, SEVERAL)  # these replace a recipe's value rather than having it as their default
     parser.set_defaults(**{name: value for name, value in given.items() if known[name].metadata.get(ROLE) not in own})
     words, after = _split(words)
@@ -203,13 +200,8 @@ def _without_options(rest: Sequence[str], hint: _Hint) -> list[str]:
             plain = name.removeprefix("--").replace("-", "_")
             if new := hint.renamed(plain):
                 raise ValueError(f"{name} is now --{new}.")
-            raise ValueError(f"{name} {hint.unknown(plain, _shown)}")
+            raise ValueError(f"{name} {hint.unknown(plain, shown_name)}")
     return list(rest)
-
-
-def _shown(name: str) -> str:
-    """Return an option as help texts and errors write it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _arguments(words: Sequence[str], known: Mapping[str, Field[Any]]) -> dict[str, str]:
@@ -260,7 +252,7 @@ def section_of(path: str | Path, section: str) -> dict[str, Any]:
 
 
 def _as_word(one: Field[Any], value: Any, hint: Any, where: str) -> Any:
-    """Return a recipe's value in the form of the command line, so that both are checked alike: 2.5 is no whole number."""
+    """Return a recipe's value in the form of the command line, so that both are checked alike."""
     name, role = one.name, one.metadata.get(ROLE)
     if name == "decoding" and value is None:
         raise ValueError(f"{where}: decoding is empty. Ordinary decoding is written none; or leave it out.")
@@ -279,128 +271,3 @@ def _as_word(one: Field[Any], value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, dict):
         return json.dumps(value)
     return None if value is None else [str(value)] if role == SEVERAL else str(value)
-
-
-class _Parser(HfArgumentParser):
-    """A parser of dataclasses. It raises errors, because their usage would be a list of 150 options."""
-
-    def __init__(self, kinds: Sequence[type], **options: Any) -> None:
-        super().__init__([_plain(kind) for kind in kinds], add_help=False, allow_abbrev=False, **options)
-        for action in self._actions:
-            if typing.get_origin(action.type) is dict:
-                action.type = _mapping
-        for one in (one for kind in kinds for one in fields(kind)):
-            names = dict.fromkeys((_shown(one.name), f"--{one.name}"))
-            text = one.metadata.get("help")
-            if one.metadata.get(ROLE) == FLAG:
-                self.add_argument(*names, dest=one.name, action="store_true", help=text)
-            elif one.metadata.get(ROLE) == SWITCH:
-                self.add_argument(*names, dest=one.name, action=argparse.BooleanOptionalAction, help=text)
-            elif one.metadata.get(ROLE) == SEVERAL:
-                self.add_argument(*names, dest=one.name, action="append", default=argparse.SUPPRESS, help=text)
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message}.")
-
-
-def _plain(kind: type) -> type:
-    """Return a dataclass with the fields of another that have no role, which `HfArgumentParser` reads."""
-    hints = typing.get_type_hints(kind)
-    own = {LOW, HIGH, REQUIRED}
-    return make_dataclass(
-        kind.__name__,
-        [
-            (
-                one.name,
-                hints[one.name],
-                field(
-                    default=one.default,
-                    default_factory=one.default_factory,
-                    metadata={key: value for key, value in one.metadata.items() if key not in own},
-                ),
-            )
-            for one in fields(kind)
-            if one.init and ROLE not in one.metadata
-        ],
-        kw_only=True,
-    )
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        return parse_json_object(text, "the value")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from None
-
-
-class _Help(argparse.HelpFormatter):
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = [textwrap.fill(" ".join(one.split()), width) for one in text.split("\n\n")]
-        return "\n\n".join(paragraphs)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return action.dest
-        names = [name for name in action.option_strings if "_" not in name]
-        kind = getattr(action.type, "__name__", "")
-        takes = {"string_to_bool": "[true|false]", "_mapping": "JSON", "int": "INT", "float": "FLOAT"}.get(
-            kind, "" if action.nargs == 0 else "TEXT"
-        )
-        more = " .." if action.nargs == "+" else ""
-        return f"{', '.join(names)} {takes}{more}".strip()
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = (
-            action.default in (None, "", [], {}, argparse.SUPPRESS)
-            or action.nargs == 0
-            or "%(default)" in (action.help or "")
-        )
-        default = "" if silent else " (default: %(default)s)"
-        return (action.help or "") + default
-
-
-def _help(verb: str, text: str, kinds: Sequence[type]) -> str:
-    """Return the help text of a verb.
-
-    Options that only one of several alternative dataclasses has follow the others; those that transformers declares come last.
-    """
-    known = {one.name: one for kind in kinds for one in fields(kind) if one.init}
-    arguments = [one for one in known.values() if one.metadata.get(ROLE) == ARGUMENT]
-    words = "".join(
-        f" {one.name.upper()}" if one.metadata[REQUIRED] else f" [{one.name.upper()}]" for one in arguments
-    )
-    parser = _Parser(
-        kinds,
-        formatter_class=_Help,
-        description=text,
-        usage=f"jacobi-hf {verb}{words} [--config RECIPE.yaml] [--name value ..]",
-        conflict_handler="resolve",  # alternative dataclasses share fields
-    )
-    parser._optionals.title = "options (with - or _ between words)"
-    order = list(known)
-    parser._optionals._group_actions.sort(key=lambda action: order.index(action.dest))
-    if arguments:
-        group = parser.add_argument_group("arguments")
-        for one in arguments:
-            group.add_argument(one.name.upper(), help=one.metadata["help"], nargs="?")
-        parser._action_groups.insert(0, parser._action_groups.pop())
-    names = {kind: {one.name for one in fields(kind)} for kind in kinds}
-    for kind in kinds:
-        others = set().union(*(names[other] for other in kinds if other is not kind))
-        if others & names[kind]:
-            _move(parser, names[kind] - others, f"options of {kind.__name__}")
-    for kind in kinds:
-        for base in kind.__mro__:
-            if base.__module__.startswith("transformers.") and dataclasses.is_dataclass(base):
-                own = {name for cls in kind.__mro__ if not issubclass(base, cls) for name in cls.__annotations__}
-                _move(parser, {one.name for one in fields(base)} - own, f"options of {base.__name__}")
-    return str(parser.format_help())
-
-
-def _move(parser: argparse.ArgumentParser, names: set[str], title: str) -> None:
-    """Move the options of these names to a group of their own, if there are any."""
-    main = parser._optionals
-    moved = [action for action in main._group_actions if action.dest in names]
-    if moved:
-        parser.add_argument_group(title)._group_actions += moved
-        main._group_actions = [action for action in main._group_actions if action not in moved]

@@ -38,10 +38,10 @@ class AutotuneOptions(ModelOptions):
 
 @verb(lambda: (AutotuneOptions, Sampling), json=True)
 def autotune(call: Call) -> None:
-    """Try settings on your prompts and print the fastest, which may be ordinary decoding. The text is the same with all of them.
+    """Try settings on your prompts and print the fastest, which may be ordinary decoding. The text is always the same.
 
-    A .jsonl file of prompts has a prompt in each line. A .json file is a list of prompts. Prompts are texts, or objects with "prompt"
-    or "messages". Any other file is text with a prompt in each line.
+    A .jsonl file of prompts has a prompt in each line. A .json file is a list of prompts. Prompts are texts, or
+    objects with "prompt" or "messages". Any other file is text with a prompt in each line.
     """
     from jacobi_hf.cli._models import placement_of
     from jacobi_hf.io import encode_prompts, read_prompts

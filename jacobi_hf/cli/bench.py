@@ -50,10 +50,10 @@ class BenchConfig(Options):
 
 @verb(lambda: (BenchConfig,), json=True)
 def bench(call: Call) -> None:
-    """Measure tokens per forward and identity with ordinary decoding on prompts by domain, held-out loss, and right answers.
+    """Measure tokens per forward and identity with ordinary decoding by domain, held-out loss, and right answers.
 
-    The file of prompts is JSON: {"prompts": {"code": ["def f():"]}}; a prompt is text or a list of messages. An interrupted run goes on
-    after the last finished domain when it is run again.
+    The file of prompts is JSON: {"prompts": {"code": ["def f():"]}}; a prompt is text or a list of messages. An
+    interrupted run goes on after the last finished domain when it is run again.
     """
     (config,) = call.parse()
     file = unfinished(config)

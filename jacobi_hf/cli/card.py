@@ -44,8 +44,8 @@ class CardOptions(Options):
 def card(call: Call) -> None:
     """Write a card from measured results: what the model is, how it was trained, its figures, how to use it.
 
-    Every number comes from the documents of --results, which jacobi-hf bench and eval write. Without results the card says that nothing
-    was measured. jacobi-hf push sends the card.
+    Every number comes from the documents of --results, which jacobi-hf bench and eval write. Without results the card
+    says that nothing was measured. jacobi-hf push sends the card.
     """
     (options,) = call.parse()
     folder = Path(options.folder)

@@ -32,8 +32,9 @@ def _kinds() -> tuple[type, ...]:
 def chat(call: Call) -> None:
     """Talk to a model, one line a turn. Answers are shown while they are written, with their figures after them.
 
-    The cache is kept from turn to turn, so that only new tokens are computed. /clear starts a new conversation. /knobs shows how the
-    model decodes, and /knobs jacobi_block_size=8 changes it. /exit leaves. Ctrl-C stops an answer; a second Ctrl-C leaves.
+    The cache is kept from turn to turn, so that only new tokens are computed. /clear starts a new conversation. /knobs
+    shows how the model decodes, and /knobs jacobi_block_size=8 changes it. /exit leaves. Ctrl-C stops an answer; a
+    second Ctrl-C leaves.
     """
     import torch
 

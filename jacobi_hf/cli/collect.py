@@ -26,8 +26,8 @@ def _kinds() -> tuple[type, ...]:
 def collect(call: Call) -> None:
     """Let a model answer prompts, and write the states that Jacobi decoding of its answers passes through.
 
-    A recipe's section may hold `sets`, with a section of its own for each set of prompts. Under `accelerate launch -m jacobi_hf.cli` or
-    torchrun, the processes share the work. An interrupted run goes on when it is run again.
+    A recipe's section may hold `sets`, with a section of its own for each set of prompts. Under `accelerate launch -m
+    jacobi_hf.cli` or torchrun, the processes share the work. An interrupted run goes on when it is run again.
     """
     from datasets import disable_progress_bars
 
@@ -44,7 +44,7 @@ def collect(call: Call) -> None:
 
 
 def configs(call: Call) -> list[CollectConfig]:
-    """Return the set of prompts that the options describe, or each of the recipe's `sets`, checked without reading any prompt.
+    """Return the set of prompts that the options describe, or each of the recipe's `sets`. No prompt is read.
 
     Raises:
         ValueError: Options are missing or wrong.

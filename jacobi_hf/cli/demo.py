@@ -65,7 +65,8 @@ def _serve(options: DemoOptions) -> None:
     with listener(options.host, options.port) as at:
         if options.max_new_tokens > page.MOST_NEW_TOKENS:
             raise ValueError(
-                f"--max-new-tokens {options.max_new_tokens} is more than the {page.MOST_NEW_TOKENS} that the page writes."
+                f"--max-new-tokens {options.max_new_tokens} is more than the {page.MOST_NEW_TOKENS} "
+                "that the page writes."
             )
         prompt = options.prompt
         if prompt is None:

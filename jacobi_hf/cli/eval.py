@@ -56,11 +56,12 @@ def _kinds() -> tuple[type, ...]:
 def eval_(call: Call) -> None:
     r"""Answer the same questions with ordinary and with Jacobi decoding: scores, identity, tokens per forward, speed.
 
-    Prompts are answered one at a time, by each decoder in turn, and scored by lm-evaluation-harness. A recipe's section may hold
-    `decoders`, knobs by name, to compare several.
+    Prompts are answered one at a time, by each decoder in turn, and scored by lm-evaluation-harness. A recipe's
+    section may hold `decoders`, knobs by name, to compare several.
 
-    A task file is JSONL with a problem in each line: {"prompt": "6 * 7 =", "answer": 42}. An optional first line says how to read
-    answers: {"answer_pattern": "(-?\d+)", "max_new_tokens": 32, "stop": ["\n"]}. Without a pattern the whole text must be the answer.
+    A task file is JSONL with a problem in each line: {"prompt": "6 * 7 =", "answer": 42}. An optional first line says
+    how to read answers: {"answer_pattern": "(-?\d+)", "max_new_tokens": 32, "stop": ["\n"]}. Without a pattern the
+    whole text must be the answer.
     """
     from jacobi_hf.cli._models import given_knobs
 
@@ -107,8 +108,8 @@ def _show(results: Results, output: str | None) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{results.model}, {results.dtype} on {results.hardware.gpu or results.device}; one prompt at a time, each generated once; "
-        "identical and speed-up: to eager generate().",
+        f"{results.model}, {results.dtype} on {results.hardware.gpu or results.device}; "
+        "one prompt at a time, each generated once; identical and speed-up: to eager generate().",
         style="dim",
     )
     if output:

@@ -98,7 +98,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 
 
 def _seed(seed: int | None, arguments: dict[str, Any]) -> int | None:
-    """Return the seed for both decodings. If they sample and none was given, it is drawn so that it can be reported."""
+    """Return the seed for both decodings. If they sample without a given seed, one is drawn and reported."""
     import torch
 
     return torch.seed() % 2**32 if seed is None and arguments["do_sample"] else seed

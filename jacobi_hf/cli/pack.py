@@ -23,7 +23,7 @@ def _kinds() -> tuple[type, ...]:
 
 @verb(_kinds, json=True)
 def pack(call: Call) -> None:
-    """Choose noisy states of collected trajectories, and write them with their fixed points, in the published packed format."""
+    """Choose noisy states of collected trajectories, and write them with their fixed points in the packed format."""
     from jacobi_hf.cli._recipes import demand
     from jacobi_hf.trainer.data.packing import pack_trajectories
     from jacobi_hf.trainer.data.shards import processes

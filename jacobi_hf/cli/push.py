@@ -41,8 +41,8 @@ class PushOptions(Options):
 def push(call: Call) -> None:
     """Send weights, card, custom_generate and results as one commit. Everything is checked before anything is sent.
 
-    You must be logged in (hf auth login), or HF_TOKEN must be set. Files that look like secrets, pickled weights and links out of the
-    folder are refused. Other files that are left out are listed.
+    You must be logged in (hf auth login), or HF_TOKEN must be set. Files that look like secrets, pickled weights and
+    links out of the folder are refused. Other files that are left out are listed.
     """
     from jacobi_hf.hub_cards import PushError, push_to_hub
 

@@ -42,8 +42,8 @@ def _kinds() -> tuple[type, ...]:
 def serve(call: Call) -> None:
     """Serve a model at /v1/chat/completions and /v1/completions, as the OpenAI API has them, streaming or not.
 
-    A request may hold knobs: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}. Sampling is that of the
-    model's generation config unless the request has a temperature; temperature 0 is greedy.
+    A request may hold knobs: with the openai client, extra_body={"decoding": None} or {"jacobi_block_size": 32}.
+    Sampling is that of the model's generation config unless the request has a temperature; temperature 0 is greedy.
     """
     from jacobi_hf.cli._models import check_knobs, decoding_of, given_knobs, make_default
     from jacobi_hf.loading import load

@@ -28,8 +28,8 @@ def _kinds() -> tuple[type, ...]:
 def train(call: Call) -> None:
     """Finetune a model on its own packed trajectories, or with `--method drafter` train a drafter for it.
 
-    The finished model or drafter is OUTPUT_DIR/final. After an interruption, the same command continues from the last checkpoint. For
-    several processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.
+    The finished model or drafter is OUTPUT_DIR/final. After an interruption, the same command continues from the last
+    checkpoint. For several processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.
     """
     from jacobi_hf.cli._recipes import demand
     from jacobi_hf.loading import check_config, check_dtype
