@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jacobi_hf.io import encode_prompts
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts
 
 if TYPE_CHECKING:
@@ -126,15 +127,6 @@ def _generate(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int
     )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-    """Return the ids of a prompt: a string is tokenized unchanged, messages go through the chat template."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
-    of_messages: list[int] = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-    return of_messages
-
-
 def measurements(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -154,10 +146,13 @@ def measurements(
         max_new_tokens: most new tokens of each prompt.
         drafter: name that the results give the drafter in use; None without a drafter.
         track: progress bar, called as `untracked` is.
+
+    Raises:
+        ValueError: the chat template is missing or refuses a prompt, or a prompt has no tokens.
     """
     measured = []
     for domain, texts in prompts.items():
-        ids = [prompt_ids(tokenizer, text) for text in texts]
+        ids = encode_prompts(texts, tokenizer, model.name_or_path, chat=False)
         references = ordinary_outputs(model, track(ids, f"{domain}, generate"), max_new_tokens)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
         for name, config in decoders.items():
