@@ -18,11 +18,8 @@ from jacobi_hf.io import encode_messages, parse_json_object, read_text
 from jacobi_hf.trainer.data.answers import AnswerConfig, end_ids, pad_id
 from jacobi_hf.trainer.data.loading import open_dataset
 from jacobi_hf.trainer.data.shards import (
-    ManifestError,
     ShardFolder,
     processes,
-    read_manifest,
-    read_shards,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -31,12 +28,12 @@ from jacobi_hf.trainer.options import option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+# Prompt tokens of one length bucket, whose number is in a row's data_id.
 BUCKET_TOKENS = 32
 LONG_PROMPTS = ("drop", "truncate")
 
@@ -140,7 +137,8 @@ def read_prompts(
     options = json.loads(config.chat_template_options) if config.chat_template_options else {}
     if config.chat_template:
         options["chat_template"] = read_text(config.chat_template)
-    prompts, dropped = [], 0
+    prompts = []
+    dropped = 0
     for number, row in enumerate(rows):
         if config.limit is not None and number >= config.limit:
             break
@@ -212,7 +210,6 @@ def collect(
     mine = range(state.process_index, len(starts), state.num_processes)
     before = sum(done[names[s]]["prompts"] for s in mine if names[s] in done)
     total = sum(min(config.shard_size, len(prompts) - starts[s]) for s in mine)
-    tokens, forwards, began = 0, 0, time.perf_counter()
     with tqdm(
         total=total,
         initial=before,
@@ -220,30 +217,16 @@ def collect(
         desc=f"collect {config.name}",
         disable=not state.is_local_main_process,
     ) as bar:
+        speed = _Speed(bar)
         for shard in mine:
-            if names[shard] in done:
-                continue
-            part = prompts[starts[shard] : starts[shard] + config.shard_size]
-            trajectories: list[Trajectory | None] = [None] * len(part)
-            order = sorted(range(len(part)), key=lambda i: (len(part[i]), i))
-            for first in range(0, len(order), config.batch_size):
-                chosen = order[first : first + config.batch_size]
-                seed = zlib.crc32(f"{config.seed}/{shard}/{first}".encode())
-                begins = [_start(config, starts[shard] + i) for i in chosen]
-                batch = collect_trajectories(
-                    model, [part[i] for i in chosen], config.block_size, config.answers(), seed, begins
-                )
-                for i, trajectory in zip(chosen, batch, strict=True):
-                    trajectories[i] = trajectory
-                    tokens, forwards = tokens + len(trajectory.answer_ids), forwards + trajectory.forwards
-                bar.update(len(chosen))
-                bar.set_postfix(tok_s=f"{tokens / (time.perf_counter() - began):.0f}", TPF=f"{tokens / forwards:.2f}")
-            kept = [(i, t) for i, t in enumerate(trajectories) if t is not None and len(t.answer_ids) > 1]
-            folder.write(
-                names[shard],
-                [_row(config, starts[shard] + i, t) for i, t in kept],
-                _counts(part, [t for _, t in kept]),
-            )
+            if names[shard] not in done:
+                first = starts[shard]
+                part = prompts[first : first + config.shard_size]
+                trajectories = _collect_shard(model, config, shard, part, speed)
+                # An answer of one token has nothing to draft.
+                kept = {first + i: t for i, t in enumerate(trajectories) if len(t.answer_ids) > 1}
+                rows_of_shard = [_row(config, number, trajectory) for number, trajectory in kept.items()]
+                folder.write(names[shard], rows_of_shard, _counts(part, list(kept.values())))
     state.wait_for_everyone()
     finished = folder.finished()
     if state.is_main_process and len(finished) == len(names):
@@ -258,6 +241,43 @@ def collect(
     return totals
 
 
+class _Speed:
+    """Tokens per second and tokens per forward of this process, shown in the progress bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._began = time.perf_counter()
+        self._tokens = 0
+        self._forwards = 0
+
+    def add(self, batch: Sequence[Trajectory]) -> None:
+        """Count and show a batch."""
+        self._tokens += sum(len(trajectory.answer_ids) for trajectory in batch)
+        self._forwards += sum(trajectory.forwards for trajectory in batch)
+        self._bar.update(len(batch))
+        tokens_per_second = self._tokens / (time.perf_counter() - self._began)
+        self._bar.set_postfix(tok_s=f"{tokens_per_second:.0f}", TPF=f"{self._tokens / self._forwards:.2f}")
+
+
+def _collect_shard(
+    model: PreTrainedModel, config: CollectConfig, shard: int, prompts: Sequence[Sequence[int]], speed: _Speed
+) -> list[Trajectory]:
+    """Return the trajectories of a shard's prompts, in their order."""
+    trajectories: dict[int, Trajectory] = {}
+    # Prompts of like length go together, since a batch is as wide as its longest prompt.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    for first in range(0, len(order), config.batch_size):
+        chosen = order[first : first + config.batch_size]
+        seed = zlib.crc32(f"{config.seed}/{shard}/{first}".encode())
+        begins = [_start(config, shard * config.shard_size + i) for i in chosen]
+        batch = collect_trajectories(
+            model, [prompts[i] for i in chosen], config.block_size, config.answers(), seed, begins
+        )
+        trajectories |= zip(chosen, batch, strict=True)
+        speed.add(batch)
+    return [trajectories[i] for i in range(len(prompts))]
+
+
 def _start(config: CollectConfig, number: int) -> int:
     """Return how many tokens of an answer come before its first block."""
     return zlib.crc32(f"{config.seed}/start/{number}".encode()) % config.block_size if config.random_start else 0
@@ -266,6 +286,7 @@ def _start(config: CollectConfig, number: int) -> int:
 def _settings(
     config: CollectConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
+    """Return everything that determines the rows: a hash of the prompts stands for the options that choose them."""
     without = {
         "output_dir",
         "chat_template",
@@ -290,6 +311,7 @@ def _settings(
 
 
 def _row(config: CollectConfig, number: int, trajectory: Trajectory) -> dict[str, Any]:
+    """Return the stored row of the trajectory of prompt `number`."""
     bucket = len(trajectory.prompt_ids) // BUCKET_TOKENS
     return {
         "data_id": f"{config.name}_bucket_{bucket}_data_{number}",
@@ -300,6 +322,7 @@ def _row(config: CollectConfig, number: int, trajectory: Trajectory) -> dict[str
 
 
 def _counts(prompts: Sequence[Sequence[int]], kept: Sequence[Trajectory]) -> dict[str, int]:
+    """Return the numbers about a shard that its manifest has."""
     return {
         "prompts": len(prompts),
         "rows": len(kept),
@@ -307,27 +330,3 @@ def _counts(prompts: Sequence[Sequence[int]], kept: Sequence[Trajectory]) -> dic
         "tokens": sum(len(t.answer_ids) for t in kept),
         "forwards": sum(t.forwards for t in kept),
     }
-
-
-def load_trajectories(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, block_size: int | None = None
-) -> Any:
-    """Return collected trajectories as a `datasets.Dataset` with columns `data_id`, `prompt_ids`, `answer_ids`, `blocks`.
-
-    Args:
-        path: folder that `collect` wrote.
-        tokenizer: tokenizer that they must have been collected with; None accepts any.
-        block_size: block size that they must have been collected with; None accepts any.
-
-    Raises:
-        ManifestError: the folder is unfinished or damaged, or of another tokenizer or block size.
-    """
-    settings = read_manifest(path)["settings"]
-    if tokenizer is not None and settings.get("tokenizer") != tokenizer_fingerprint(tokenizer):
-        raise ManifestError(
-            f"{path} was collected with another tokenizer, that of {settings.get('model')!r}: "
-            "collect again with this one."
-        )
-    if block_size is not None and settings.get("block_size") != block_size:
-        raise ManifestError(f"{path} was collected with block_size={settings.get('block_size')}, not {block_size}.")
-    return read_shards(path)

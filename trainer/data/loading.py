@@ -276,10 +276,13 @@ class StreamedRecords(_Mixture, torch.utils.data.IterableDataset[dict[str, Any]]
                 dropped += 1
                 continue
             yield numbered(record)
-            given, owed = given + 1, owed + self._replay_ratio
+            given += 1
+            owed += self._replay_ratio
             while owed >= 1:
                 yield numbered(self._replayed(first + stride * replayed))
-                given, replayed, owed = given + 1, replayed + 1, owed - 1
+                given += 1
+                replayed += 1
+                owed -= 1
         if dropped:
             logger.warning(
                 "of %d streamed records, %d were dropped (max_length=%d)",

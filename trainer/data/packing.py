@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jacobi_hf.trainer.data.collection import load_trajectories
 from jacobi_hf.trainer.data.schedule import NoiseSchedule, pack
-from jacobi_hf.trainer.data.shards import ManifestError, ShardFolder, read_manifest
+from jacobi_hf.trainer.data.shards import ManifestError, ShardFolder, load_trajectories, read_manifest
 from jacobi_hf.trainer.data.trajectories import Trajectory
 from jacobi_hf.trainer.options import option
 
@@ -177,15 +176,7 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
 
     wanted = shares(config.sources)
     settings = {folder: read_manifest(folder)["settings"] for folder in wanted}
-    for name in ("block_size", "tokenizer"):
-        if len({str(s.get(name)) for s in settings.values()}) > 1:
-            values = ", ".join(f"{folder}: {s.get(name)}" for folder, s in settings.items())
-            raise ManifestError(f"the sources differ in {name}: {values}.")
-    for folder, one in settings.items():
-        if "max_new_tokens" not in one:
-            raise ManifestError(
-                f"{folder} holds packed records, not trajectories: give the folders that collect wrote."
-            )
+    _check_sources(settings)
     data = {folder: load_trajectories(folder, tokenizer) for folder in wanted}
     passing = {folder: select(rows, config.max_blocks, config.buckets) for folder, rows in data.items()}
     rng = random.Random(config.seed)
@@ -201,10 +192,12 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
         config.output_dir,
         {**described, "block_size": first["block_size"], "tokenizer": first["tokenizer"], "of": settings},
     )
-    schedule, done = config.noise_schedule(), shards.finished()
+    schedule = config.noise_schedule()
+    done = shards.finished()
     with tqdm(total=len(visited), unit=" records", desc="pack") as bar:
         for number, start in enumerate(range(0, len(visited), config.shard_size)):
-            name, part = f"packed-{number:05d}.parquet", visited[start : start + config.shard_size]
+            name = f"packed-{number:05d}.parquet"
+            part = visited[start : start + config.shard_size]
             if name in done:
                 bar.update(len(part))
                 continue
@@ -215,6 +208,19 @@ def pack_trajectories(config: PackConfig, tokenizer: PreTrainedTokenizerBase | N
             shards.write(name, records, {"rows": len(records)})
     shards.complete()
     return amounts
+
+
+def _check_sources(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ManifestError` if folders, of which these are the settings, cannot be packed together."""
+    for name in ("block_size", "tokenizer"):
+        if len({str(s.get(name)) for s in settings.values()}) > 1:
+            values = ", ".join(f"{folder}: {s.get(name)}" for folder, s in settings.items())
+            raise ManifestError(f"the sources differ in {name}: {values}.")
+    for folder, one in settings.items():
+        if "max_new_tokens" not in one:
+            raise ManifestError(
+                f"{folder} holds packed records, not trajectories: give the folders that collect wrote."
+            )
 
 
 def _record(row: Mapping[str, Any], schedule: NoiseSchedule, visit: int, config: PackConfig) -> dict[str, Any]:

@@ -167,6 +167,30 @@ def checked_shards(path: str | Path) -> list[str]:
     return files
 
 
+def load_trajectories(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, block_size: int | None = None
+) -> Any:
+    """Return collected trajectories: a `datasets.Dataset` with `data_id`, `prompt_ids`, `answer_ids` and `blocks`.
+
+    Args:
+        path: folder that `collect` wrote.
+        tokenizer: tokenizer that they must have been collected with; None accepts any.
+        block_size: block size that they must have been collected with; None accepts any.
+
+    Raises:
+        ManifestError: the folder is unfinished or damaged, or of another tokenizer or block size.
+    """
+    settings = read_manifest(path)["settings"]
+    if tokenizer is not None and settings.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+        raise ManifestError(
+            f"{path} was collected with another tokenizer, that of {settings.get('model')!r}: "
+            "collect again with this one."
+        )
+    if block_size is not None and settings.get("block_size") != block_size:
+        raise ManifestError(f"{path} was collected with block_size={settings.get('block_size')}, not {block_size}.")
+    return read_shards(path)
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

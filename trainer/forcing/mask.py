@@ -105,8 +105,10 @@ def mask_mod(
     window = blocks_per_window(context, context_window)
 
     def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-        stream_q, stream_k = slots.stream[b, q], slots.stream[b, kv]
-        block_q, block_k = slots.block[b, q], slots.block[b, kv]
+        stream_q = slots.stream[b, q]
+        stream_k = slots.stream[b, kv]
+        block_q = slots.block[b, q]
+        block_k = slots.block[b, kv]
         same_block = (stream_q == stream_k) & (block_q == block_k) & (q >= kv)
         earlier = block_k < block_q
         if window is None:
@@ -116,13 +118,14 @@ def mask_mod(
         else:
             same_window = block_q // window == block_k // window
             context_of_noisy = earlier & torch.where(same_window, stream_k == stream_q, stream_k == CLEAN)
-        context = torch.where(stream_q >= NOISY, context_of_noisy, (stream_k == CLEAN) & earlier)
+        earlier_blocks = torch.where(stream_q >= NOISY, context_of_noisy, (stream_k == CLEAN) & earlier)
         to_prompt = (stream_k == PROMPT) & (stream_q != PROMPT)
         inside = (slots.sample[b, q] == slots.sample[b, kv]) & (slots.sample[b, q] != PADDING)
-        result = inside & (same_block | to_prompt | ((stream_q != PROMPT) & context))
+        result = inside & (same_block | to_prompt | ((stream_q != PROMPT) & earlier_blocks))
         if sliding_window is not None:
             result = result & (slots.position[b, kv] > slots.position[b, q] - sliding_window)
-        return result | (q == kv)  # padding sees itself, so that no row of attention is empty
+        # Padding sees itself, since attention without any key gives NaN.
+        return result | (q == kv)
 
     return allowed
 
