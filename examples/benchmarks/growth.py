@@ -1,16 +1,25 @@
-"""How time and memory of a step grow with the context, the batch and the new tokens, beside ordinary `generate`.
+"""Measure how time and memory of a step grow with context, batch and new tokens.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/growth.py
 
-A small Qwen3 with random weights continues random ids: what a step costs does not depend on them. A step lasts from the start of one
-forward to the start of the next, and its parts are timed apart: the *forward*, in which attention grows with the cached tokens by
-nature; the *mask* that the forward is given; the *lookup*, a scan over the ids of the text; then *choice* (of the token at every slot, and
-what that confirms), *pool*, *window* and *commit*; and the *rest*, all that the host does in between. What is given is the median over the
-steps behind so many cached tokens. Every Jacobi step has the full width, 65 slots with the default knobs, so that steps can be compared.
-Ordinary and Jacobi decoding take turns, call by call.
+A small Qwen3 with random weights continues random ids, since the cost of a step does not depend on them. A step lasts
+from the start of one forward to the start of the next. Its parts are timed apart:
 
-Memory is the highest of a call beyond what was held before it. It is measured by a second process, in which glibc hands every freed
-block of 64 KiB or more back at once, so that resident means allocated; on CUDA it is the allocator's own count.
+- *forward*: its attention grows with the cached tokens;
+- *mask*: the arguments of the forward, with the mask;
+- *lookup*: a scan over the ids of the text;
+- *choice*: the token at every slot, and the acceptance of guesses;
+- *pool*, *window*, *commit*;
+- *rest*: everything that the host does between them.
+
+A figure is the median over the steps that have so many cached tokens. Every Jacobi step has the full width, 65 slots
+with the default knobs, so that steps can be compared. Baseline: ordinary `generate`, in turn with Jacobi decoding,
+call by call.
+
+Memory is the highest use of a call minus the use before it. A second process measures it. There, glibc returns each
+freed block of 64 KiB or more at once, so resident memory is allocated memory. On CUDA the allocator counts.
+
+The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
@@ -34,7 +43,7 @@ import typer
 from memory import resident
 from rich.console import Console
 from rich.progress import track
-from step_cost import synchronize
+from shapes import synchronize
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jacobi_hf import JacobiConfig
@@ -62,10 +71,14 @@ MOST = 32_768
 
 @dataclass(frozen=True)
 class Point:
-    """One place on one of the three axes: a call, and what of it is looked at.
+    """One point on one of the three axes: a call, and the steps of it that count.
 
     Attributes:
-        cached: steps behind so many cached tokens are looked at, up to a quarter more; None for all of them.
+        axis: "context", "batch" or "new tokens".
+        rows: rows of the batch.
+        prompt: tokens of each row's prompt.
+        tokens: new tokens of the call.
+        cached: only steps with so many cached tokens count, or up to a quarter more; None counts all steps.
     """
 
     axis: str
@@ -76,13 +89,14 @@ class Point:
 
     @property
     def call(self) -> tuple[int, int, int]:
-        """What `generate` is asked for."""
+        """Rows, prompt tokens and new tokens of the call."""
         return self.rows, self.prompt, self.tokens
 
 
 def points(most: int) -> list[Point]:
-    """Contexts up to `most`; batches up to 16; up to an eighth of `most` new tokens, which are looked at on the way."""
-    short, tokens = most // 64, max(40, most // 200)
+    """Return the points: contexts up to `most`, batches up to 16, new tokens up to an eighth of `most`."""
+    short = most // 64
+    tokens = max(40, most // 200)
     return [
         *(Point("context", 1, context, tokens) for context in (short, 4 * short, 16 * short, most)),
         *(Point("batch", rows, short, tokens) for rows in (1, 4, 16)),
@@ -91,7 +105,7 @@ def points(most: int) -> list[Point]:
 
 
 def random_model(device: torch.device) -> Qwen3ForCausalLM:
-    """Two layers of 4 heads on 2 key/value heads of 32."""
+    """Return a random model with 2 layers of 4 heads and 2 key/value heads of 32."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=4096,
@@ -112,10 +126,11 @@ def random_model(device: torch.device) -> Qwen3ForCausalLM:
 
 @dataclass
 class Steps:
-    """The steps of the calls made while it watches.
+    """Records the steps of calls.
 
     Attributes:
-        found: per step, the cached tokens behind which it ran, its width, and seconds of its parts and as a whole.
+        model: the model of the calls.
+        found: for each step: cached tokens before it, slots, and the seconds of its parts and of the whole step.
     """
 
     model: Any
@@ -124,13 +139,13 @@ class Steps:
     _last: tuple[int, int, float] | None = None
 
     def now(self) -> float:
-        """Seconds, when the device has done what it was given."""
+        """Return the time in seconds after the device has finished its work."""
         synchronize(self.model.device)
         return time.perf_counter()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Time one call."""
+        """Record the steps of one call."""
         originals = [
             (owner, name, getattr(owner, name), part) for part, places in PARTS.items() for owner, name in places
         ]
@@ -167,7 +182,8 @@ class Steps:
                 (cached, width, {**self._parts, "step": whole, "rest": whole - sum(self._parts.values())})
             )
         self._parts.clear()
-        cached, width = int(kwargs["position_ids"][:, 0].min()), kwargs["input_ids"].shape[1]
+        cached = int(kwargs["position_ids"][:, 0].min())
+        width = kwargs["input_ids"].shape[1]
         self._last = (cached, width, self.now())
 
     def _end(self, *_: Any) -> None:
@@ -176,7 +192,7 @@ class Steps:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held since `forget_peak`."""
+    """Return the highest number of bytes in use since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -184,7 +200,7 @@ def peak(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> int:
-    """Let `peak` count from now on; returns what is held now."""
+    """Let `peak` count from now on, and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -193,7 +209,7 @@ def forget_peak(device: torch.device) -> int:
 
 
 def decode(model: Any, call: tuple[int, int, int], arguments: dict[str, Any]) -> None:
-    """Continue random ids."""
+    """Continue random ids; `call` has rows, prompt tokens and new tokens."""
     rows, prompt, tokens = call
     ids = torch.randint(
         1, model.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(prompt)
@@ -202,7 +218,7 @@ def decode(model: Any, call: tuple[int, int, int], arguments: dict[str, Any]) ->
 
 
 def memory_of(model: Any, calls: list[tuple[int, int, int]]) -> dict[str, list[int]]:
-    """Highest bytes of each call beyond those before it, per decoder."""
+    """Return by decoder the highest bytes of each call minus those in use before it."""
     found: dict[str, list[int]] = {}
     for contender in contenders():
         decode(model, calls[0], contender.arguments)
@@ -222,27 +238,66 @@ def full_shape(_: Eager, shape: StepShape) -> StepShape:
 
 
 def contenders() -> list[common.Contender]:
-    """Ordinary decoding, and ours as it stands."""
+    """Return ordinary decoding, and Jacobi decoding with the default knobs."""
     return [common.ordinary(), common.jacobi("jacobi_multiblock")]
 
 
 def milliseconds(steps: list[tuple[int, int, dict[str, float]]]) -> dict[str, float]:
-    """The median of a step and of each of its parts."""
+    """Return the median milliseconds of the steps and of each of their parts."""
     names = [name for name in ("step", "forward", *PARTS, "rest") if any(name in parts for _, _, parts in steps)]
     return {name: round(statistics.median(parts.get(name, 0.0) for _, _, parts in steps) * 1e3, 4) for name in names}
 
 
+def memory_in_new_process(most: int) -> dict[str, list[int]]:
+    """Run `memory_of` in a process in which glibc returns freed memory at once."""
+    command = [sys.executable, __file__, "--most", str(most), "--memory"]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    held: dict[str, list[int]] = json.loads(printed.splitlines()[-1])
+    return held
+
+
+def measured(
+    contender: common.Contender,
+    point: Point,
+    steps: list[tuple[int, int, dict[str, float]]],
+    memory_bytes: int | None,
+) -> Measurement:
+    """Return the measurement of a decoder at a point, from all steps of the point's call."""
+    low = point.cached or point.prompt
+    high = (point.cached or MOST) * 5 // 4
+    found = [one for one in steps if low < one[0] < high]
+    return Measurement(
+        decoder=contender.decoder,
+        prompts=Prompts(
+            domain=point.axis,
+            source=f"random ids, {point.prompt} a row",
+            count=point.rows,
+            max_new_tokens=point.tokens,
+            batch_size=point.rows,
+        ),
+        mean_slots=found[0][1],
+        repeats=len(found),
+        extra={
+            "at": {"context": point.prompt, "batch": point.rows, "new tokens": point.cached}[point.axis],
+            "ms": milliseconds(found),
+            "mib": None if memory_bytes is None else round(memory_bytes / 2**20, 2),
+        },
+    )
+
+
 def main(
-    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "growth.json",
+    output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS / "growth.json",
     most: Annotated[
         int, typer.Option(min=512, max=MOST, help="Longest context; new tokens go up to an eighth of it.")
     ] = MOST,
     repeats: Annotated[int, typer.Option(min=1)] = 2,
     memory: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """All points of all axes."""
+    """Measure all points of all axes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, planned = random_model(device), points(most)
+    model = random_model(device)
+    planned = points(most)
     Eager.shape = full_shape  # type: ignore[method-assign]
     calls = list(dict.fromkeys(point.call for point in planned))
     if memory:
@@ -256,35 +311,14 @@ def main(
             mine = steps[contender.decoder.name][call]
             with mine.watch():
                 decode(model, call, contender.arguments)
-    command = [sys.executable, __file__, "--most", str(most), "--memory"]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
-    held = json.loads(printed.splitlines()[-1])
+    held = memory_in_new_process(most)
     measurements = []
     for point in planned:
         for contender in contenders():
-            name, (low, high) = contender.decoder.name, (point.cached or point.prompt, (point.cached or MOST) * 5 // 4)
-            found = [step for step in steps[name][point.call].found if low < step[0] < high]
-            measurements.append(
-                Measurement(
-                    decoder=contender.decoder,
-                    prompts=Prompts(
-                        domain=point.axis,
-                        source=f"random ids, {point.prompt} a row",
-                        count=point.rows,
-                        max_new_tokens=point.tokens,
-                        batch_size=point.rows,
-                    ),
-                    mean_slots=found[0][1],
-                    repeats=len(found),
-                    extra={
-                        "at": {"context": point.prompt, "batch": point.rows, "new tokens": point.cached}[point.axis],
-                        "ms": milliseconds(found),
-                        "mib": None if point.cached else round(held[name][calls.index(point.call)] / 2**20, 2),
-                    },
-                )
-            )
-            print(point.axis, name, len(found), measurements[-1].extra)
+            name = contender.decoder.name
+            memory_bytes = None if point.cached else held[name][calls.index(point.call)]
+            measurements.append(measured(contender, point, steps[name][point.call].found, memory_bytes))
+            print(point.axis, name, measurements[-1].repeats, measurements[-1].extra)
     what = "Time and memory of a step as context, batch and new tokens grow"
     Results.start(what, model, "random Qwen3, 2 layers").with_measurements(measurements).write(output)
     print(output)

@@ -1,18 +1,24 @@
-"""What a step costs beside its forward, at 100 % acceptance, as it stands and compiled.
+"""Measure the overhead of a step: its time beside the bare forward of the model.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/overhead.py
 
-Drafts are replaced by the true continuation, so that every guess is confirmed and each step does all the work it ever does. The
-bare forward is the same module called with the very arguments of the step (tokens, mask, positions, cache) right before it, alternating
-with steps in one process; beside the compiled step, it is compiled in the same way. No candidates: their slots would be part of both.
-The overhead is the median over the steps of what each took more than its own bare forward, in parts of that: the clock of a machine that
-others share may change between two steps, seldom within one.
+The drafts are the true continuation, so each step accepts every guess and does all the work that a step can have. The
+steps have no branches, whose slots would be part of both times.
+
+Baseline: the bare forward. Right before each step, the same module runs with the arguments of the step: tokens, mask,
+positions and cache. For a compiled step, the bare forward is compiled in the same way. The overhead is the median over
+the steps of how much longer a step took than its own bare forward, relative to the forward. The speed of a shared
+machine can change between two steps, but seldom within one.
+
+The last line on stdout is the path of the JSON document.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +38,7 @@ from jacobi_hf.results.schema import Measurement, Prompts, Results
 def replaying(truth_BT: torch.Tensor, seconds: list[float]) -> Any:
     """Return a `JacobiWindow.propose` that proposes the true continuation.
 
-    Uncompiled, it adds to `seconds` what this took in addition to an ordinary proposal.
+    If the step is not compiled, it appends to `seconds` the time of the replacement.
     """
     propose = JacobiWindow.propose
 
@@ -53,17 +59,26 @@ def replaying(truth_BT: torch.Tensor, seconds: list[float]) -> Any:
 
 
 class Clock:
-    """An execution whose every step is preceded by its own forward, bare and on a clock of its own.
+    """An execution that runs a bare forward before each step, and measures both.
 
     Args:
-        compiled_forwards: the compiled forward of each width, filled as they are needed; None for bare ones as they stand.
-        replaying: seconds since the last step that are not the decoder's.
+        model: the model of the bare forward.
+        execution: the execution that runs the steps.
+        compiled_forwards: the compiled forward by slots, filled on demand; None for eager bare forwards.
+        replaying: seconds since the last step that the replay took, and not the decoder.
+
+    Attributes:
+        steps: seconds of each step but the last, from its start to the start of the next step.
+        bare: seconds of each bare forward.
     """
 
     def __init__(
         self, model: Any, execution: Any, compiled_forwards: dict[int, Any] | None, replaying: list[float]
     ) -> None:
-        self._model, self._execution, self._forwards, self._replaying = model, execution, compiled_forwards, replaying
+        self._model = model
+        self._execution = execution
+        self._forwards = compiled_forwards
+        self._replaying = replaying
         self._last: float | None = None
         self.steps: list[float] = []
         self.bare: list[float] = []
@@ -82,12 +97,13 @@ class Clock:
         *rest: Any,
         **options: Any,
     ) -> Any:
-        """From one step's beginning to the next one's, less the bare forward in between."""
+        """Run the bare forward, then the step; the time of the forward is no part of the step's."""
         if self._last is not None:
             self.steps.append(time.perf_counter() - self._last - sum(self._replaying))
         self._replaying.clear()
         token_BQ = state.inputs(shape, layout).token_BQ
-        bare, read_K = self._model.forward, key_column_K.view(-1)
+        bare = self._model.forward
+        read_K = key_column_K.view(-1)
         if self._forwards is not None:
             bare = self._forwards.setdefault(layout.slots, compiled(self._model))
             torch._dynamo.mark_dynamic(read_K, 0)
@@ -103,7 +119,7 @@ class Clock:
 
 
 def compiled(model: Any) -> Any:
-    """The model's forward compiled for one width."""
+    """Return the model's forward, compiled for one number of slots."""
 
     def call(arguments: dict[str, Any]) -> torch.Tensor:
         logits: torch.Tensor = model(**arguments).logits
@@ -113,10 +129,37 @@ def compiled(model: Any) -> Any:
     return lambda **arguments: run(arguments)
 
 
+@contextmanager
+def replays(model: Any, truth_BT: torch.Tensor, *, compiles: bool) -> Iterator[list[Clock]]:
+    """Let calls of `generate` propose the true continuation, and yield their clocks, one for each call."""
+    propose = JacobiWindow.propose
+    execution_for = generate_call.execution_for
+    clocks: list[Clock] = []
+    compiled_forwards: dict[int, Any] | None = {} if compiles else None
+    seconds: list[float] = []
+
+    def clocked(*arguments: Any) -> Clock:
+        clocks.append(Clock(model, execution_for(*arguments), compiled_forwards, seconds))
+        return clocks[-1]
+
+    JacobiWindow.propose = replaying(truth_BT, seconds)  # type: ignore[method-assign]
+    generate_call.execution_for = clocked  # type: ignore[assignment]
+    try:
+        yield clocks
+    finally:
+        JacobiWindow.propose = propose  # type: ignore[method-assign]
+        generate_call.execution_for = execution_for
+        jacobi_hf.clear_graphs(model)
+
+
 def one_width(
     model: Any, tokenizer: Any, prompt: str, block: int, max_new_tokens: int, repeats: int, *, compiles: bool
 ) -> Measurement:
-    """Median step and median bare forward with windows of up to 2 `block` guesses."""
+    """Return the medians of step and bare forward with windows of up to 2 blocks of `block` guesses.
+
+    Raises:
+        RuntimeError: a step did not accept every guess, or the text is not that of ordinary decoding.
+    """
     name = f"replay-n{block}" + "-compiled" * compiles
     contender = common.jacobi(name, jacobi_block_size=block, jacobi_pool_size=0, jacobi_lookup_tokens=0)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -125,31 +168,19 @@ def one_width(
     truth = torch.cat([reference[:, inputs["input_ids"].shape[1] :], torch.zeros(1, 4 * block, dtype=torch.long)], 1)
     if compiles:
         arguments["compile_config"] = CompileConfig()
-    steps, bare, tokens, forwards = [], [], 0, 0
-    original, execution_for, clocks = JacobiWindow.propose, generate_call.execution_for, []
-    compiled_forwards: dict[int, Any] = {}
-    seconds: list[float] = []
-
-    def clocked(*arguments: Any) -> Clock:
-        clocks.append(Clock(model, execution_for(*arguments), compiled_forwards if compiles else None, seconds))
-        return clocks[-1]
-
-    JacobiWindow.propose = replaying(truth, seconds)  # type: ignore[method-assign]
-    generate_call.execution_for = clocked  # type: ignore[assignment]
-    try:
-        for repeat in range(repeats + 1):  # the first one warms up, and compiles
+    steps: list[float] = []
+    bare: list[float] = []
+    forwards = 0
+    with replays(model, truth, compiles=compiles) as clocks:
+        for repeat in range(repeats + 1):  # the first one compiles and warms up
             output = model.generate(**inputs, **arguments, **contender.arguments, return_dict_in_generate=True)
             if not torch.equal(output.sequences, reference) or output.jacobi_stats.window_acceptance < 1:
-                raise SystemExit("the replay was not accepted throughout")
+                raise RuntimeError(f"{name}: a step did not accept every guess of the replay.")
             if repeat:
                 steps += clocks[-1].steps
                 bare += clocks[-1].bare[: len(clocks[-1].steps)]
-                tokens, forwards = tokens + max_new_tokens, forwards + output.jacobi_stats.forwards
-    finally:
-        JacobiWindow.propose = original  # type: ignore[method-assign]
-        generate_call.execution_for = execution_for
-        jacobi_hf.clear_graphs(model)
-    step, alone = statistics.median(steps) * 1e3, statistics.median(bare) * 1e3
+                forwards += output.jacobi_stats.forwards
+    tokens = repeats * max_new_tokens
     return Measurement(
         decoder=contender.decoder,
         prompts=Prompts(
@@ -161,8 +192,8 @@ def one_width(
         mean_slots=round(output.jacobi_stats.mean_slots, 2),
         repeats=repeats,
         extra={
-            "ms_per_step": round(step, 4),
-            "ms_bare_forward": round(alone, 4),
+            "ms_per_step": round(statistics.median(steps) * 1e3, 4),
+            "ms_bare_forward": round(statistics.median(bare) * 1e3, 4),
             "overhead": round(statistics.median(s / b for s, b in zip(steps, bare, strict=True)) - 1, 4),
             "steps_timed": len(steps),
         },
@@ -170,14 +201,13 @@ def one_width(
 
 
 def main(
-    model: Annotated[
-        str | None, typer.Option(help="Model name or folder; the tiny checkpoint when not given.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Where the JSON document goes.")] = common.RESULTS / "overhead.json",
+    model: Annotated[str | None, typer.Option(help="Model name or folder (default: the tiny checkpoint).")] = None,
+    output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS
+    / "overhead.json",
     max_new_tokens: Annotated[int, typer.Option(min=8)] = 512,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
 ) -> None:
-    """Overhead of a step for n = 4, 8, 16 and 32, K = 2, eager and compiled."""
+    """Measure the overhead of a step for n = 4, 8, 16 and 32 with K = 2, eager and compiled."""
     loaded, tokenizer, name = common.load(model)
     prompt = common.prompts(1)["code"][0]
     measurements = [

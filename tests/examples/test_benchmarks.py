@@ -139,20 +139,16 @@ def test_the_picture_of_the_readme_shows_the_documents(tmp_path):
 
 
 @pytest.mark.parametrize("per_forward", [1.74, 2.0, 4.1])
-def test_a_replay_has_the_given_tokens_per_forward(per_forward):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import step_cost
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def test_a_replay_has_the_given_tokens_per_forward(per_forward, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    replay = importlib.import_module("replay")
     model = tiny_model("qwen3")
     ids = torch.tensor([[3, 4, 5]])
     tokens = 123
     arguments = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     reference = model.generate(ids, **arguments).sequences
     truth = torch.cat([reference[:, 3:], reference[:, -1:].expand(-1, 160)], 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_cost.JacobiWindow, "propose", step_cost.replaying(truth, per_forward))
+    with replay.replayed(truth, per_forward):
         output = model.generate(
             ids,
             **arguments,
