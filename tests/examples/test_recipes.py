@@ -25,7 +25,7 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_section_of_a_recipe_is_understood(path):
+def test_every_section_of_a_recipe_parses(path):
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert recipe.keys() - {"eval", "card"} == {"collect", "pack", "train", "bench"}
     common = {k: v for k, v in recipe["collect"].items() if k != "sets"}
@@ -61,7 +61,7 @@ def test_the_newcomers_recipe_evaluates_what_it_trains():
     assert card.license
 
 
-def test_every_control_of_the_drafter_is_understood():
+def test_every_control_of_the_drafter_parses():
     spec = importlib.util.spec_from_file_location("drafter_controls", ROOT / "examples/tiny_qwen3/drafter_controls.py")
     controls = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(controls)
@@ -72,7 +72,7 @@ def test_every_control_of_the_drafter_is_understood():
         assert run.method == "drafter"
 
 
-def test_every_ablation_is_understood():
+def test_every_ablation_parses_and_differs_from_the_others():
     spec = importlib.util.spec_from_file_location("ablations", ROOT / "examples/tiny_qwen3/ablations.py")
     ablations = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ablations)
@@ -102,8 +102,8 @@ def test_every_ablation_is_understood():
     assert len(distinct) == len(ablations.VARIATIONS)
 
 
-def test_the_published_runs_are_what_was_published():
-    """Figures of method.md, section 3."""
+def test_a_recipe_has_the_options_of_the_published_run():
+    """The options of the published Qwen3-1.7B run, in the recipe that follows it."""
     recipe = yaml.safe_load((ROOT / "examples/recipes/qwen3_1.7b.yaml").read_text(encoding="utf-8"))
     _, args = parse((RunConfig, JacobiForcingConfig), recipe["train"] | {"use_cpu": True, "bf16": False}, [], "train")
     (packed,) = parse((PackConfig,), recipe["pack"], [], "pack")
