@@ -18,7 +18,7 @@ def random_record(
     prompt: int | None = None,
     views: int = 1,
 ) -> dict:
-    """A record that keeps the invariants of the format, with arbitrary ids."""
+    """Return the row of a valid packed record with random ids."""
     prompt_ids = [rng.randrange(2, VOCAB) for _ in range(prompt or rng.randint(1, 7))]
     blocks = blocks or rng.randint(1, 4)
     answer = [rng.randrange(2, VOCAB) for _ in range(blocks * n)]
@@ -37,13 +37,13 @@ def random_record(
 
 
 def records(count: int, n: int, seed: int = 0, **options) -> list[dict]:
-    """Several random records."""
+    """Return rows of several random records."""
     rng = random.Random(seed)
     return [random_record(rng, n, **options) for _ in range(count)]
 
 
 def own_records(model, count: int, n: int, tokens: int, seed: int = 0, visits: int = 1) -> list[dict]:
-    """Records of the model's own trajectories from random prompts."""
+    """Return rows with the model's own trajectories of random prompts."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 8))] for _ in range(count)]
     trajectories = collect_trajectories(model, prompts, n, AnswerConfig(tokens))

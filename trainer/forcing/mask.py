@@ -12,13 +12,13 @@ noisy block sees (arXiv 2512.14681, figure 3 and section 3.2):
 So `"noisy"` is a window without end, and `"clean"` is a window of one block. For two blocks (x: the row attends to the
 column, causally on the diagonal):
 
-              "noisy"                             "clean"
-              p  k_0 l_0 k_1 l_1                  p  k_0 l_0 k_1 l_1
-        p     x                             p     x
-        k_0   x   x                         k_0   x   x
-        l_0   x       x                     l_0   x       x
-        k_1   x   x       x                 k_1   x       x   x
-        l_1   x       x       x             l_1   x       x       x
+              "noisy"                         "clean"
+              p   k_0 l_0 k_1 l_1             p   k_0 l_0 k_1 l_1
+        p     x                         p     x
+        k_0   x   x                     k_0   x   x
+        l_0   x       x                 l_0   x       x
+        k_1   x   x       x             k_1   x       x   x
+        l_1   x       x       x         l_1   x       x       x
 
 The views of a sample do not see each other. Samples that share a row do not see each other. The command
 `python -m jacobi_hf.trainer.forcing.mask FILE.png` draws the masks.

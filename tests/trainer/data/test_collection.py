@@ -1,4 +1,4 @@
-"""Collecting: prompts of every kind, shards that survive being killed, manifests that refuse what does not belong."""
+"""Collection and packing: prompts of every kind, interruptions, damage, other settings, filters and shares."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_bytes_that_changed_are_named(tiny, tokenizer, tmp_path):
         load_trajectories(tmp_path / "out")
 
 
-def test_other_end_tokens_are_other_settings(tiny, tokenizer, tmp_path):
+def test_another_end_token_is_another_setting(tiny, tokenizer, tmp_path):
     collect(tiny, tokenizer, settings(tmp_path), ROWS)
     former, tiny.generation_config.eos_token_id = tiny.generation_config.eos_token_id, 77
     try:
@@ -236,7 +236,7 @@ def test_one_token_answers_are_left_out_and_counted(tiny, tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tokenizer, tiny):
-    """A folder with a model and prompts, and the command that collects them."""
+    """Return a folder with a model and prompts."""
     folder = tmp_path_factory.mktemp("job")
     tiny.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -297,7 +297,10 @@ def run(arguments):
 
 
 def collect_with_own_lock(*arguments):
-    """For forked processes: tqdm's locks are shared with them, and who is killed while holding one leaves the parent waiting forever."""
+    """Collect in a forked process, with locks of tqdm of its own.
+
+    A forked process shares tqdm's locks with its parent. If it is killed while it holds one, the parent waits forever.
+    """
     lock, kinds = threading.RLock(), [tqdm]
     for kind in kinds:  # grows: each class of bars may have a lock of its own
         kind.set_lock(lock)
@@ -306,8 +309,8 @@ def collect_with_own_lock(*arguments):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_path, tiny, tokenizer):
-    """kill -9 at 20 random moments of a forked collector, sampled answers; then to the end."""
+def test_a_collector_that_is_killed_20_times_writes_the_same_rows(job, tmp_path, tiny, tokenizer):
+    """Sampled answers; a forked collector gets kill -9 at 20 random moments, and then runs to the end."""
     import multiprocessing
 
     config = CollectConfig(
@@ -345,7 +348,7 @@ def test_killed_at_random_moments_it_goes_on_and_yields_the_same_rows(job, tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_is_killed_and_goes_on_and_two_processes_share_the_work(job, tmp_path):
+def test_a_killed_command_continues_and_two_processes_share_the_work(job, tmp_path):
     process = run(command(job, tmp_path / "killed"))
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("shard-*.parquet")) and time.monotonic() < deadline:
@@ -405,7 +408,7 @@ def test_packing_filters_mixes_and_writes_the_published_format(tiny, tokenizer, 
         pack_trajectories(PackConfig(sources=sources, output_dir=str(tmp_path / "none"), max_blocks=0), tokenizer)
 
 
-def test_packed_records_are_no_source(tiny, tokenizer, tmp_path):
+def test_packed_records_cannot_be_packed_again(tiny, tokenizer, tmp_path):
     collect(tiny, tokenizer, settings(tmp_path), ROWS)
     pack_trajectories(
         PackConfig(sources=str(tmp_path / "out"), output_dir=str(tmp_path / "packed"), views=2), tokenizer
@@ -462,7 +465,7 @@ def test_filters_and_shares():
     assert PackConfig(schedule="reverse", noise_levels=3).noise_schedule() == NoiseSchedule("reverse", noise_levels=3)
 
 
-def test_fresh_models_have_fingerprints_of_their_own():
+def test_different_weights_have_different_fingerprints():
     from jacobi_hf.trainer.data.shards import weights_fingerprint
 
     assert weights_fingerprint(fresh_model("qwen3")) == weights_fingerprint(fresh_model("qwen3"))

@@ -39,7 +39,7 @@ def stored(request, data, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_store_loads_the_same_rows(stored, data, streaming):
+def test_every_kind_of_file_loads_the_same_rows(stored, data, streaming):
     loaded = list(load_packed(str(stored), streaming=streaming, block_size=N))
     assert [{k: row[k] for k in data[0]} for row in loaded] == data
 
@@ -107,7 +107,7 @@ def test_replay_is_mixed_in_by_ratio():
 
 
 class Letters:
-    """A tokenizer of letters."""
+    """A tokenizer whose ids are the letters' code points."""
 
     eos_token_id = 0
 
@@ -144,7 +144,7 @@ def test_streamed_records_are_the_same_in_order():
 
 
 def test_workers_share_a_stream():
-    """One file has one part, so that a second worker has none; with several, ids and replay rows are each worker's own."""
+    """The second worker has nothing of a stream of one part. Rows of two workers have different numbers."""
     from datasets import Dataset as Arrow
     from torch.utils.data import DataLoader
 
@@ -161,7 +161,7 @@ def test_workers_share_a_stream():
         assert len({row["index"] for row in rows}) == 10
 
 
-def test_a_stream_of_which_nothing_fits_says_so():
+def test_a_stream_without_a_record_that_fits_is_refused():
     from datasets import Dataset as Arrow
 
     with pytest.raises(ValueError, match="all 3 of the stream are longer than max_length=4"):

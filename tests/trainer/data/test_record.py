@@ -18,7 +18,7 @@ N = 4
 
 @st.composite
 def parts(draw):
-    """Prompt, noisy blocks of each view, and clean blocks: plain lists in which every id is different, but for first tokens."""
+    """Draw a prompt, noisy blocks of each view and clean blocks. All ids differ, except the first ones of a pair."""
     prompt_length, views, blocks, n = (
         draw(st.integers(1, 5)),
         draw(st.integers(1, 3)),

@@ -21,7 +21,7 @@ def test_end_points_of_reference_and_paper():
     assert NoiseSchedule(noise_levels=3, min_noise=0.5).levels() == [0.5, 0.75, 1]
 
 
-def test_kinds_walk_as_they_say():
+def test_targets_of_each_kind():
     def targets(kind, blocks=7):
         return NoiseSchedule(kind, noise_levels=3, phase="fixed").targets(blocks, random.Random(1))
 
@@ -44,11 +44,11 @@ def test_both_definitions_of_noise():
     state = [1, 2, 9, 4, 9, 6, 7, 8]
     assert noise_of(state, fixed, 8, "suffix") == 6 / 8
     assert noise_of(state, fixed, 8, "fraction") == 2 / 8
-    assert noise_of(state, fixed, 4, "suffix") == 2 / 8  # behind the end nothing is wrong
+    assert noise_of(state, fixed, 4, "suffix") == 2 / 8  # nothing is wrong after the end
     assert noise_of(fixed, fixed, 8, "suffix") == 0
 
 
-def test_cyclic_walks_by_index():
+def test_cyclic_chooses_by_the_number_of_the_state():
     states = [[[9, 9, 9, 9], [9, 9, 9, 1], [9, 9, 2, 1], [9, 3, 2, 1], [4, 3, 2, 1]]] * 3
     assert NoiseSchedule("cyclic", noise_levels=3, phase="fixed").choose(states, [4] * 3, RNG) == [4, 2, 0]
 

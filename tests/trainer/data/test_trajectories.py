@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [9, 3, 4, 9, 3, 4, 11], [2], [8, 8, 1, 20, 21, 3, 3, 3, 19
 
 
 def answers_of(model, prompts, answers, seed=None):
-    """What generate writes, cut behind its end token."""
+    """Return what generate writes, up to its end token."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -30,7 +30,7 @@ def answers_of(model, prompts, answers, seed=None):
 
 
 def check_invariants(trajectory, answer, n, pad):
-    """Method, section 1: n ids per state, the draft first, strictly fewer wrong, at most n states, the answer at the end."""
+    """Each state has n ids, the first wrong one moves on strictly, and the last states are the answer."""
     assert trajectory.answer_ids == answer
     assert len(trajectory.blocks) == -(-len(answer) // n)
     joined = [token for states in trajectory.blocks for token in states[-1]]
@@ -61,7 +61,7 @@ cases = st.fixed_dictionaries(
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_groups():
-    """So that a batch of these tests is several groups."""
+    """Make a batch of these tests several groups."""
     former, trajectories.GROUP = trajectories.GROUP, 2
     yield
     trajectories.GROUP = former
@@ -97,7 +97,7 @@ def test_collected_equals_recorded_equals_generate(case):
 @at_most(30)
 @given(cases, st.data())
 def test_blocks_that_begin_within_the_answer(case, data):
-    """Equal those of prompts that end there: greedy row by row, sampled when all rows have used up as much noise."""
+    """Their trajectories are those of prompts that end where the blocks begin, with the noise from there on."""
     model, n, sampled = tiny_model(case["kind"]), case["n"], case["sampled"]
     prompts = case["prompts"]
     answers = AnswerConfig(
@@ -112,7 +112,7 @@ def test_blocks_that_begin_within_the_answer(case, data):
     shifted = collect_trajectories(model, prompts, n, answers, case["seed"], starts)
     for trajectory, full, start in zip(shifted, whole, starts, strict=True):
         assert trajectory.prompt_ids == full.prompt_ids + full.answer_ids[:start]
-        # No end is known, so there are whole blocks alone, and no pads in them.
+        # The answers have no end id, so they are cut to whole blocks, without pads.
         check_invariants(trajectory, full.answer_ids[start : start + (len(full.answer_ids) - start) // n * n], n, 0)
         assert all(len(state) == n for states in trajectory.blocks for state in states)
         assert len(trajectory.answer_ids) == n * len(trajectory.blocks)
@@ -127,11 +127,11 @@ def test_blocks_that_begin_within_the_answer(case, data):
 @pytest.mark.slow
 @at_most(30)
 @given(cases, st.data())
-def test_answers_that_end_keep_their_end_behind_a_start(case, data):
+def test_answers_with_an_end_keep_it_if_blocks_begin_within_the_answer(case, data):
     model, n = tiny_model(case["kind"]), case["n"]
     former = model.generation_config.eos_token_id
     whole = collect_trajectories(model, case["prompts"], n, AnswerConfig(n * case["blocks"]))
-    # An id that does occur, so that some answers end.
+    # An id that occurs in an answer, so that some answers end.
     end = data.draw(st.sampled_from(whole[0].answer_ids))
     model.generation_config.eos_token_id = end
     try:
@@ -177,8 +177,8 @@ def test_other_architectures_once_registered(kind):
     assert collect_trajectories(model, PROMPTS, 4, AnswerConfig(12)) == recorded
 
 
-def test_nothing_but_the_models_choices_makes_an_answer():
-    """What the model's own generation config would do to the scores is left out, in both collectors."""
+def test_options_of_the_models_generation_config_are_not_applied():
+    """Neither function applies processors that the model's own generation config asks for."""
     model = fresh_model("qwen3")
     plain = collect_trajectories(model, PROMPTS, 4, AnswerConfig(12))
     model.generation_config.no_repeat_ngram_size, model.generation_config.repetition_penalty = 1, 1.7
@@ -236,7 +236,7 @@ def test_models_whose_blocks_would_be_wrong_are_refused(collecting):
 
 
 def test_a_lora_is_collected_from_as_it_decodes():
-    """Both collectors, and the config of the model under the adapter is left alone."""
+    """Both functions give the same, and the generation config of the model inside is unchanged after them."""
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
     model = fresh_model("qwen3")

@@ -1,4 +1,4 @@
-"""Losses: chunked against plain, packed against rows against a loop over samples and slots, gradients too."""
+"""Losses and gradients: chunked against plain ones, and packed rows against plain rows against a loop over slots."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_chunked_equals_plain(seed, rows, rows_per_chunk, temperature, with_kl):
 
 
 def forward_losses(model, batch, context, window, weights):
-    """Losses of a collated batch from full logits."""
+    """Return the losses of a batch, from all its logits."""
     if "attention_mask" in batch:
         mask = batch["attention_mask"]
     else:
@@ -88,7 +88,7 @@ def forward_losses(model, batch, context, window, weights):
 
 
 def by_hand(model, record, n, context, window, tau=1.0):
-    """AR and consistency terms of one record, slot by slot, from ordinary forwards over `[prompt, what the block sees, block]`."""
+    """Return the AR and consistency terms of one record, slot by slot, from forwards over what each block sees."""
     prompt = record["prompt_ids"]
     body = record["complete_training_sequence_ids"][len(prompt) :]
     blocks = len(body) // (2 * n)

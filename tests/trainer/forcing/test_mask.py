@@ -1,4 +1,4 @@
-"""Masks against an oracle written from the paper's table, slot by slot."""
+"""Masks against an oracle that follows the paper's table slot by slot, and against the figure of the module."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from jacobi_hf.trainer.data.collator import JacobiForcingCollator
 from jacobi_hf.trainer.data.record import PackedRecord
+from jacobi_hf.trainer.forcing import mask
 from jacobi_hf.trainer.forcing.mask import CONTEXTS, Slots, blocks_per_window, dense_mask, draw, mask_mod, sample_slots
 from tests.helpers.properties import at_most
 
 
 def roles(prompt, blocks, n):
-    """(role, block, offset, position) of each slot of one sample."""
+    """Return (role, block, offset, position) of each slot of one sample."""
     slots = [("p", 0, i, i) for i in range(prompt)]
     for j in range(blocks):
         slots += [("k", j, t, prompt + j * n + t) for t in range(n)] + [
@@ -24,7 +25,7 @@ def roles(prompt, blocks, n):
 
 
 def sees(query, key, context, window):
-    """The table of method.md, section 3, row by row."""
+    """Return whether a query sees a key: the paper's table (section 3.2, figure 3), row by row."""
     (a, i, t, p), (b, j, u, q) = query, key
     if a == "p":
         return b == "p" and q <= p
@@ -98,7 +99,7 @@ def test_flex_attention_takes_the_mask_mod():
     assert block_mask.shape[-2:] == (length, length)
 
 
-def test_clean_context_is_the_blocks_per_window_one():
+def test_clean_context_is_a_window_of_one_block():
     slots = sample_slots(3, 4, 3)
     assert torch.equal(dense_mask(slots, "clean"), dense_mask(slots, "window", 1))
     assert torch.equal(dense_mask(slots, "noisy"), dense_mask(slots, "window", 4))
@@ -114,8 +115,8 @@ def test_collator_packs_the_slots_that_the_mask_is_drawn_from(context):
         assert torch.equal(getattr(packed, name), getattr(expected, name)), name
 
 
-def test_behind_clean_context_only_slots_with_a_loss_are_laid_out():
-    """Prompt 1 2; the first block wrong from its second slot on, the second right, the third wrong behind the end (9)."""
+def test_with_clean_context_only_noisy_slots_with_a_loss_are_laid_out():
+    """The first block is wrong from its second slot on, the second is right, the third is wrong after the end id 9."""
     noisy = [[3, 7, 5], [6, 7, 8], [3, 6, 7]]
     clean = [[3, 4, 5], [6, 7, 8], [3, 9, 0]]
     record = PackedRecord.build([1, 2], [noisy], clean, [0, 0, 0])
@@ -126,6 +127,22 @@ def test_behind_clean_context_only_slots_with_a_loss_are_laid_out():
     assert batch["start"][0, 2:4].tolist() == [3, 3]
     seen = dense_mask(Slots.of(batch), "clean")[0, 0]
     assert batch["input_ids"][0][seen[3]].tolist() == [1, 2, 7, 5, 3]
+
+
+def test_the_masks_are_those_of_the_figure():
+    """The figure in the docstring of the module has one row and column for the prompt and for each block."""
+    lines = mask.__doc__.split("\n")
+    top = next(number for number, line in enumerate(lines) if line.split() == ["p", "k_0", "l_0", "k_1", "l_1"] * 2)
+    prompt, n = 2, 3
+    first_slots = [0, *(prompt + n * block for block in range(4))]
+    for context, begin in (("noisy", 14), ("clean", 46)):
+        assert lines[top - 1][begin:].startswith(f'"{context}"')
+        rows = [line.ljust(80)[begin : begin + 20 : 4] for line in lines[top + 1 : top + 6]]
+        figure = torch.tensor([[cell == "x" for cell in row] for row in rows])
+        dense = dense_mask(sample_slots(prompt, 2, n), context)[0, 0]
+        # The last slot of a block sees the first slot of another if the block sees it at all.
+        last_slots = [prompt - 1, *(slot + n - 1 for slot in first_slots[1:])]
+        assert torch.equal(dense[last_slots][:, first_slots], figure), context
 
 
 @pytest.mark.parametrize(("context", "window"), [("noise", None), ("window", None), ("window", 0)])
