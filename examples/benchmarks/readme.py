@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,9 +183,9 @@ def table() -> str:
     (prompts,) = {m.prompts.count for m in peers.measurements}
     source = (
         f"{prompts} held-out prompts per domain, {peers.hardware.cpu}, {peers.threads} thread, {peers.dtype}, batch 1, {peers.created[:10]}. "
-        f"{compiled_by_transformers()}\n"
+        f"{compiled_by_transformers()}"
     )
-    return BEGIN + "".join(f"| {line} |\n" for line in lines) + "\n" + source + END
+    return BEGIN + "".join(f"| {line} |\n" for line in lines) + "\n" + textwrap.fill(source, 119) + "\n" + END
 
 
 def bars() -> dict[str, dict[str, dict[str, float]]]:
