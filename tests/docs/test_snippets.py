@@ -42,6 +42,7 @@ from jacobi_hf.cli._models import make_default
 from jacobi_hf.cli._recipes import parse, section_of
 from jacobi_hf.cli.serve import listener
 from jacobi_hf.config import JacobiConfig
+from jacobi_hf.drafts import sources
 from jacobi_hf.serving.app import Server, build_app
 from jacobi_hf.trainer.data import schedule
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans
@@ -62,6 +63,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     # What docs/developer.md adds goes away with the page.
+    monkeypatch.setattr(sources, "SOURCES", list(sources.SOURCES))
     monkeypatch.setattr(schedule, "SCHEDULES", dict(schedule.SCHEDULES))
     monkeypatch.setattr(interface, "grouped_sdpa", interface.grouped_sdpa)
     yield tmp_path
