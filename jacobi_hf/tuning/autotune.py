@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from jacobi_hf.config import MULTIBLOCK, JacobiConfig
 from jacobi_hf.drafts.loading import drafter_of
 from jacobi_hf.tuning.inputs import batches_of, check_arguments, prompt_rows, take_compile_config
-from jacobi_hf.tuning.strategies import ASSISTED, Strategy, describe, knobs_of
+from jacobi_hf.tuning.strategies import ASSISTED, Strategy, describe, knobs_of, sources_of
 from jacobi_hf.tuning.timing import Comparison, Prices, Stopwatch, Timing
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Tuning:
         table: timings of all strategies that were tried, the fastest first. Strategies that were dropped early come
             after those that beat them, since they ran on fewer prompts.
         milliseconds: median time of a step in milliseconds, by the number of its slots, for each set of draft sources
-            ("window", "lookup", "pool", "topk", and "drafted window" if a drafter was in use).
+            of a strategy, by name.
         assistant_model: the draft model that was given.
         compile_config: the compile config that was given; None if it had no effect.
         drafted: whether a drafter was in use.
@@ -165,7 +165,8 @@ def autotune(
     if saved is not None and saved.decoding == MULTIBLOCK:
         first.append(saved if drafted else replace(saved, jacobi_verify_width=0))
     with tqdm(total=round(seconds), unit="s", desc="autotune", disable=not progress) as bar:
-        comparison = Comparison(stopwatch.measure, batches, _Deadline(seconds, bar), drafted=drafted)
+        sources = partial(sources_of, model=model)
+        comparison = Comparison(stopwatch.measure, batches, _Deadline(seconds, bar), sources, drafted=drafted)
         stopwatch.warm_up(batches[0])
         table, untried = search(comparison, first, Grid() if compile_config is None else COMPILED)
     prices = comparison.prices()
@@ -203,8 +204,8 @@ def search(comparison: Comparison, first: Sequence[Strategy], grid: Grid) -> tup
 
 
 def _verify_widths(comparison: Comparison, strategies: list[Strategy]) -> list[JacobiConfig]:
-    """Return the best window of a drafter with several fixed verify widths; it was tried with an adaptive one."""
-    best = _best(comparison, strategies, "drafted window")[:1]
+    """Return the best window with several fixed verify widths; none without a drafter."""
+    best = _best(comparison, strategies, has_window=True)[:1] if comparison.drafted else []
     return [
         replace(window, jacobi_verify_width=window.window_width // parts) for window in best for parts in (4, 2, 1)
     ]
@@ -212,9 +213,9 @@ def _verify_widths(comparison: Comparison, strategies: list[Strategy]) -> list[J
 
 def _combinations(comparison: Comparison, strategies: list[Strategy], grid: Grid) -> list[JacobiConfig]:
     """Return the best windows combined with the best lookup and with pools."""
-    source = "drafted window" if comparison.drafted else "window"
-    windows = _best(comparison, strategies, source)[: grid.combined]
-    lengths = [0, *(lookup.jacobi_lookup_tokens for lookup in _best(comparison, strategies, "lookup")[:1])]
+    windows = _best(comparison, strategies, has_window=True)[: grid.combined]
+    lookups = _best(comparison, strategies, has_window=False)[:1]
+    lengths = [0, *(lookup.jacobi_lookup_tokens for lookup in lookups)]
     return [
         replace(window, jacobi_lookup_tokens=length, jacobi_pool_size=pool)
         for window in windows
@@ -224,10 +225,16 @@ def _combinations(comparison: Comparison, strategies: list[Strategy], grid: Grid
     ]
 
 
-def _best(comparison: Comparison, strategies: Iterable[Strategy], source: str) -> list[JacobiConfig]:
-    """Return the strategies with one draft source alone, the fastest first."""
-    ranked = comparison.ranked(strategy for strategy in strategies if comparison.sources(strategy) == (source,))
-    return [strategy for strategy in ranked if isinstance(strategy, JacobiConfig)]
+def _best(comparison: Comparison, strategies: Iterable[Strategy], *, has_window: bool) -> list[JacobiConfig]:
+    """Return the strategies with one draft source, which is the window or not, the fastest first."""
+    alone = [
+        strategy
+        for strategy in strategies
+        if isinstance(strategy, JacobiConfig)
+        and len(comparison.sources(strategy)) == 1
+        and bool(strategy.window_width) == has_window
+    ]
+    return [strategy for strategy in comparison.ranked(alone) if isinstance(strategy, JacobiConfig)]
 
 
 class _Deadline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from jacobi_hf.config import JacobiConfig
+from jacobi_hf.drafts.sources import sources_of as draft_sources
 
 if TYPE_CHECKING:
     from transformers import CompileConfig, PreTrainedModel
@@ -34,23 +35,16 @@ def describe(strategy: Strategy, *, drafted: bool = False) -> str:
     return ", ".join(parts)
 
 
-def sources_of(strategy: Strategy, *, drafted: bool = False) -> tuple[str, ...]:
-    """Return the names of the draft sources of a strategy; none for other strategies than Jacobi decoding.
+def sources_of(strategy: Strategy, model: Any) -> tuple[str, ...]:
+    """Return the names of the draft sources of a strategy; none for strategies other than Jacobi decoding.
 
     Args:
         strategy: how to decode.
-        drafted: whether the model has a drafter in use. The window is then called "drafted window", because its steps
-            have prices of their own.
+        model: the model, with a drafter or without.
     """
     if not isinstance(strategy, JacobiConfig):
         return ()
-    sizes = {
-        "drafted window" if drafted else "window": strategy.jacobi_max_blocks,
-        "lookup": strategy.jacobi_lookup_tokens,
-        "pool": strategy.jacobi_pool_size,
-        "topk": strategy.jacobi_topk_branches,
-    }
-    return tuple(name for name, size in sizes.items() if size)
+    return tuple(source.name for source in draft_sources(strategy, model).all)
 
 
 def knobs_of(

@@ -20,7 +20,7 @@ import torch
 from transformers.generation import BaseStreamer
 
 from jacobi_hf.config import JacobiConfig
-from jacobi_hf.tuning.strategies import ASSISTED, Strategy, knobs_of, sources_of
+from jacobi_hf.tuning.strategies import ASSISTED, Strategy, knobs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -205,6 +205,7 @@ class Comparison:
         measure: times a strategy on a batch.
         batches: batches of prompts to decode.
         is_over: returns whether the time is up; called before each measurement.
+        sources: returns the names of the draft sources of a strategy. Strategies with the same sources share prices.
         drafted: whether the model has a drafter in use.
 
     Attributes:
@@ -216,12 +217,14 @@ class Comparison:
         measure: Callable[[Strategy, Any], Run],
         batches: list[Any],
         is_over: Callable[[], bool],
+        sources: Callable[[Strategy], tuple[str, ...]],
         *,
         drafted: bool = False,
     ) -> None:
         self._measure = measure
         self.batches = list(batches)
         self.is_over = is_over
+        self.sources = sources
         self.drafted = drafted
         self._times: defaultdict[tuple[str, ...], defaultdict[int, list[float]]] = defaultdict(
             lambda: defaultdict(list)
@@ -264,10 +267,6 @@ class Comparison:
         self.runs[strategy].append(run)
         for width, seconds in run.seconds_by_width.items():
             self._times[self.sources(strategy)][width] += seconds
-
-    def sources(self, strategy: Strategy) -> tuple[str, ...]:
-        """Return the names of the draft sources of a strategy with this model."""
-        return sources_of(strategy, drafted=self.drafted)
 
     def prices(self) -> Prices:
         """Return the median milliseconds of a step, by draft sources and number of slots."""

@@ -21,13 +21,14 @@ def prompts(count, columns=6):
 
 
 def test_every_strategy_is_tried_and_the_fastest_comes_first():
-    tuning = autotune(tiny_model("qwen3"), prompts(3), **ARGUMENTS)
+    model = tiny_model("qwen3")
+    tuning = autotune(model, prompts(3), **ARGUMENTS)
     rounds = [timing.prompts for timing in tuning.table]
     assert rounds == sorted(rounds, reverse=True)
     for tried in set(rounds):
         speedups = [timing.speedup for timing in tuning.table if timing.prompts == tried]
         assert speedups == sorted(speedups, reverse=True)
-    kinds = {sources_of(timing.strategy) for timing in tuning.table}
+    kinds = {sources_of(timing.strategy, model) for timing in tuning.table}
     assert kinds == {
         (),
         ("window",),
@@ -94,7 +95,7 @@ def test_a_drafter_has_a_source_of_its_own_and_is_tried_at_several_verify_widths
     with drafting(model, random_drafter(model, scale=0.3)):
         tuning = autotune(model, prompts(1), **ARGUMENTS)
     assert tuning.drafted
-    assert {name for sources in tuning.milliseconds for name in sources} == {"drafted window", "lookup", "pool"}
+    assert {name for sources in tuning.milliseconds for name in sources} == {"drafter", "lookup", "pool"}
     verified = [
         s.strategy
         for s in tuning.table

@@ -18,11 +18,20 @@ from jacobi_hf.output import JacobiStats
 from jacobi_hf.tuning.autotune import COMPILED, Grid, search
 from jacobi_hf.tuning.strategies import ASSISTED, describe, sources_of
 from jacobi_hf.tuning.timing import Comparison, Run, Stopwatch
-from tests.helpers.models import fresh_model
+from tests.helpers.drafters import drafting, random_drafter
+from tests.helpers.models import fresh_model, tiny_model
 from tests.helpers.properties import at_most
 
 WINDOW = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
 BATCH = {"input_ids": torch.tensor([[3, 4, 5]])}
+
+
+def plain(strategy):
+    return sources_of(strategy, tiny_model("qwen3"))
+
+
+def with_drafter(strategy):
+    return tuple("drafter" if name == "window" else name for name in plain(strategy))
 
 
 class World:
@@ -39,8 +48,9 @@ class World:
         self.steps = steps or {}
         self.begun = defaultdict(list)
         self.order = []
+        sources = with_drafter if drafted else plain
         self.comparison = Comparison(
-            self.measure, list(range(batches)), lambda: self.now > self.budget, drafted=drafted
+            self.measure, list(range(batches)), lambda: self.now > self.budget, sources, drafted=drafted
         )
 
     def seconds(self, strategy, batch):
@@ -143,7 +153,7 @@ def test_with_a_drafter_the_best_window_is_tried_at_several_verify_widths(fastes
     table, _ = world.search()
     assert {w.jacobi_verify_width for w in world.begun if w in widths.values()} == {0, 4, 8, 16}
     assert table[0].strategy == widths[fastest]
-    assert ("drafted window",) in world.comparison.prices()
+    assert ("drafter",) in world.comparison.prices()
     assert ("window",) not in world.comparison.prices()
     plain = World(0, 1, 10**9, steps={window: 2})
     plain.search()
@@ -161,7 +171,7 @@ def test_prices_are_medians_so_that_a_hiccup_changes_nothing():
     slow = Grid().apart()[3]
     times = {None: [1.0] * 9, slow: [0.5] * 9, fast: [0.5] * 4 + [50.0]}
     comparison = Comparison(
-        lambda strategy, _: Run({9: times[strategy]}, 0.1, 10, len(times[strategy])), [0], lambda: False
+        lambda strategy, _: Run({9: times[strategy]}, 0.1, 10, len(times[strategy])), [0], lambda: False, plain
     )
     comparison.open()
     comparison.run(times, 1)
@@ -171,12 +181,12 @@ def test_prices_are_medians_so_that_a_hiccup_changes_nothing():
 
 def test_batches_that_end_at_once_are_passed_over():
     comparison = Comparison(
-        lambda strategy, batch: Run({1: [1.0]} if batch == 2 else {}, 0.1, 1, 1), [0, 1, 2], lambda: True
+        lambda strategy, batch: Run({1: [1.0]} if batch == 2 else {}, 0.1, 1, 1), [0, 1, 2], lambda: True, plain
     )
     comparison.open()
     assert comparison.batches == [2]
     with pytest.raises(ValueError, match="every prompt ends at its first new token"):
-        Comparison(lambda strategy, batch: Run({}, 0.1, 1, 1), [0, 1], lambda: False).open()
+        Comparison(lambda strategy, batch: Run({}, 0.1, 1, 1), [0, 1], lambda: False, plain).open()
 
 
 class FakeModel:
@@ -302,7 +312,7 @@ def test_ordinary_decoding_is_timed_by_steps(extra, rows):
 def test_names():
     both = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=2, jacobi_lookup_tokens=4, jacobi_pool_size=2)
     topk = replace(both, jacobi_topk_branches=5)
-    assert (describe(topk), sources_of(topk)) == (
+    assert (describe(topk), plain(topk)) == (
         "n=8 K=2, lookup 4, pool 2x8, topk 5",
         ("window", "lookup", "pool", "topk"),
     )
@@ -311,7 +321,10 @@ def test_names():
     assert describe(replace(WINDOW, jacobi_verify_width=3), drafted=True) == "n=4 K=1, drafter verifying 3"
     assert describe(Grid().apart()[0], drafted=True) == "lookup 8"
     assert (describe(None), describe(ASSISTED)) == ("ordinary decoding", "assisted decoding")
-    assert sources_of(both) == ("window", "lookup", "pool")
-    assert sources_of(both, drafted=True) == ("drafted window", "lookup", "pool")
-    assert sources_of(Grid().apart()[0], drafted=True) == ("lookup",)
-    assert sources_of(None) == sources_of(ASSISTED) == ()
+    assert plain(both) == ("window", "lookup", "pool")
+    assert plain(Grid().apart()[0]) == ("lookup",)
+    assert plain(None) == plain(ASSISTED) == ()
+    model = fresh_model("qwen3")
+    with drafting(model, random_drafter(model, scale=0.3)):
+        assert sources_of(both, model) == ("drafter", "lookup", "pool")
+        assert sources_of(Grid().apart()[0], model) == ("lookup",)
