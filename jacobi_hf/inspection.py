@@ -25,7 +25,9 @@ from jacobi_hf.loading import reading
 if TYPE_CHECKING:
     from jacobi_hf.drafts.lora import LoraDrafter
 
-RUNS, FALLS_BACK, REFUSED = "runs", "falls back", "refused"
+RUNS = "runs"
+FALLS_BACK = "falls back"
+REFUSED = "refused"
 
 
 @dataclass(frozen=True)

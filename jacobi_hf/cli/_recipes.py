@@ -42,7 +42,7 @@ class WithJson(WithConfig):
 
 @dataclass
 class Call:
-    """One call of a verb: what was given to it, not yet checked.
+    """One call of a verb: its recipe and its command line, whose options are not yet checked.
 
     Attributes:
         verb: Name of the verb.
@@ -78,27 +78,35 @@ class Call:
         return parse(kinds or self.kinds, section, self.words, self.verb, self.kinds, self.recipe)
 
     def value_of(self, name: str, default: str) -> str:
-        """Return the value of one option, before the others are read."""
+        """Return the value of one option without reading the others."""
         parser = Parser(())
         parser.add_argument(f"--{name}", default=str(self.section.get(name, default)))
         return str(getattr(parser.parse_known_args(self.words)[0], name))
 
 
 def read_call(context: typer.Context, kinds: Sequence[type], ending: Ending, *, json: bool) -> Call:
-    """Return what a verb was given. Print the help text and end the program if that was asked for.
+    """Return what a verb was given. For `--help`, print the help text and end the program.
 
     Raises:
         ValueError: The recipe cannot be read, or has no section for the verb.
     """
-    verb, words, common = str(context.info_name), list(context.args), WithJson if json else WithConfig
-    if {"--help", "-h"}.intersection(words):
+    verb = str(context.info_name)
+    common = WithJson if json else WithConfig
+    if {"--help", "-h"}.intersection(context.args):
         typer.echo(help_of(verb, str(context.command.help), (*kinds, common)))
         raise typer.Exit
-    words, after = _split(words)
+    words, after = _split(context.args)
     found, rest = Parser((common,)).parse_known_args(words)
     section = section_of(found.config, verb) if found.config else {}
     return Call(
-        verb, kinds, found.config, section, list(context.args), [*rest, *after], getattr(found, "json", False), ending
+        verb,
+        kinds,
+        recipe=found.config,
+        section=section,
+        line=list(context.args),
+        words=[*rest, *after],
+        as_json=getattr(found, "json", False),
+        ending=ending,
     )
 
 
@@ -147,13 +155,14 @@ def parse(
 
 
 def _made(kind: type, values: Mapping[str, Any]) -> Any:
+    """Return a dataclass with those of the values that are its fields."""
     names = [one.name for one in fields(kind) if one.init]
     return kind(**{name: values[name] for name in names if name in values})
 
 
 @dataclass(frozen=True)
 class _Hint:
-    """Ends of errors about unknown options of a verb.
+    """Texts of errors about unknown options of a verb.
 
     Attributes:
         verb: Name of the verb.
@@ -253,7 +262,8 @@ def section_of(path: str | Path, section: str) -> dict[str, Any]:
 
 def _as_word(one: Field[Any], value: Any, hint: Any, where: str) -> Any:
     """Return a recipe's value in the form of the command line, so that both are checked alike."""
-    name, role = one.name, one.metadata.get(ROLE)
+    name = one.name
+    role = one.metadata.get(ROLE)
     if name == "decoding" and value is None:
         raise ValueError(f"{where}: decoding is empty. Ordinary decoding is written none; or leave it out.")
     if value is None and type(None) not in typing.get_args(hint):

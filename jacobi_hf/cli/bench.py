@@ -100,29 +100,26 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
     if not decoders:
         decoders = _own(model)
     results = Results.start("Tokens per forward, held-out loss, right answers", model, config.name or config.model)
-    stages = [stage.model_dump() for stage in training]
     settings = {
         "config": asdict(config),
         "prompts": prompts,
         "weights": weights_fingerprint(model),
-        "training": stages,
+        "training": [stage.model_dump() for stage in training],
     }
     progress = Progress(unfinished(config), settings)
-    kept = _Kept(progress)
-    measured: list[Measurement] = []
 
     def bar(rows: Any, what: str) -> Any:
         return track(rows, what, console=Console(stderr=True), disable=quiet)
 
-    for domain in prompts if texts else ():
-        measured += kept(f"loss of {domain}", partial(_loss, model, tokenizer, texts[domain], domain, config, bar))
+    parts: dict[str, Callable[[], list[Measurement]]] = {}
+    for domain in texts:
+        parts[f"loss of {domain}"] = partial(_loss, model, tokenizer, texts[domain], domain, config, bar)
     if problems:
-        measured += kept("problems", partial(_solved, model, tokenizer, problems, config, bar))
+        parts["problems"] = partial(_solved, model, tokenizer, problems, config, bar)
     for domain in prompts:
-        measured += kept(
-            f"decoding of {domain}",
-            partial(_decoded, model, tokenizer, {domain: prompts[domain]}, decoders, config, bar),
-        )
+        asked = {domain: prompts[domain]}
+        parts[f"decoding of {domain}"] = partial(_decoded, model, tokenizer, asked, decoders, config, bar)
+    measured = [one for name, measure in parts.items() for one in _kept(progress, name, measure)]
     results = results.model_copy(update={"measurements": measured, "training": training})
     results.write(Path(config.output))
     progress.remove()
@@ -174,19 +171,13 @@ def _own(model: Any) -> dict[str, JacobiConfig]:
     return {own.decoding: own} if own else {}
 
 
-class _Kept:
-    """Measurements in a file, so that an interrupted command measures only what is missing."""
+def _kept(progress: Progress, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
+    """Return the measurements that are kept under a name, or measure and keep them."""
+    from jacobi_hf.results.schema import Measurement
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def __call__(self, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
-        """Return the measurements that are kept under a name, or measure and keep them."""
-        from jacobi_hf.results.schema import Measurement
-
-        if name not in self._progress.parts:
-            self._progress.add(name, [m.model_dump(mode="json", exclude_none=True) for m in measure()])
-        return [Measurement.model_validate(m) for m in self._progress.parts[name]]
+    if name not in progress.parts:
+        progress.add(name, [one.model_dump(mode="json", exclude_none=True) for one in measure()])
+    return [Measurement.model_validate(one) for one in progress.parts[name]]
 
 
 def _loss(

@@ -13,7 +13,8 @@ from jacobi_hf.cli._options import Options, flag, option, verb
 if TYPE_CHECKING:
     from jacobi_hf.cli._recipes import Call
 
-HOST, PORT = "127.0.0.1", 7860
+HOST = "127.0.0.1"
+PORT = 7860
 
 
 @dataclass

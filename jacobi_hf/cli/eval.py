@@ -137,7 +137,7 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     from rich.console import Console
     from rich.progress import track
 
-    from jacobi_hf.cli._models import arguments_of, decoding_of
+    from jacobi_hf.cli._models import arguments_of
     from jacobi_hf.evaluation.harness import BASELINE, AlternatingLM, Journal, measure
     from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
     from jacobi_hf.loading import load
@@ -148,11 +148,7 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
         options.tasks, [TaskFile.read(path) for path in options.task_file], runs_code=options.confirm_run_unsafe_code
     )
     model, tokenizer = load(options.model, options.dtype, options.drafter)
-    decoders: dict[str, JacobiConfig | None] = {BASELINE: None}
-    for name, knobs in options.decoders.items():
-        decoders[name] = decoding_of(model, knobs)
-    if not options.decoders and (own := decoding_of(model, {})):
-        decoders[own.decoding] = own
+    decoders: dict[str, JacobiConfig | None] = {BASELINE: None, **_decoders(options, model)}
     _configure(tasks, options, model, tokenizer)
     results = Results.start(
         "Scores, tokens per forward and speed of ordinary and Jacobi decoding on the same tasks", model, options.model
@@ -173,7 +169,18 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     return results
 
 
+def _decoders(options: Evaluation, model: Any) -> dict[str, JacobiConfig | None]:
+    """Return how each decoder decodes, by name; if none is given, the model's own decoding unless it is ordinary."""
+    from jacobi_hf.cli._models import decoding_of
+
+    if options.decoders:
+        return {name: decoding_of(model, knobs) for name, knobs in options.decoders.items()}
+    own = decoding_of(model, {})
+    return {own.decoding: own} if own else {}
+
+
 def _check(options: Evaluation) -> None:
+    """Raise `ValueError` for options that cannot be used, before a model is loaded."""
     from jacobi_hf.cli._models import check_decoder
 
     if not options.tasks and not options.task_file:

@@ -34,7 +34,8 @@ def info(call: Call) -> None:
     from jacobi_hf.inspection import Environment, inspect_model
 
     (options,) = call.parse()
-    model, drafter = options.model, options.drafter
+    model = options.model
+    drafter = options.drafter
     if drafter is not None and model is None:
         raise ValueError(
             f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}"
