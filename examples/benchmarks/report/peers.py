@@ -40,6 +40,7 @@ def run(results: Results) -> dict[str, Any]:
         "prompts": first.count,
         "max_new_tokens": first.max_new_tokens,
         "compiles_all": "assisted-compiled" in names,
+        "early_exit": "early-exit" in names,
         "table": table(HEAD, rows(results)),
     }
 
