@@ -8,7 +8,7 @@ from pathlib import Path as _Path
 
 from jacobi_hf._version import __version__
 
-# `jacobi-hf --help` lists the verbs at once. Everything else needs torch and transformers, which take seconds to import.
+# `jacobi-hf --help` lists the verbs without torch and transformers, which take seconds to import.
 _LISTS_VERBS = [_Path(word).name for word in getattr(_sys, "argv", [])] in (["jacobi-hf"], ["jacobi-hf", "--help"])
 
 if not _LISTS_VERBS:
@@ -46,7 +46,7 @@ __all__ = [
     "unregister",
 ]
 
-# The other packages of the project lie beside this one in a checkout and inside it when installed; both import as jacobi_hf.*.
+# trainer and hub_cards lie beside this package in a checkout and inside it when installed; both import as jacobi_hf.*.
 _package = _Path(__file__).resolve().parent
 if not (_package / "trainer").is_dir() and (_package.parent / "trainer" / "__init__.py").is_file():
     __path__.append(str(_package.parent))

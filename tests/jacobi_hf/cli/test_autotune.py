@@ -1,3 +1,5 @@
+"""The verb `autotune`: strategies that it measures, its results and where it saves them."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The verb `card`: the README.md that it writes, and what it refuses."""
+
 from __future__ import annotations
 
 import pytest
@@ -43,7 +45,7 @@ def test_the_card_is_that_of_the_python_function_and_can_be_pushed(folder):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "drafter"])
-def test_what_is_beside_a_base_names_it(tmp_path, kind):
+def test_cards_of_adapters_and_drafters_name_their_base(tmp_path, kind):
     made = make(tmp_path / kind, kind)
     result = run(
         app, ["card", str(made), "user/name", "--license", "mit", "--output", str(tmp_path / "new" / "card.md")]
@@ -60,7 +62,7 @@ def test_a_recipe_holds_the_inputs(folder, tmp_path):
     assert ModelCard.load(folder / "README.md").data.language == ["en", "de"]
 
 
-def test_a_card_that_is_there_is_replaced_on_request_alone(folder):
+def test_an_existing_card_is_replaced_only_with_overwrite(folder):
     (folder / "README.md").write_text("mine", encoding="utf-8")
     refused = run(app, ["card", str(folder), "user/name", "--license", "mit"])
     assert (refused.exit_code, "--overwrite replaces it" in refused.stderr) == (2, True)
@@ -89,7 +91,7 @@ def test_errors_are_one_line_and_nothing_is_written(folder, arguments, message):
     assert not (folder / "README.md").exists()
 
 
-def test_options_of_models_are_none_of_data_sets(tmp_path):
+def test_options_of_models_are_refused_for_data_sets(tmp_path):
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     for options, message in (
         (["--base-model", "x"], "they are for models"),

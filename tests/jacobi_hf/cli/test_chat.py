@@ -1,3 +1,5 @@
+"""The verb `chat`: the cache of a conversation, commands, and Ctrl-C."""
+
 from __future__ import annotations
 
 import functools
@@ -73,7 +75,7 @@ def answer_alone(model, tokenizer, messages, **options):
 
 
 @pytest.mark.parametrize("knobs", WAYS)
-def test_a_later_turn_prefills_what_is_new_and_answers_as_without_a_cache(tiny, knobs):
+def test_a_later_turn_prefills_only_new_tokens_and_answers_as_without_a_cache(tiny, knobs):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
     arguments = {"max_new_tokens": 48, "do_sample": False, **knobs}
@@ -89,7 +91,7 @@ def test_a_later_turn_prefills_what_is_new_and_answers_as_without_a_cache(tiny, 
     assert [turn["role"] for turn in conversation.messages] == ["user", "assistant"] * 2
 
 
-def test_a_history_that_reads_otherwise_than_it_was_written_is_computed_from_there(tiny):
+def test_a_changed_history_is_computed_again_from_the_change_on(tiny):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
     conversation.ask(QUESTIONS[0], {"max_new_tokens": 48, "do_sample": False, **KNOBS})
@@ -114,7 +116,7 @@ class Letters:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-sliding"])
-def test_a_window_that_has_dropped_what_is_needed_is_computed_anew(kind):
+def test_a_sliding_window_that_dropped_needed_tokens_is_computed_again(kind):
     model = fresh_model(kind)
     model.generation_config.pad_token_id = 0
     conversation = Conversation(model, Letters())
@@ -143,7 +145,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tiny, monkeypatch):
     assert conversation.ask(QUESTIONS[1], arguments).ids == wanted
 
 
-def test_the_room_that_is_left_limits_an_answer(tiny, monkeypatch):
+def test_the_positions_that_are_left_limit_an_answer(tiny, monkeypatch):
     model, tokenizer = tiny
     conversation = Conversation(model, tokenizer)
     asked = len(

@@ -1,3 +1,5 @@
+"""The verb `generate`: texts equal those of ordinary `generate`."""
+
 from __future__ import annotations
 
 import functools
@@ -121,7 +123,7 @@ def test_sampling_is_that_of_generate_for_the_same_seed():
     assert again["text"] == unseeded["text"]
 
 
-def test_a_fall_back_is_said(tmp_path):
+def test_a_fallback_is_reported(tmp_path):
     for file in (EXAMPLE / "forced").iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((EXAMPLE / "forced" / "generation_config.json").read_text(encoding="utf-8"))
@@ -171,7 +173,7 @@ def test_a_misspelt_option_is_named_with_the_nearest(tmp_path):
     assert (result.exit_code, "did you mean 'temperature'" in result.output) == (2, True)
 
 
-def test_a_prompt_that_is_no_text_and_a_model_without_a_template(tmp_path):
+def test_binary_prompts_and_models_without_a_template_are_refused(tmp_path):
     (tmp_path / "prompt.bin").write_bytes(b"\xff\xfe\x00")
     result = run(app, ["generate", "--model", FORCED, "--file", str(tmp_path / "prompt.bin")])
     assert (result.exit_code, "is not UTF-8 text" in result.stderr) == (2, True)
@@ -188,7 +190,7 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     assert (result.exit_code, "jacobi-hf generate: interrupted" in result.stderr) == (130, True)
 
 
-def test_sampling_follows_the_model_unless_told():
+def test_sampling_follows_the_model_by_default():
     class Model:
         class generation_config:  # noqa: N801
             do_sample = True

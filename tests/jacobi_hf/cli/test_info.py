@@ -1,3 +1,5 @@
+"""The verb `info`: the environment, and how a model would decode."""
+
 from __future__ import annotations
 
 import json
@@ -39,7 +41,7 @@ def test_what_is_installed():
     assert all(version in text for version in told["versions"].values())
 
 
-def test_a_model_that_runs_is_told_without_its_weights(tmp_path):
+def test_a_model_that_runs_is_described_without_its_weights(tmp_path):
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).symlink_to(EXAMPLE / "forced" / name)
     told = document(str(tmp_path))["model"]
@@ -54,7 +56,7 @@ def test_a_model_that_runs_is_told_without_its_weights(tmp_path):
     assert "decoding      runs" in run(app, ["info", str(tmp_path)]).stdout
 
 
-def test_a_drafter_is_told_if_it_is_for_the_model(tmp_path):
+def test_a_drafter_is_described_if_it_fits_the_model(tmp_path):
     told = document(CHECKPOINT, "--drafter", DRAFTER)["model"]
     assert told["drafter"]["rank"] >= 1
     Qwen3Config(**SIZES, vocab_size=8, head_dim=8).save_pretrained(tmp_path)
@@ -90,7 +92,7 @@ def test_why_a_model_does_not_run(tmp_path, config, generation, decoding, reason
 @pytest.mark.parametrize(
     ("name", "value"), [("prefill_chunk_size", 2), ("use_cache", False), ("guidance_scale", 1.5), (None, None)]
 )
-def test_what_falls_back_is_what_generate_falls_back_for(tmp_path, recwarn, name, value):
+def test_info_and_generate_fall_back_for_the_same_reasons(tmp_path, recwarn, name, value):
     model = tiny_model("qwen3")
     model.config.save_pretrained(tmp_path)
     options = {"decoding": "jacobi", **({name: value} if name else {})}
@@ -104,7 +106,7 @@ def test_what_falls_back_is_what_generate_falls_back_for(tmp_path, recwarn, name
     assert fell_back == (name is not None)
 
 
-def test_classes_that_are_not_registered_and_such_that_cannot_be(tmp_path):
+def test_classes_that_are_not_registered_or_cannot_be(tmp_path):
     LlamaConfig(**SIZES, vocab_size=8).save_pretrained(tmp_path / "llama")
     told = document(str(tmp_path / "llama"))["model"]
     assert (told["decoding"], told["is_registered"]) == ("runs", False)
@@ -130,7 +132,7 @@ def test_errors_are_one_line(arguments, message):
     assert message in line
 
 
-def test_what_is_no_causal_language_model_is_named(tmp_path):
+def test_other_models_than_causal_language_models_are_refused(tmp_path):
     T5Config().save_pretrained(tmp_path)
     result = run(app, ["info", str(tmp_path)])
     assert (result.exit_code, "its model_type is 't5'" in result.stderr) == (2, True)
@@ -138,7 +140,7 @@ def test_what_is_no_causal_language_model_is_named(tmp_path):
     assert run(app, ["info", str(tmp_path)]).exit_code == 2
 
 
-def test_what_an_extra_lacks_is_named(monkeypatch):
+def test_packages_that_an_extra_lacks_are_named(monkeypatch):
     def version(name):
         if name in ("fastapi", "gradio"):
             raise metadata.PackageNotFoundError(name)

@@ -1,4 +1,4 @@
-"""Models that are none, and broken ones: each verb says so in one line, before work starts."""
+"""Missing and broken models: each verb refuses them in one line, before work starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECKPOINT, DRAFTER = (str(EXAMPLE / name) for name in ("checkpoint", "drafter")
 
 
 def changed(folder, **fields):
-    """The checkpoint's folder, its config changed."""
+    """A copy of the checkpoint with a changed config."""
     shutil.copytree(CHECKPOINT, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
@@ -32,7 +32,7 @@ def without_tokenizer(folder):
 
 
 def verbs(model, tmp_path):
-    """Each verb that takes a model, with all else that it needs."""
+    """The command line of each verb that takes a model."""
     prompts, out = str(EXAMPLE / "newcomer.jsonl"), str(tmp_path / "out")
     return [
         ["info", model],
@@ -54,7 +54,7 @@ def said_by(arguments):
     return line.removeprefix(f"jacobi-hf {arguments[0]}: ")
 
 
-def test_what_is_no_model_is_said_by_every_verb(tmp_path):
+def test_every_verb_refuses_a_path_that_holds_no_model(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for name, message in [
@@ -70,7 +70,7 @@ def test_what_is_no_model_is_said_by_every_verb(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
-def test_a_drafter_is_no_model():
+def test_a_drafter_is_refused_as_a_model():
     assert said_by(["generate", "--model", DRAFTER, "hi"]) == (
         f"{DRAFTER} is a drafter: name the model that it is for, and this folder with --drafter."
     )
@@ -122,7 +122,7 @@ def test_texts_that_are_longer_than_the_model_are_refused(verb):
     )
 
 
-def test_an_empty_decoding_is_no_decoder():
+def test_a_decoder_without_jacobi_decoding_is_refused():
     with pytest.raises(ValueError, match="decodes ordinarily"):
         check_decoder("mine", {"decoding": None})
 

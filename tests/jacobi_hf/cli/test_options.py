@@ -1,4 +1,4 @@
-"""What verbs share: how they end, and what they ask of folders and packages."""
+"""How verbs end, and their checks of folders and packages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_bad_input_is_one_line_and_exit_code_2(error, capsys):
     assert capsys.readouterr() == ("", f"jacobi-hf verb: {' '.join(str(error).split())}\n")
 
 
-def test_what_is_no_bad_input_is_one_line_too_and_exit_code_1(capsys):
+def test_other_errors_are_one_line_and_exit_code_1(capsys):
     with pytest.raises(typer.Exit) as ended, errors_in_one_line("verb"):
         raise RuntimeError("out of memory\nof the device")
     assert ended.value.exit_code == 1
@@ -51,7 +51,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize(("verb", "option", "message"), RECIPES)
-def test_what_is_wrong_in_a_recipe_is_one_line(verb, option, message, tmp_path):
+def test_faults_of_a_recipe_are_one_line(verb, option, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"{verb}:\n  {option}\n", encoding="utf-8")
     result = run(app, [verb, "--config", str(tmp_path / "recipe.yaml")])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -104,7 +104,7 @@ def test_an_interruption_says_what_is_kept_at_that_moment(capsys):
     assert capsys.readouterr().err == "jacobi-hf verb: interrupted; nothing is kept.\n"
 
 
-def test_folders_are_looked_at_and_not_made(tmp_path, monkeypatch):
+def test_folders_are_checked_and_not_created(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     check_folder(tmp_path / "new" / "deep")
     for path in (tmp_path / "file", tmp_path / "file" / "deep"):
@@ -116,7 +116,7 @@ def test_folders_are_looked_at_and_not_made(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_packages_that_are_missing_are_named_with_their_extra():
+def test_missing_packages_are_named_with_their_extra():
     need("train", "json", "typer")
     with pytest.raises(ValueError, match=r"needs no_such_package: pip install 'jacobi-hf\[train\]'"):
         need("train", "json", "no_such_package")

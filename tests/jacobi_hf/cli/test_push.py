@@ -1,3 +1,5 @@
+"""The verb `push`: what reaches `push_to_hub`, and how its errors end."""
+
 from __future__ import annotations
 
 import json

@@ -73,7 +73,7 @@ def test_a_recipe_and_the_command_line_say_the_same(recipe, words, expected):
     assert read[0] == read[1] == (Everything(**expected),)
 
 
-def test_what_is_empty_is_none_where_it_may_be():
+def test_an_empty_value_is_none_if_the_option_allows_it():
     assert parse((Everything,), {"limit": None}, [], "verb") == (Everything(limit=None),)
     with pytest.raises(ValueError, match="count is empty"):
         parse((Everything,), {"count": None}, [], "verb")
@@ -104,7 +104,7 @@ def test_the_command_line_comes_before_the_recipe(words, tmp_path):
         ({}, ["--rate"], "expected one argument"),
     ],
 )
-def test_what_is_wrong_is_named(section, words, message):
+def test_faults_are_named(section, words, message):
     with pytest.raises(ValueError, match=r"option|value|argument") as raised:
         parse((Everything,), section, words, "verb")
     assert message in str(raised.value)
@@ -151,7 +151,7 @@ def test_the_method_is_read_before_the_other_options(section, words, method):
         ("both", "method='both' must be one of 'finetune', 'drafter'"),
     ],
 )
-def test_methods_that_are_none_are_named(method, message):
+def test_unknown_methods_are_named(method, message):
     refused = invoke(app, ["train", "--method", method])
     assert refused.exit_code == 2
     assert message in refused.stderr
@@ -180,7 +180,7 @@ def test_help_lists_every_option(verb):
         ("{verb}: {{sead: 3}}", "'sead' is no option of {verb}"),
     ],
 )
-def test_recipes_that_are_none(verb, content, message, tmp_path):
+def test_files_that_are_no_recipes_are_refused(verb, content, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     if content is not None:
         path.write_text(content.format(verb=verb))
@@ -191,7 +191,7 @@ def test_recipes_that_are_none(verb, content, message, tmp_path):
     assert message.format(verb=verb) in refused.stderr
 
 
-def test_the_traceback_is_there_for_who_asks(tmp_path):
+def test_a_traceback_is_printed_on_request(tmp_path):
     words = ["pack", "--config", str(tmp_path / "none.yaml")]
     assert "Traceback" not in invoke(app, words).stderr
     shown = invoke(app, ["--traceback", *words])
@@ -254,7 +254,7 @@ def test_fields_of_each_role(section, words, expected):
         ({}, ["--share=-1"], "share=-1.0 must be at least 0"),
     ],
 )
-def test_what_is_wrong_with_a_role_is_named(section, words, message):
+def test_faults_of_fields_with_a_role_are_named(section, words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         roles(section, *words)
 

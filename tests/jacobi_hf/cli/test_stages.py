@@ -93,7 +93,7 @@ def recipe(tmp_path_factory):
     return path
 
 
-def test_what_comes_of_all_stages(recipe):
+def test_all_stages_write_their_results(recipe):
     folder = recipe.parent
     results = Results.read(folder / "results" / "bench.json")
     by_source = {m.prompts.source: m for m in results.measurements}
@@ -201,9 +201,9 @@ def test_an_interrupted_training_goes_on(recipe, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "model" / "final" / "forcing.json").read_text())["steps"] == 2
 
 
-def test_an_interrupted_bench_goes_on_behind_what_it_has(recipe, tmp_path, monkeypatch):
+def test_an_interrupted_bench_goes_on_after_finished_domains(recipe, tmp_path, monkeypatch):
     words = ("bench", "--config", recipe, "--output", tmp_path / "bench.json")
-    bench = importlib.import_module("jacobi_hf.cli.bench")  # by attribute, that is the verb
+    bench = importlib.import_module("jacobi_hf.cli.bench")  # the attribute of the package is the verb
     decoded = bench._decoded
 
     def interrupted(*_):
@@ -214,7 +214,7 @@ def test_an_interrupted_bench_goes_on_behind_what_it_has(recipe, tmp_path, monke
     other = refused(*words, "--max_new_tokens", 5)
     assert "bench.json.unfinished.json was begun under other settings (config.max_new_tokens: " in other
     monkeypatch.setattr(bench, "_decoded", decoded)
-    monkeypatch.setattr(bench, "_solved", interrupted)  # is not asked again
+    monkeypatch.setattr(bench, "_solved", interrupted)  # must not run again
     run(*words)
     assert (
         Results.read(tmp_path / "bench.json").measurements
@@ -273,7 +273,7 @@ def test_a_disk_that_fills_up_ends_training_in_one_line(recipe, tmp_path, larges
     assert "is finished: 1 steps" in run(*words).stdout
 
 
-def test_what_is_missing_or_wrong_is_named_before_any_work(tmp_path, monkeypatch):
+def test_faults_are_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.json").write_text(json.dumps({"prompts": {"code": ["def f():"]}}))
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
@@ -354,7 +354,7 @@ def test_launchers_start_it_as_a_module(tmp_path):
     assert failed.stderr.splitlines()[-1] == f"jacobi-hf collect: the dataset {tmp_path}/none.jsonl does not exist."
 
 
-def test_paths_of_one_model_are_one(tmp_path):
+def test_different_paths_of_one_model_are_equal(tmp_path):
     (tmp_path / "model").mkdir()
     assert same_model(f"{tmp_path}/model/", str(tmp_path / "." / "model"))
     assert same_model("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B")
