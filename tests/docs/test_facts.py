@@ -57,3 +57,19 @@ def test_every_recipe_is_listed():
 
 def test_every_verb_is_listed():
     assert set(typer.main.get_command(app).commands) <= set(code_spans("docs/cli.md"))
+
+
+def test_the_tree_is_that_of_the_repository():
+    named = {part for span in code_spans("CONTRIBUTING.md") for part in span.split("/")}
+    packages = {path.parent.name for path in (ROOT / "jacobi_hf").glob("*/__init__.py")}
+    assert packages
+    assert packages <= named
+    paths = [span for span in code_spans("CONTRIBUTING.md") if span.startswith(("jacobi_hf/", "tests/", "decoding/"))]
+    assert all((ROOT / path).exists() or (ROOT / "jacobi_hf" / path).exists() for path in paths)
+
+
+def test_the_glossary_names_classes_that_exist():
+    names = {span for span in code_spans("docs/glossary.md") if re.fullmatch(r"([A-Z][a-z]+){2,}", span)}
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "jacobi_hf").rglob("*.py"))
+    assert len(names) > 5
+    assert not [name for name in names if f"class {name}" not in code]
