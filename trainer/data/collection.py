@@ -83,7 +83,7 @@ class CollectConfig:
     chat_template: str | None = option(None, "File with a chat template.")
     chat_template_options: str | None = option(None, "Arguments of the template, as JSON.")
     limit: int | None = option(None, "Rows of the dataset to take.")
-    random_start: bool = option(False, "Blocks begin behind a random number of the answer's tokens.")
+    random_start: bool = option(False, "Blocks begin after a random number of the answer's tokens.")
     batch_size: int = option(32, "Prompts per batch.")
     shard_size: int = option(512, "Prompts per shard.")
     do_sample: bool = option(False, "Sample the answers.")
