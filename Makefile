@@ -38,11 +38,8 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy knows no package-dir: it gets a tree in which jacobi_hf.trainer lies where it imports from.
 types: $(TOOLS)
-	rm -rf build/types && mkdir -p build/types
-	cp -r jacobi_hf build/types/jacobi_hf && cp -r trainer build/types/jacobi_hf/trainer && cp -r hub_cards build/types/jacobi_hf/hub_cards
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+	$(BIN)/mypy
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: where the packages are, which pages lie outside of `docs`, what becomes of links that leave `docs`."""
+"""Hooks of mkdocs: the source that mkdocstrings reads, pages outside of `docs`, and links that leave `docs`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"jacobi_hf": "jacobi_hf", "trainer": "jacobi_hf/trainer", "hub_cards": "jacobi_hf/hub_cards"}
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-KNOB = re.compile(
-    r"= _knob\(\s*([\d.]+),.*?\)$", re.DOTALL | re.MULTILINE
-)  # a default is shown as the number that it is
-ARGUMENT = re.compile(r"^( {8})([a-z_, ]+): ", re.MULTILINE)  # in groups, which are shown as lists
+# The default of a knob, which is shown as a number.
+KNOB = re.compile(r"= _knob\(\s*([\d.]+),.*?\)$", re.DOTALL | re.MULTILINE)
+# A parameter in a group of parameters, which is shown as an item of a list.
+ARGUMENT = re.compile(r"^( {8})([a-z_, ]+): ", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)([^)]*)\)")
 
 
 def on_startup(**_: Any) -> None:
-    """Copy the packages to the places that they have when installed, for mkdocstrings to read."""
-    target = ROOT / "build" / "docs"
-    shutil.rmtree(target, ignore_errors=True)
-    for source, name in PACKAGES.items():
-        shutil.copytree(ROOT / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    config = target / "jacobi_hf" / "config.py"
+    """Copy the package for mkdocstrings, because defaults and parameters are rewritten for the reader."""
+    target = ROOT / "build" / "docs" / "jacobi_hf"
+    shutil.rmtree(target.parent, ignore_errors=True)
+    shutil.copytree(ROOT / "jacobi_hf", target, ignore=shutil.ignore_patterns("__pycache__"))
+    config = target / "config.py"
     config.write_text(KNOB.sub(r"= \1", config.read_text(encoding="utf-8")), encoding="utf-8")
     for method in ("forcing", "drafter"):
-        arguments = target / "jacobi_hf" / "trainer" / method / "config.py"
+        arguments = target / "trainer" / method / "config.py"
         # The module's docstring comes first, then that of the class.
         *opening, docstring, rest = arguments.read_text(encoding="utf-8").split('"""', 4)
         arguments.write_text('"""'.join([*opening, ARGUMENT.sub(r"\1- **\2**: ", docstring), rest]), encoding="utf-8")

@@ -46,10 +46,5 @@ __all__ = [
     "unregister",
 ]
 
-# trainer and hub_cards lie beside this package in a checkout and inside it when installed; both import as jacobi_hf.*.
-_package = _Path(__file__).resolve().parent
-if not (_package / "trainer").is_dir() and (_package.parent / "trainer" / "__init__.py").is_file():
-    __path__.append(str(_package.parent))
-
 if not _LISTS_VERBS:
     register_defaults()

@@ -48,9 +48,9 @@ def built(tmp_path_factory) -> Built:
     ).stdout
     folder = tmp_path_factory.mktemp("dist")
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() or (ROOT / name).is_symlink():
             (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / "tree" / name)
+            shutil.copy(ROOT / name, folder / "tree" / name, follow_symlinks=False)
     for options in (["--outdir", folder / "dist"], ["--wheel", "--outdir", folder / "direct"]):
         done = _run(sys.executable, "-m", "build", "--no-isolation", *options, "tree", cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr

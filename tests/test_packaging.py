@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -36,7 +38,25 @@ def test_the_trainer_is_one_module_wherever_one_stands(folder):
         "print(t.__file__)"
     )
     found = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
-    assert Path(found.stdout.strip()) == ROOT / "trainer" / "__init__.py"
+    assert Path(found.stdout.strip()).resolve() == ROOT / "trainer" / "__init__.py"
+
+
+@pytest.mark.parametrize("package", ["trainer", "hub_cards"])
+def test_packages_beside_jacobi_hf_are_linked_into_it(package):
+    link = ROOT / "jacobi_hf" / package
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / package
+
+
+def test_a_checkout_that_is_not_installed_imports_all_of_itself(tmp_path):
+    """PYTHONPATH names the checkout, as for a git worktree beside the installed one."""
+    for name in ("jacobi_hf", "trainer", "hub_cards"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    program = "import jacobi_hf, jacobi_hf.trainer as t, jacobi_hf.hub_cards as h; print(t.__file__, h.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert all(Path(file).is_relative_to(tmp_path) for file in found.stdout.split())
 
 
 def test_public_names_of_the_trainer_exist_and_have_docstrings():
