@@ -4,8 +4,8 @@ test_trainer.py calls `train` itself, and runs this file once on two gloo proces
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/helpers/distributed.py FOLDER
 
-`plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard` (accelerate shards on accelerators only)
-and goes through `compute_loss` and SGD step by step. `drafter` trains a drafter.
+`plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard`, since accelerate shards on accelerators
+only, and makes each step with `compute_loss` and SGD. `drafter` trains a drafter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DRAFTER = {
 
 
 def train(way: str, folder: Path) -> dict:
-    """Return the weights after five steps with four rows each, shared by all processes, and whether they were sharded."""
+    """Return the weights after five steps of four rows, over all processes, and whether they were sharded."""
     batch = ROWS_PER_STEP // (dist.get_world_size() if dist.is_initialized() else 1)
     # Chunks of ten rows, each with a backward of its own through the sharded head.
     options = {"kl_loss_weight": 2.0, "loss_chunk_numbers": 10 * VOCAB}
@@ -60,7 +60,7 @@ def train(way: str, folder: Path) -> dict:
     parameters = list(trainer.model.parameters())
     sharded = any(hasattr(p, "full_tensor") for p in parameters)
     weights = torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in parameters])
-    return {"weights": weights, "processes": args.world_size, "sharded": sharded}
+    return {"weights": weights, "processes": trainer.args.world_size, "sharded": sharded}
 
 
 def step_by_step(trainer: JacobiForcingTrainer) -> None:

@@ -59,8 +59,8 @@ class JacobiForcingConfig(BaseConfig):
         remove_unused_columns: must stay False, because the collator reads the raw columns.
 
     Parameters that control decoding:
-        decoding: saved in the checkpoint's generation config and used by evaluations: `"jacobi_multiblock"`, `"jacobi"`,
-            or None, with which the generation config stays as it was and evaluations decode nothing.
+        decoding: `"jacobi_multiblock"` or `"jacobi"`, saved in the checkpoint's generation config and used by
+            evaluations. With None the generation config stays as it was, and evaluations decode nothing.
         jacobi_block_size, jacobi_max_blocks, jacobi_activation_ratio, jacobi_pool_size, jacobi_lookup_tokens: knobs of
             that decoding. `jacobi_block_size=None` takes `block_size`.
         eval_max_new_tokens: new tokens of each prompt that an evaluation decodes.
