@@ -21,7 +21,7 @@ LONGEST_VALUE = 80  # characters of a setting in an error
 
 
 class ResumeError(ValueError):
-    """The file of some unfinished work belongs to other settings, is damaged, or is no such file."""
+    """A file of unfinished work that belongs to other settings, is damaged, or that `Progress` did not write."""
 
 
 class Progress:
@@ -34,7 +34,7 @@ class Progress:
     Args:
         file: the file; its folder is created when the file is written.
         settings: everything that determines the parts, as plain JSON values.
-        place: what errors call the work: the file, if not given. It is what a user deletes to start again.
+        place: name of the work in errors, which a user deletes to start again; by default the file.
         option: name of the option that chooses the place, for errors.
         parts_key: key of the parts in a `.json` file.
         renamed: new names of settings that a file of an earlier version has under their former names.
