@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, anchors, links
+from tests.docs.pages import PAGES, ROOT, anchors, code_spans, links
 
 
 def broken(page):
@@ -30,6 +30,16 @@ def broken(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     assert not list(broken(page))
+
+
+FILE = re.compile(r"(jacobi_hf|trainer|hub_cards|tests|examples|docs|\.github)/[\w./-]+\.\w+")
+OF_THE_PAST = ("CHANGELOG.md", "docs/results/", "examples/tiny_qwen3/cards/")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith(OF_THE_PAST)])
+def test_files_that_a_page_names_exist(page):
+    named = [span for span in code_spans(page) if FILE.fullmatch(span)]
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_broken_links_are_found(tmp_path, monkeypatch):
