@@ -25,9 +25,9 @@ class Block:
     """A fenced block of a page.
 
     Attributes:
-        line: of its first line of code.
-        excuse: why it is not run here, as a comment `<!-- not run here: REASON -->` before it says.
-        prints: what the page says that it prints: the block behind it, with a comment `<!-- what it prints -->` before.
+        line: number of its first line of code.
+        excuse: why it is not run here, from a comment `<!-- not run here: REASON -->` before it.
+        prints: what the page says that it prints: the block after it, if a comment `<!-- what it prints -->` stands between.
     """
 
     page: str
@@ -63,7 +63,7 @@ def blocks(page: str, language: str) -> list[Block]:
 
 
 def links(page: str) -> list[str]:
-    """Where links and images of a page lead to."""
+    """Return the targets of the links and images of a page."""
     inline = [child for token in tokens(page) for child in token.children or []]
     return [str(t.attrs.get("href") or t.attrs.get("src")) for t in inline if t.type in ("link_open", "image")]
 
@@ -73,7 +73,7 @@ def code_spans(page: str) -> list[str]:
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub gives the headings of a page."""
     everything, found = tokens(page), []
     for opening, inline in itertools.pairwise(everything):
         if opening.type == "heading_open":

@@ -1,4 +1,4 @@
-"""What pages say beside the code is what the code says: numbers, defaults, recipes, verbs."""
+"""Facts in the text of the pages are those of the code: numbers, defaults, recipes, verbs, classes, files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUOTING = [page for page in PAGES if MARK in (ROOT / page).read_text(encoding="u
 
 
 def strangers(table, results):
-    """Decimal numbers of a table that are in no row of the results."""
+    """Return the decimal numbers of a table that are in no row of the results."""
     text = re.sub(r"\]\([^)]*\)", "]", table)
     return set(NUMBER.findall(text)) - set(NUMBER.findall(results))
 

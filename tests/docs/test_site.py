@@ -1,4 +1,4 @@
-"""The site builds without a warning, and asks nobody else for anything."""
+"""The site builds without a warning, and fetches nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 
 def test_lists_and_tables_are_those_of_github(site):
-    """mkdocs wants a blank line before a list or a table, where GitHub does not."""
+    """mkdocs needs a blank line before a list or a table; GitHub does not."""
     for source in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "results").glob("*.md")]:
         page = source.relative_to(ROOT).as_posix()
         html = (site / source.relative_to(ROOT / "docs").with_suffix(".html")).read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+|.*\.\.\.")
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder in which the examples lie and somebody may write."""
+    """A new folder with the examples in it."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     # What docs/developer.md adds goes away with the page.
@@ -73,7 +73,7 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reader(workplace):
-    """What a reader has."""
+    """Return the names that a reader has."""
     tokenizer, model = AutoTokenizer.from_pretrained(CHECKPOINT), AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     prompts = ["def add(a, b):", "Question: What is 17 + 25?\n"]
     inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
@@ -82,7 +82,7 @@ def reader(workplace):
 
 @contextlib.contextmanager
 def served(model, tokenizer):
-    """A server of the model in a thread, and its address."""
+    """Run a server of the model in a thread, and return its address."""
     make_default(model, JacobiConfig())
     with listener("127.0.0.1", 0) as at:
         server = Server(build_app(model, tokenizer, CHECKPOINT))
@@ -129,7 +129,7 @@ def test_few_blocks_are_excused():
 
 
 def commands(code):
-    """The commands of a block of shell, as lists of words."""
+    """Return the commands of a block of shell, as lists of words."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for ends, command in itertools.groupby(words, lambda word: word in ("&&", "|", "||", ";")):
@@ -139,7 +139,7 @@ def commands(code):
 
 
 def fault_of(words):
-    """What is wrong with a command, or None."""
+    """Return what is wrong with a command, or None."""
     program, *rest = words
     if program == "jacobi-hf":
         return fault_of_verb(rest)
@@ -162,7 +162,7 @@ def fault_of(words):
 
 
 def fault_of_launch(rest):
-    """`accelerate launch -m jacobi_hf.cli VERB ...` and `torchrun ... SCRIPT ...`."""
+    """Return what is wrong with `accelerate launch -m jacobi_hf.cli VERB ...` or `torchrun ... SCRIPT ...`, or None."""
     if "jacobi_hf.cli" in rest:
         return fault_of_verb(rest[rest.index("jacobi_hf.cli") + 1 :])
     script = next((number for number, word in enumerate(rest) if word.endswith(".py")), None)
@@ -228,7 +228,7 @@ def help_of_script(script, *subcommand):
 
 
 def shown(call):
-    """What a call prints before it ends or exits."""
+    """Return what a call prints before it ends or exits."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit, typer.Exit):
         call()
     return output.getvalue()

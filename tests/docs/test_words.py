@@ -34,7 +34,7 @@ CONVERTS = ("jacobi_hf/results/training.py", "trainer/run.py", "trainer/options.
 
 
 def texts():
-    """The path and the text of every file that the words bind."""
+    """Yield path and text of every file that is checked."""
     places = ("jacobi_hf", "trainer", "hub_cards", "docs", "examples")
     paths = [path for place in places for path in (ROOT / place).rglob("*") if path.suffix in SUFFIXES]
     for path in [*paths, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
@@ -44,7 +44,7 @@ def texts():
 
 
 def found(pattern, text):
-    """The lines of a text that hold a pattern, with their numbers."""
+    """Return the lines of a text that match a pattern, with their numbers."""
     return [
         f"{number}: {line.strip()[:100]}"
         for number, line in enumerate(text.splitlines(), 1)
