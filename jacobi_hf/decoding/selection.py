@@ -136,7 +136,7 @@ class Selector:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What one call's selection has different from another's, but for values that are held."""
+        """Cache key: what must be equal for two calls to run the same compiled step, apart from stored values."""
         processors = tuple(
             (type(p), *((name, repr(value)) for name, value in vars(p).items() if name not in (*VALUES, *OF_PROMPTS)))
             for p in self.processors

@@ -161,7 +161,7 @@ def unload_drafter(model: PreTrainedModel, name: str | None = None) -> None:
     drafters = _drafters_with(model, name)
     names = list(drafters.by_name) if name is None else [name]
     if busy := [one for one in names if drafters.by_name[one].is_attached(model)]:
-        raise DrafterError(f"a call of generate is drafting with {busy[0]!r}: unload it when that has ended.")
+        raise DrafterError(f"a call of generate is drafting with {busy[0]!r}: unload it when the call has ended.")
     for one in names:
         del drafters.by_name[one]
         if drafters.active == one:

@@ -210,10 +210,10 @@ class LoraDrafter(torch.nn.Module):
         return detach
 
     def is_attached(self, model: Any) -> bool:
-        """Return whether a call is drafting with it on this model."""
+        """Return whether a call on this model is drafting with this drafter."""
         return self._hooked.is_made(model)
 
-    def shown(self, token_BQ: torch.Tensor, draft_slots: int) -> torch.Tensor:
+    def replace_drafts(self, token_BQ: torch.Tensor, draft_slots: int) -> torch.Tensor:
         """Return the ids of a forward; `constant_draft`, if there is one, replaces the last `draft_slots` ids."""
         constant = self.config.constant_draft
         if constant is None:
@@ -263,7 +263,7 @@ class LoraDrafter(torch.nn.Module):
             if self._gate.first is None:
                 return None
             token_BQ, *rest = args
-            return (self.shown(token_BQ, self._gate.slots - self._gate.first), *rest)
+            return (self.replace_drafts(token_BQ, self._gate.slots - self._gate.first), *rest)
 
         show_constant.is_drafters = True  # type: ignore[attr-defined]
         return show_constant

@@ -155,7 +155,7 @@ class ModelWithDrafter(torch.nn.Module):
         slots = count * width
         columns = text.ids_BL.shape[1]
         last = self.base.config.get_text_config(decoder=True).max_position_embeddings - 1
-        draft_BQ = self.drafter.shown(windows.draft_BMW.view(rows, slots), slots)
+        draft_BQ = self.drafter.replace_drafts(windows.draft_BMW.view(rows, slots), slots)
         with self.drafter.attached(self.base), self.drafter.drafting(0, slots, rows):
             return self.base(
                 input_ids=draft_BQ,
