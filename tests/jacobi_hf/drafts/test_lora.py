@@ -92,7 +92,8 @@ def test_no_drafter_changes_a_verified_slot(kind, attention):
     broken = random_drafter(model, 1)
     with torch.no_grad():
         broken.embedding.fill_(float("nan"))
-    clean, noisy = [], []
+    verified = []
+    drafted = []
     for drafter in (
         LoraDrafter.new(model, r=4).requires_grad_(requires_grad=False),
         random_drafter(model, 1),
@@ -106,12 +107,12 @@ def test_no_drafter_changes_a_verified_slot(kind, attention):
             forward(ForwardInputs(prompt, cache.columns(8, 0), torch.arange(16).view(2, 8) % VOCAB))
             cache.commit(torch.tensor([8, 5]))
             logits_BQV = forward(ForwardInputs(layout, cache.columns(layout.slots, 8), token_BQ)).logits_BQV
-        clean.append(logits_BQV[:, : -layout.draft_slots])
-        noisy.append(logits_BQV[:, -layout.draft_slots :])
-    assert all(torch.equal(clean[0], other) for other in clean[1:])
-    assert bool(clean[0].isfinite().all())
-    assert not torch.equal(noisy[0], noisy[1])
-    assert bool((noisy[3] == 0).all())  # NaN throughout, made finite so that no processor trips over it
+        verified.append(logits_BQV[:, : -layout.draft_slots])
+        drafted.append(logits_BQV[:, -layout.draft_slots :])
+    assert all(torch.equal(verified[0], other) for other in verified[1:])
+    assert bool(verified[0].isfinite().all())
+    assert not torch.equal(drafted[0], drafted[1])
+    assert bool((drafted[3] == 0).all())  # NaN is made finite, so that no processor fails on it
 
 
 def test_the_gate_leaves_other_rows_bit_identical():
