@@ -8,18 +8,20 @@ Shapes: B rows, Q slots of a forward, V vocabulary, P prompt columns.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from jacobi_hf.decoding.layout import build_layout, chain_layout
+from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.one_by_one import OneByOne
+from jacobi_hf.decoding.prefill import prompt_forward, read_prompt_parts
+from jacobi_hf.decoding.report import LaunchedStep, StepReport, copy_of
 from jacobi_hf.decoding.selection import check_samples
-from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, StepShape, advance, finish_step
+from jacobi_hf.decoding.shapes import ShapeChooser
+from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, advance, finish_step
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.streaming import candidates_of
 
@@ -31,74 +33,10 @@ if TYPE_CHECKING:
     from jacobi_hf.decoding.prompt import Prompt
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
-    from jacobi_hf.decoding.step import Acceptance, Forward
+    from jacobi_hf.decoding.step import Acceptance, Forward, StepShape
     from jacobi_hf.decoding.stopping import Scores, StoppingRules
     from jacobi_hf.execution.base import Execution
     from jacobi_hf.streaming import Candidate
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the host knows after a step, from one copy off the device. Every list has one entry for each row.
-
-    Attributes:
-        generated: new tokens.
-        widths: valid guesses of the backbone for the next step.
-        ended: whether the last token ends the row.
-        best: the segment that won.
-        accepted: guesses accepted in the backbone.
-        branches: for each branch of the next step, its valid tokens.
-    """
-
-    generated: list[int]
-    widths: list[int]
-    ended: list[bool]
-    best: list[int]
-    accepted: list[int]
-    branches: list[list[int]]
-
-
-class VerifyWidth:
-    """How many guesses are verified at a time where the backbone has draft slots of its own.
-
-    A fixed number if the config gives one. Otherwise twice the recent average of accepted guesses plus two, which begins
-    with half the window.
-    """
-
-    def __init__(self, config: JacobiConfig) -> None:
-        self._fixed = config.jacobi_verify_width
-        self._window = config.window_width
-        self._accepted = max(0.0, self._window / 4 - 1)
-
-    @property
-    def width(self) -> int:
-        """Guesses to verify in the next step."""
-        return self._fixed or min(self._window, math.ceil(2 * self._accepted) + 2)
-
-    def note(self, accepted: int) -> None:
-        """Take in how many guesses a row accepted in a step."""
-        self._accepted += 0.2 * (accepted - self._accepted)
-
-
-@dataclass(frozen=True)
-class LaunchedStep:
-    """A step that the device was given and whose report the host has not read.
-
-    Attributes:
-        names: the source of each of its segments; empty for the prefill.
-        slots: slots of its forward.
-        tokens: the most tokens that it adds to a row.
-        verified: the most guesses of the backbone that it verifies.
-        report: waits for the step and returns `DecodingState.report_N` as it was after the step.
-        candidates: what it verifies, if a streamer follows the steps.
-    """
-
-    names: list[str]
-    slots: int
-    tokens: int
-    verified: int
-    report: Callable[[], torch.Tensor]
-    candidates: tuple[Candidate, ...] = ()
 
 
 class Decoder:
@@ -138,7 +76,6 @@ class Decoder:
         rows = len(state.generated_B)
         self._forward = forward
         self._state = state
-        self._sources = state.sources
         self._cache = state.cache
         self._selector = selector
         self._stopping = stopping
@@ -148,15 +85,13 @@ class Decoder:
         wants_tokens_alone = selector.is_vectorised and scores is None and logits is None
         self._execution = execution
         self._one_by_one = OneByOne(state, selector, stopping, scores, logits)
-        self._verify_width = VerifyWidth(config)
+        self._shapes = ShapeChooser(state.sources, config, stopping.limit)
         self._text_start = int(state.start_B.max())
         device_is_async = self._cache.lengths_B.device.type in self.LAGS_ON
         self._lag = int(wants_tokens_alone and not stopping.is_one_by_one and device_is_async)
         self._launched: deque[LaunchedStep] = deque()
         self._running = [True] * rows
-        nothing = [0] * rows
-        branches = [nothing] * len(self._sources.branch_names)
-        self._last = StepReport(nothing, nothing, [False] * rows, nothing, nothing, branches)
+        self._last = StepReport.before_the_prefill(rows, len(state.sources.branch_names))
         self.stats = JacobiStats(new_tokens=[0] * rows, row_forwards=[0] * rows)
         # For each row and step: the row, its tokens before and after, the source that won, and accepted guesses. They are
         # counted at the end, because a criterion may end a row within the tokens of an earlier step.
@@ -204,61 +139,16 @@ class Decoder:
 
     def _prefill(self, prompt: Prompt) -> None:
         """Run the model over the prompt and choose the first token."""
-        output, features = self._prompt_forward(prompt)
+        output, features = prompt_forward(self._forward, self._state, prompt, self.PREFILL_SLOTS)
         self._cache.lengths_B -= 1  # the last prompt token counts as pending
         self._base = self._cache.lengths_B.tolist()
         self._vocab_size = output.logits_BQV.shape[-1]
         nothing_B1 = torch.zeros_like(prompt.length_B)[:, None]
         inputs = StepInputs(build_layout((0,), prompt.length_B.device), nothing_B1, nothing_B1)
         self._finish(inputs, output)
-        self._read_prompt(prompt, features)
+        read_prompt_parts(self._state, prompt, features)
         self._launch([], 0, 1, 0)
         self._read_reports(waiting=0)
-
-    def _prompt_forward(self, prompt: Prompt) -> tuple[ForwardOutput, list[torch.Tensor]]:
-        """Return logits and features of each row's last prompt token, and the features of the whole prompt by parts.
-
-        A prompt that needs a mask goes in by parts, because a mask has as many rows as columns.
-        """
-        last_B1 = prompt.length_B[:, None] - 1
-        columns = prompt.inputs.shape[1]
-        cached = int(self._cache.lengths_B.max())
-        size = self.PREFILL_SLOTS if self._forward.needs_mask(columns, without_past=not cached) else columns
-        kept: torch.Tensor | None = None
-        features = []
-        for first in range(0, columns, size):
-            part = slice(first, first + size)
-            slots = prompt.inputs[:, part].shape[1]
-            layout = chain_layout(slots, last_B1.device, without_past=not cached and not first)
-            place_B1 = last_B1 - first
-            output = self._forward(
-                ForwardInputs(
-                    layout,
-                    self._cache.columns(slots, cached + first),
-                    None if prompt.ids_BP is None else prompt.ids_BP[:, part],
-                    None if prompt.embeds_BPH is None else prompt.embeds_BPH[:, part],
-                    place_B1.clamp(0, slots - 1),
-                )
-            )
-            logits_B1V = output.logits_BQV
-            kept = logits_B1V if kept is None else torch.where(place_B1[..., None] < 0, kept, logits_B1V)
-            if output.features_BQF is not None:
-                features.append(output.features_BQF)
-            self._cache.commit((place_B1[:, 0] + 1).clamp(0, slots))
-        assert kept is not None
-        return ForwardOutput(kept), features
-
-    def _read_prompt(self, prompt: Prompt, features: list[torch.Tensor]) -> None:
-        """Hand the prompt to the sources, part by part, with the token after each of its tokens."""
-        if prompt.ids_BP is None:  # embeddings have no ids
-            return
-        next_BP = prompt.ids_BP.roll(-1, 1).scatter(1, prompt.length_B[:, None] - 1, self._state.pending_B1)
-        parts = next_BP.split([part.shape[1] for part in features], 1) if features else [next_BP]
-        place_B = self._state.start_B - prompt.length_B
-        for number, part_BP in enumerate(parts):
-            for source in self._sources.all:
-                source.read_prompt(place_B, part_BP, features[number] if features else None)
-            place_B = place_B + part_BP.shape[1]
 
     def _idle_forward(self) -> None:
         """Run a forward of one slot whose outcome is not used, for peers that wait for one."""
@@ -269,46 +159,15 @@ class Decoder:
     def _decode(self) -> None:
         """Launch a step, and read the report of the one before if the host lags, else its own."""
         state = self._state
-        shape = self._execution.shape(self._greatest_shape() if self._lag else self._smallest_shape())
+        shapes = self._shapes
+        wanted = shapes.greatest() if self._lag else shapes.smallest(self._last, self._active_rows())
+        shape = self._execution.shape(wanted)
         layout = shape.layout(self._cache.lengths_B.device)
-        names = [self._backbone_name]
-        names += [name for name, used in zip(self._sources.branch_names, shape.branches, strict=True) if used]
+        names = shapes.names(shape)
         candidates = candidates_of(state.inputs(shape, layout), names) if self._stopping.has_step_streamer else ()
         self._step(shape, layout)
         self._launch(names, layout.slots, layout.offset_D.shape[0], shape.backbone, candidates)
         self._read_reports(waiting=self._lag)
-
-    @property
-    def _backbone_name(self) -> str:
-        backbone = self._sources.backbone
-        return "" if backbone is None else backbone.name
-
-    def _smallest_shape(self) -> StepShape:
-        """Return the shape that some active row uses to the full."""
-        report = self._last
-        active = self._active_rows()
-        starts = self._sources.branch_starts
-        used = tuple(
-            max(0, max(lengths[row] for row in active) - start)
-            for lengths, start in zip(report.branches, starts, strict=True)
-        )
-        return self._shape(max(report.widths[row] for row in active), used)
-
-    def _greatest_shape(self) -> StepShape:
-        """Return the shape that holds all that any row may use."""
-        limit = self._stopping.limit
-        branches = tuple(min(limit, length) for length in self._sources.branch_lengths)
-        return self._shape(min(limit, self._sources.width), branches)
-
-    def _shape(self, backbone: int, branches: tuple[int, ...]) -> StepShape:
-        """Return the shape of a step with so many guesses; with draft slots, fewer of them may be verified."""
-        starts = self._sources.branch_starts
-        branches = tuple(used if start <= backbone else 0 for start, used in zip(starts, branches, strict=True))
-        if not self._sources.draft_slots:
-            return StepShape(backbone, branches, starts=starts)
-        followed = max((start for start, used in zip(starts, branches, strict=True) if used), default=0)
-        verified = min(backbone, max(self._verify_width.width, followed))
-        return StepShape(verified, branches, backbone, starts)
 
     def _active_rows(self) -> list[int]:
         """Return the rows that the next step moves on: those that have not ended, and all rows if finished ones go on."""
@@ -408,12 +267,8 @@ class Decoder:
     def _read(self, launched: LaunchedStep) -> None:
         """Read one step's report: update criteria, streamer, statistics, and what the next step needs."""
         before = self._last
-        numbers = launched.report().tolist()
-        rows = len(self._running)
-        kinds = [numbers[first : first + rows] for first in range(0, len(numbers), rows)]
-        generated, widths, ended, best, accepted, broken, *branches = kinds
-        check_samples(any(broken))
-        report = StepReport(generated, widths, [bool(end) for end in ended], best, accepted, branches)
+        report, is_broken = StepReport.of(launched.report().tolist(), len(self._running))
+        check_samples(is_broken)
         self._last = report
         stopping = self._stopping
         if stopping.is_one_by_one and self._selector.is_vectorised:
@@ -442,7 +297,7 @@ class Decoder:
             stats.drafted += before.widths[row]
             stats.verified += min(before.widths[row], launched.verified)
             stats.accepted += accepted
-            self._verify_width.note(accepted)
+            self._shapes.note(accepted)
 
     def _halt(self, rows: list[int]) -> None:
         """Take back what these rows have after the token at which a criterion ended them; they go on as pads."""
@@ -463,19 +318,3 @@ class Decoder:
         ]
         widths = state.width_B.tolist()
         self._last = replace(report, generated=generated, widths=widths, ended=ended, branches=branches)
-
-
-def copy_of(report_N: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin to copy a report to the host, and return a function that waits for the copy and returns it."""
-    if report_N.device.type != "cuda":
-        copied = report_N.to("cpu", copy=True)
-        return lambda: copied
-    pinned = report_N.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(report_N.device))
-
-    def wait() -> torch.Tensor:
-        arrived.synchronize()
-        return pinned
-
-    return wait

@@ -44,7 +44,8 @@ def choices_after(model: Any, text: list[int], chain: list[int]) -> list[int]:
     """Return the model's next token after the text, and after each guess of the chain."""
     with torch.no_grad():
         logits_1LV = model(torch.tensor([text + chain])).logits
-    return logits_1LV[0, len(text) - 1 :].argmax(-1).tolist()  # type: ignore[no-any-return]
+    choices: list[int] = logits_1LV[0, len(text) - 1 :].argmax(-1).tolist()
+    return choices
 
 
 def accepted_guesses(chain: list[int], choices: list[int]) -> int:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, CompileConfig
 import jacobi_hf
 from jacobi_hf.decoding.cache import BOUND, JacobiStaticCache
 from jacobi_hf.decoding.layout import build_layout
-from jacobi_hf.decoding.loop import Decoder, VerifyWidth
+from jacobi_hf.decoding.loop import Decoder
+from jacobi_hf.decoding.shapes import VerifyWidth
 from jacobi_hf.decoding.step import ForwardInputs
 from jacobi_hf.drafts.loading import attach, drafter_of, using
 from jacobi_hf.drafts.lora import LoraDrafter
