@@ -111,7 +111,7 @@ def timed_steps(
         synchronize(device)
         started = time.perf_counter()
         execution.run(
-            state, forward, selector, StepShape(width - 1, ()), layout, key_column_K, context + 1, some_over=False
+            state, forward, selector, StepShape(width - 1, ()), layout, key_column_K, context + 1, may_be_over=False
         )
         returned = time.perf_counter()
         synchronize(device)

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.decoding.accept import Acceptance
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.prompt import Prompt
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
-    from jacobi_hf.decoding.step import Acceptance, Forward, StepShape
+    from jacobi_hf.decoding.step import Forward, StepShape
     from jacobi_hf.decoding.stopping import Scores, StoppingRules
     from jacobi_hf.execution.base import Execution
     from jacobi_hf.streaming import Candidate
@@ -208,7 +209,7 @@ class Decoder:
             layout,
             key_column_K,
             self._text_columns(layout),
-            some_over=self._some_over(),
+            may_be_over=self._some_over(),
         )
         if result is not None:
             self._record(self._scores, result.scores_BQV, result.acceptance)
@@ -217,18 +218,18 @@ class Decoder:
     def _finish(self, inputs: StepInputs, output: ForwardOutput) -> None:
         """Do what comes after a forward that no execution has run: the prefill, and steps that go token by token."""
         layout = inputs.layout
-        some_over = self._some_over()
+        may_be_over = self._some_over()
         text_columns = self._text_columns(layout)
         self._draw_noise(layout)
         if self._selector.is_vectorised:
             result = finish_step(
-                self._state, self._selector, inputs, output, text_columns=text_columns, some_over=some_over
+                self._state, self._selector, inputs, output, text_columns=text_columns, may_be_over=may_be_over
             )
             self._record(self._scores, result.scores_BQV, result.acceptance)
             self._record(self._logits, result.logits_BQV, result.acceptance)
         else:
             acceptance = self._one_by_one.accept(inputs, output.logits_BQV)
-            advance(self._state, inputs, acceptance, output.features_BQF, text_columns, some_over=some_over)
+            advance(self._state, inputs, acceptance, output.features_BQF, text_columns, may_be_over=may_be_over)
 
     def _draw_noise(self, layout: Layout) -> None:
         """Make the sampling noise of every slot's new-token index available."""

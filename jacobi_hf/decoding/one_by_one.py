@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from jacobi_hf.decoding.accept import Acceptance
 from jacobi_hf.decoding.selection import accepted_prefixes, best, pick
-from jacobi_hf.decoding.step import Acceptance
 
 if TYPE_CHECKING:
     from jacobi_hf.decoding.selection import Selector
@@ -86,7 +86,7 @@ class OneByOne:
             path_BD=path_BD,
             run_BD=choice_BQ.gather(1, path_BD),
             count_B=torch.full_like(best_B, depth + 1),
-            at_eos_B=halted_B,
+            halted_B=halted_B,
             merit_BQV=logits_BQV,
         )
 

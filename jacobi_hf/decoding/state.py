@@ -12,10 +12,11 @@ import torch
 from jacobi_hf.decoding.step import StepInputs
 
 if TYPE_CHECKING:
+    from jacobi_hf.decoding.accept import Acceptance
     from jacobi_hf.decoding.cache import JacobiStaticCache
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.prompt import Prompt
-    from jacobi_hf.decoding.step import Acceptance, StepShape
+    from jacobi_hf.decoding.step import StepShape
     from jacobi_hf.drafts.sources import Sources
 
 
@@ -146,20 +147,20 @@ class DecodingState:
         self.length_B += acceptance.count_B
         self.pending_B1.copy_(self.text_BL.gather(1, self.length_B[:, None] - 1))
 
-    def clip(self, *, some_over: bool = True) -> None:
+    def clip(self, *, may_be_over: bool = True) -> None:
         """Cut the valid guesses to the room that the limit leaves; the guesses of halted rows become pads.
 
         Args:
-            some_over: False if the host knows that no row has halted or has all its tokens.
+            may_be_over: False if the host knows that no row has halted or has all its tokens.
         """
         room_B = self._last - self.generated_B
-        if not some_over and not self.branches:
+        if not may_be_over and not self.branches:
             self.width_B.copy_(torch.minimum(self.width_B, room_B).clamp_(min=0))
             return
         room_B = room_B.clamp(min=0)
         halted_B1 = self.halted_B[:, None]
         width_B = torch.minimum(self.width_B, room_B)
-        if some_over:
+        if may_be_over:
             self.backbone_BW.copy_(torch.where(halted_B1, self.pad, self.backbone_BW))
             width_B = torch.where(self.halted_B, room_B.clamp(max=self.sources.width), width_B)
         self.width_B.copy_(width_B)

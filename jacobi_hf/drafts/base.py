@@ -5,9 +5,12 @@ are not in the cache yet) is slot 0. After it comes the *backbone*, a chain of g
 *branches*, which start at the pending token or after some guesses of the backbone. The model verifies all of them in one
 forward and commits the longest accepted chain, so the text never depends on a source.
 
-A source sees each step twice: `observe` reports the outcome of the step, then `propose` asks for the next guesses. Both
-work on whole batches with tensors of fixed shapes, because a step may run compiled or as a CUDA graph: no Python value may
-depend on the contents of a tensor.
+A source is called twice in each step: `observe` receives the outcome of the step, then `propose` returns guesses for the
+next one. The prefill counts as a step without guesses. Both methods work on whole batches with tensors of fixed shapes,
+because a step may run compiled or as a CUDA graph: no Python value may depend on the contents of a tensor.
+
+A source object belongs to one set of buffers. These serve one call at a time; if steps are compiled, later calls use them
+again, and `reset` begins each call.
 
 Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, V
 vocabulary, L text columns, P prompt columns, F features (tapped layers times H, hidden).
@@ -25,8 +28,9 @@ if TYPE_CHECKING:
     import torch
 
     from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.decoding.accept import Acceptance
     from jacobi_hf.decoding.layout import Layout
-    from jacobi_hf.decoding.step import Acceptance, StepInputs
+    from jacobi_hf.decoding.step import StepInputs
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,15 @@ class SourceShape:
     """What a source needs in every step of a call, known on the host before any tensor exists.
 
     Attributes:
-        lengths: the most guesses of each of its segments.
-        starts: for each segment, the number of backbone guesses that it follows; 0 is the pending token. Empty: all 0.
+        lengths: the most guesses of each of its segments, without the backbone guesses before it.
+        starts: for each segment, the number of backbone guesses that it comes after; 0 for the pending token. Empty if all
+            are 0.
         is_backbone: whether its one segment is the backbone. A call has at most one backbone.
-        draft_slots: slots of its own in the model's forward, in which it drafts and which nobody verifies.
+        draft_slots: for a backbone, how many of its guesses go into the forward a second time, in draft slots. The source
+            drafts there, and nobody verifies them.
         taps: decoder layers whose outputs it reads as features (0-based, before the final norm).
-        cache_ahead: places after the committed tokens that its own key/value cache needs.
+        cache_ahead: if the source has a key/value cache of its own: places in it that one proposal needs after the committed
+            tokens.
     """
 
     lengths: tuple[int, ...]
@@ -65,17 +72,20 @@ class SourceShape:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step did, as the sources see it after its tokens were committed.
+    """What a step did, for the sources, after its tokens were committed.
 
-    The *draft chain* is the pending token and the backbone guesses after it, at the slots whose choices may become the next
-    guesses: the draft slots where the backbone has some, else the verified slots of the backbone.
+    The *draft chain* is the pending token and the backbone guesses of this step, at the slots whose choices can become the
+    next guesses. These are slot 0 and the draft slots if the backbone has draft slots, else slot 0 and the verified slots
+    of the backbone.
+
+    The tensors hold until the step ends. A source that keeps one must copy it.
 
     Attributes:
         inputs: tokens, valid lengths and layout of the step's slots.
         acceptance: the model's choices and which guesses were accepted.
         before_B: new tokens of each row before the step.
         generated_B: new tokens of each row after the step.
-        chain_choice_BD: the token chosen at each slot of the draft chain, `D = 1 + W`.
+        chain_choice_BD: the token chosen at each slot of the draft chain; D is one more than the guesses in the chain.
         chain_length_B1: valid guesses of the draft chain.
         features_BQF: outputs of the tapped layers at every slot, side by side; None without taps.
     """
@@ -116,10 +126,10 @@ class ProposalContext:
 
     Attributes:
         outcome: what the last step did.
-        text_BL: prompt and new tokens of each row without pads, of which the first `text_length_B` count.
+        text_BL: prompt and new tokens of each row without pads. The first `text_length_B` columns are in use.
         text_length_B: tokens of each row's text; the last one is the pending token.
         pending_B1: the pending token.
-        backbone_BW: guesses of the backbone for the next step; None while the backbone itself is asked.
+        backbone_BW: guesses of the backbone for the next step; None in the call of the backbone's own `propose`.
     """
 
     outcome: StepOutcome
@@ -147,41 +157,54 @@ class DraftSource:
     def for_call(cls, config: JacobiConfig, model: Any) -> Self | None:
         """Return the source for a call with these knobs and this model, or None if the call does not use it.
 
-        This must be cheap: it is also called to learn the sizes of a step. Tensors are made in `allocate`.
+        This must be cheap: it is called in every call of `generate`, also where buffers of an earlier call are used again
+        and the new object is dropped. Tensors are made in `allocate`.
         """
         raise NotImplementedError
 
     def allocate(self, rows: int, columns: int, capacity: int, device: torch.device) -> None:
-        """Make the buffers of a call; their addresses must not change afterwards.
+        """Make the buffers; their addresses must not change afterwards.
 
         Args:
             rows: B.
             columns: the most tokens of a row's text, prompt included.
-            capacity: the most tokens of a row in the model's cache.
+            capacity: places of a row in the model's cache: the text and the slots of one step.
             device: where the tokens are.
         """
 
     def sized_by_length(self) -> list[tuple[torch.Tensor, int]]:
-        """Return the buffers whose size depends on `columns` or `capacity`, each with the dimension that does."""
+        """Return the buffers whose size follows from `columns` or `capacity`, each with the dimension that does.
+
+        The compiler treats these dimensions as variable, so that longer texts compile nothing again.
+        """
         return []
 
     def reset(self) -> None:
         """Forget everything about earlier texts; called before each call of `generate`."""
 
     def during_call(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context that is open while a call decodes, for example to attach hooks. Calls may overlap."""
+        """Return a context that is open while a call decodes, for example to attach hooks to the model.
+
+        Calls in several threads may overlap on the same model.
+        """
         return contextlib.nullcontext()
 
     def during_forward(self, layout: Layout, rows: int) -> AbstractContextManager[None]:
-        """Return a context that is open during a forward with draft slots, for example to switch a LoRA on in them."""
+        """Return a context that is open during a forward with draft slots, for example to switch a LoRA on in them.
+
+        Args:
+            layout: where the slots of the forward sit; the draft slots are the last ones.
+            rows: B.
+        """
         return contextlib.nullcontext()
 
     def read_prompt(self, place_B: torch.Tensor, next_BP: torch.Tensor, features_BPF: torch.Tensor | None) -> None:
-        """Read a part of the prompt; called for each part before the first step.
+        """Read a part of the prompt; called for each part of the prefill, after the first new token was chosen.
 
         Args:
             place_B: the place in each row's text of the first token of this part.
-            next_BP: for each token of the part, the token after it.
+            next_BP: for each token of the part, the token after it; after the last token of the prompt comes the first new
+                token. What comes after a row's prompt is not used.
             features_BPF: outputs of the tapped layers at each token of the part; None without taps.
         """
 
@@ -192,7 +215,8 @@ class DraftSource:
         """Return guesses for the next step.
 
         Returns:
-            token_BSN, length_BS: the guesses of each segment, and how many of them are valid. The length of a segment that
-            follows backbone guesses counts these too; 0 means that the segment proposes nothing.
+            token_BSN: the guesses of each segment, without the backbone guesses before it.
+            length_BS: how far the valid guesses of each segment reach, counted from the pending token: a segment that comes
+                after 2 backbone guesses and has 3 valid guesses of its own has the length 5. 0: it proposes nothing.
         """
         raise NotImplementedError

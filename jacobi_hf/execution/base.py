@@ -40,7 +40,7 @@ class Execution(Protocol):
         key_column_K: torch.Tensor,
         text_columns: int,
         *,
-        some_over: bool,
+        may_be_over: bool,
     ) -> StepResult | None:
         """Run one step; arguments as in `run_step`. Return its result if it is at hand."""
 
@@ -65,7 +65,7 @@ class Eager:
         key_column_K: torch.Tensor,
         text_columns: int,
         *,
-        some_over: bool,
+        may_be_over: bool,
     ) -> StepResult | None:
         """Run one step and return its result; see `Execution.run`."""
         return run_step(
@@ -76,8 +76,8 @@ class Eager:
             layout,
             key_column_K,
             text_columns,
-            some_over=some_over,
-            may_look=key_column_K.device.type == "cpu",  # there the host can read a value at no cost
+            may_be_over=may_be_over,
+            host_may_read=key_column_K.device.type == "cpu",  # there the host can read a value at no cost
         )
 
 
@@ -126,7 +126,7 @@ class WholeSteps:
         key_column_K: torch.Tensor,
         text_columns: int,
         *,
-        some_over: bool,
+        may_be_over: bool,
     ) -> StepResult | None:
         """Run one step without a result; what the host knows is left out, so that it changes no code."""
         run_step(state, forward, selector, shape, layout, key_column_K)

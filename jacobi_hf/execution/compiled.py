@@ -107,7 +107,7 @@ class Compiled(WholeSteps):
         key_column_K: torch.Tensor,
         text_columns: int,
         *,
-        some_over: bool,
+        may_be_over: bool,
     ) -> None:
         """Run one step without a result.
 

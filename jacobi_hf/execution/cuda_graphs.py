@@ -127,7 +127,7 @@ class CudaGraphSteps:
         key_column_K: torch.Tensor,
         text_columns: int,
         *,
-        some_over: bool,
+        may_be_over: bool,
     ) -> None:
         """Run one step; the cache is read in few lengths, because each length is a graph of its own."""
         key_column_K = state.cache.column_C[: rounded_up(len(key_column_K))]
@@ -141,7 +141,7 @@ class CudaGraphSteps:
             layout,
             key_column_K,
             text_columns,
-            some_over=some_over,
+            may_be_over=may_be_over,
         )
         if self._known is None:
             self._known = self._recorded_before()  # after the prefill, which may change the model's attributes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jacobi_hf.decoding.step import Acceptance, StepInputs
+from jacobi_hf.decoding.accept import Acceptance
+from jacobi_hf.decoding.step import StepInputs
 from jacobi_hf.drafts.base import ProposalContext, StepOutcome, chain_slots
 
 
@@ -42,7 +43,7 @@ def outcome_of_step(
         path_BD=layout.path_SD[best][None],
         run_BD=torch.tensor([run if run is not None else [0] * depths]),
         count_B=torch.tensor([count if count is not None else generated - before]),
-        at_eos_B=torch.tensor([False]),
+        halted_B=torch.tensor([False]),
         merit_BQV=torch.zeros(1, slots, 8) if scores is None else scores,
     )
     segment = layout.draft_segment

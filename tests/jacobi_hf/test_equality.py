@@ -95,7 +95,7 @@ def test_a_step_accepts_at_least_what_its_window_alone_would(case: Case) -> None
         width_B = state.limited(acceptance.accepted_BS[:, 0] + 1)
         best_B = acceptance.accepted_BS.max(1).values
         assert torch.equal(acceptance.accepted_BS.gather(1, acceptance.best_B[:, None])[:, 0], best_B)
-        going = ~state.halted_B & ~acceptance.at_eos_B
+        going = ~state.halted_B & ~acceptance.halted_B
         assert (acceptance.count_B >= width_B)[going].all()
         steps.append(acceptance)
         return acceptance

@@ -22,7 +22,7 @@ position ids. For P = 2, n = 3, T = 2:
 Decoding knows the first token of a block before it drafts the rest. So `k_j` and `l_j` always begin with the same
 token.
 
-A record may have several *views*. Each view is a noisy version of every block, taken after other passes; the views
+A record may have several *views*. Each view is a noisy version of every block, taken after passes of its own choice; the views
 share the prompt and the clean blocks. A stored row has the first view in the sequence above and the others in a column
 of their own. A training row has the other views of a block after its clean block:
 `k_0, l_0, k'_0, k''_0, k_1, l_1, ...`.
@@ -55,7 +55,7 @@ MORE_VIEWS = "more_noisy_ids"
 
 
 class BadRecordError(ValueError):
-    """A row that is not a valid packed record. The message names the row and the reason."""
+    """A row or record that is not valid. The message has the reason, and for a stored row its name."""
 
 
 def interleave(noisy_MTn: np.ndarray, clean_Tn: np.ndarray) -> np.ndarray:
@@ -89,12 +89,12 @@ class PackedRecord:
         prompt_P: token ids of the prompt. P is at least 1.
         noisy_MTn: token ids of the noisy blocks, for each view. M and T are at least 1, n is at least 2.
         clean_Tn: token ids of the clean blocks.
-        state_T: for each block, the number of the decoding pass after which it was the noisy block of the first view
-            (0: the initial draft). It is for analysis; training does not read it.
+        state_T: for each block, which state its noisy block in the first view is: how many decoding passes it had been
+            through (0: the initial draft). Training does not read these numbers.
 
     Raises:
-        BadRecordError: The arrays do not fit together, an id is negative, or the blocks of a pair begin with different
-            tokens.
+        BadRecordError: The arrays do not fit together, one of them is empty, n is below 2, an id is negative, or the
+            blocks of a pair begin with different tokens.
     """
 
     prompt_P: np.ndarray
@@ -244,8 +244,9 @@ class PackedRecord:
                 f"{len(sequence_L)} ids are not P + 2 n T with P={length}, T={blocks} and an integer n of at least 2"
             )
         noisy_Tn, clean_Tn = sequence_L[length:].reshape(blocks, 2, n).swapaxes(0, 1)
-        more_views = [_as_ids(view) for view in row.get(MORE_VIEWS) or []]
-        if any(len(view) != blocks * n for view in more_views):
+        more = row.get(MORE_VIEWS)
+        more_views = [_as_ids(view) for view in (() if more is None else more)]
+        if any(view.shape != (blocks * n,) for view in more_views):
             raise BadRecordError(f"a view in more_noisy_ids does not have {blocks} blocks of {n} tokens")
         noisy_MTn = np.stack([noisy_Tn, *(view.reshape(blocks, n) for view in more_views)])
         return cls(prompt_P, noisy_MTn, clean_Tn, state_T)
