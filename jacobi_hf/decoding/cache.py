@@ -114,6 +114,7 @@ class JacobiStaticCache(StaticCache):
         Cache.__init__(self, layers=[JacobiStaticLayer(columns, self._step) for _ in range(layers)])
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.column_C = torch.arange(columns, device=device)
+        self._first_columns: dict[int, torch.Tensor] = {}  # views, by their length
 
     def columns(self, slots: int, longest: int) -> torch.Tensor:
         """Return `key_column_K`, the numbers of the columns that a forward reads, without waiting for the device.
@@ -130,7 +131,13 @@ class JacobiStaticCache(StaticCache):
             raise RuntimeError(
                 f"a step of {slots} slots after {longest} tokens does not fit into a cache of {self.capacity} tokens."
             )
-        return self.column_C[: self._extent(needed)]
+        return self.first_columns(self._extent(needed))
+
+    def first_columns(self, count: int) -> torch.Tensor:
+        """Return the numbers of the first columns: the same tensor for the same count, since views take time to make."""
+        if count not in self._first_columns:
+            self._first_columns[count] = self.column_C[:count]
+        return self._first_columns[count]
 
     def _extent(self, columns: int) -> int:
         return -(-columns // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE

@@ -313,7 +313,7 @@ class Decoder:
             self._selector.recount(row, self._stopping.output(row))
             generated[row] = end
             ended[row] = True
-        state.clip()
+        state.clip(state.width_B)
         branches = [
             [0 if over else length for length, over in zip(lengths, ended, strict=True)] for lengths in report.branches
         ]

@@ -7,6 +7,7 @@ equals the model's choice at the slot before it.
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,11 +138,14 @@ class Selector:
     @property
     def key(self) -> tuple[Any, ...]:
         """Cache key: what must be equal for two calls to run the same compiled step, apart from stored values."""
-        processors = tuple(
+        return (None if self.noise is None else len(self.noise.ring_IBV)), self._processors_key
+
+    @cached_property
+    def _processors_key(self) -> tuple[Any, ...]:
+        return tuple(
             (type(p), *((name, repr(value)) for name, value in vars(p).items() if name not in (*VALUES, *OF_PROMPTS)))
             for p in self.processors
         )
-        return (None if self.noise is None else len(self.noise.ring_IBV)), processors
 
     @property
     def is_argmax(self) -> bool:

@@ -147,19 +147,20 @@ class DecodingState:
         self.length_B += acceptance.count_B
         self.pending_B1.copy_(self.text_BL.gather(1, self.length_B[:, None] - 1))
 
-    def clip(self, *, may_be_over: bool = True) -> None:
+    def clip(self, width_B: torch.Tensor, *, may_be_over: bool = True) -> None:
         """Cut the valid guesses to the room that the limit leaves; the guesses of halted rows become pads.
 
         Args:
+            width_B: valid guesses of the backbone before the cut; the result is `self.width_B`.
             may_be_over: False if the host knows that no row has halted or has all its tokens.
         """
         room_B = self._last - self.generated_B
         if not may_be_over and not self.branches:
-            self.width_B.copy_(torch.minimum(self.width_B, room_B).clamp_(min=0))
+            torch.clamp(torch.minimum(width_B, room_B), min=0, out=self.width_B)
             return
         room_B = room_B.clamp(min=0)
         halted_B1 = self.halted_B[:, None]
-        width_B = torch.minimum(self.width_B, room_B)
+        width_B = torch.minimum(width_B, room_B)
         if may_be_over:
             self.backbone_BW.copy_(torch.where(halted_B1, self.pad, self.backbone_BW))
             width_B = torch.where(self.halted_B, room_B.clamp(max=self.sources.width), width_B)
@@ -170,7 +171,7 @@ class DecodingState:
                 length_BS.masked_fill_(self.width_B[:, None] < start_S, 0)
 
     def roll_back(self, row: int, tokens: int) -> None:
-        """Take back the last `tokens` tokens of a row and halt it. Call `clip` afterwards."""
+        """Take back the last `tokens` tokens of a row and halt it. Call `clip(self.width_B)` afterwards."""
         for length_B in (self.cache.lengths_B, self.length_B, self.generated_B):
             length_B[row] -= tokens
         self.halted_B[row] = True

@@ -18,13 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from jacobi_hf.decoding.accept import Acceptance, accept
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.drafts.base import ProposalContext, StepOutcome, chain_slots
 
 if TYPE_CHECKING:
+    import torch
+
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
@@ -238,11 +238,11 @@ def advance(
         moves = bool(((acceptance.best_B > 0) & (count_B > 1)).any())
     state.commit(acceptance, inputs.layout, moves=moves)
     generated_B = state.generated_B + count_B
-    propose(state, outcome_of(state, inputs, acceptance, generated_B, features_BQF), text_columns)
+    width_B = propose(state, outcome_of(state, inputs, acceptance, generated_B, features_BQF), text_columns)
     state.generated_B.copy_(generated_B)
     if acceptance.halted_B is not state.halted_B:
         state.halted_B.copy_(acceptance.halted_B)
-    state.clip(may_be_over=may_be_over)
+    state.clip(width_B, may_be_over=may_be_over)
     state.report(acceptance)
 
 
@@ -265,19 +265,25 @@ def outcome_of(
     return StepOutcome(inputs, acceptance, state.generated_B, generated_B, choice_BD, length_B1, features_BQF)
 
 
-def propose(state: DecodingState, outcome: StepOutcome, text_columns: int | None) -> None:
-    """Let every source observe a step, then write what each proposes for the next one into the state."""
+def propose(state: DecodingState, outcome: StepOutcome, text_columns: int | None) -> torch.Tensor:
+    """Let every source observe a step, then write what each proposes for the next one into the state.
+
+    Returns:
+        The valid guesses of the backbone, `(B,)`, which are not cut to the limit yet.
+    """
     sources = state.sources
     for source in sources.all:
         source.observe(outcome)
     text_BL = state.text_BL if text_columns is None else state.text_BL[:, :text_columns]
     context = ProposalContext(outcome, text_BL, state.length_B, state.pending_B1)
+    width_B = state.zeros_B
     if sources.backbone is not None:
         token_BSN, length_BS = sources.backbone.propose(context)
         state.backbone_BW.copy_(token_BSN[:, 0])
-        state.width_B.copy_(length_BS[:, 0])
+        width_B = length_BS[:, 0]
     context = ProposalContext(outcome, text_BL, state.length_B, state.pending_B1, state.backbone_BW)
     for source, (token_BSN, length_BS) in zip(sources.branching, state.branches, strict=True):
         proposed_BSN, valid_BS = source.propose(context)
         token_BSN.copy_(proposed_BSN)
         length_BS.copy_(valid_BS)
+    return width_B

@@ -91,7 +91,7 @@ class Compiled(WholeSteps):
         self._context = hash((config, torch.is_inference_mode_enabled(), repr(self._how)))
         self._steps: dict[Any, CompiledStep | UncompiledStep] = {}  # those that this call has found or made
         self._made: set[Any] = set()
-        self._has_marked = False
+        self._marked: set[int] = set()  # lengths of `key_column_K` that the compiler knows to be variable
 
     def key(self, state: DecodingState, selector: Selector, shape: StepShape) -> tuple[Any, ...]:
         """Return what makes one step other code than another, apart from lengths."""
@@ -115,11 +115,11 @@ class Compiled(WholeSteps):
             torch._dynamo.exc.Unsupported: the step cannot be compiled, and `fullgraph` says that it must.
             torch._dynamo.exc.FailOnRecompileLimitHit: the model changes from step to step, and `fullgraph` is set.
         """
-        if not self._has_marked:
+        if not self._marked:
             mark_lengths(state)
-            self._has_marked = True
-        key_column_K = key_column_K.view(-1)
-        torch._dynamo.mark_dynamic(key_column_K, 0)
+        if len(key_column_K) not in self._marked:
+            torch._dynamo.mark_dynamic(key_column_K, 0)
+            self._marked.add(len(key_column_K))
         key = self.key(state, selector, shape)
         arguments = state, forward, selector, shape, layout, key_column_K
         try:

@@ -130,7 +130,7 @@ class CudaGraphSteps:
         may_be_over: bool,
     ) -> None:
         """Run one step; the cache is read in few lengths, because each length is a graph of its own."""
-        key_column_K = state.cache.column_C[: rounded_up(len(key_column_K))]
+        key_column_K = state.cache.first_columns(rounded_up(len(key_column_K)))
         key = len(key_column_K), self._steps.key(state, selector, shape)
         work: Callable[[], object] = partial(
             self._steps.run,
