@@ -5,9 +5,11 @@
 A few steps on a CPU, with the small model of this repository:
 
     python examples/train.py --model examples/tiny_qwen3/checkpoint --prompts examples/tiny_qwen3/newcomer.jsonl \
-        --prompt_count 8 --max_new_tokens 32 --output_dir build/forced --max_steps 2 --per_device_train_batch_size 2 --use_cpu True
+        --prompt_count 8 --max_new_tokens 32 --output_dir build/forced --max_steps 2 --per_device_train_batch_size 2
+        --use_cpu True
 
-Every field of `JacobiForcingConfig` is an option. For long runs use `jacobi-hf collect`, `pack` and `train`, which resume after an interruption.
+Every field of `JacobiForcingConfig` is an option. For long runs use `jacobi-hf collect`, `pack` and `train`, which
+resume after an interruption.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Write the table and the picture of the README from the results: python examples/benchmarks/readme.py
 
-The table goes between the two marks in README.md, the picture into docs/images/ways.png. The picture's metadata hold the heights of its
-bars, so that a test sees when the picture is older than the results.
+The table goes between the two marks in README.md, the picture into docs/images/ways.png. The picture's metadata hold
+the heights of its bars, so that a test sees when the picture is older than the results.
 """
 
 from __future__ import annotations
@@ -38,11 +38,9 @@ COLOURS = {
 class Speed(NamedTuple):
     """How fast a way to decode is on one domain.
 
-    Attributes:
-        tokens_per_second: of the faster of eager and compiled.
-        speedup: over ordinary decoding, compiled, of the same model in the same process; None for ordinary decoding itself.
-        tokens_per_forward: None where it was not measured.
-        note: what to say about the setting.
+    Attributes: tokens_per_second: of the faster of eager and compiled. speedup: over ordinary decoding, compiled, of
+        the same model in the same process; None for ordinary decoding itself. tokens_per_forward: None where it was
+        not measured. note: what to say about the setting.
     """
 
     tokens_per_second: float
@@ -56,7 +54,7 @@ class Speed(NamedTuple):
         return " · ".join([*factor, f"{self.tokens_per_second:.0f} tok/s", *forwards]) + self.note
 
 
-class Way(NamedTuple):
+class Row(NamedTuple):
     """A way to decode: a row of the table. Where Jacobi decoding is not the fastest, a cell says what is."""
 
     name: str
@@ -105,7 +103,7 @@ class Measured:
         )
 
 
-def ways() -> list[Way]:
+def table_rows() -> list[Row]:
     """Return the rows of the table."""
     peers = document("peers")
     base, forced, drafted = (Measured(peers, name) for name in ("base", "forced", "base + drafter"))
@@ -132,7 +130,7 @@ def ways() -> list[Way]:
         ("**after Jacobi Forcing**", "Jacobi Forcing", f"the model itself: {forcing}", drift, forced.tuned),
     ]
     return [
-        Way(name, colour, training, text, {d: speed(d) for d in DOMAINS})
+        Row(name, colour, training, text, {d: speed(d) for d in DOMAINS})
         for name, colour, training, text, speed in rows
     ]
 
@@ -147,7 +145,8 @@ def compiled_by_transformers() -> str:
     )
     (prompts,) = {m.prompts.count for m in results.measurements}
     return (
-        f"Prompt lookup and assisted decoding ran uncompiled. Compiled, as transformers 5.24 allows, they reach {lookup} and {assisted} "
+        "Prompt lookup and assisted decoding ran uncompiled. "
+        f"Compiled, as transformers 5.24 allows, they reach {lookup} and {assisted} "
         f"in a run with {prompts} prompts."
     )
 
@@ -176,13 +175,14 @@ def minutes(*files: Path, key: str = "minutes") -> str:
 
 def table() -> str:
     """Return the table, with the marks around it."""
-    head = ["way to decode", "training", "text", *DOMAINS]
-    rows = [[way.name, way.training, way.text, *map(str, way.by_domain.values())] for way in ways()]
-    lines = [" | ".join(row).strip() for row in (head, ["---"] * len(head), *rows)]
+    head = ["decoding", "training needed", "output", *DOMAINS]
+    rows = [[row.name, row.training, row.text, *map(str, row.by_domain.values())] for row in table_rows()]
+    lines = [" | ".join(cells).strip() for cells in (head, ["---"] * len(head), *rows)]
     peers = document("peers")
     (prompts,) = {m.prompts.count for m in peers.measurements}
     source = (
-        f"{prompts} held-out prompts per domain, {peers.hardware.cpu}, {peers.threads} thread, {peers.dtype}, batch 1, {peers.created[:10]}. "
+        f"{prompts} held-out prompts per domain, {peers.hardware.cpu}, {peers.threads} thread, {peers.dtype}, "
+        f"batch 1, {peers.created[:10]}. "
         f"{compiled_by_transformers()}"
     )
     return BEGIN + "".join(f"| {line} |\n" for line in lines) + "\n" + textwrap.fill(source, 119) + "\n" + END
@@ -191,8 +191,8 @@ def table() -> str:
 def bars() -> dict[str, dict[str, dict[str, float]]]:
     """Return the heights of the picture's bars, by panel, way and domain.
 
-    Tokens per forward belong to the default setting and to prompts whose output does not end in a loop. Tokens per second are those of
-    the table.
+    Tokens per forward belong to the default setting and to prompts whose output does not end in a loop. Tokens per
+    second are those of the table.
     """
     sources = {
         "Jacobi": document("forcing/base"),
@@ -204,8 +204,8 @@ def bars() -> dict[str, dict[str, dict[str, float]]]:
         found = {d: [m for m in of(results, d) if m.decoder.name == "multiblock-both"] for d in DOMAINS}
         forwards[name] = {d: round(ms[0].tokens_per_forward_loop_free or 0, 2) for d, ms in found.items() if ms}
     speeds = {
-        way.colour: {d: round(s.tokens_per_second) for d, s in way.by_domain.items() if isinstance(s, Speed)}
-        for way in ways()
+        row.colour: {d: round(s.tokens_per_second) for d, s in row.by_domain.items() if isinstance(s, Speed)}
+        for row in table_rows()
     }
     return {
         "tokens per forward": forwards,

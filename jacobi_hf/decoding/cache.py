@@ -134,7 +134,7 @@ class JacobiStaticCache(StaticCache):
         return self.first_columns(self._extent(needed))
 
     def first_columns(self, count: int) -> torch.Tensor:
-        """Return the numbers of the first columns: the same tensor for the same count, since views take time to make."""
+        """Return the numbers of the first columns; a view takes time to make, so each is made once."""
         if count not in self._first_columns:
             self._first_columns[count] = self.column_C[:count]
         return self._first_columns[count]

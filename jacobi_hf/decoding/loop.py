@@ -1,7 +1,7 @@
 """The loop of one call: prefill, then steps until every row has ended.
 
-This is the host's side. It chooses the shape of each step, launches it, reads its report, and updates criteria, streamer
-and statistics. The tensors of a step are in `jacobi_hf.decoding.step`.
+This is the host's side. It chooses the shape of each step, launches it, reads its report, and updates criteria,
+streamer and statistics. The tensors of a step are in `jacobi_hf.decoding.step`.
 
 Shapes: B rows, Q slots of a forward, V vocabulary, P prompt columns.
 """
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 class Decoder:
     """One call of `generate`.
 
-    On a device that works while the host goes on (CUDA), the next step is launched before the report of the last one is
-    read, unless criteria or a streamer must see its tokens first. The host then sends all guesses, because it does not know
-    how many are valid, and one step runs after the end, which adds nothing.
+    On a device that works while the host goes on (CUDA), the next step is launched before the report of the last one
+    is read, unless criteria or a streamer must see its tokens first. The host then sends all guesses, because it does
+    not know how many are valid, and one step runs after the end, which adds nothing.
 
     Args:
         forward: the model; it writes to the cache of the state.
@@ -94,8 +94,8 @@ class Decoder:
         self._running = [True] * rows
         self._last = StepReport.before_the_prefill(rows, len(state.sources.branch_names))
         self.stats = JacobiStats(new_tokens=[0] * rows, row_forwards=[0] * rows)
-        # For each row and step: the row, its tokens before and after, the source that won, and accepted guesses. They are
-        # counted at the end, because a criterion may end a row within the tokens of an earlier step.
+        # For each row and step: the row, its tokens before and after, the source that won, and accepted guesses. They
+        # are counted at the end, because a criterion may end a row within the tokens of an earlier step.
         self._runs: list[tuple[int, int, int, str, int]] = []
 
     def run(self, prompt: Prompt, keep_going: Callable[[bool], bool]) -> None:
@@ -171,7 +171,7 @@ class Decoder:
         self._read_reports(waiting=self._lag)
 
     def _active_rows(self) -> list[int]:
-        """Return the rows that the next step moves on: those that have not ended, and all rows if finished ones go on."""
+        """Return the rows that the next step advances: those that have not ended, or all if finished rows go on."""
         return [row for row, ended in enumerate(self._last.ended) if self._fills or not ended]
 
     def _some_over(self) -> bool:

@@ -1,8 +1,8 @@
 """Acceptance token by token, for processors that must see the exact text before each token.
 
-Such a processor looks at the ids of the whole batch, so all rows move on together, by as many tokens as the row with the
-fewest accepted guesses. Each token goes through processors, choice, criteria and streamer before the next one is looked at,
-as in ordinary decoding.
+Such a processor looks at the ids of the whole batch, so all rows move on together, by as many tokens as the row with
+the fewest accepted guesses. Each token goes through processors, choice, criteria and streamer before the next one is
+looked at, as in ordinary decoding.
 
 Shapes: B rows, Q slots of a forward, S segments, D depths, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """Jacobi decoding in plain Python: greedy, one prompt, no cache.
 
-This is the algorithm that the rest of the package makes fast (arXiv 2512.14681, sections 2 and 3.3): guesses for the next
-tokens go through the model together, and the longest prefix that the model itself would have chosen is kept. The tests use
-it as an oracle: tokens and number of forwards equal those of `generate` with a window and a lookup branch.
+This is the algorithm that the rest of the package makes fast (arXiv 2512.14681, sections 2 and 3.3): guesses for the
+next tokens go through the model together, and the longest prefix that the model itself would have chosen is kept. The
+tests use it as an oracle: tokens and number of forwards equal those of `generate` with a window and a lookup branch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fill_window(guesses: list[int], new: list[int], prompt: list[int], config: J
 
 
 def lookup(text: list[int], length: int, max_ngram: int = 3) -> list[int]:
-    """Return what followed the last tokens of the text where they occurred before: the longest match, then the latest."""
+    """Return what followed the last tokens of the text where they occurred before: the longest, latest match."""
     for size in range(min(max_ngram, len(text) - 1), 0, -1):
         for last in range(len(text) - 2, size - 2, -1):
             if text[last + 1 - size : last + 1] == text[-size:]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class VerifyWidth:
     """How many guesses are verified at a time where the backbone has draft slots of its own.
 
-    A fixed number if the config gives one. Otherwise twice the recent average of accepted guesses plus two, which begins
-    with half the window.
+    A fixed number if the config gives one. Otherwise twice the recent average of accepted guesses plus two, which
+    begins with half the window.
     """
 
     def __init__(self, config: JacobiConfig) -> None:
@@ -59,7 +59,7 @@ class ShapeChooser:
         return self._shape(max(report.widths[row] for row in rows), used)
 
     def greatest(self) -> StepShape:
-        """Return the shape that holds all guesses that a row may have, for a host that does not know how many are valid."""
+        """Return the shape that holds all guesses that a row may have, for a host that does not know its rows."""
         branches = tuple(min(self._limit, length) for length in self._sources.branch_lengths)
         return self._shape(min(self._limit, self._sources.width), branches)
 

@@ -1,6 +1,7 @@
 """The state of all rows of a call: tensors that keep their address from step to step.
 
-Shapes: B rows, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, L text columns, E end tokens.
+Shapes: B rows, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, L text columns, E end
+tokens.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ class DecodingState:
     def report(self, acceptance: Acceptance) -> None:
         """Write `report_N`, one number for each row of each kind.
 
-        The kinds are: new tokens, valid guesses of the backbone, whether the row has ended, the segment that won, guesses
-        accepted in the backbone, whether sampling met no distribution, and the valid length of each branch.
+        The kinds are: new tokens, valid guesses of the backbone, whether the row has ended, the segment that won,
+        guesses accepted in the backbone, whether sampling met no distribution, and the valid length of each branch.
         """
         broken_B = self.zeros_B if acceptance.broken_B is None else acceptance.broken_B
         accepted_B = acceptance.accepted_BS[:, 0]

@@ -1,16 +1,16 @@
 """One decoding step: build the slots, run the forward, accept guesses, commit tokens, propose new guesses.
 
-A *slot* is one place of the forward. Slot 0 holds the pending token: the last token of the text, whose keys and values are
-not in the cache yet. The other slots hold guesses in *segments*: the backbone, which follows the pending token, and
-branches, which follow it or some guesses of the backbone. *Draft slots* hold the guesses of the backbone a second time; a
-LoRA drafter acts on them, and nobody verifies them. `docs/glossary.md` has all words.
+A *slot* is one place of the forward. Slot 0 holds the pending token: the last token of the text, whose keys and values
+are not in the cache yet. The other slots hold guesses in *segments*: the backbone, which follows the pending token,
+and branches, which follow it or some guesses of the backbone. *Draft slots* hold the guesses of the backbone a second
+time; a LoRA drafter acts on them, and nobody verifies them. `docs/glossary.md` has all words.
 
-A step is tensor operations over buffers that keep their address from step to step. The host chooses the shapes (`StepShape`
-and the columns that are read) and, unless `host_may_read` is set, reads no value in between. So the same step can run
-eagerly, compiled, or as a CUDA graph (`jacobi_hf.execution`).
+A step is tensor operations over buffers that keep their address from step to step. The host chooses the shapes
+(`StepShape` and the columns that are read) and, unless `host_may_read` is set, reads no value in between. So the same
+step can run eagerly, compiled, or as a CUDA graph (`jacobi_hf.execution`).
 
-Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, D depths (D = 1 + N), V vocabulary, K key columns,
-H hidden, F features.
+Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, D depths (D = 1 + N), V vocabulary, K key
+columns, H hidden, F features.
 """
 
 from __future__ import annotations
@@ -34,13 +34,10 @@ if TYPE_CHECKING:
 class StepShape:
     """The sizes of a step, chosen by the host.
 
-    Attributes:
-        backbone: guesses of the backbone that the model verifies.
-        branches: guesses of each branch that the model verifies, without the backbone guesses before it; a branch of 0 is
-            left out.
-        draft_slots: guesses of the backbone that also go into draft slots; 0 without such slots.
-        starts: for each branch, the number of backbone guesses that it comes after; empty if all start at the pending
-            token.
+    Attributes: backbone: guesses of the backbone that the model verifies. branches: guesses of each branch that the
+        model verifies, without the backbone guesses before it; a branch of 0 is left out. draft_slots: guesses of the
+        backbone that also go into draft slots; 0 without such slots. starts: for each branch, the number of backbone
+        guesses that it comes after; empty if all start at the pending token.
     """
 
     backbone: int
@@ -221,16 +218,12 @@ def advance(
 ) -> None:
     """Commit the accepted tokens, get the guesses of the next step, and write the report for the host.
 
-    Args:
-        state: the rows; the step changes them.
-        inputs: the tokens of the step.
-        acceptance: what the model accepted of them.
-        features_BQF: outputs of the tapped layers, if any source reads some.
-        text_columns: how many columns of the text may be in use; all of them by default.
-        may_be_over: False if the host knows that, before this step, no row had halted and no row had all its tokens. Some
-            operations are left out then.
-        host_may_read: whether the host may read a value in between. On a CPU this costs nothing and can save the move of
-            keys and values.
+    Args: state: the rows; the step changes them. inputs: the tokens of the step. acceptance: what the model accepted
+        of them. features_BQF: outputs of the tapped layers, if any source reads some. text_columns: how many columns
+        of the text may be in use after the step; all of them by default. may_be_over: False if the host knows that,
+        before this step, no row had halted and no row had all its tokens. Some operations are left out then.
+        host_may_read: whether the host may read a value in between. On a CPU this costs nothing and can save the move
+        of keys and values. On other devices the host would wait for the device.
     """
     count_B = acceptance.count_B
     moves = inputs.layout.verified_segments > 1

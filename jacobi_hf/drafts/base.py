@@ -1,19 +1,21 @@
 """The interface of draft sources: everything that proposes tokens for the model to verify.
 
-In each step the model's forward covers a tree of *slots*. The pending token (the last one chosen, whose keys and values
-are not in the cache yet) is slot 0. After it comes the *backbone*, a chain of guesses from one source. Further sources add
-*branches*, which start at the pending token or after some guesses of the backbone. The model verifies all of them in one
-forward and commits the longest accepted chain, so the text never depends on a source.
+In each step the model's forward covers a tree of *slots*. The pending token (the last one chosen, whose keys and
+values are not in the cache yet) is slot 0. After it comes the *backbone*, a chain of guesses from one source. Further
+sources add *branches*, which start at the pending token or after some guesses of the backbone. The model verifies all
+of them in one forward and commits the longest accepted chain, so the text never depends on a source.
 
-A source is called twice in each step: `observe` receives the outcome of the step, then `propose` returns guesses for the
-next one. The prefill counts as a step without guesses. Both methods work on whole batches with tensors of fixed shapes,
-because a step may run compiled or as a CUDA graph: no Python value may depend on the contents of a tensor.
+A source is called twice in each step: `observe` receives the outcome of the step, then `propose` returns guesses for
+the next one. The prefill counts as a step without guesses; after it, `read_prompt` is called for each part of the
+prompt. Both methods work on whole batches with tensors of fixed shapes, because a step may run compiled or as a CUDA
+graph: no Python value may depend on the contents of a tensor.
 
-A source object belongs to one set of buffers. These serve one call at a time; if steps are compiled, later calls use them
-again, and `reset` begins each call.
+A source object and its tensors serve one call at a time. If steps are compiled, later calls use the same object again;
+`reset` begins each call.
 
-Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, V
-vocabulary, L text columns, P prompt columns, F features (tapped layers times H, hidden).
+Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment without the backbone guesses before it, D
+depths from the pending token on, W backbone guesses, V vocabulary, L text columns, P prompt columns, F features
+(tapped layers times H, hidden).
 """
 
 from __future__ import annotations
@@ -37,16 +39,13 @@ if TYPE_CHECKING:
 class SourceShape:
     """What a source needs in every step of a call, known on the host before any tensor exists.
 
-    Attributes:
-        lengths: the most guesses of each of its segments, without the backbone guesses before it.
-        starts: for each segment, the number of backbone guesses that it comes after; 0 for the pending token. Empty if all
-            are 0.
-        is_backbone: whether its one segment is the backbone. A call has at most one backbone.
-        draft_slots: for a backbone, how many of its guesses go into the forward a second time, in draft slots. The source
-            drafts there, and nobody verifies them.
-        taps: decoder layers whose outputs it reads as features (0-based, before the final norm).
-        cache_ahead: if the source has a key/value cache of its own: places in it that one proposal needs after the committed
-            tokens.
+    Attributes: lengths: the most guesses of each of its segments, without the backbone guesses before it. starts: for
+        each segment, the number of backbone guesses that it comes after; 0 for the pending token. Empty if all are 0.
+        is_backbone: whether its one segment is the backbone. A call has at most one backbone. draft_slots: for a
+        backbone, how many of its guesses go into the forward a second time, in draft slots. The source drafts there,
+        and nobody verifies them. taps: decoder layers whose outputs it reads as features (0-based, before the final
+        norm). cache_ahead: if the source has a key/value cache of its own: places in it that one proposal needs after
+        the committed tokens.
     """
 
     lengths: tuple[int, ...]
@@ -74,9 +73,9 @@ class SourceShape:
 class StepOutcome:
     """What a step did, for the sources, after its tokens were committed.
 
-    The *draft chain* is the pending token and the backbone guesses of this step, at the slots whose choices can become the
-    next guesses. These are slot 0 and the draft slots if the backbone has draft slots, else slot 0 and the verified slots
-    of the backbone.
+    The *draft chain* is the pending token and the backbone guesses of this step, at the slots whose choices can become
+    the next guesses. These are slot 0 and the draft slots if the backbone has draft slots, else slot 0 and the
+    verified slots of the backbone.
 
     The tensors hold until the step ends. A source that keeps one must copy it.
 
@@ -124,12 +123,10 @@ def chain_slots(layout: Layout) -> torch.Tensor | slice:
 class ProposalContext:
     """What a source may look at to propose guesses for the next step.
 
-    Attributes:
-        outcome: what the last step did.
-        text_BL: prompt and new tokens of each row without pads. The first `text_length_B` columns are in use.
-        text_length_B: tokens of each row's text; the last one is the pending token.
-        pending_B1: the pending token.
-        backbone_BW: guesses of the backbone for the next step; None in the call of the backbone's own `propose`.
+    Attributes: outcome: what the last step did. text_BL: prompt and new tokens of each row without pads. The first
+        `text_length_B` columns are in use. text_length_B: tokens of each row's text; the last one is the pending
+        token. pending_B1: the pending token. backbone_BW: guesses of the backbone for the next step; None in the call
+        of the backbone's own `propose`, and no columns if there is no backbone.
     """
 
     outcome: StepOutcome
@@ -142,8 +139,8 @@ class ProposalContext:
 class DraftSource:
     """Something that proposes tokens; the base class of all draft sources.
 
-    A subclass sets `name` and `shape` and defines `for_call` and `propose`. It defines the other methods only if it needs
-    them; here they do nothing. `jacobi_hf.drafts.sources.SOURCES` lists the classes that a call may use.
+    A subclass sets `name` and `shape` and defines `for_call` and `propose`. It defines the other methods only if it
+    needs them; here they do nothing. `jacobi_hf.drafts.sources.SOURCES` lists the classes that a call may use.
 
     Attributes:
         name: short name, shown in statistics and to streamers.
@@ -157,8 +154,8 @@ class DraftSource:
     def for_call(cls, config: JacobiConfig, model: Any) -> Self | None:
         """Return the source for a call with these knobs and this model, or None if the call does not use it.
 
-        This must be cheap: it is called in every call of `generate`, also where buffers of an earlier call are used again
-        and the new object is dropped. Tensors are made in `allocate`.
+        This must be cheap: it is called in every call of `generate`, also where buffers of an earlier call are used
+        again and the new object is dropped. Tensors are made in `allocate`.
         """
         raise NotImplementedError
 
@@ -185,7 +182,8 @@ class DraftSource:
     def during_call(self, model: Any) -> AbstractContextManager[None]:
         """Return a context that is open while a call decodes, for example to attach hooks to the model.
 
-        Calls in several threads may overlap on the same model.
+        Calls in several threads may overlap on the same model, each with a source object of its own; a hook must act
+        on the forwards of its own thread alone.
         """
         return contextlib.nullcontext()
 
@@ -199,13 +197,12 @@ class DraftSource:
         return contextlib.nullcontext()
 
     def read_prompt(self, place_B: torch.Tensor, next_BP: torch.Tensor, features_BPF: torch.Tensor | None) -> None:
-        """Read a part of the prompt; called for each part of the prefill, after the first new token was chosen.
+        """Read a part of the prompt; called for each part after the prefill, when the first new token is known.
 
-        Args:
-            place_B: the place in each row's text of the first token of this part.
-            next_BP: for each token of the part, the token after it; after the last token of the prompt comes the first new
-                token. What comes after a row's prompt is not used.
-            features_BPF: outputs of the tapped layers at each token of the part; None without taps.
+        Args: place_B: the place in each row's text of the first token of this part. next_BP: for each token of the
+            part, the token after it; after the last token of the prompt comes the first new token. Columns after a
+            row's prompt hold nothing of use. features_BPF: outputs of the tapped layers at each token of the part;
+            None without taps.
         """
 
     def observe(self, outcome: StepOutcome) -> None:
@@ -214,9 +211,10 @@ class DraftSource:
     def propose(self, context: ProposalContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return guesses for the next step.
 
-        Returns:
-            token_BSN: the guesses of each segment, without the backbone guesses before it.
-            length_BS: how far the valid guesses of each segment reach, counted from the pending token: a segment that comes
-                after 2 backbone guesses and has 3 valid guesses of its own has the length 5. 0: it proposes nothing.
+        Returns: token_BSN: the guesses of each segment, without the backbone guesses before it. length_BS: how far the
+            valid guesses of each segment reach, counted from the pending token: a segment that comes after 2 backbone
+            guesses and has 3 valid guesses of its own has the length 5. A length up to the start, such as 0, proposes
+            nothing. A source need not look at how many backbone guesses are valid: a segment that comes after more of
+            them is left out.
         """
         raise NotImplementedError

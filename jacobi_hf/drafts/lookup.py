@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class NgramLookup(DraftSource):
     """One branch: the tokens that followed the last few tokens where these occurred before, in prompt or output.
 
-    This is prompt lookup decoding (Saxena, 2023). The longest match wins; among matches of equal length the latest wins. If
-    fewer than `length` tokens follow the match, the branch repeats them: a text that has begun to repeat goes on repeating.
+    This is prompt lookup decoding (Saxena, 2023). The longest match wins; among matches of equal length the latest
+    wins. If fewer than `length` tokens follow the match, the branch repeats them: a text that has begun to repeat goes
+    on repeating.
 
     Args:
         length: tokens of the branch.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class LoraDraftSource(JacobiWindow):
     """A Jacobi window whose guesses come from draft slots, in which a LoRA drafter acts on the model.
 
-    The window goes into the forward twice: in verified slots, which run with the model's own weights, and in draft slots,
-    which run with the drafter's LoRA and whose choices are the next guesses.
+    The window goes into the forward twice: in verified slots, which run with the model's own weights, and in draft
+    slots, which run with the drafter's LoRA and whose choices are the next guesses.
 
     Args:
         config: the knobs of the call.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class NgramPool(DraftSource):
     """Branches made of n-grams from earlier steps (rejection recycling, arXiv 2512.14681, section 3.3).
 
-    The forward also computes what the model would say after a rejected guess. That guess and the choices from there on are
-    an n-gram. When the guess turns up as the pending token, the pool proposes the choices.
+    The forward also computes what the model would say after a rejected guess. That guess and the choices from there on
+    are an n-gram. When the guess turns up as the pending token, the pool proposes the choices.
 
     Args:
         branches: proposals in each step: the newest n-grams, each with another first token.
@@ -105,8 +105,8 @@ class NgramPool(DraftSource):
 def model_choices(outcome: StepOutcome) -> torch.Tensor:
     """Return the choice after each token of the draft chain, by the model itself wherever it was asked.
 
-    With draft slots the chain's choices are the drafter's. The model has verified the first guesses of the same chain, and
-    what follows a refuted guess is for the model to say.
+    With draft slots the chain's choices are the drafter's. The model has verified the first guesses of the same chain,
+    and what follows a refuted guess is for the model to say.
     """
     layout = outcome.layout
     if not layout.draft_slots:

@@ -18,8 +18,8 @@ PER_GUESS = 2  # branches that stand in for the same guess
 class TopKBranches(DraftSource):
     """Branches of two tokens that replace one of the first backbone guesses.
 
-    Branch c replaces guess `c // 2 + 1`, by the model's second choice where c is even and by its third choice where c is
-    odd. Its second token is the next guess of the backbone.
+    Branch c replaces guess `c // 2 + 1`, by the model's second choice where c is even and by its third choice where c
+    is odd. Its second token is the next guess of the backbone.
 
     Args:
         branches: branches in each step, at most two for each guess of the backbone.

@@ -1,8 +1,8 @@
 """The Jacobi window: a rolling chain of blocks, each guess refined by the model's own choice in every step.
 
 New tokens are numbered from 0. A row has `generated` new tokens, and the window holds guesses for the indices
-`generated .. end - 1`. Block b covers the indices `b*n .. (b+1)*n - 1`, so `end` is a multiple of n. The block that the next
-token falls into is the *front* block; the others are drafted ahead of it (arXiv 2512.14681, section 3.3).
+`generated .. end - 1`. Block b covers the indices `b*n .. (b+1)*n - 1`, so `end` is a multiple of n. The block that
+the next token falls into is the *front* block; the others are drafted ahead of it (arXiv 2512.14681, section 3.3).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class JacobiWindow(DraftSource):
     """Guesses for the next `W = K * n` tokens, as the backbone of every step.
 
-    Each guess becomes the model's choice at the slot before it (the Jacobi iteration). A place that has no such choice yet
-    gets an id from the text so far.
+    Each guess becomes the model's choice at the slot before it (the Jacobi iteration). A place that has no such choice
+    yet gets an id from the text so far.
 
     Attributes:
         end_B: for each row, the index of the first new token after the window.
@@ -53,8 +53,8 @@ class JacobiWindow(DraftSource):
         self._offset_W = torch.arange(self._width, device=device)
         self._offset_n = torch.arange(self._block, device=device)
         self.scattered_L = scattered(index_L)
-        # The end for each number of new tokens, where the window never waits. In plain Jacobi decoding a block is followed
-        # by the next one only when the first token of that one is verified.
+        # The end for each number of new tokens, where the window never waits. In plain Jacobi decoding the next block
+        # starts only when its first token is verified.
         first_L = index_L // self._block * self._block
         self.end_L = -(-index_L // self._block) * self._block if self._restarts else first_L + self._width
         self.end_B = torch.zeros(rows, dtype=torch.long, device=device)
@@ -111,8 +111,9 @@ class JacobiWindow(DraftSource):
 def newest_choices(outcome: StepOutcome, offset_W: torch.Tensor, filler_BW: torch.Tensor) -> torch.Tensor:
     """Return the choice of the step for each of the next `W` tokens, and a filler where the step has made none.
 
-    The segment that won comes first, because the guesses of the draft chain were refuted there. Where the backbone itself
-    won and has draft slots, the choices in these come first: the model has chosen no token after the committed ones.
+    The segment that won comes first, because the guesses of the draft chain were refuted there. Where the backbone
+    itself won and has draft slots, the choices in these come first: the model has chosen no token after the committed
+    ones.
 
     Args:
         outcome: what the step did.

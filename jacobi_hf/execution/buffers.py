@@ -66,8 +66,8 @@ def acquire(
 ) -> Iterator[CallBuffers]:
     """Give the buffers that an earlier call has left, or new ones; no other call has them meanwhile.
 
-    Calls that differ in length alone get the same buffers while these have room; then larger ones take their place. A call
-    that fails does not leave its buffers to the next one.
+    Calls that differ in length alone get the same buffers while these have room; then larger ones take their place. A
+    call that fails does not leave its buffers to the next one.
     """
     kept = kept_for(model)
     # Under inference mode, tensors are made that no call outside of it may write to.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jacobi_hf.execution.base import Execution
     from jacobi_hf.execution.buffers import CallBuffers
 
-# Modes in which inductor itself records CUDA graphs, and what they are without: here the whole step is recorded instead.
+# Modes in which inductor itself records CUDA graphs, and the same modes without. Here the whole step is recorded.
 GRAPH_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -23,8 +23,8 @@ def execution_for(model: Any, config: JacobiConfig, wanted: CompileConfig | None
     """Return the execution of a call.
 
     Without a `CompileConfig` steps run eagerly. On a device that can record graphs (CUDA), the modes in which inductor
-    records graphs give graphs of compiled steps, and the backend "cudagraphs" gives graphs of steps that are not compiled.
-    Anything else goes to `torch.compile` unchanged.
+    records graphs give graphs of compiled steps, and the backend "cudagraphs" gives graphs of steps that are not
+    compiled. Anything else goes to `torch.compile` unchanged.
 
     Args:
         model: the model.

@@ -183,7 +183,7 @@ def whole_step(
 
 
 def with_own_code(function: Any) -> Any:
-    """Return a copy of a function with its own code object, by which `torch.compile` keeps, counts and drops its results."""
+    """Return a copy of a function with its own code object, to which `torch.compile` ties its results."""
     return FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )

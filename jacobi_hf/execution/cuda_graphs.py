@@ -90,7 +90,8 @@ class RecordedSteps:
 class CudaGraphSteps:
     """Whole steps, compiled or not, each kind of which is recorded once and then replayed.
 
-    Recording does nothing on the device. So the first step of a kind runs, as a warm-up, and the second one is recorded.
+    Recording does nothing on the device. So the first step of a kind runs, as a warm-up, and the second one is
+    recorded.
 
     Args:
         model: the model.
@@ -168,7 +169,7 @@ class CudaGraphSteps:
 
 
 def fingerprint_of(model: Any) -> tuple[Any, ...]:
-    """Return what a graph has taken from a model for good: addresses of its weights, and plain attributes of its modules.
+    """Return what a graph takes from a model for good: addresses of weights, and plain attributes of modules.
 
     Such attributes are, for example, `training`, the names of active adapters, and their scales.
     """

@@ -1,8 +1,8 @@
 """A `generate` that decodes with Jacobi by default, for models whose class nobody has registered.
 
-It is what `custom_generate/generate.py` of a Hub repository holds: `jacobi_hf.hub_cards` builds that file from this module
-and those that it imports. A model has another class while such a call runs, and only then: its own class, other models, and
-its next plain `generate` are unchanged.
+It is what `custom_generate/generate.py` of a Hub repository holds: `jacobi_hf.hub_cards` builds that file from this
+module and those that it imports. A model has another class while such a call runs, and only then: its own class, other
+models, and its next plain `generate` are unchanged.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class JacobiByDefault(JacobiGenerationMixin):
 def generate_by_default(*args: Any, model: Any, **kwargs: Any) -> Any:
     """Return `model.generate(*args, **kwargs)`, decoded with Jacobi.
 
-    The knobs come from the call, else from the model's generation config, else they have their defaults. `decoding=None`
-    decodes in the ordinary way. A call that Jacobi decoding does not support is decoded in the ordinary way with a warning,
-    unless it names a `decoding`.
+    The knobs come from the call, else from the model's generation config, else they have their defaults.
+    `decoding=None` decodes in the ordinary way. A call that Jacobi decoding does not support is decoded in the
+    ordinary way with a warning, unless it names a `decoding`.
 
     Raises:
         TypeError: Jacobi decoding does not support the model.

@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 class ModelForward:
     """The forward of a transformers model over the slots of a layout, with our cache, positions and masks.
 
-    Args:
-        model: the model.
-        cache: what it reads and writes.
-        sources: the draft sources of the call.
-        last_position: the position of the last token that the call may generate. Slots after it belong to rows that need
-            fewer slots than others, and nothing reads their outcome.
+    Args: model: the model. cache: what it reads and writes. sources: the draft sources of the call. last_position: the
+        position of the last token that the call may generate. Slots after it belong to rows that need fewer slots than
+        others, and nothing reads their outcome.
     """
 
     def __init__(self, model: Any, cache: JacobiStaticCache, sources: Sources, last_position: torch.Tensor) -> None:
@@ -84,7 +81,8 @@ class ModelForward:
     def tapping(self) -> Iterator[None]:
         """Read the outputs of the tapped layers while the context is open, by hooks that are removed afterwards.
 
-        `output_hidden_states` will not do: it leaves hooks on every layer, and it returns the last layer after the norm.
+        `output_hidden_states` will not do: it leaves hooks on every layer, and it returns the last layer after the
+        norm.
         """
         layers = self._model.base_model.layers if self._taps else []
         handles = [layers[tap].register_forward_hook(self._tap_hook(tap)) for tap in self._taps]

@@ -1,14 +1,15 @@
 """The three private hooks of `generate` that Jacobi decoding overrides.
 
-`JacobiGenerationMixin` goes into the bases of a model class and overrides three inner stages of `GenerationMixin.generate`:
+`JacobiGenerationMixin` goes into the bases of a model class and overrides three inner stages of
+`GenerationMixin.generate`:
 
 - `_prepare_generation_config` takes the knobs out of the arguments,
 - `_validate_generation_mode` refuses a call, or lets it decode in the ordinary way,
 - `_sample` decodes.
 
 `generate` itself stays transformers' own, so inputs, processors, criteria and streamers arrive prepared. The public
-`custom_generate=callable` argument cannot replace the hooks: it decodes only in calls that name it, so a model with a saved
-decoding would decode in the ordinary way, and `generate` refuses the knobs as unknown arguments.
+`custom_generate=callable` argument cannot replace the hooks: it decodes only in calls that name it, so a model with a
+saved decoding would decode in the ordinary way, and `generate` refuses the knobs as unknown arguments.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class JacobiGenerationMixin:
     ) -> Any:
         given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
         reject_misspelt([*kwargs, *(vars(generation_config) if generation_config is not None else ())])
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        prepared, model_kwargs = parent._prepare_generation_config(generation_config, *args, **kwargs)
         request = _request_in(self, generation_config, prepared, given, kwargs)
         if request is not None:
             setattr(prepared, _REQUEST, request)
@@ -78,7 +80,8 @@ class JacobiGenerationMixin:
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
     ) -> None:
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         request: JacobiRequest | None = getattr(generation_config, _REQUEST, None)
         if request is None:
             return

@@ -22,7 +22,8 @@ def check_can_decode(model_class: type) -> None:
     forward = getattr(model_class, "forward", None)
     if not issubclass(model_class, GenerationMixin) or not issubclass(model_class, PreTrainedModel) or forward is None:
         raise TypeError(
-            f"{name} is not a transformers model that generates: it needs PreTrainedModel and GenerationMixin as bases."
+            f"{name} is not a transformers model that generates: "
+            "it needs PreTrainedModel and GenerationMixin as bases."
         )
     missing = {CACHE, "position_ids", "logits_to_keep"} - parameters_of(forward)
     if missing:
@@ -36,9 +37,9 @@ def check_can_decode(model_class: type) -> None:
 def register(model_class: type) -> type:
     """Give a decoder-only class with full or sliding attention the `decoding` argument, and return the class.
 
-    Subclasses have it too, also those made before. Registering a class twice changes nothing. The function can be used as a
-    decorator, and `unregister` takes the argument away. A class must take its mask and positions as arguments; a class that
-    builds a bias of its own (ALiBi, GPT-Neo) is refused where this can be seen.
+    Subclasses have it too, also those made before. Registering a class twice changes nothing. The function can be used
+    as a decorator, and `unregister` takes the argument away. A class must take its mask and positions as arguments; a
+    class that builds a bias of its own (ALiBi, GPT-Neo) is refused where this can be seen.
 
     Raises:
         TypeError: the class is not a causal language model of transformers whose forward takes what a step needs.

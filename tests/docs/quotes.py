@@ -1,7 +1,8 @@
 """Code of the repository that pages quote: python -m tests.docs.quotes
 
-A comment `<!-- from PATH -->` or `<!-- from PATH: NAME, NAME -->` before a block of Python says that the block is that file, or those functions and
-classes of that file. This module writes such blocks anew. A test fails when one of them is stale.
+A comment `<!-- from PATH -->` or `<!-- from PATH: NAME, NAME -->` before a block of Python says that the block is that
+file, or those functions and classes of that file. This module writes such blocks anew. A test fails when one of them
+is stale.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ Blocks of Python run, one after another in one namespace for each page. Some tex
 - Numbers of new tokens become 16, and a search for a setting gets one second.
 - `bf16=True` of a trainer becomes one step on the CPU.
 
-A page may use `model`, `tokenizer`, `inputs` and `prompts`, as its reader has them, packed trajectories, and a server of the model. A block
-that cannot run here has a comment before it, `<!-- not run here: REASON -->`. Quotes of code (`quotes.py`) do not run. A block after a comment
-`<!-- what it prints -->` is compared with what the block before it prints.
+A page may use `model`, `tokenizer`, `inputs` and `prompts`, as its reader has them, packed trajectories, and a server
+of the model. A block that cannot run here has a comment before it, `<!-- not run here: REASON -->`. Quotes of code
+(`quotes.py`) do not run. A block after a comment `<!-- what it prints -->` is compared with what the block before it
+prints.
 
-Lines of shell do not run. They are parsed: verbs and options of `jacobi-hf` and of scripts, files, make targets and extras must exist.
+Lines of shell do not run. They are parsed: verbs and options of `jacobi-hf` and of scripts, files, make targets and
+extras must exist.
 """
 
 from __future__ import annotations
@@ -162,7 +164,7 @@ def fault_of(words):
 
 
 def fault_of_launch(rest):
-    """Return what is wrong with `accelerate launch -m jacobi_hf.cli VERB ...` or `torchrun ... SCRIPT ...`, or None."""
+    """Return what is wrong with `accelerate launch -m jacobi_hf.cli VERB` or `torchrun SCRIPT`, or None."""
     if "jacobi_hf.cli" in rest:
         return fault_of_verb(rest[rest.index("jacobi_hf.cli") + 1 :])
     script = next((number for number, word in enumerate(rest) if word.endswith(".py")), None)

@@ -4,8 +4,8 @@ test_trainer.py calls `train` itself, and runs this file once on two gloo proces
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/helpers/distributed.py FOLDER
 
-`plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard`, since accelerate shards on accelerators
-only, and makes each step with `compute_loss` and SGD. `drafter` trains a drafter.
+`plain` is `trainer.train()`. `fsdp` shards the model with torch's `fully_shard`, since accelerate shards on
+accelerators only, and makes each step with `compute_loss` and SGD. `drafter` trains a drafter.
 """
 
 from __future__ import annotations

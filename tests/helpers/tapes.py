@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-# What a graph cannot hold: a look at a value, shapes that depend on one, a generator; and lists of the host's as new tensors.
+# What a graph cannot hold: a look at a value, shapes that depend on one, a generator; and new tensors from lists.
 FORBIDDEN = (aten._local_scalar_dense, aten.nonzero, aten.exponential_, aten.uniform_)
 LIFTED = (aten.lift_fresh, aten.lift_fresh_copy)
 
@@ -33,7 +33,7 @@ class TapeGraphs:
 
 
 class Tape(TorchDispatchMode):
-    """Operations and the very tensors that they had: replayed without any Python between them, and without effect while recorded."""
+    """Operations with their tensors: recording changes nothing, and a replay runs no Python between them."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The promise on a CUDA device, however steps run there. Skipped without one; `examples/benchmarks/gpu.sh` runs them."""
+"""The promise on a CUDA device, in all ways to run steps. `examples/benchmarks/gpu.sh` runs these tests."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_num_return_sequences(any_model, prompt):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", TINY)
 def test_a_long_prompt_goes_in_by_parts(kind, attention, monkeypatch):
-    """Rows that end in different parts, and at the end of one: tokens, scores, cache are those of a prefill in one go."""
+    """Rows that end in different parts, or at the end of one: tokens, scores and cache are those of one prefill."""
     monkeypatch.setattr(Decoder, "PREFILL_SLOTS", 4)
     monkeypatch.setattr(ModelForward, "needs_mask", lambda *_, **__: True)
     widths = []
@@ -206,7 +206,7 @@ def test_accelerate_hooks(tmp_path, prompt):
 
 
 def test_a_model_in_stages(tmp_path, prompt):
-    """Some layers in memory and some on disk, with accelerate's hooks between: the same tokens, and steps stay uncompiled."""
+    """Some layers in memory and some on disk, with accelerate's hooks: the same tokens, in uncompiled steps."""
     model = fresh_model("qwen3")
     model.save_pretrained(tmp_path / "model")
     stages = {

@@ -1,4 +1,4 @@
-"""Hundreds of calls of changing lengths and batches on one model: memory does not grow, and nothing is compiled twice."""
+"""Hundreds of calls of all lengths and batches on one model: memory does not grow, nothing is compiled twice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESIDENT_SLACK = 16 * 2**20  # what the allocator may do; one call's cache kept 
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Address and bytes of a tensor's memory; None for what torch.func (masks of FlexAttention) leaves behind, which has none."""
+    """Return address and bytes of a tensor's memory; None for tensors of torch.func, which have none."""
     try:
         return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
     except NotImplementedError:
@@ -42,7 +42,7 @@ def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Held:
-    """What the process holds: tensors and their bytes, objects that the garbage collector knows, and resident bytes."""
+    """Return what the process holds: tensors and their bytes, objects of the garbage collector, resident bytes."""
 
     tensors: int
     bytes: int
@@ -70,7 +70,7 @@ class Held:
 
 
 def call(model, number, **arguments):
-    """The call of that number: rows, prompt and new tokens change from one to the next, uncompiled whether it samples and ends too."""
+    """Make the call of that number: rows, prompt and new tokens change; if uncompiled, sampling and end tokens too."""
     if "compile_config" not in arguments:
         arguments |= {"do_sample": number % 3 == 0, "eos_token_id": [1] if number % 5 else None}
     generator = torch.Generator().manual_seed(number)
@@ -95,7 +95,7 @@ def small_model():
 
 
 def soak(model, calls=CALLS, after_each=lambda output: None, **arguments):
-    """So many calls; what was held after the first cycle and at the end, and the steps and graphs compiled in between."""
+    """Make calls; return what was held after the first cycle and at the end, and what was compiled in between."""
     compiled = 0
     build_layout.cache_clear()  # what other tests have left in it gives way to this one's
     for number in range(calls):

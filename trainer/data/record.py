@@ -1,13 +1,14 @@
 """The packed record: how a training sample of Jacobi Forcing is stored (arXiv 2512.14681, section 3.2).
 
 A sample is a prompt and the model's own answer to it. The answer is cut into T blocks of n tokens. Jacobi decoding
-drafts all tokens of a block at once and corrects the draft in several forward passes, until the block no longer
-changes. So each block has two versions in a record:
+knows the first token of a block from the block before. It drafts the other tokens at once and corrects the draft in
+several forward passes, until the block no longer changes. So each block has two versions in a record:
 
 - the *clean block* `l_j`: block j when it no longer changes, the fixed point. It equals what ordinary decoding writes.
 - the *noisy block* `k_j`: block j as it was after one of the earlier passes. It may still have wrong tokens.
 
-Training teaches the model to predict from `k_j` what it predicts from `l_j`. In a record, the pairs follow the prompt:
+Training teaches the model to predict in the slots of `k_j` what it predicts in the slots of `l_j`
+(`jacobi_hf.trainer.forcing.mask` says what each slot sees). In a record, the pairs follow the prompt:
 
     | prompt | k_0 | l_0 | k_1 | l_1 | ... | k_T-1 | l_T-1 |
     |   P    |  n  |  n  |  n  |  n  |     |   n   |   n   |     P + 2nT tokens
@@ -19,12 +20,11 @@ position ids. For P = 2, n = 3, T = 2:
     token       p_0 p_1|     k_0    |     l_0    |     k_1    |     l_1
     position     0   1 |  2   3   4 |  2   3   4 |  5   6   7 |  5   6   7
 
-Decoding knows the first token of a block before it drafts the rest. So `k_j` and `l_j` always begin with the same
-token.
+The first token is no draft, so `k_j` and `l_j` always begin with the same token.
 
-A record may have several *views*. Each view is a noisy version of every block, taken after passes of its own choice; the views
-share the prompt and the clean blocks. A stored row has the first view in the sequence above and the others in a column
-of their own. A training row has the other views of a block after its clean block:
+A record may have several *views*. Each view is a noisy version of every block, with states that the noise schedule
+chose for that view; the views share the prompt and the clean blocks. A stored row has the first view in the sequence
+above and the others in a column of their own. A training row has the other views of a block after its clean block:
 `k_0, l_0, k'_0, k''_0, k_1, l_1, ...`.
 
 This module alone knows the order of blocks. Other modules build, check, shorten and take apart records through

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def figures_of(function):
-    """Return the figures of a docstring: for each, the labels of its columns, the labels of its lines, and its marks."""
+    """Return the figures of a docstring: for each, the labels of its columns and lines, and its marks."""
     figures, above = [], []
     for line in map(str.split, inspect.getdoc(function).splitlines()):
         if len(line) > 1 and set("".join(line[1:])) <= set("#+."):
@@ -83,7 +83,7 @@ def test_figure_of_the_blocks():
 
 
 def mask_by_definition(lengths, cached, extent, window, draft_slots=0):
-    """Return the mask slot by slot: a guess attends to cached tokens, the pending token, and its segment up to itself."""
+    """Return the mask slot by slot: a guess attends to cached tokens, the pending token and its segment so far."""
     slots = [("pending", 0)] + [(segment, depth) for segment, n in enumerate(lengths) for depth in range(1, n + 1)]
     slots += [("draft", depth) for depth in range(1, draft_slots + 1)]
     mask = torch.zeros(len(cached), 1, len(slots), extent, dtype=torch.bool)

@@ -14,7 +14,7 @@ from tests.helpers.models import fresh_model, tiny_model
 
 
 class Watched(Eager):
-    """Steps as they stand, each of which finds what it needs: the host has to prepare it without knowing where rows are."""
+    """Eager steps that check what the host has prepared for them without knowing where rows are."""
 
     def run(self, state, forward, selector, shape, layout, key_column_K, text_columns, *, may_be_over):
         deepest, new = len(layout.offset_D) - 1, int(state.generated_B.max())

@@ -161,7 +161,7 @@ def test_top_k_branches_are_the_models_second_and_third_choices(model, monkeypat
 
 
 def test_the_pool_learns_from_the_model_as_far_as_it_verifies(monkeypatch):
-    """With a drafter, what follows a guess that the model was asked about is the model's choice there, by a forward of its own."""
+    """With a drafter, what follows a verified guess is the model's own choice there."""
     learnt, texts = [], []
     learn, propose = NgramPool.learn, NgramPool.propose
 

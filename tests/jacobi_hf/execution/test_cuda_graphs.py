@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs. There is no CUDA where these tests run: a tape does on the CPU what a CUDA graph does (see `tapes.py`)."""
+"""Steps as CUDA graphs. A tape does on the CPU what a CUDA graph does on a GPU (see `tapes.py`)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_same(plain, other, *, lag=0):
     ],
 )
 def test_recorded_steps_give_the_same_tokens_statistics_and_cache(kind, setting, call, lag, monkeypatch):
-    """Call after call over the same buffers and graphs, with all that may change between calls: texts, lengths, values, noise."""
+    """Call after call over the same buffers and graphs; texts, lengths, values and noise change."""
     model, recorded = tiny_model(kind), []
     for number in (0, 3, 1, 2, 2, 2, 2):
         ids = prompt(2, 3 + 5 * number % 7, seed=number)

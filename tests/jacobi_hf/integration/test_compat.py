@@ -70,7 +70,8 @@ def test_importing_with_a_newer_release_warns_once_and_decodes():
         "import transformers, warnings; transformers.__version__ = '5.99.0'; "
         "found = warnings.catch_warnings(record=True); caught = found.__enter__(); warnings.simplefilter('always'); "
         "import jacobi_hf, jacobi_hf.trainer, jacobi_hf.cli; "
-        "print(len([w for w in caught if '5.99.0' in str(w.message)]), hasattr(transformers.Qwen3ForCausalLM, '_default_decoding'))"
+        "print(len([w for w in caught if '5.99.0' in str(w.message)]), "
+        "hasattr(transformers.Qwen3ForCausalLM, '_default_decoding'))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["1", "True"], done.stderr
@@ -112,9 +113,8 @@ def test_the_server_refuses_releases_without_its_parts_in_one_line(monkeypatch):
     pretend(monkeypatch, "5.10.4")
     done = CliRunner().invoke(app, ["serve", "no-model"])
     assert done.exit_code == 2
-    assert done.stderr.splitlines() == [
-        "jacobi-hf serve: serving needs transformers 5.15 or newer, but 5.10.4 is installed: pip install 'transformers>=5.15'"
-    ]
+    what = "jacobi-hf serve: serving needs transformers 5.15 or newer, but 5.10.4 is installed"
+    assert done.stderr.splitlines() == [f"{what}: pip install 'transformers>=5.15'"]
 
 
 @pytest.mark.parametrize("model_class", [Qwen2ForCausalLM, LlamaForCausalLM])

@@ -48,7 +48,8 @@ def test_the_private_hooks_have_the_signatures_that_were_tested():
     for name, parameters in hooks.items():
         found = list(inspect.signature(getattr(GenerationMixin, name)).parameters)
         assert found == parameters, (
-            f"GenerationMixin.{name} takes {found} in this transformers; jacobi_hf.integration.mixin was written for {parameters}"
+            f"GenerationMixin.{name} takes {found} in this transformers; "
+            f"jacobi_hf.integration.mixin was written for {parameters}"
         )
 
 
