@@ -1,6 +1,6 @@
 """Options of the verbs: dataclass fields with a help text, which a recipe and the command line set by name.
 
-Verbs import torch and transformers when they run, so that `jacobi-hf --help` is quick. This module imports neither.
+Verbs import heavy libraries when they run. This module imports none.
 """
 
 from __future__ import annotations
