@@ -104,14 +104,22 @@ def _is_installed(requirement: Requirement) -> bool:
 class ModelFacts:
     """How a model would decode here.
 
-    Attributes: name: Name or folder of the model. model_class: Class that `AutoModelForCausalLM` would build.
+    Attributes:
+        name: Name or folder of the model.
+        model_class: Class that `AutoModelForCausalLM` would build.
         is_registered: Whether the class has `decoding` on import. If not, `jacobi_hf.register` adds it, as commands
-        do. parameters: Number of weights. positions: Number of positions, or None if the config names no limit.
-        vocabulary: Size of the vocabulary. dtype: dtype that the weights would be loaded in. attention: Attention
-        implementation that would be used. layers: Number of layers of each type. kernels: Optional kernels that its
-        steps would use. saved_knobs: Knobs that its generation config sets. decoding: `RUNS`, `FALLS_BACK` (ordinary
-        decoding with a warning) or `REFUSED` (an error). reason: Why Jacobi decoding does not run, or None. drafter:
-        Rank, base and number of weights of the drafter, or None.
+            do.
+        parameters: Number of weights.
+        positions: Number of positions, or None if the config names no limit.
+        vocabulary: Size of the vocabulary.
+        dtype: dtype that the weights would be loaded in.
+        attention: Attention implementation that would be used.
+        layers: Number of layers of each type.
+        kernels: Optional kernels that its steps would use.
+        saved_knobs: Knobs that its generation config sets.
+        decoding: `RUNS`, `FALLS_BACK` (ordinary decoding with a warning) or `REFUSED` (an error).
+        reason: Why Jacobi decoding does not run, or None.
+        drafter: Rank, base and number of weights of the drafter, or None.
     """
 
     name: str

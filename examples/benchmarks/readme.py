@@ -38,9 +38,12 @@ COLOURS = {
 class Speed(NamedTuple):
     """How fast a way to decode is on one domain.
 
-    Attributes: tokens_per_second: of the faster of eager and compiled. speedup: over ordinary decoding, compiled, of
-        the same model in the same process; None for ordinary decoding itself. tokens_per_forward: None where it was
-        not measured. note: what to say about the setting.
+    Attributes:
+        tokens_per_second: of the faster of eager and compiled.
+        speedup: over ordinary decoding, compiled, of the same model in the same process; None for ordinary decoding
+            itself.
+        tokens_per_forward: None where it was not measured.
+        note: what to say about the setting.
     """
 
     tokens_per_second: float

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 class Acceptance:
     """What the model chose in a step, and which guesses it accepted.
 
-    Attributes: choice_BQ: the token chosen at every slot: by the model, in draft slots by the drafter; a pad in rows
-        that had halted before the step. agrees_BSN: whether each guess of each segment equals the choice at the slot
-        that comes before it in the text; also filled in for guesses that are not valid. accepted_BS: how many valid
-        guesses of each segment agree, up to the first that does not; for a branch, the backbone guesses before it
-        count too. best_B: the segment that won in each row: of the verified ones, the one with the most accepted
-        guesses. path_BD: the slots of that segment by depth; `(1, D)` if there is only one verified segment. run_BD:
-        the choices along that path, of which the first `count_B` are committed. count_B: tokens to commit. halted_B:
-        whether each row has met an end token, before this step or in the last of these tokens. A row that has all its
-        tokens by the limit alone is not halted. merit_BQV: the numbers whose greatest entry is the choice, where no
-        pad replaced it: scores in greedy decoding, probabilities divided by sampling noise in sampling. broken_B: 1
-        where a committed token was sampled from scores that are no distribution (NaN), else 0; None in greedy
-        decoding.
+    Attributes:
+        choice_BQ: the token chosen at every slot: by the model, in draft slots by the drafter; a pad in rows that had
+            halted before the step.
+        agrees_BSN: whether each guess of each segment equals the choice at the slot that comes before it in the text;
+            also filled in for guesses that are not valid.
+        accepted_BS: how many valid guesses of each segment agree, up to the first that does not; for a branch, the
+            backbone guesses before it count too.
+        best_B: the segment that won in each row: of the verified ones, the one with the most accepted guesses.
+        path_BD: the slots of that segment by depth; `(1, D)` if there is only one verified segment.
+        run_BD: the choices along that path, of which the first `count_B` are committed.
+        count_B: tokens to commit.
+        halted_B: whether each row has met an end token, before this step or in the last of these tokens. A row that
+            has all its tokens by the limit alone is not halted.
+        merit_BQV: the numbers whose greatest entry is the choice, where no pad replaced it: scores in greedy decoding,
+            probabilities divided by sampling noise in sampling.
+        broken_B: 1 where a committed token was sampled from scores that are no distribution (NaN), else 0; None in
+            greedy decoding.
     """
 
     choice_BQ: torch.Tensor

@@ -34,10 +34,13 @@ if TYPE_CHECKING:
 class StepShape:
     """The sizes of a step, chosen by the host.
 
-    Attributes: backbone: guesses of the backbone that the model verifies. branches: guesses of each branch that the
-        model verifies, without the backbone guesses before it; a branch of 0 is left out. draft_slots: guesses of the
-        backbone that also go into draft slots; 0 without such slots. starts: for each branch, the number of backbone
-        guesses that it comes after; empty if all start at the pending token.
+    Attributes:
+        backbone: guesses of the backbone that the model verifies.
+        branches: guesses of each branch that the model verifies, without the backbone guesses before it; a branch of 0
+            is left out.
+        draft_slots: guesses of the backbone that also go into draft slots; 0 without such slots.
+        starts: for each branch, the number of backbone guesses that it comes after; empty if all start at the pending
+            token.
     """
 
     backbone: int
@@ -218,12 +221,16 @@ def advance(
 ) -> None:
     """Commit the accepted tokens, get the guesses of the next step, and write the report for the host.
 
-    Args: state: the rows; the step changes them. inputs: the tokens of the step. acceptance: what the model accepted
-        of them. features_BQF: outputs of the tapped layers, if any source reads some. text_columns: how many columns
-        of the text may be in use after the step; all of them by default. may_be_over: False if the host knows that,
-        before this step, no row had halted and no row had all its tokens. Some operations are left out then.
+    Args:
+        state: the rows; the step changes them.
+        inputs: the tokens of the step.
+        acceptance: what the model accepted of them.
+        features_BQF: outputs of the tapped layers, if any source reads some.
+        text_columns: how many columns of the text may be in use after the step; all of them by default.
+        may_be_over: False if the host knows that, before this step, no row had halted and no row had all its tokens.
+            Some operations are left out then.
         host_may_read: whether the host may read a value in between. On a CPU this costs nothing and can save the move
-        of keys and values. On other devices the host would wait for the device.
+            of keys and values. On other devices the host would wait for the device.
     """
     count_B = acceptance.count_B
     moves = inputs.layout.verified_segments > 1

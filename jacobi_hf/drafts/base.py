@@ -39,13 +39,16 @@ if TYPE_CHECKING:
 class SourceShape:
     """What a source needs in every step of a call, known on the host before any tensor exists.
 
-    Attributes: lengths: the most guesses of each of its segments, without the backbone guesses before it. starts: for
-        each segment, the number of backbone guesses that it comes after; 0 for the pending token. Empty if all are 0.
-        is_backbone: whether its one segment is the backbone. A call has at most one backbone. draft_slots: for a
-        backbone, how many of its guesses go into the forward a second time, in draft slots. The source drafts there,
-        and nobody verifies them. taps: decoder layers whose outputs it reads as features (0-based, before the final
-        norm). cache_ahead: if the source has a key/value cache of its own: places in it that one proposal needs after
-        the committed tokens.
+    Attributes:
+        lengths: the most guesses of each of its segments, without the backbone guesses before it.
+        starts: for each segment, the number of backbone guesses that it comes after; 0 for the pending token. Empty if
+            all are 0.
+        is_backbone: whether its one segment is the backbone. A call has at most one backbone.
+        draft_slots: for a backbone, how many of its guesses go into the forward a second time, in draft slots. The
+            source drafts there, and nobody verifies them.
+        taps: decoder layers whose outputs it reads as features (0-based, before the final norm).
+        cache_ahead: if the source has a key/value cache of its own: places in it that one proposal needs after the
+            committed tokens.
     """
 
     lengths: tuple[int, ...]
@@ -123,10 +126,13 @@ def chain_slots(layout: Layout) -> torch.Tensor | slice:
 class ProposalContext:
     """What a source may look at to propose guesses for the next step.
 
-    Attributes: outcome: what the last step did. text_BL: prompt and new tokens of each row without pads. The first
-        `text_length_B` columns are in use. text_length_B: tokens of each row's text; the last one is the pending
-        token. pending_B1: the pending token. backbone_BW: guesses of the backbone for the next step; None in the call
-        of the backbone's own `propose`, and no columns if there is no backbone.
+    Attributes:
+        outcome: what the last step did.
+        text_BL: prompt and new tokens of each row without pads. The first `text_length_B` columns are in use.
+        text_length_B: tokens of each row's text; the last one is the pending token.
+        pending_B1: the pending token.
+        backbone_BW: guesses of the backbone for the next step; None in the call of the backbone's own `propose`, and
+            no columns if there is no backbone.
     """
 
     outcome: StepOutcome
@@ -199,10 +205,11 @@ class DraftSource:
     def read_prompt(self, place_B: torch.Tensor, next_BP: torch.Tensor, features_BPF: torch.Tensor | None) -> None:
         """Read a part of the prompt; called for each part after the prefill, when the first new token is known.
 
-        Args: place_B: the place in each row's text of the first token of this part. next_BP: for each token of the
-            part, the token after it; after the last token of the prompt comes the first new token. Columns after a
-            row's prompt hold nothing of use. features_BPF: outputs of the tapped layers at each token of the part;
-            None without taps.
+        Args:
+            place_B: the place in each row's text of the first token of this part.
+            next_BP: for each token of the part, the token after it; after the last token of the prompt comes the first
+                new token. Columns after a row's prompt hold nothing of use.
+            features_BPF: outputs of the tapped layers at each token of the part; None without taps.
         """
 
     def observe(self, outcome: StepOutcome) -> None:

@@ -24,11 +24,14 @@ class Sources:
     Args:
         sources: at most one backbone, and any number of sources with branches.
 
-    Attributes: backbone: the source of the backbone; None for a call with branches alone. branching: the sources with
-        branches. width: W, the most guesses of the backbone. draft_slots: draft slots of the backbone in a forward.
-        taps: decoder layers whose outputs some source reads, in ascending order. branch_lengths, branch_starts,
-        branch_names: of each branch, its most tokens, the backbone guesses that it follows, and the name of its
-        source.
+    Attributes:
+        backbone: the source of the backbone; None for a call with branches alone.
+        branching: the sources with branches.
+        width: W, the most guesses of the backbone.
+        draft_slots: draft slots of the backbone in a forward.
+        taps: decoder layers whose outputs some source reads, in ascending order.
+        branch_lengths, branch_starts, branch_names: of each branch, its most tokens, the backbone guesses that it
+            follows, and the name of its source.
     """
 
     def __init__(self, sources: list[DraftSource]) -> None:

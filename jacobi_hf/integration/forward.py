@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 class ModelForward:
     """The forward of a transformers model over the slots of a layout, with our cache, positions and masks.
 
-    Args: model: the model. cache: what it reads and writes. sources: the draft sources of the call. last_position: the
-        position of the last token that the call may generate. Slots after it belong to rows that need fewer slots than
-        others, and nothing reads their outcome.
+    Args:
+        model: the model.
+        cache: what it reads and writes.
+        sources: the draft sources of the call.
+        last_position: the position of the last token that the call may generate. Slots after it belong to rows that
+            need fewer slots than others, and nothing reads their outcome.
     """
 
     def __init__(self, model: Any, cache: JacobiStaticCache, sources: Sources, last_position: torch.Tensor) -> None:

@@ -24,9 +24,11 @@ _NOT_RUN = re.compile(r"<!-- not run here: (.*?) -->", re.DOTALL)
 class Block:
     """A fenced block of a page.
 
-    Attributes: line: number of its first line of code. excuse: why it is not run here, from a comment `<!-- not run
-        here: REASON -->` before it. prints: what the page says that it prints: the block after it, if a comment `<!--
-        what it prints -->` stands between.
+    Attributes:
+        line: number of its first line of code.
+        excuse: why it is not run here, from a comment `<!-- not run here: REASON -->` before it.
+        prints: what the page says that it
+        prints: the block after it, if a comment `<!-- what it prints -->` stands between.
     """
 
     page: str
