@@ -37,7 +37,6 @@ TESTS = {
     "equality": ("tests/jacobi_hf/test_equality.py::test_same_as_generate",),
     "hooks": (
         "tests/jacobi_hf/integration",
-        "tests/jacobi_hf/integration/test_mixin.py",
         "tests/jacobi_hf/decoding/test_cache.py",
     ),
     "drafter": (
