@@ -9,7 +9,7 @@ TOOLS := $(VENV)/.tools# and what tests, lint, types and docs need
 # One thread: with two on busy cores a small forward can be a hundred times slower.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 PYTEST := $(BIN)/python -m pytest --durations=25 --dist=worksteal
 
 .PHONY: demo test test-slow test-deep test-versions lint types format docs clean
