@@ -28,7 +28,7 @@ import typer
 from transformers import CompileConfig
 
 import jacobi_hf
-from jacobi_hf.decoding.step import ForwardInputs
+from jacobi_hf.decoding.step import ForwardInputs, StepPlan
 from jacobi_hf.drafts.window import JacobiWindow
 from jacobi_hf.execution.compiled import with_own_code
 from jacobi_hf.integration import call as generate_call
@@ -86,24 +86,15 @@ class Clock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._execution, name)
 
-    def run(
-        self,
-        state: Any,
-        forward: Any,
-        selector: Any,
-        shape: Any,
-        layout: Any,
-        key_column_K: torch.Tensor,
-        *rest: Any,
-        **options: Any,
-    ) -> Any:
+    def run(self, state: Any, forward: Any, selector: Any, plan: StepPlan) -> Any:
         """Run the bare forward, then the step; the time of the forward is no part of the step's."""
         if self._last is not None:
             self.steps.append(time.perf_counter() - self._last - sum(self._replaying))
         self._replaying.clear()
-        token_BQ = state.inputs(shape, layout).token_BQ
+        layout = plan.layout
+        token_BQ = state.inputs(plan.shape, layout).token_BQ
         bare = self._model.forward
-        read_K = key_column_K.view(-1)
+        read_K = plan.key_column_K
         if self._forwards is not None:
             bare = self._forwards.setdefault(layout.slots, compiled(self._model))
             torch._dynamo.mark_dynamic(read_K, 0)
@@ -115,7 +106,7 @@ class Clock:
         bare(**arguments)
         self._last = time.perf_counter()
         self.bare.append(self._last - began)
-        return self._execution.run(state, forward, selector, shape, layout, key_column_K, *rest, **options)
+        return self._execution.run(state, forward, selector, plan)
 
 
 def compiled(model: Any) -> Any:

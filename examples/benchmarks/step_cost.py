@@ -40,7 +40,7 @@ from jacobi_hf import JacobiConfig, clear_graphs
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.prompt import Prompt
 from jacobi_hf.decoding.selection import Selector
-from jacobi_hf.decoding.step import StepShape
+from jacobi_hf.decoding.step import StepPlan, StepShape
 from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.execution.buffers import CallBuffers
 from jacobi_hf.execution.choose import execution_for
@@ -108,11 +108,10 @@ def timed_steps(
         state.width_B.fill_(width - 1)
         layout = build_layout((width - 1,), device)
         key_column_K = cache.columns(width, context)
+        plan = StepPlan(StepShape(width - 1, ()), layout, key_column_K, context + 1, may_be_over=False)
         synchronize(device)
         started = time.perf_counter()
-        execution.run(
-            state, forward, selector, StepShape(width - 1, ()), layout, key_column_K, context + 1, may_be_over=False
-        )
+        execution.run(state, forward, selector, plan)
         returned = time.perf_counter()
         synchronize(device)
         return time.perf_counter() - started, returned - started

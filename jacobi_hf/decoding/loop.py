@@ -21,7 +21,7 @@ from jacobi_hf.decoding.prefill import prompt_forward, read_prompt_parts
 from jacobi_hf.decoding.report import LaunchedStep, StepReport, copy_of
 from jacobi_hf.decoding.selection import check_samples
 from jacobi_hf.decoding.shapes import ShapeChooser
-from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, advance, finish_step
+from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, StepPlan, advance, finish_step
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.streaming import candidates_of
 
@@ -174,7 +174,7 @@ class Decoder:
         """Return the rows that the next step advances: those that have not ended, or all if finished rows go on."""
         return [row for row, ended in enumerate(self._last.ended) if self._fills or not ended]
 
-    def _some_over(self) -> bool:
+    def _may_be_over(self) -> bool:
         """Return whether a row may have halted or have all its tokens, as far as the host knows."""
         return bool(self._lag) or any(self._last.ended) or max(self._last.generated) >= self._stopping.limit
 
@@ -201,16 +201,8 @@ class Decoder:
             inputs = self._state.inputs(shape, layout)
             self._finish(inputs, self._forward(ForwardInputs(layout, key_column_K, inputs.token_BQ)))
             return
-        result = self._execution.run(
-            self._state,
-            self._forward,
-            self._selector,
-            shape,
-            layout,
-            key_column_K,
-            self._text_columns(layout),
-            may_be_over=self._some_over(),
-        )
+        plan = StepPlan(shape, layout, key_column_K, self._text_columns(layout), self._may_be_over())
+        result = self._execution.run(self._state, self._forward, self._selector, plan)
         if result is not None:
             self._record(self._scores, result.scores_BQV, result.acceptance)
             self._record(self._logits, result.logits_BQV, result.acceptance)
@@ -218,7 +210,7 @@ class Decoder:
     def _finish(self, inputs: StepInputs, output: ForwardOutput) -> None:
         """Do what comes after a forward that no execution has run: the prefill, and steps that go token by token."""
         layout = inputs.layout
-        may_be_over = self._some_over()
+        may_be_over = self._may_be_over()
         text_columns = self._text_columns(layout)
         self._draw_noise(layout)
         if self._selector.is_vectorised:

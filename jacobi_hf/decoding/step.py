@@ -56,6 +56,24 @@ class StepShape:
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """What the host has decided about a step before it runs.
+
+    Attributes:
+        shape: the sizes of the step.
+        layout: `shape.layout(...)`.
+        key_column_K: the columns of the cache that are read.
+        text_columns, may_be_over: what the host knows of the rows, see `advance`. The defaults are right for any rows.
+    """
+
+    shape: StepShape
+    layout: Layout
+    key_column_K: torch.Tensor
+    text_columns: int | None = None
+    may_be_over: bool = True
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """The tokens of a step.
 
@@ -133,16 +151,7 @@ class StepResult:
 
 
 def run_step(
-    state: DecodingState,
-    forward: Forward,
-    selector: Selector,
-    shape: StepShape,
-    layout: Layout,
-    key_column_K: torch.Tensor,
-    text_columns: int | None = None,
-    *,
-    may_be_over: bool = True,
-    host_may_read: bool = False,
+    state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan, *, host_may_read: bool = False
 ) -> StepResult:
     """Run a whole step. The call's processors must be such that all slots can be scored at once.
 
@@ -152,20 +161,18 @@ def run_step(
         state: the rows; the step changes them.
         forward: the model.
         selector: logits processors, and sampling noise for every index of a new token that a slot may choose.
-        shape: the sizes of the step.
-        layout: `shape.layout(...)`.
-        key_column_K: the columns of the cache that are read.
-        text_columns, may_be_over, host_may_read: as in `advance`.
+        plan: what the host has decided about the step.
+        host_may_read: as in `advance`.
     """
-    inputs = state.inputs(shape, layout)
-    output = forward(ForwardInputs(layout, key_column_K, inputs.token_BQ))
+    inputs = state.inputs(plan.shape, plan.layout)
+    output = forward(ForwardInputs(plan.layout, plan.key_column_K, inputs.token_BQ))
     return finish_step(
         state,
         selector,
         inputs,
         output,
-        text_columns=text_columns,
-        may_be_over=may_be_over,
+        text_columns=plan.text_columns,
+        may_be_over=plan.may_be_over,
         host_may_read=host_may_read,
     )
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jacobi_hf.decoding.step import StepShape, run_step
+from jacobi_hf.decoding.step import StepPlan, StepShape, run_step
 
 if TYPE_CHECKING:
-    import torch
-
-    from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
     from jacobi_hf.decoding.step import Forward, StepResult
@@ -30,18 +27,7 @@ class Execution(Protocol):
     def shape(self, shape: StepShape) -> StepShape:
         """Return the shape in which a step runs that needs at least the given one."""
 
-    def run(
-        self,
-        state: DecodingState,
-        forward: Forward,
-        selector: Selector,
-        shape: StepShape,
-        layout: Layout,
-        key_column_K: torch.Tensor,
-        text_columns: int,
-        *,
-        may_be_over: bool,
-    ) -> StepResult | None:
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> StepResult | None:
         """Run one step; arguments as in `run_step`. Return its result if it is at hand."""
 
 
@@ -55,30 +41,10 @@ class Eager:
         """Return the same shape."""
         return shape
 
-    def run(
-        self,
-        state: DecodingState,
-        forward: Forward,
-        selector: Selector,
-        shape: StepShape,
-        layout: Layout,
-        key_column_K: torch.Tensor,
-        text_columns: int,
-        *,
-        may_be_over: bool,
-    ) -> StepResult | None:
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> StepResult | None:
         """Run one step and return its result; see `Execution.run`."""
-        return run_step(
-            state,
-            forward,
-            selector,
-            shape,
-            layout,
-            key_column_K,
-            text_columns,
-            may_be_over=may_be_over,
-            host_may_read=key_column_K.device.type == "cpu",  # there the host can read a value at no cost
-        )
+        on_cpu = plan.key_column_K.device.type == "cpu"  # there the host can read a value at no cost
+        return run_step(state, forward, selector, plan, host_may_read=on_cpu)
 
 
 class WholeSteps:
@@ -116,18 +82,12 @@ class WholeSteps:
         """Return what makes one step other code than another, apart from lengths."""
         return shape, state.key, selector.key
 
-    def run(
-        self,
-        state: DecodingState,
-        forward: Forward,
-        selector: Selector,
-        shape: StepShape,
-        layout: Layout,
-        key_column_K: torch.Tensor,
-        text_columns: int,
-        *,
-        may_be_over: bool,
-    ) -> StepResult | None:
-        """Run one step without a result; what the host knows is left out, so that it changes no code."""
-        run_step(state, forward, selector, shape, layout, key_column_K)
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> StepResult | None:
+        """Run one step without a result."""
+        run_step(state, forward, selector, without_knowledge(plan))
         return None
+
+
+def without_knowledge(plan: StepPlan) -> StepPlan:
+    """Return a plan without what the host knows of the rows, so that the same code serves all rows."""
+    return StepPlan(plan.shape, plan.layout, plan.key_column_K)

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jacobi_hf.decoding.step import run_step
-from jacobi_hf.execution.base import WholeSteps
+from jacobi_hf.execution.base import WholeSteps, without_knowledge
 from jacobi_hf.execution.kept import kept_for
 
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
-    from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
-    from jacobi_hf.decoding.step import Forward, StepShape
+    from jacobi_hf.decoding.step import Forward, StepPlan, StepShape
     from jacobi_hf.drafts.sources import Sources
 
 MOST_COMPILED = 128  # steps that are kept for a model
@@ -97,18 +96,7 @@ class Compiled(WholeSteps):
         """Return what makes one step other code than another, apart from lengths."""
         return *super().key(state, selector, shape), self._context
 
-    def run(
-        self,
-        state: DecodingState,
-        forward: Forward,
-        selector: Selector,
-        shape: StepShape,
-        layout: Layout,
-        key_column_K: torch.Tensor,
-        text_columns: int,
-        *,
-        may_be_over: bool,
-    ) -> None:
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
         """Run one step without a result.
 
         Raises:
@@ -117,11 +105,12 @@ class Compiled(WholeSteps):
         """
         if not self._marked:
             mark_lengths(state)
-        if len(key_column_K) not in self._marked:
-            torch._dynamo.mark_dynamic(key_column_K, 0)
-            self._marked.add(len(key_column_K))
-        key = self.key(state, selector, shape)
-        arguments = state, forward, selector, shape, layout, key_column_K
+        columns = len(plan.key_column_K)
+        if columns not in self._marked:
+            torch._dynamo.mark_dynamic(plan.key_column_K, 0)
+            self._marked.add(columns)
+        key = self.key(state, selector, plan.shape)
+        arguments = state, forward, selector, without_knowledge(plan)
         try:
             self._step(key).run(*arguments)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
@@ -133,9 +122,10 @@ class Compiled(WholeSteps):
         if step is not None:
             return step
         step = self._kept.steps.get(key)
-        if step is None:
+        is_uncompiled = isinstance(step, UncompiledStep)
+        if step is None or (is_uncompiled and self._fullgraph):  # with fullgraph the error is raised again
             return self._new(key)
-        if isinstance(step, UncompiledStep):
+        if is_uncompiled:
             step.warn()
         self._steps[key] = step
         return step
@@ -170,16 +160,9 @@ class Compiled(WholeSteps):
         self._kept.steps = dict([*others.items(), (key, step)][-MOST_COMPILED:])
 
 
-def whole_step(
-    state: DecodingState,
-    forward: Forward,
-    selector: Selector,
-    shape: StepShape,
-    layout: Layout,
-    key_column_K: torch.Tensor,
-) -> None:
+def whole_step(state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
     """Run a step without a result; this is what is compiled."""
-    run_step(state, forward, selector, shape, layout, key_column_K)
+    run_step(state, forward, selector, plan)
 
 
 def with_own_code(function: Any) -> Any:

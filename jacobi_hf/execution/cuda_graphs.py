@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from types import FunctionType, MethodType
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
-    from jacobi_hf.decoding.step import Forward, StepShape
+    from jacobi_hf.decoding.step import Forward, StepPlan, StepShape
     from jacobi_hf.execution.base import WholeSteps
     from jacobi_hf.execution.buffers import CallBuffers
 
@@ -118,32 +118,12 @@ class CudaGraphSteps:
         """Return the shape in which a step runs that needs at least the given one."""
         return self._steps.shape(shape)
 
-    def run(
-        self,
-        state: DecodingState,
-        forward: Forward,
-        selector: Selector,
-        shape: StepShape,
-        layout: Layout,
-        key_column_K: torch.Tensor,
-        text_columns: int,
-        *,
-        may_be_over: bool,
-    ) -> None:
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
         """Run one step; the cache is read in few lengths, because each length is a graph of its own."""
-        key_column_K = state.cache.first_columns(rounded_up(len(key_column_K)))
-        key = len(key_column_K), self._steps.key(state, selector, shape)
-        work: Callable[[], object] = partial(
-            self._steps.run,
-            state,
-            forward,
-            selector,
-            shape,
-            layout,
-            key_column_K,
-            text_columns,
-            may_be_over=may_be_over,
-        )
+        columns = rounded_up(len(plan.key_column_K))
+        plan = replace(plan, key_column_K=state.cache.first_columns(columns))
+        key = columns, self._steps.key(state, selector, plan.shape)
+        work: Callable[[], object] = partial(self._steps.run, state, forward, selector, plan)
         if self._known is None:
             self._known = self._recorded_before()  # after the prefill, which may change the model's attributes
         known = self._known
@@ -153,7 +133,7 @@ class CudaGraphSteps:
             return
         recording = known.replays[key]
         if recording is None:
-            recording = known.replays[key] = known.recorder.record(work), layout
+            recording = known.replays[key] = known.recorder.record(work), plan.layout
             self.recorded += 1
         replay, _ = recording
         replay()

@@ -16,17 +16,15 @@ from tests.helpers.models import fresh_model, tiny_model
 class Watched(Eager):
     """Eager steps that check what the host has prepared for them without knowing where rows are."""
 
-    def run(self, state, forward, selector, shape, layout, key_column_K, text_columns, *, may_be_over):
-        deepest, new = len(layout.offset_D) - 1, int(state.generated_B.max())
-        assert len(key_column_K) >= int(state.cache.lengths_B.max()) + layout.slots
-        assert shape.backbone >= int(state.width_B.max())
+    def run(self, state, forward, selector, plan):
+        deepest, new = len(plan.layout.offset_D) - 1, int(state.generated_B.max())
+        assert len(plan.key_column_K) >= int(state.cache.lengths_B.max()) + plan.layout.slots
+        assert plan.shape.backbone >= int(state.width_B.max())
         if selector.noise is not None:
             assert selector.noise._drawn > new + deepest
             assert len(selector.noise.ring_IBV) > new + deepest - int(state.generated_B.min())
-        result = super().run(
-            state, forward, selector, shape, layout, key_column_K, text_columns, may_be_over=may_be_over
-        )
-        assert text_columns >= int(state.length_B.max())
+        result = super().run(state, forward, selector, plan)
+        assert plan.text_columns >= int(state.length_B.max())
         return result
 
 
