@@ -26,7 +26,7 @@ class SharedChange:
         """Keep an object changed while the context is open.
 
         Args:
-            changed: the object; it is told apart by its identity.
+            changed: the object; two objects that are equal are still two objects.
             make: makes the change and returns the function that undoes it.
         """
         key = id(changed)

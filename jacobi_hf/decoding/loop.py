@@ -103,7 +103,8 @@ class Decoder:
 
         Args:
             prompt: the prompt of every row.
-            keep_going: is told whether this process is done; may ask for idle forwards, for peers that are not.
+            keep_going: called before each forward with whether this process is done; returns whether to run another
+                forward. If this process is done, the forward is idle, for processes that are not.
         """
         started = time.perf_counter()
         self._read_at = started
