@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
 from jacobi_hf.integration.registry import check_can_decode, registered
 from jacobi_hf.integration.support import fallback_reason, refusal_reason
-from jacobi_hf.loading import reading
+from jacobi_hf.loading import positions_of, reading
 
 if TYPE_CHECKING:
     from jacobi_hf.drafts.lora import LoraDrafter
@@ -160,7 +161,7 @@ def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
         model_class=type(model).__name__,
         is_registered=any(issubclass(type(model), one) for one in registered()),
         parameters=model.num_parameters(),
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=None if math.isinf(positions := positions_of(model)) else int(positions),
         vocabulary=config.vocab_size,
         dtype=str(dtype).removeprefix("torch."),
         attention=attention_of(config),

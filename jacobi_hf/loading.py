@@ -16,6 +16,9 @@ from jacobi_hf.integration.registry import register
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Kinds of rotary embeddings that reach `factor` times as far as the original ones.
+_STRETCHED = ("yarn", "linear", "dynamic")
+
 
 def load(name: str, dtype: str = "auto", drafter: str | None = None) -> tuple[Any, Any]:
     """Return a model and its tokenizer. The model is in eval mode, on the accelerator if there is one.
@@ -88,8 +91,19 @@ def check_dtype(dtype: str) -> None:
 
 
 def positions_of(model: Any) -> float:
-    """Return the number of positions of a model, or infinity if its config names no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    """Return the number of positions that a model is made for, or infinity if its config names no limit.
+
+    Rotary embeddings that are stretched by a factor (YaRN and others) have that many times the positions, although
+    model cards leave `max_position_embeddings` alone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    positions: float = getattr(config, "max_position_embeddings", None) or math.inf
+    declared = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (declared, *declared.values()):  # one for each type of layer, or one for all
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in _STRETCHED:
+            unstretched = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            positions = max(positions, int(unstretched * (rope.get("factor") or 1)))
+    return positions
 
 
 def check_length(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -183,17 +183,17 @@ class JacobiStaticCache(StaticCache):
         """Return the committed tokens of the longest row."""
         return int(self.lengths_B.max())
 
-    def load(self, source: Cache, pad_B: torch.Tensor, row_B: torch.Tensor | None = None) -> None:
-        """Copy the tokens of a left-padded cache into this empty one.
-
-        Each row is shifted left by its pads, and cut at the capacity.
+    def load(self, source: Cache, place_BL: torch.Tensor, row_B: torch.Tensor | None = None) -> None:
+        """Copy the tokens of a padded cache into this empty one, each to its place, as far as the capacity goes.
 
         Args:
             source: the cache of an earlier call; it does not change.
-            pad_B: pads on the left of each row of this cache.
+            place_BL: for each column of `source`, the place of its token in each row of this cache; negative for a
+                pad. Further columns are ignored.
             row_B: the row of `source` that each row of this cache copies; by default the row of the same number.
         """
         past = int(source.get_seq_length())
+        place_BL = place_BL[:, :past]
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             keys = theirs.keys
             values = theirs.values
@@ -203,28 +203,25 @@ class JacobiStaticCache(StaticCache):
             if not mine.is_initialized:
                 mine.lazy_initialization(keys, values)
             stored = min(past, keys.shape[2])  # a sliding layer keeps its last tokens only
-            column_BN = torch.arange(past - stored, past, device=keys.device) - pad_B.to(keys.device)[:, None]
+            place_BN = place_BL[:, past - stored :].to(keys.device)
             # A token without a place goes to the last column, which is written over before it can be seen.
-            has_place_BN = (column_BN >= 0) & (column_BN < self.capacity)
-            index_BN = torch.where(has_place_BN, column_BN, self.capacity - 1)
+            has_place_BN = (place_BN >= 0) & (place_BN < self.capacity)
+            index_BN = torch.where(has_place_BN, place_BN, self.capacity - 1)
             for buffer, states in ((mine.keys, keys), (mine.values, values)):
                 index = index_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
                 buffer.scatter_(2, index, states[:, :, :stored].to(buffer.dtype))
-        self.lengths_B.copy_((past - pad_B).clamp(0, self.capacity))
+        self.lengths_B.copy_((place_BL >= 0).sum(1).clamp(max=self.capacity))
 
-    def append_to(self, target: Cache, first: int, last: int, pad_B: torch.Tensor, *, frees: bool = True) -> None:
-        """Append copies of committed tokens to a left-padded cache of transformers.
+    def append_to(self, target: Cache, place_BN: torch.Tensor, *, frees: bool = True) -> None:
+        """Append copies of committed tokens to a padded cache of transformers.
 
         Args:
             target: the cache that grows.
-            first: the first token, counted with the pads on the left.
-            last: the token after the last one, counted likewise.
-            pad_B: pads on the left of each row.
+            place_BN: for each column that it grows by, the place of its token in the row; for a pad, any place.
             frees: whether to free this cache, layer by layer. It cannot be used afterwards.
         """
-        index_BN = (torch.arange(first, last, device=pad_B.device) - pad_B[:, None]).clamp(min=0)
         for number, layer in enumerate(self.layers):
-            keys, values = layer.read(index_BN)
+            keys, values = layer.read(place_BN)
             if frees:
                 layer.keys = None
                 layer.values = None

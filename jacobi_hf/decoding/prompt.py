@@ -1,4 +1,4 @@
-"""The prompt of a call, without pads on the left, and the checks that keep a wrong batch from being decoded."""
+"""The prompt of a call, without its pads, and the checks that keep a wrong batch from being decoded."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from dataclasses import dataclass
 import torch
 
 
+class NotServedError(Exception):
+    """Input that ordinary decoding takes and Jacobi decoding does not; the message says what it is."""
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt of a call, shifted left so that no row begins with pads.
+    """The prompt of a call, each row without its pads, wherever these stand.
 
     Attributes:
         ids_BP: ids to prefill, arbitrary after the end of a row; None if embeddings are given.
         embeds_BPH: embeddings to prefill, or None.
         length_B: tokens of each row to prefill.
-        pad_B: pads on the left of each row, as the caller gave it, with those in the cache of an earlier turn.
+        place_BL: for each column of cache and prompt, the place of its token in its row; negative for a pad.
+        cached_B: tokens of each row in the cache of an earlier turn.
         past: columns in the cache of an earlier turn.
         total: columns before the first new token, with those in the cache.
+        has_gaps: whether a row has pads between its tokens.
         text_BL: ids that draft sources may read: all that are known, of earlier turns too. None are known if
             embeddings are given without ids.
         text_length_B: tokens of each row in `text_BL`.
@@ -26,9 +32,11 @@ class Prompt:
     ids_BP: torch.Tensor | None
     embeds_BPH: torch.Tensor | None
     length_B: torch.Tensor
-    pad_B: torch.Tensor
+    place_BL: torch.Tensor
+    cached_B: torch.Tensor
     past: int
     total: int
+    has_gaps: bool
     text_BL: torch.Tensor
     text_length_B: torch.Tensor
 
@@ -38,6 +46,20 @@ class Prompt:
         inputs = self.ids_BP if self.embeds_BPH is None else self.embeds_BPH
         assert inputs is not None
         return inputs
+
+    @property
+    def tokens_B(self) -> torch.Tensor:
+        """Tokens of each row before the first new one, with those in the cache."""
+        return self.cached_B + self.length_B
+
+    def new_places(self, generated: int) -> torch.Tensor:
+        """Return the place of the token of each column after the cache of an earlier turn, 0 for a pad.
+
+        Args:
+            generated: how many new tokens have a column.
+        """
+        new_BI = self.tokens_B[:, None] + torch.arange(generated, device=self.tokens_B.device)
+        return torch.cat([self.place_BL[:, self.past :].clamp(min=0), new_BI], 1)
 
 
 def read_prompt(
@@ -54,40 +76,50 @@ def read_prompt(
         input_BP: all ids of the prompt and of earlier turns; or, with a cache, the new ones alone.
         mask_BL: 1 for tokens and 0 for pads, for the cache too; None if there are no pads.
         embeds_BLH: embeddings that take the place of ids, of the whole sequence; or None.
-        past: tokens in the cache of an earlier turn.
+        past: columns in the cache of an earlier turn.
         mask_length: columns of an attention mask that was dropped because it was all ones.
         vocab_size: number of ids that the model knows.
 
     Raises:
-        ValueError: the batch is empty; a row has pads on the right, holes or no token; an id is outside the
-            vocabulary; or there is no token beyond those in the cache.
+        ValueError: the batch is empty, the mask does not cover it, or a new id is outside the vocabulary. Ordinary
+            decoding fails too.
+        NotServedError: a row ends with a pad or has no token, the mask has other values than 0 and 1 or covers more
+            than cache and prompt, or there is no token beyond those in the cache.
     """
     input_BP = input_BP.long()
     batch, columns = input_BP.shape
     given = columns if embeds_BLH is None else embeds_BLH.shape[1]
     if batch == 0 or given == 0:
         raise ValueError(f"the batch is empty: {batch} rows of {given} tokens; each row needs at least one token.")
-    _check_ids(input_BP, vocab_size)
     total = _covered_columns(mask_BL, mask_length, given, past)
     new = total - past
-    pad_B = _left_pads(mask_BL, batch, total, input_BP.device)
-    new_pad_B = (pad_B - past).clamp(min=0)
-    ids_BP = None
-    embeds_BPH = None
+    place_BL, has_gaps = _places(mask_BL, batch, total, input_BP.device)
+    cached_B = (place_BL[:, :past] >= 0).sum(1)
+    new_place_BP = place_BL[:, past:] - cached_B[:, None]
+
+    def in_place(value_BP: torch.Tensor, place_BP: torch.Tensor) -> torch.Tensor:
+        return value_BP if mask_BL is None else _without_pads(value_BP, place_BP.to(value_BP.device))
+
     if embeds_BLH is None:
-        ids_BP = _shift_left(input_BP[:, -new:], new_pad_B)
-    else:
-        embeds_BPH = _shift_left(embeds_BLH[:, -new:], new_pad_B.to(embeds_BLH.device))
-    text_pad_B = pad_B if columns == total else new_pad_B if columns == new else torch.zeros_like(pad_B)
+        _check_ids(input_BP[:, -new:], vocab_size)
+    # A cached id may be anything, for example one that stands for an image; a guess must be an id of the model.
+    text_BL = input_BP.clamp(0, vocab_size - 1)
+    text_length_B = torch.full_like(cached_B, columns)
+    if columns in (total, new):
+        text_place_BL = place_BL if columns == total else new_place_BP
+        text_BL = in_place(text_BL, text_place_BL)
+        text_length_B = (text_place_BL >= 0).sum(1)
     return Prompt(
-        ids_BP=ids_BP,
-        embeds_BPH=embeds_BPH,
-        length_B=new - new_pad_B,
-        pad_B=pad_B,
+        ids_BP=in_place(input_BP[:, -new:], new_place_BP) if embeds_BLH is None else None,
+        embeds_BPH=None if embeds_BLH is None else in_place(embeds_BLH[:, -new:], new_place_BP),
+        length_B=(place_BL[:, past:] >= 0).sum(1),
+        place_BL=place_BL,
+        cached_B=cached_B,
         past=past,
         total=total,
-        text_BL=_shift_left(input_BP, text_pad_B),
-        text_length_B=(columns - text_pad_B).clamp(min=0),
+        has_gaps=has_gaps,
+        text_BL=text_BL,
+        text_length_B=text_length_B,
     )
 
 
@@ -104,55 +136,65 @@ def _covered_columns(mask_BL: torch.Tensor | None, mask_length: int | None, give
     total = given if mask_length is None else mask_length
     if mask_BL is not None:
         total = mask_BL.shape[1]
-    if not past and total != given:
+    if not past and total < given:
         raise ValueError(f"attention_mask covers {total} tokens, the prompt has {given}.")
     if total > past + given:
-        raise ValueError(f"attention_mask covers {total} tokens; the cache has {past} and the prompt {given}.")
+        raise NotServedError(f"an attention_mask of {total} tokens where cache and prompt have {past} and {given}")
     if total <= past:
-        raise ValueError(
-            f"the cache holds {past} tokens and the prompt {total}: "
-            "pass at least one new token after those in the cache."
+        raise NotServedError(
+            f"a cache of {past} tokens before a prompt of {total} "
+            "(input_ids or attention_mask must cover the cache and at least one new token)"
         )
     return total
 
 
-def _left_pads(mask_BL: torch.Tensor | None, batch: int, total: int, device: torch.device) -> torch.Tensor:
-    """Return the number of pads on the left of each row; raise `ValueError` for a mask with other zeros than these."""
+def _places(mask_BL: torch.Tensor | None, batch: int, total: int, device: torch.device) -> tuple[torch.Tensor, bool]:
+    """Return the place of each column's token in its row, negative for a pad, and whether pads stand between tokens.
+
+    Raises:
+        ValueError: the mask has another shape than cache and prompt.
+        NotServedError: the mask has other values than 0 and 1, or a row without a token, or one that ends with a pad.
+    """
     if mask_BL is None:
-        return torch.zeros(batch, dtype=torch.long, device=device)
+        return torch.arange(total, device=device).expand(batch, -1), False
     if mask_BL.shape != (batch, total):
         raise ValueError(
             f"attention_mask has shape {tuple(mask_BL.shape)}; it must cover prompt and cache, ({batch}, {total})."
         )
-    token_BL = mask_BL != 0
-    row = _first_row(~token_BL.any(1))
-    if row is not None:
-        raise ValueError(f"attention_mask of row {row} is all zeros: each row needs at least one token.")
-    row = _first_row(~token_BL[:, -1])
-    if row is not None:
-        raise ValueError(
-            f"row {row} is padded on the right; decoding needs left padding (tokenizer.padding_side = 'left')."
+    is_token_BL = mask_BL != 0
+    ends_with_pad_B = ~is_token_BL[:, -1]
+    is_empty_B = ~is_token_BL.any(1)
+    gap_BL = is_token_BL[:, :-1] & ~is_token_BL[:, 1:]
+    facts = torch.stack([(mask_BL != is_token_BL).any(), is_empty_B.any(), ends_with_pad_B.any(), gap_BL.any()])
+    has_values, has_empty, has_pad_at_end, has_gaps = facts.tolist()  # one wait for the device
+    if has_values:
+        raise NotServedError("an attention_mask with other values than 0 and 1")
+    if has_empty:
+        raise NotServedError(f"row {_first_row(is_empty_B)} of the batch, which has no token")
+    if has_pad_at_end:
+        raise NotServedError(
+            f"row {_first_row(ends_with_pad_B)} of the batch, which ends with a pad "
+            "(tokenizer.padding_side = 'left' puts pads in front)"
         )
-    row = _first_row((token_BL[:, :-1] & ~token_BL[:, 1:]).any(1))
-    if row is not None:
-        raise ValueError(
-            f"attention_mask of row {row} has holes: zeros are supported to the left of the first token only. "
-            "(Without an attention_mask, transformers takes every pad_token_id for a pad: pass one.)"
-        )
-    return total - token_BL.sum(1)
+    return (is_token_BL.cumsum(1) - 1).masked_fill(~is_token_BL, -1), has_gaps
 
 
-def _first_row(is_wrong_B: torch.Tensor) -> int | None:
-    rows = is_wrong_B.nonzero().flatten().tolist()
-    return rows[0] if rows else None
+def _first_row(is_wrong_B: torch.Tensor) -> int:
+    return int(is_wrong_B.nonzero()[0])
 
 
-def _shift_left(value_BP: torch.Tensor, pad_B: torch.Tensor) -> torch.Tensor:
-    """Return ids or embeddings with each row moved left by its pads; its last value fills the free columns."""
+def _without_pads(value_BP: torch.Tensor, place_BP: torch.Tensor) -> torch.Tensor:
+    """Return ids or embeddings with each token moved to its place; the last value fills the free columns.
+
+    Args:
+        value_BP: ids `(B, P)` or embeddings `(B, P, H)`.
+        place_BP: the place of each column's token, negative for a pad.
+    """
     columns = value_BP.shape[1]
-    if columns == 0:
-        return value_BP
-    index_BP = (torch.arange(columns, device=value_BP.device) + pad_B[:, None]).clamp(max=columns - 1)
+    column_P = torch.arange(columns, device=value_BP.device)
+    column_BP = column_P.new_full((len(value_BP), columns + 1), columns - 1)
+    column_BP.scatter_(1, place_BP.masked_fill(place_BP < 0, columns), column_P.expand_as(place_BP))
+    column_BP = column_BP[:, :columns]
     if value_BP.ndim == 3:
-        return value_BP.gather(1, index_BP[..., None].expand_as(value_BP))
-    return value_BP.gather(1, index_BP)
+        return value_BP.gather(1, column_BP[..., None].expand_as(value_BP))
+    return value_BP.gather(1, column_BP)

@@ -9,12 +9,12 @@ import contextlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from jacobi_hf.attention.interface import MaskBuilder
 from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.decoding.noise import SamplingNoise
-from jacobi_hf.decoding.prompt import read_prompt
+from jacobi_hf.decoding.prompt import NotServedError, read_prompt
 from jacobi_hf.decoding.selection import Selector
 from jacobi_hf.decoding.stopping import Scores, StoppingRules, token_limit
 from jacobi_hf.drafts.sources import sources_of
@@ -22,10 +22,11 @@ from jacobi_hf.execution.buffers import CallBuffers, acquire
 from jacobi_hf.execution.choose import execution_for
 from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.integration.forward import ModelForward, jacobi_attention
-from jacobi_hf.integration.support import cannot_compile
+from jacobi_hf.integration.support import cannot_compile, fixed_positions
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Cache, CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
@@ -45,7 +46,8 @@ class GenerateCall:
         own_cache: whether the cache is the caller's, to be continued and to be given back.
 
     Raises:
-        ValueError: a prompt or a cache that cannot be decoded, with the reason.
+        ValueError: a prompt or a cache that cannot be decoded, in the ordinary way neither.
+        NotServedError: a prompt or a cache that only ordinary decoding takes.
     """
 
     def __init__(
@@ -77,23 +79,24 @@ class GenerateCall:
             getattr(model.get_input_embeddings(), "num_embeddings", text_config.vocab_size),
         )
         self._limit = token_limit(criteria, generation_config.max_length, input_ids.shape[1])
-        self._check_room(getattr(text_config, "max_position_embeddings", None))
+        self._check_room()
 
-    def _check_room(self, positions: int | None) -> None:
-        """Refuse a prompt that is longer than the model's positions, and a StaticCache that cannot hold the call."""
-        longest = int((self._prompt.total - self._prompt.pad_B).max())
-        if positions is not None and longest > positions:
-            raise ValueError(f"the prompt has {longest} tokens, more than the model's {positions} positions.")
-        if not isinstance(self._own_cache, StaticCache):
-            return
-        needed = self._prompt.total + self._limit - 1
-        layers = [layer for layer in self._own_cache.layers if not layer.is_sliding]
-        room = min((int(layer.max_cache_len) for layer in layers), default=needed)
-        if needed > room:
-            raise ValueError(
-                f"{CACHE} holds {room} tokens, but prompt and new tokens need {needed}: "
-                "give a larger cache or fewer new tokens."
-            )
+    def _check_room(self) -> None:
+        """Refuse a StaticCache that is too small, a table of positions that may be, and gaps under sliding windows."""
+        prompt = self._prompt
+        last = prompt.total + self._limit - 1  # columns of all tokens but the last one
+        if isinstance(self._own_cache, StaticCache):
+            room = min((int(x.max_cache_len) for x in self._own_cache.layers if not x.is_sliding), default=last)
+            if prompt.total > room:
+                raise ValueError(f"{CACHE} holds {room} tokens, the prompt has {prompt.total}: give a larger cache.")
+            if last > room:
+                raise NotServedError(f"a {CACHE} of {room} tokens where prompt and new tokens may need {last}")
+        positions = fixed_positions(self._model, last)
+        if positions is not None and int(prompt.tokens_B.max()) + self._limit - 1 > positions:
+            raise NotServedError(f"text that may be longer than the model's table of {positions} positions")
+        windows = MaskBuilder(self._model.config, self._model.dtype).windows.values()
+        if prompt.has_gaps and any(window is not None and window < last for window in windows):
+            raise NotServedError("pads between the tokens of a row under a sliding window, which counts them")
 
     def decode(
         self, processors: LogitsProcessorList, streamer: BaseStreamer | None, *, synced_gpus: bool
@@ -144,7 +147,6 @@ class GenerateCall:
         options = self._options
         prompt = self._prompt
         state = buffers.state
-        device = self._input_BP.device
         returns_dict = bool(options.return_dict_in_generate)
         scores = Scores() if returns_dict and options.output_scores else None
         logits = Scores() if returns_dict and options.output_logits else None
@@ -156,20 +158,20 @@ class GenerateCall:
             self._input_BP, self._criteria, streamer, self._limit, pad, scores, one_by_one=one_by_one
         )
         if prompt.past and self._cache is not None:
-            buffers.cache.load(self._cache, prompt.pad_B)
+            buffers.cache.load(self._cache, prompt.place_BL)
         returns_cache = returns_dict or self._own_cache is not None
         wants_more = one_by_one or scores is not None or logits is not None
         fills = returns_cache or wants_more
         eos_E = buffers.store("end tokens", stopping.eos_E)
         state.open(prompt, self._limit, stopping.pad, eos_E, fills=fills)
-        last_position = torch.tensor(prompt.total + self._limit - 1, device=device)
-        last_position = buffers.store("last position", last_position)
+        # The last token is chosen at the position before its own.
+        last_position_B1 = buffers.store("last position", prompt.tokens_B[:, None] + self._limit - 2)
         try:
             with contextlib.ExitStack() as during_call:
                 during_call.enter_context(jacobi_attention(self._model))
                 for source in state.sources.all:
                     during_call.enter_context(source.during_call(self._model))
-                forward = ModelForward(self._model, buffers.cache, state.sources, last_position)
+                forward = ModelForward(self._model, buffers.cache, state.sources, last_position_B1)
                 during_call.enter_context(forward.tapping())
                 decoder = Decoder(
                     forward,
@@ -188,8 +190,8 @@ class GenerateCall:
                 noise.rewind(stopping.generated)
                 buffers.ring_IBV = noise.ring_IBV
         if returns_cache and self._cache is not None:
-            last = prompt.total + stopping.generated - 1
-            buffers.cache.append_to(self._cache, prompt.past, last, prompt.pad_B, frees=wanted is None)
+            place_BN = prompt.new_places(stopping.generated - 1)
+            buffers.cache.append_to(self._cache, place_BN, frees=wanted is None)
         if streamer is not None:
             streamer.end()
         if not returns_dict:
@@ -214,7 +216,7 @@ class GenerateCall:
 
 
 def cached_tokens(cache: Cache | None, rows: int, layers: int) -> int:
-    """Return how many tokens a caller's cache holds; 0 without one.
+    """Return how many columns a caller's cache holds; 0 without one.
 
     Args:
         cache: the caller's, or None.
@@ -222,19 +224,20 @@ def cached_tokens(cache: Cache | None, rows: int, layers: int) -> int:
         layers: decoder layers of the model.
 
     Raises:
-        ValueError: a cache that this call cannot continue.
+        ValueError: a cache of another batch.
+        NotServedError: a cache that only ordinary decoding continues.
     """
     if cache is None:
         return 0
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
-        raise ValueError(
-            f"{CACHE} is a {type(cache).__name__}; "
-            "Jacobi decoding continues a DynamicCache or StaticCache that is not offloaded."
+        kind = "an offloaded" if getattr(cache, "offloading", False) else "a"
+        raise NotServedError(
+            f"{kind} {type(cache).__name__} as {CACHE} (only a DynamicCache or StaticCache is continued)"
         )
     past = int(cache.get_seq_length())
     held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
     if held and held[0] != rows and (past or isinstance(cache, StaticCache)):
         raise ValueError(f"{CACHE} holds a batch of {held[0]} rows, the prompt has {rows}.")
     if len(cache.layers) not in (0, layers):
-        raise ValueError(f"{CACHE} has {len(cache.layers)} layers, the model {layers}: it belongs to another model.")
+        raise NotServedError(f"a {CACHE} of {len(cache.layers)} layers for a model of {layers}")
     return past

@@ -27,8 +27,8 @@ class ModelForward:
         model: the model.
         cache: what it reads and writes.
         sources: the draft sources of the call.
-        last_position: the position of the last token that the call may generate. Slots after it belong to rows that
-            need fewer slots than others, and nothing reads their outcome.
+        last_position: the last position at which the call may need the model's choice, of each row `(B, 1)` or of all.
+            Slots after it belong to rows that need fewer slots than others, and nothing reads their outcome.
     """
 
     def __init__(self, model: Any, cache: JacobiStaticCache, sources: Sources, last_position: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
+from jacobi_hf.decoding.prompt import NotServedError
 from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.integration.call import GenerateCall
 from jacobi_hf.integration.compat import CACHE_NAMES
@@ -120,6 +121,8 @@ class JacobiGenerationMixin:
                     stopping_criteria,
                     own_cache=request.own_cache,
                 )
+            except NotServedError as reason:
+                _fall_back(generation_config, request, str(reason))
             except ValueError as error:
                 if request.in_call:
                     raise

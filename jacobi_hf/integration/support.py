@@ -72,6 +72,23 @@ def _frequencies_depend_on_length(config: Any) -> bool:
     return any(one.get("rope_type", one.get("type")) in ("dynamic", "longrope") for one in nested)
 
 
+def fixed_positions(model: Any, needed: int) -> int | None:
+    """Return how many positions a model has if it reads them from a table; None if there are enough.
+
+    Rotary embeddings are computed for every position. A table ends: one forward after its end is an error, even if
+    nothing reads what it gives.
+
+    Args:
+        model: the model.
+        needed: positions that a call may need.
+    """
+    positions: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is None or needed <= positions:
+        return None
+    has_table = not any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    return positions if has_table else None
+
+
 def cannot_compile(model: Any) -> str | None:
     """Return why a model cannot be compiled as one graph, or None."""
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

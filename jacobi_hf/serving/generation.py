@@ -12,6 +12,7 @@ from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from jacobi_hf.config import KNOBS
+from jacobi_hf.loading import positions_of
 from jacobi_hf.serving.errors import FailedError
 from jacobi_hf.serving.requests import SEED
 
@@ -103,15 +104,15 @@ def _limit(model: Any, tokens: int, gen_config: GenerationConfig) -> None:
     Raises:
         ValueError: prompt and answer need more positions than the model has.
     """
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = positions_of(model)
     if gen_config.max_new_tokens is None:
         default = max(LEAST_DEFAULT, model.generation_config.max_new_tokens or 0)
-        gen_config.max_new_tokens = default if room is None else max(1, min(default, room - tokens))
-    if room is not None and tokens >= room:
+        gen_config.max_new_tokens = int(max(1, min(default, room - tokens)))
+    if tokens >= room:
         raise ValueError(
             f"the prompt has {tokens} tokens; the model has {room} positions for prompt and answer together."
         )
-    if room is not None and tokens + gen_config.max_new_tokens > room:
+    if tokens + gen_config.max_new_tokens > room:
         raise ValueError(
             f"the prompt has {tokens} tokens and the answer may have {gen_config.max_new_tokens}, "
             f"together more than the model's {room} positions: shorten the prompt or lower max_tokens."

