@@ -26,6 +26,9 @@ class ServeOptions(Options):
         "Address to listen on. There is no authentication: everybody who reaches the address can use the server.",
     )
     port: int = option(8000, "Port to listen on; 0 for any that is free.", low=0, high=65535)
+    max_length: int | None = option(
+        None, "Most tokens of prompt and answer together; the default is no limit, as in generate.", low=1
+    )
     dtype: str = option("auto", "auto (as the weights are), float32, bfloat16 or float16.")
     compile: bool = flag("Compile the steps; on CUDA they run as CUDA graphs.")
 
@@ -58,7 +61,7 @@ def serve(call: Call) -> None:
         model, tokenizer = load(options.model, options.dtype, options.drafter)
         default = decoding_of(model, given)
         make_default(model, default)
-        app = build_app(model, tokenizer, options.model, compiled=options.compile)
+        app = build_app(model, tokenizer, options.model, compiled=options.compile, max_length=options.max_length)
         decoding = default.decoding if default else "ordinary decoding"
         typer.echo(f"{options.model} ({decoding}) at {address_of(options.host, at)}/v1")
         with suppress(KeyboardInterrupt):  # the way to end it

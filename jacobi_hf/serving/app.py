@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from fastapi import HTTPException
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import get_response_template
@@ -31,7 +32,12 @@ PATIENCE = 5  # seconds that connections have to end when the server stops
 
 
 def build_app(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, *, compiled: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    compiled: bool = False,
+    max_length: int | None = None,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -41,9 +47,10 @@ def build_app(
         tokenizer: the model's tokenizer.
         name: name of the model in requests and answers.
         compiled: whether steps are compiled, and recorded as CUDA graphs on a GPU.
+        max_length: most tokens of prompt and answer together; requests for more are refused. None for no limit.
     """
     models = _OneModel(model, tokenizer, name)
-    generations = Generations(compiled=compiled)
+    generations = Generations(compiled=compiled, max_length=max_length)
     state = OneQueue(generations)
     app: FastAPI = build_server(
         models,
@@ -55,6 +62,7 @@ def build_app(
         generation_state=state,
     )
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
+    app.add_api_route("/v1/models/{model_id:path}", models.retrieve, methods=["GET"])
     app.state.generations = generations
     app.add_middleware(CancelOnDisconnect)
     add_error_handlers(app)
@@ -91,6 +99,20 @@ class _OneModel(ModelManager):
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         return self.model, self.tokenizer
+
+    def retrieve(self, model_id: str) -> dict[str, Any]:
+        """Return the entry of one model in the list of models.
+
+        Raises:
+            HTTPException: another model is served.
+        """
+        self.check_name(model_id)
+        return self.get_gen_models()[0]
+
+    def check_name(self, name: Any) -> None:
+        """Raise `HTTPException` if a request names another model."""
+        if name != self.force_model:
+            raise HTTPException(404, f"the model {name!r} is not served here; {self.force_model!r} is.")
 
     @staticmethod
     def process_model_name(model_id: str) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from jacobi_hf.config import KNOBS
+from jacobi_hf.integration.support import fixed_positions
 from jacobi_hf.loading import positions_of
 from jacobi_hf.serving.errors import FailedError
-from jacobi_hf.serving.requests import SEED
+from jacobi_hf.serving.penalties import Penalties
+from jacobi_hf.serving.requests import PENALTIES, SEED, TOKEN_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,11 +50,13 @@ class Generations(GenerateManager):
 
     Args:
         compiled: whether steps are compiled.
+        max_length: most tokens of prompt and answer together; None for no limit.
     """
 
-    def __init__(self, *, compiled: bool) -> None:
+    def __init__(self, *, compiled: bool, max_length: int | None = None) -> None:
         super().__init__()
         self._compiled = compiled
+        self._max_length = max_length
         self._calls: WeakSet[Call] = WeakSet()
         self._is_stopped = False
 
@@ -85,7 +90,11 @@ class Generations(GenerateManager):
             raise
 
     def _call(self, model: Any, inputs: Any, gen_config: GenerationConfig) -> Call:
-        _limit(model, inputs["input_ids"].shape[-1], gen_config)
+        """Return the call of a request. If its prompt is token ids, these replace the tokenized text in `inputs`."""
+        if ids := vars(gen_config).pop(TOKEN_IDS, None):
+            prompt_1P = torch.tensor([ids], device=model.device)
+            inputs.update({"input_ids": prompt_1P, "attention_mask": torch.ones_like(prompt_1P)})
+        _limit(model, inputs["input_ids"].shape[-1], gen_config, self._max_length)
         call = Call(model, gen_config, compiled=self._compiled)
         self._calls.add(call)
         if self._is_stopped:
@@ -93,30 +102,33 @@ class Generations(GenerateManager):
         return call
 
 
-def _limit(model: Any, tokens: int, gen_config: GenerationConfig) -> None:
-    """Set the most new tokens of a request that does not say them, and check that the model has room for them.
+def _limit(model: Any, tokens: int, gen_config: GenerationConfig, max_length: int | None) -> None:
+    """Set the most new tokens of a request that does not say them, and check the server's own limit.
+
+    Answers may go beyond `max_position_embeddings`, as in `generate`: with YaRN, for example, a model serves longer
+    texts than its config says.
 
     Args:
         model: the model that answers.
         tokens: tokens of the prompt.
         gen_config: options of the request; its `max_new_tokens` may be set.
+        max_length: most tokens of prompt and answer together; None for no limit.
 
     Raises:
-        ValueError: prompt and answer need more positions than the model has.
+        ValueError: prompt and answer may be longer than the limit, or than the model's table of positions.
     """
-    room = positions_of(model)
     if gen_config.max_new_tokens is None:
-        default = max(LEAST_DEFAULT, model.generation_config.max_new_tokens or 0)
-        gen_config.max_new_tokens = int(max(1, min(default, room - tokens)))
-    if tokens >= room:
+        limits = (positions_of(model), math.inf if max_length is None else max_length)
+        rooms = [limit - tokens for limit in limits if limit > tokens]
+        gen_config.max_new_tokens = int(min([max(LEAST_DEFAULT, model.generation_config.max_new_tokens or 0), *rooms]))
+    if max_length is not None and tokens + gen_config.max_new_tokens > max_length:
         raise ValueError(
-            f"the prompt has {tokens} tokens; the model has {room} positions for prompt and answer together."
+            f"the prompt has {tokens} tokens and the answer may have {gen_config.max_new_tokens}, together more than "
+            f"the {max_length} that this server allows (--max-length): shorten the prompt or lower max_tokens."
         )
-    if tokens + gen_config.max_new_tokens > room:
-        raise ValueError(
-            f"the prompt has {tokens} tokens and the answer may have {gen_config.max_new_tokens}, "
-            f"together more than the model's {room} positions: shorten the prompt or lower max_tokens."
-        )
+    needed = tokens + gen_config.max_new_tokens - 1  # the last token is not read again
+    if (positions := fixed_positions(model, needed)) is not None:  # on a GPU, one more would end the server
+        raise ValueError(f"prompt and answer may need {needed} positions, and the model has a table of {positions}.")
 
 
 class Call:
@@ -124,7 +136,8 @@ class Call:
 
     Args:
         model: the model that answers.
-        generation_config: options of the request, with its knobs and seed; the seed is removed from it.
+        generation_config: options of the request, with its knobs, seed and penalties; the last two are removed from
+            it.
         compiled: whether steps are compiled.
 
     Attributes:
@@ -137,6 +150,7 @@ class Call:
         self._failure: FailedError | None = None
         self._knobs = {name: getattr(generation_config, name) for name in KNOBS if hasattr(generation_config, name)}
         self._seed: int | None = vars(generation_config).pop(SEED, None)
+        self._penalties: list[float] = vars(generation_config).pop(PENALTIES, [0, 0])
         if compiled:
             generation_config.compile_config = CompileConfig()
 
@@ -161,7 +175,10 @@ class Call:
             torch.manual_seed(self._seed)
         try:
             criteria = StoppingCriteriaList([_EachToken(self._check)])
-            ids: torch.Tensor = self._model.generate(**arguments, **self._knobs, stopping_criteria=criteria)
+            processors = self._processors(arguments["input_ids"].shape[-1])
+            ids: torch.Tensor = self._model.generate(
+                **arguments, **self._knobs, stopping_criteria=criteria, logits_processor=processors
+            )
         except FailedError:
             raise
         except ValueError as error:
@@ -170,6 +187,10 @@ class Call:
             _log.exception("generation failed")
             raise FailedError(500, f"generation failed: {type(error).__name__}: {error}") from error
         return ids
+
+    def _processors(self, prompt_tokens: int) -> LogitsProcessorList:
+        penalties = [Penalties(prompt_tokens, *self._penalties)] if any(self._penalties) else []
+        return LogitsProcessorList(penalties)
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -1,4 +1,4 @@
-"""Handlers of requests: transformers' own, with checked requests, and answers that are cut before stop strings."""
+"""Handlers of requests: transformers' own, with checked requests, several choices, and answers that are cut."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 
 from jacobi_hf.serving.errors import FailedError, error_object
-from jacobi_hf.serving.requests import ChatRequest, CompletionRequest, stop_strings, translate
-from jacobi_hf.serving.text import cut_answer, cut_events, read_events
+from jacobi_hf.serving.messages import check_template, for_template
+from jacobi_hf.serving.requests import ChatRequest, CompletionRequest, translate
+from jacobi_hf.serving.several import all_events, whole_answer
+from jacobi_hf.serving.text import read_events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from jacobi_hf.serving.several import Part
 
 
 class _Checked:
-    """Checks a request, lets transformers' handler answer it, and cuts the answer before the first stop string."""
+    """Checks a request, lets transformers' handler answer each of its parts, and puts the answers together."""
 
     kind: Any
     model_manager: Any
@@ -42,26 +46,47 @@ class _Checked:
 
     def _check_model(self, body: dict[str, Any]) -> None:
         name = self.model_manager.force_model
-        if body.get("model") not in (None, name):
-            raise HTTPException(404, f"the model {body['model']!r} is not served here; {name!r} is.")
+        if body.get("model") is not None:
+            self.model_manager.check_name(body["model"])
         if self.kind is ChatRequest and self.model_manager.tokenizer.chat_template is None:
             raise HTTPException(400, f"{name} has no chat template: send the prompt as plain text to /v1/completions.")
 
     async def _answer(self, body: dict[str, Any], request_id: str) -> JSONResponse | StreamingResponse:
-        request = translate(self.kind, body, self.model_manager.model.generation_config)
-        stops = stop_strings(request)
-        response = await super().handle_request(request, request_id)  # type: ignore[misc]
-        if not isinstance(response, StreamingResponse):
-            return JSONResponse(cut_answer(json.loads(bytes(response.body)), stops))
-        events = cut_events(read_events(response.body_iterator), stops)
+        models = self.model_manager
+        parts, form = translate(self.kind, body, models.model, models.tokenizer)
+        if self.kind is ChatRequest:
+            check_template(parts[0].request, models.tokenizer)
+        if not body.get("stream"):
+            return JSONResponse(await whole_answer(parts, lambda number: self._whole(parts, number, request_id), form))
+        events = all_events(parts, lambda number: self._events(parts, number, request_id), form)
         first = [event async for event in _first_events(events)]
-        return StreamingResponse(_stream(first, events, response.body_iterator), media_type="text/event-stream")
+        return StreamingResponse(_stream(first, events), media_type="text/event-stream")
+
+    async def _whole(self, parts: Sequence[Part], number: int, request_id: str) -> dict[str, Any]:
+        """Return transformers' answer to one part."""
+        response = await self._of_transformers(parts, number, request_id)
+        answer: dict[str, Any] = json.loads(bytes(response.body))
+        return answer
+
+    async def _events(self, parts: Sequence[Part], number: int, request_id: str) -> AsyncIterator[dict[str, Any]]:
+        """Return the events of transformers' streamed answer to one part."""
+        response: Any = await self._of_transformers(parts, number, request_id)
+        return read_events(response.body_iterator)
+
+    async def _of_transformers(self, parts: Sequence[Part], number: int, request_id: str) -> Any:
+        own_id = f"{request_id}-{number}" if number else request_id  # ids of tool calls begin with it
+        return await super().handle_request(parts[number].request, own_id)  # type: ignore[misc]
 
 
 class Chat(_Checked, ChatCompletionHandler):
     """Handler of `/v1/chat/completions`."""
 
     kind = ChatRequest
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: Sequence[Mapping[str, Any]], _: Any) -> list[Any]:
+        """Return the messages as the chat template reads them; transformers' own method leaves fields out."""
+        return for_template(messages)
 
 
 class Completion(_Checked, CompletionHandler):
@@ -84,17 +109,14 @@ async def _first_events(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[
             return
 
 
-async def _stream(
-    first: list[dict[str, Any]], events: AsyncIterator[dict[str, Any]], source: Any
-) -> AsyncIterator[str]:
+async def _stream(first: list[dict[str, Any]], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     """Yield a streamed answer as server-sent events.
 
     Args:
         first: events that were read already.
-        events: all further events.
-        source: stream that the events come from; closing it ends its generation.
+        events: all further events; closing them ends their generation.
     """
-    async with aclosing(source):
+    async with aclosing(events):  # type: ignore[type-var]
         for event in first:
             yield f"data: {json.dumps(event)}\n\n"
         async for event in events:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
 
 class StopCutter:
@@ -57,13 +58,14 @@ class StopCutter:
         return held
 
 
-async def read_events(parts: AsyncIterable[str | bytes | memoryview]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON objects of a stream of server-sent events."""
-    async for part in parts:
-        text = part if isinstance(part, str) else bytes(part).decode()
-        for event in text.split("\n\n"):
-            if event:
-                yield json.loads(event.removeprefix("data: "))
+async def read_events(parts: AsyncIterator[str | bytes | memoryview]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the JSON objects of a stream of server-sent events; closing this iterator closes the stream."""
+    async with aclosing(parts):  # type: ignore[type-var]
+        async for part in parts:
+            text = part if isinstance(part, str) else bytes(part).decode()
+            for event in text.split("\n\n"):
+                if event:
+                    yield json.loads(event.removeprefix("data: "))
 
 
 async def cut_events(events: AsyncIterator[dict[str, Any]], stops: Sequence[str]) -> AsyncIterator[dict[str, Any]]:
@@ -76,7 +78,7 @@ async def cut_events(events: AsyncIterator[dict[str, Any]], stops: Sequence[str]
         choice = event["choices"][0]
         if choice.get("finish_reason"):
             if rest := cutter.rest():
-                yield _with_text(event, rest)
+                yield with_text(event, rest)
             if cutter.stopped:
                 choice["finish_reason"] = "stop"
             yield event
@@ -113,10 +115,10 @@ def _set_text(choice: dict[str, Any], text: str) -> None:
     holder[key] = text
 
 
-def _with_text(finish: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return an event with text, made from the last event of a stream, which has the reason to finish."""
-    event = copy.deepcopy(finish)
+def with_text(other: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return an event with text alone, made from another event of the same stream."""
+    event = copy.deepcopy(other)
     event.pop("usage", None)
-    event["choices"][0].pop("finish_reason")
+    event["choices"][0].pop("finish_reason", None)
     _set_text(event["choices"][0], text)
     return event
