@@ -202,7 +202,8 @@ class MaskBuilder:
         """Return an additive mask for eager attention, which would silently add a bool mask to the scores."""
         if self._own != "eager":
             return allowed
-        return torch.where(allowed, 0.0, torch.finfo(self._dtype).min).to(self._dtype)
+        forbidden = torch.finfo(self._dtype).min  # of float64, it is more than float32 holds
+        return torch.zeros_like(allowed, dtype=self._dtype).masked_fill_(~allowed, forbidden)
 
 
 class StepMasks(MaskBuilder):
