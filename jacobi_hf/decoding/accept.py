@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jacobi_hf.decoding.selection import accepted_prefixes, pick
+from jacobi_hf.decoding.selection import accepted_prefixes
 
 if TYPE_CHECKING:
+    from jacobi_hf.decoding.choice import Choice
     from jacobi_hf.decoding.state import DecodingState
     from jacobi_hf.decoding.step import StepInputs
 
@@ -34,10 +35,10 @@ class Acceptance:
         count_B: tokens to commit.
         halted_B: whether each row has met an end token, before this step or in the last of these tokens. A row that
             has all its tokens by the limit alone is not halted.
-        merit_BQV: the numbers whose greatest entry is the choice, where no pad replaced it: scores in greedy decoding,
-            probabilities divided by sampling noise in sampling.
         broken_B: 1 where a committed token was sampled from scores that are no distribution (NaN), else 0; None in
             greedy decoding.
+        ranked_BQR: the best tokens of each slot, the best one first, as many as the draft sources read
+            (`SourceShape.ranks`); None if they read none.
     """
 
     choice_BQ: torch.Tensor
@@ -48,31 +49,23 @@ class Acceptance:
     run_BD: torch.Tensor
     count_B: torch.Tensor
     halted_B: torch.Tensor
-    merit_BQV: torch.Tensor
     broken_B: torch.Tensor | None = None
+    ranked_BQR: torch.Tensor | None = None
 
 
-def accept(
-    state: DecodingState,
-    inputs: StepInputs,
-    scores_BQV: torch.Tensor,
-    noise_BQV: torch.Tensor | None,
-    *,
-    may_be_over: bool = True,
-) -> Acceptance:
-    """Choose a token at every slot and find the segment with the longest accepted prefix.
+def accept(state: DecodingState, inputs: StepInputs, choice: Choice, *, may_be_over: bool = True) -> Acceptance:
+    """Find the segment with the longest accepted prefix.
 
     On ties the backbone wins, because its keys and values need no move, and then the branch that comes first.
 
     Args:
         state: the rows; they are only read.
         inputs: the tokens of the step.
-        scores_BQV: the logits after the processors.
-        noise_BQV: sampling noise of each slot's new-token index; None for greedy decoding.
+        choice: what the model chooses at every slot.
         may_be_over: as in `advance`.
     """
     layout = inputs.layout
-    choice_BQ, broken_BQ, merit_BQV = pick(scores_BQV, noise_BQV)
+    choice_BQ = choice.token_BQ
     if may_be_over:
         choice_BQ = torch.where(state.halted_B[:, None], state.pad, choice_BQ)
     agrees_BSN, accepted_BS = accepted_prefixes(layout, inputs.token_BQ, choice_BQ, inputs.length_BS)
@@ -89,11 +82,12 @@ def accept(
         accepted_B = accepted_BS.gather(1, best_B[:, None])[:, 0]
     count_B, halted_B = _cut(state, run_BD, accepted_B + 1, layout.offset_D, may_be_over=may_be_over)
     broken_B = None
-    if broken_BQ is not None:
-        broken_BD = broken_BQ.gather(1, path_BD.expand_as(run_BD)) & (layout.offset_D < count_B[:, None])
+    if choice.broken_BQ is not None:
+        broken_BD = choice.broken_BQ.gather(1, path_BD.expand_as(run_BD)) & (layout.offset_D < count_B[:, None])
         broken_B = broken_BD.long().amax(1)
+    ranked_BQR = choice.ranked_BQR
     return Acceptance(
-        choice_BQ, agrees_BSN, accepted_BS, best_B, path_BD, run_BD, count_B, halted_B, merit_BQV, broken_B
+        choice_BQ, agrees_BSN, accepted_BS, best_B, path_BD, run_BD, count_B, halted_B, broken_B, ranked_BQR
     )
 
 

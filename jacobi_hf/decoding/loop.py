@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jacobi_hf.decoding.choice import check_samples
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.one_by_one import OneByOne
 from jacobi_hf.decoding.prefill import prompt_forward, read_prompt_parts
 from jacobi_hf.decoding.report import LaunchedStep, StepReport, copy_of
-from jacobi_hf.decoding.selection import check_samples
 from jacobi_hf.decoding.shapes import ShapeChooser
 from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, StepPlan, advance, finish_step
 from jacobi_hf.output import JacobiStats
@@ -82,8 +82,9 @@ class Decoder:
         self._stopping = stopping
         self._scores = scores
         self._logits = logits
+        self._records = scores is not None or logits is not None
         self._fills = fills
-        wants_tokens_alone = selector.is_vectorised and scores is None and logits is None
+        wants_tokens_alone = selector.is_vectorised and not self._records
         self._execution = execution
         self._one_by_one = OneByOne(state, selector, stopping, scores, logits)
         self._shapes = ShapeChooser(state.sources, config, stopping.limit)
@@ -202,11 +203,9 @@ class Decoder:
             inputs = self._state.inputs(shape, layout)
             self._finish(inputs, self._forward(ForwardInputs(layout, key_column_K, inputs.token_BQ)))
             return
-        plan = StepPlan(shape, layout, key_column_K, self._text_columns(layout), self._may_be_over())
-        result = self._execution.run(self._state, self._forward, self._selector, plan)
-        if result is not None:
-            self._record(self._scores, result.scores_BQV, result.acceptance)
-            self._record(self._logits, result.logits_BQV, result.acceptance)
+        record = self._record if self._records else None
+        plan = StepPlan(shape, layout, key_column_K, self._text_columns(layout), self._may_be_over(), record)
+        self._execution.run(self._state, self._forward, self._selector, plan)
 
     def _finish(self, inputs: StepInputs, output: ForwardOutput) -> None:
         """Do what comes after a forward that no execution has run: the prefill, and steps that go token by token."""
@@ -215,11 +214,15 @@ class Decoder:
         text_columns = self._text_columns(layout)
         self._draw_noise(layout)
         if self._selector.is_vectorised:
-            result = finish_step(
-                self._state, self._selector, inputs, output, text_columns=text_columns, may_be_over=may_be_over
+            finish_step(
+                self._state,
+                self._selector,
+                inputs,
+                output,
+                text_columns=text_columns,
+                may_be_over=may_be_over,
+                record=self._record if self._records else None,
             )
-            self._record(self._scores, result.scores_BQV, result.acceptance)
-            self._record(self._logits, result.logits_BQV, result.acceptance)
         else:
             acceptance = self._one_by_one.accept(inputs, output.logits_BQV)
             advance(self._state, inputs, acceptance, output.features_BQF, text_columns, may_be_over=may_be_over)
@@ -233,12 +236,21 @@ class Decoder:
         last = max(running_at) + self._unread() + layout.offset_D.shape[0] - 1
         noise.draw(min(running_at), last, (len(self._last.generated), self._vocab_size))
 
-    def _record(self, scores: Scores | None, value_BQV: torch.Tensor, acceptance: Acceptance) -> None:
-        if scores is None:
-            return
+    def _record(self, inputs: StepInputs, acceptance: Acceptance, logits_BQV: torch.Tensor) -> None:
+        """Store scores and logits of the tokens that a step commits, one token of each row at a time."""
         counts = acceptance.count_B.tolist()
-        row_B1 = torch.arange(len(value_BQV), device=value_BQV.device)[:, None]
-        scores.record(value_BQV[row_B1, acceptance.path_BD[:, : max(counts)]], self._last.generated, counts)
+        row_B = torch.arange(len(counts), device=logits_BQV.device)
+        for depth in range(max(counts)):
+            slot_B = acceptance.path_BD[:, depth]
+            logits_BV = logits_BQV[row_B, slot_B]
+            rows = zip(self._last.generated, counts, strict=True)
+            indices = [generated + depth if depth < count else None for generated, count in rows]
+            if self._logits is not None:
+                self._logits.record(logits_BV, indices)
+            if self._scores is not None:
+                place_B = row_B * inputs.layout.slots + slot_B
+                scores_BV = self._selector.scores(inputs.layout, inputs.token_BQ, logits_BV, place_B)
+                self._scores.record(scores_BV, indices)
 
     def _launch(
         self, names: list[str], slots: int, tokens: int, verified: int, candidates: tuple[Candidate, ...] = ()

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 
 from jacobi_hf.decoding.accept import Acceptance
-from jacobi_hf.decoding.selection import accepted_prefixes, best, pick
+from jacobi_hf.decoding.choice import Choice, choose
+from jacobi_hf.decoding.selection import accepted_prefixes
 
 if TYPE_CHECKING:
     from jacobi_hf.decoding.selection import Selector
@@ -55,7 +56,8 @@ class OneByOne:
         """
         layout = inputs.layout
         halted_B = self._state.halted_B
-        choice_BQ = self._unprocessed_choice(inputs, logits_BQV)
+        unprocessed = self._unprocessed_choice(inputs, logits_BQV)
+        choice_BQ = unprocessed.token_BQ
         path_SD = layout.path_SD[: layout.verified_segments]
         length_BS = inputs.length_BS[:, : layout.verified_segments]
         alive_BS = torch.ones_like(length_BS, dtype=torch.bool)
@@ -87,17 +89,16 @@ class OneByOne:
             run_BD=choice_BQ.gather(1, path_BD),
             count_B=torch.full_like(best_B, depth + 1),
             halted_B=halted_B,
-            merit_BQV=logits_BQV,
+            ranked_BQR=unprocessed.ranked_BQR,
         )
 
-    def _unprocessed_choice(self, inputs: StepInputs, logits_BQV: torch.Tensor) -> torch.Tensor:
+    def _unprocessed_choice(self, inputs: StepInputs, logits_BQV: torch.Tensor) -> Choice:
         """Return the choice at every slot without processors."""
         noise = self._selector.noise
-        if noise is None or not noise.ahead:
-            return best(logits_BQV)
+        if noise is not None and not noise.ahead:
+            noise = None
         index_BQ = self._state.generated_B[:, None] + inputs.layout.depth_Q
-        choice_BQ, _, _ = pick(logits_BQV, noise.at(index_BQ))
-        return choice_BQ
+        return choose(logits_BQV, index_BQ, noise, ranks=self._state.sources.ranks)
 
     def _next_token(self, logits_BQV: torch.Tensor, slot_B: torch.Tensor, halted_B: torch.Tensor) -> torch.Tensor:
         """Return the next token of every row, a pad for a row that has halted; record scores and logits."""
@@ -109,12 +110,12 @@ class OneByOne:
         scores_BV = selector.processors(stopping.sequences, logits_BV)
         if selector.noise is not None:
             selector.noise.draw(index, index, tuple(scores_BV.shape))
-        token_B = selector.choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None])[:, 0]
-        selector.check()
+        choice = choose(scores_BV[:, None], torch.full_like(row_B, index)[:, None], selector.noise)
+        choice.check()
         for wanted, value_BV in ((self._scores, scores_BV), (self._logits, logits_BV)):
             if wanted is not None:
-                wanted.record(value_BV[:, None], [index] * len(row_B), [1] * len(row_B))
-        return torch.where(halted_B, stopping.pad, token_B)
+                wanted.record(value_BV, [index] * len(row_B))
+        return torch.where(halted_B, stopping.pad, choice.token_BQ[:, 0])
 
     def _commit(self, token_B: torch.Tensor) -> None:
         """Hand a token of every row to criteria and streamer."""

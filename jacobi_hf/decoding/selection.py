@@ -1,18 +1,22 @@
-"""The model's choice at every slot, greedy or sampled, and which guesses the choices accept.
+"""The model's choice at every slot under a call's processors, and which guesses the choices accept.
 
-Sampling is greedy decoding of noisy scores, see `jacobi_hf.decoding.noise`. So in both cases a guess is accepted if it
-equals the model's choice at the slot before it.
+A guess is accepted if it equals the model's choice at the slot before it.
+
+Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, V vocabulary. R is a number of slots of any
+rows, see `jacobi_hf.decoding.choice`.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import logits_process as processors_of_transformers
+
+from jacobi_hf.decoding.choice import Choice, choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,65 +39,10 @@ SCORE_ONLY = tuple(
         "InfNanRemoveLogitsProcessor",
     )
 )
-# From this number of scores on, `best` looks at blocks of scores.
-BLOCKED_FROM = 1 << 16
-BLOCK = 128
 # Attributes of processors that only enter arithmetic; a change of them does not change a compiled step.
 VALUES = ("temperature", "penalty", "top_p", "min_p", "mass", "epsilon")
 # Attributes of processors that matter for the prompt alone.
 OF_PROMPTS = ("prompt_ignore_length", "logits_indices", "cu_seq_lens_q")
-
-
-def best(scores: torch.Tensor) -> torch.Tensor:
-    """Return the index of the largest score along the last dimension; on ties the first one, as `argmax` does.
-
-    On the CPU, `argmax` and `max` with indices go through a vocabulary one by one, but `amax` does not. So among many
-    scores, the block with the largest one is found first. That takes down to a sixth of the time.
-    """
-    if (
-        scores.device.type != "cpu"
-        or scores.numel() < BLOCKED_FROM
-        or scores.shape[-1] % BLOCK
-        or torch.compiler.is_compiling()
-    ):
-        return scores.max(-1).indices  # on the CPU, six times as fast as argmax in bfloat16
-    blocks = scores.unflatten(-1, (-1, BLOCK))
-    block = blocks.amax(-1).max(-1, keepdim=True).indices
-    inside = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :].max(-1, keepdim=True).indices
-    return (block * BLOCK + inside)[..., 0]
-
-
-def pick(
-    scores_BQV: torch.Tensor, noise_BQV: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Return the token that is chosen at every slot.
-
-    Args:
-        scores_BQV: processed scores.
-        noise_BQV: sampling noise; None for greedy decoding.
-
-    Returns:
-        the tokens `(B, Q)`; bool `(B, Q)`, whether the scores of a slot are no distribution to sample from, or None
-        without noise; and `(B, Q, V)`, of which each token is the index of the largest value.
-    """
-    if noise_BQV is None:
-        return best(scores_BQV), None, scores_BQV
-    probability_BQV = scores_BQV.float().softmax(-1)
-    merit_BQV = probability_BQV / noise_BQV
-    return best(merit_BQV), probability_BQV.sum(-1).isnan(), merit_BQV
-
-
-def check_samples(broken: bool) -> None:
-    """Raise the error of `torch.multinomial` if a token was sampled from scores that are no distribution.
-
-    Args:
-        broken: whether there is such a token.
-
-    Raises:
-        RuntimeError: `broken` is True.
-    """
-    if broken:
-        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
 
 class Selector:
@@ -128,7 +77,6 @@ class Selector:
             type(p) in SCORE_ONLY or _counts_all_new_tokens(p, prompt_BP.shape[1]) for p in processors
         )
         self._seen: list[torch.Tensor] = []  # for each repetition penalty, bool (B, V): the ids that it counts
-        self._broken_BQ: torch.Tensor | None = None
         if store is not None and self.is_vectorised:
             self.processors = LogitsProcessorList(
                 _with_stored_values(p, f"processor {number}", prompt_BP.device, store)
@@ -147,52 +95,58 @@ class Selector:
             for p in self.processors
         )
 
-    @property
-    def is_argmax(self) -> bool:
-        """Whether the choice is the plain argmax of the logits."""
-        return self.noise is None and not self.processors
-
-    def scores(self, logits_BQV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor) -> torch.Tensor:
-        """Return the processed scores of every slot, float32 `(B, Q, V)`; for vectorised processors only.
+    def choose(
+        self,
+        logits_BQV: torch.Tensor,
+        layout: Layout,
+        token_BQ: torch.Tensor,
+        index_BQ: torch.Tensor | None,
+        ranks: int = 0,
+    ) -> Choice:
+        """Return the choice at every slot; for vectorised processors only.
 
         Args:
             logits_BQV: logits of the model.
             layout: the slots. Each slot is scored as the end of the text along its own path.
             token_BQ: tokens of the slots.
+            index_BQ: the index of the new token that is chosen at each slot; None in greedy decoding.
+            ranks: as in `jacobi_hf.decoding.choice.choose`.
         """
-        scores_BQV = logits_BQV.float()
-        batch, slots, vocab = scores_BQV.shape
-        if not self._seen:
-            penalties_of_call = [p for p in self.processors if type(p) is RepetitionPenaltyLogitsProcessor]
-            self._seen = [_counted_ids(p, self._prompt_BP, vocab) for p in penalties_of_call]
-            if self._store is not None:
-                self._seen = [self._store(f"seen by {number}", seen_BV) for number, seen_BV in enumerate(self._seen)]
+        if not self.processors:
+            return choose(logits_BQV, index_BQ, self.noise, None, ranks)
+        self._count_prompt(logits_BQV.shape[-1])
+        return choose(logits_BQV, index_BQ, self.noise, partial(self.scores, layout, token_BQ), ranks)
+
+    def scores(
+        self, layout: Layout, token_BQ: torch.Tensor, logits_RV: torch.Tensor, place_R: slice | torch.Tensor
+    ) -> torch.Tensor:
+        """Return the processed scores of some slots, float32 `(R, V)`; for vectorised processors only.
+
+        Args:
+            layout: the slots. Each slot is scored as the end of the text along its own path.
+            token_BQ: tokens of all slots.
+            logits_RV: logits of these slots.
+            place_R: their places, where the slots of all rows follow each other.
+        """
+        scores_RV = logits_RV.float()
+        self._count_prompt(scores_RV.shape[1])
         penalties = iter(self._seen)
         for processor in self.processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
-                scores_BQV = _penalise(scores_BQV, _on_path(next(penalties), layout, token_BQ), processor.penalty)
+                seen_RV = _on_path(next(penalties), layout, token_BQ, place_R)
+                scores_RV = _penalise(scores_RV, seen_RV, processor.penalty)
             else:
-                scores_BQV = processor(None, scores_BQV.reshape(batch * slots, vocab)).view(batch, slots, vocab)
-        return scores_BQV
+                scores_RV = processor(None, scores_RV)
+        return scores_RV
 
-    def choose(self, scores_BQV: torch.Tensor, index_BQ: torch.Tensor) -> torch.Tensor:
-        """Return the token that is chosen at every slot, `(B, Q)`.
-
-        Args:
-            scores_BQV: processed scores.
-            index_BQ: the index of the new token that is chosen at each slot.
-        """
-        choice_BQ, self._broken_BQ, _ = pick(scores_BQV, None if self.noise is None else self.noise.at(index_BQ))
-        return choice_BQ
-
-    def check(self) -> None:
-        """Raise the error of `torch.multinomial` if `choose` has just sampled from scores that are no distribution.
-
-        Raises:
-            RuntimeError: a score is NaN, or all scores of a slot are -inf.
-        """
-        if self._broken_BQ is not None:
-            check_samples(bool(self._broken_BQ.any()))
+    def _count_prompt(self, vocab_size: int) -> None:
+        """Make the ids that the repetition penalties count in the prompt, when the vocabulary is first known."""
+        if self._seen:
+            return
+        penalties = [p for p in self.processors if type(p) is RepetitionPenaltyLogitsProcessor]
+        self._seen = [_counted_ids(p, self._prompt_BP, vocab_size) for p in penalties]
+        if self._store is not None:
+            self._seen = [self._store(f"seen by {number}", seen_BV) for number, seen_BV in enumerate(self._seen)]
 
     def commit(self, token_BN: torch.Tensor, count_B: torch.Tensor) -> None:
         """Make the first `count_B` of `token_BN` part of what the repetition penalties count in each row."""
@@ -251,25 +205,30 @@ def _counted_ids(penalty: RepetitionPenaltyLogitsProcessor, prompt_BP: torch.Ten
     return seen_BV.scatter_(1, prompt_BP.clamp(max=vocab_size), value=True)[:, :-1].contiguous()
 
 
-def _on_path(seen_BV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor) -> torch.Tensor:
-    """Return bool `(B, Q, V)`: the ids in the text of each row, and the guesses on the path to each slot.
+def _on_path(
+    seen_BV: torch.Tensor, layout: Layout, token_BQ: torch.Tensor, place_R: slice | torch.Tensor
+) -> torch.Tensor:
+    """Return bool `(R, V)`: the ids in the text of each slot's row, and the guesses on the path to the slot.
 
     Args:
         seen_BV: the ids in the text, the pending token among them.
         layout: the slots.
-        token_BQ: tokens of the slots.
+        token_BQ: tokens of all slots.
+        place_R: the places of the slots that are wanted, where the slots of all rows follow each other.
     """
     batch, slots = token_BQ.shape
     nothing = seen_BV.shape[1]
-    guess_BQQ = torch.where(layout.sees_QQ, token_BQ[:, None, :], nothing)[:, :, 1:].clamp(max=nothing)
-    path_BQV = torch.zeros(batch, slots, nothing + 1, dtype=torch.bool, device=seen_BV.device)
-    path_BQV.scatter_(2, guess_BQQ, torch.ones_like(guess_BQQ, dtype=torch.bool))
-    return path_BQV[..., :-1] | seen_BV[:, None]
+    place_R = torch.arange(batch * slots, device=token_BQ.device)[place_R]
+    row_R = place_R // slots
+    guess_RQ = torch.where(layout.sees_QQ[place_R % slots], token_BQ[row_R], nothing)[:, 1:].clamp(max=nothing)
+    path_RV = torch.zeros(len(place_R), nothing + 1, dtype=torch.bool, device=seen_BV.device)
+    path_RV.scatter_(1, guess_RQ, torch.ones_like(guess_RQ, dtype=torch.bool))
+    return path_RV[:, :-1] | seen_BV[row_R]
 
 
-def _penalise(scores_BQV: torch.Tensor, seen_BQV: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return scores after a repetition penalty for the ids in `seen_BQV`."""
-    return torch.where(seen_BQV, torch.where(scores_BQV < 0, scores_BQV * penalty, scores_BQV / penalty), scores_BQV)
+def _penalise(scores_RV: torch.Tensor, seen_RV: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Return scores after a repetition penalty for the ids in `seen_RV`."""
+    return torch.where(seen_RV, torch.where(scores_RV < 0, scores_RV * penalty, scores_RV / penalty), scores_RV)
 
 
 def accepted_prefixes(

@@ -23,11 +23,15 @@ from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.drafts.base import ProposalContext, StepOutcome, chain_slots
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
+
+    Record = Callable[["StepInputs", Acceptance, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class StepPlan:
         layout: `shape.layout(...)`.
         key_column_K: the columns of the cache that are read.
         text_columns, may_be_over: what the host knows of the rows, see `advance`. The defaults are right for any rows.
+        record: as in `finish_step`.
     """
 
     shape: StepShape
@@ -71,6 +76,7 @@ class StepPlan:
     key_column_K: torch.Tensor
     text_columns: int | None = None
     may_be_over: bool = True
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -135,24 +141,9 @@ class Forward(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What `generate` may return of a step in addition to its tokens.
-
-    Attributes:
-        acceptance: what the model chose and accepted.
-        logits_BQV: the model's logits at every slot.
-        scores_BQV: the logits after the processors.
-    """
-
-    acceptance: Acceptance
-    logits_BQV: torch.Tensor
-    scores_BQV: torch.Tensor
-
-
 def run_step(
     state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan, *, host_may_read: bool = False
-) -> StepResult:
+) -> None:
     """Run a whole step. The call's processors must be such that all slots can be scored at once.
 
     Calls with other processors decode token by token, see `jacobi_hf.decoding.one_by_one`.
@@ -166,7 +157,7 @@ def run_step(
     """
     inputs = state.inputs(plan.shape, plan.layout)
     output = forward(ForwardInputs(plan.layout, plan.key_column_K, inputs.token_BQ))
-    return finish_step(
+    finish_step(
         state,
         selector,
         inputs,
@@ -174,6 +165,7 @@ def run_step(
         text_columns=plan.text_columns,
         may_be_over=plan.may_be_over,
         host_may_read=host_may_read,
+        record=plan.record,
     )
 
 
@@ -186,7 +178,8 @@ def finish_step(
     text_columns: int | None = None,
     may_be_over: bool = True,
     host_may_read: bool = False,
-) -> StepResult:
+    record: Record | None = None,
+) -> None:
     """Do everything that comes after the forward of a step: choose, accept, commit and propose.
 
     Args:
@@ -195,14 +188,15 @@ def finish_step(
         inputs: the tokens of the step.
         output: what the model returned for them.
         text_columns, may_be_over, host_may_read: as in `advance`.
+        record: called with the inputs, what the model accepted and its logits `(B, Q, V)`, before the tokens are
+            committed.
     """
-    scores_BQV = output.logits_BQV
-    if selector.processors:
-        scores_BQV = selector.scores(scores_BQV, inputs.layout, inputs.token_BQ)
-    noise_BQV = None
-    if selector.noise is not None:
-        noise_BQV = selector.noise.at(state.generated_B[:, None] + inputs.layout.depth_Q)
-    acceptance = accept(state, inputs, scores_BQV, noise_BQV, may_be_over=may_be_over)
+    layout = inputs.layout
+    index_BQ = None if selector.noise is None else state.generated_B[:, None] + layout.depth_Q
+    choice = selector.choose(output.logits_BQV, layout, inputs.token_BQ, index_BQ, state.sources.ranks)
+    acceptance = accept(state, inputs, choice, may_be_over=may_be_over)
+    if record is not None:
+        record(inputs, acceptance, output.logits_BQV)
     advance(
         state,
         inputs,
@@ -213,7 +207,6 @@ def finish_step(
         host_may_read=host_may_read,
     )
     selector.commit(acceptance.run_BD, acceptance.count_B)
-    return StepResult(acceptance, output.logits_BQV, scores_BQV)
 
 
 def advance(

@@ -15,6 +15,8 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaLi
 from jacobi_hf.streaming import StepEvent, StepStreamer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers.generation import BaseStreamer
 
     from jacobi_hf.streaming import Candidate
@@ -30,19 +32,19 @@ class Scores:
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
 
-    def record(self, value_BNV: torch.Tensor, first: list[int], count: list[int]) -> None:
-        """Store the values of committed tokens.
+    def record(self, value_BV: torch.Tensor, indices: Sequence[int | None]) -> None:
+        """Store the values of a committed token of each row.
 
         Args:
-            value_BNV: values of each row's tokens.
-            first: for each row, the index of its first new token among these.
-            count: for each row, how many of the N values count.
+            value_BV: the values.
+            indices: for each row, the index of its new token; None if it has none.
         """
-        for row, (start, number) in enumerate(zip(first, count, strict=True)):
-            while len(self.steps) < start + number:
-                self.steps.append(torch.zeros_like(value_BNV[:, 0], dtype=torch.float32))
-            for offset in range(number):
-                self.steps[start + offset][row] = value_BNV[row, offset]
+        for row, index in enumerate(indices):
+            if index is None:
+                continue
+            while len(self.steps) <= index:
+                self.steps.append(torch.zeros_like(value_BV, dtype=torch.float32))
+            self.steps[index][row] = value_BV[row]
 
 
 def token_limit(criteria: StoppingCriteriaList, max_length: int, prompt_columns: int) -> int:

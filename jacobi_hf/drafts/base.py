@@ -49,6 +49,7 @@ class SourceShape:
         taps: decoder layers whose outputs it reads as features (0-based, before the final norm).
         cache_ahead: if the source has a key/value cache of its own: places in it that one proposal needs after the
             committed tokens.
+        ranks: how many of the best tokens at each slot it reads (`Acceptance.ranked_BQR`); 0 for none.
     """
 
     lengths: tuple[int, ...]
@@ -57,6 +58,7 @@ class SourceShape:
     draft_slots: int = 0
     taps: tuple[int, ...] = ()
     cache_ahead: int = 0
+    ranks: int = 0
 
     def __post_init__(self) -> None:
         if self.starts and len(self.starts) != len(self.lengths):

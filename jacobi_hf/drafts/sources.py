@@ -30,6 +30,7 @@ class Sources:
         width: W, the most guesses of the backbone.
         draft_slots: draft slots of the backbone in a forward.
         taps: decoder layers whose outputs some source reads, in ascending order.
+        ranks: how many of the best tokens at each slot some source reads.
         branch_lengths, branch_starts, branch_names: of each branch, its most tokens, the backbone guesses that it
             follows, and the name of its source.
     """
@@ -41,6 +42,7 @@ class Sources:
         self.width = self.backbone.shape.lengths[0] if self.backbone else 0
         self.draft_slots = self.backbone.shape.draft_slots if self.backbone else 0
         self.taps = tuple(sorted({tap for source in self.all for tap in source.shape.taps}))
+        self.ranks = max((source.shape.ranks for source in self.all), default=0)
         self.branch_lengths = tuple(length for source in self.branching for length in source.shape.lengths)
         self.branch_starts = tuple(start for source in self.branching for start in source.shape.segment_starts)
         self.branch_names = tuple(source.name for source in self.branching for _ in source.shape.lengths)

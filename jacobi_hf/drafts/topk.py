@@ -31,7 +31,7 @@ class TopKBranches(DraftSource):
     def __init__(self, branches: int, width: int) -> None:
         count = min(branches, PER_GUESS * width)
         starts = tuple(branch // PER_GUESS for branch in range(count))
-        self.shape = SourceShape(lengths=(2,) * count, starts=starts)
+        self.shape = SourceShape(lengths=(2,) * count, starts=starts, ranks=1 + PER_GUESS)
         self._count = count
 
     @classmethod
@@ -62,8 +62,10 @@ class TopKBranches(DraftSource):
         path_D = layout.path_SD[layout.draft_segment]
         depth_BN = count_B[:, None] + self._offset_N
         slot_BN = path_D[depth_BN.clamp(max=path_D.shape[0] - 1)]
-        rank_BNK = outcome.acceptance.merit_BQV[self._row_B1, slot_BN].topk(1 + PER_GUESS).indices
-        other_BS = rank_BNK[:, self._start_S, 1 + self._rank_S]
+        ranked_BQR = outcome.acceptance.ranked_BQR
+        assert ranked_BQR is not None
+        ranked_BNR = ranked_BQR[self._row_B1, slot_BN]
+        other_BS = ranked_BNR[:, self._start_S, 1 + self._rank_S]
         next_BS = backbone_BW[:, (self._start_S + 1).clamp(max=last)]
         known_B1 = (outcome.chain_length_B1 + 1 - count_B[:, None]).clamp(min=0)
         length_S = torch.where(self._start_S < last, self._start_S + 2, self._start_S + 1)

@@ -9,7 +9,7 @@ from jacobi_hf.decoding.step import StepPlan, StepShape, run_step
 if TYPE_CHECKING:
     from jacobi_hf.decoding.selection import Selector
     from jacobi_hf.decoding.state import DecodingState
-    from jacobi_hf.decoding.step import Forward, StepResult
+    from jacobi_hf.decoding.step import Forward
     from jacobi_hf.drafts.sources import Sources
 
 
@@ -27,8 +27,8 @@ class Execution(Protocol):
     def shape(self, shape: StepShape) -> StepShape:
         """Return the shape in which a step runs that needs at least the given one."""
 
-    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> StepResult | None:
-        """Run one step; arguments as in `run_step`. Return its result if it is at hand."""
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
+        """Run one step; arguments as in `run_step`."""
 
 
 class Eager:
@@ -41,10 +41,10 @@ class Eager:
         """Return the same shape."""
         return shape
 
-    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> StepResult | None:
-        """Run one step and return its result; see `Execution.run`."""
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
+        """Run one step; see `Execution.run`."""
         on_cpu = plan.key_column_K.device.type == "cpu"  # there the host can read a value at no cost
-        return run_step(state, forward, selector, plan, host_may_read=on_cpu)
+        run_step(state, forward, selector, plan, host_may_read=on_cpu)
 
 
 class WholeSteps:
@@ -82,10 +82,9 @@ class WholeSteps:
         """Return what makes one step other code than another, apart from lengths."""
         return shape, state.key, selector.key
 
-    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> StepResult | None:
-        """Run one step without a result."""
+    def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
+        """Run one step; see `Execution.run`."""
         run_step(state, forward, selector, without_knowledge(plan))
-        return None
 
 
 def without_knowledge(plan: StepPlan) -> StepPlan:

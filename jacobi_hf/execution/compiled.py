@@ -97,7 +97,7 @@ class Compiled(WholeSteps):
         return *super().key(state, selector, shape), self._context
 
     def run(self, state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
-        """Run one step without a result.
+        """Run one step; see `Execution.run`.
 
         Raises:
             torch._dynamo.exc.Unsupported: the step cannot be compiled, and `fullgraph` says that it must.
@@ -161,7 +161,7 @@ class Compiled(WholeSteps):
 
 
 def whole_step(state: DecodingState, forward: Forward, selector: Selector, plan: StepPlan) -> None:
-    """Run a step without a result; this is what is compiled."""
+    """Run a step; this is what is compiled."""
     run_step(state, forward, selector, plan)
 
 

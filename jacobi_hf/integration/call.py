@@ -150,7 +150,7 @@ class GenerateCall:
         returns_dict = bool(options.return_dict_in_generate)
         scores = Scores() if returns_dict and options.output_scores else None
         logits = Scores() if returns_dict and options.output_logits else None
-        noise = self._noise(processors, buffers) if options.do_sample else None
+        noise = self._noise(processors, buffers, keeps=wanted is not None) if options.do_sample else None
         selector = Selector(processors, noise, self._input_BP, None if wanted is None else buffers.store)
         pad = None if options._pad_token_tensor is None else int(options._pad_token_tensor)
         one_by_one = not selector.is_vectorised
@@ -204,12 +204,18 @@ class GenerateCall:
             **{CACHE: self._cache},
         )
 
-    def _noise(self, processors: LogitsProcessorList, buffers: CallBuffers) -> SamplingNoise:
-        """Return the sampling noise of the call."""
+    def _noise(self, processors: LogitsProcessorList, buffers: CallBuffers, *, keeps: bool) -> SamplingNoise:
+        """Return the sampling noise of the call; `keeps` says that all noise of a step must be kept."""
         # A processor from elsewhere may draw from torch's generator between two tokens.
         ahead = all(type(processor).__module__.startswith("transformers.") for processor in processors)
-        room = buffers.state.sources.depths
-        return SamplingNoise(self._input_BP.device, ahead=ahead, room=room, ring_IBV=buffers.ring_IBV)
+        device = self._input_BP.device
+        return SamplingNoise(
+            device,
+            ahead=ahead,
+            room=buffers.state.sources.depths if ahead else 1,
+            redraws=device.type == "cpu" and not keeps,
+            ring_IBV=buffers.ring_IBV,
+        )
 
     def _has_unfinished_peers(self, done: bool, synced_gpus: bool) -> bool:
         return bool(self._model._has_unfinished_sequences(done, synced_gpus, device=self._input_BP.device))

@@ -22,7 +22,7 @@ def outcome_of_step(
     best=0,
     run=None,
     count=None,
-    scores=None,
+    ranked=None,
 ):
     """Return the outcome of a step of one row over `layout`; what is not given is zero."""
     slots = layout.slots
@@ -44,7 +44,7 @@ def outcome_of_step(
         run_BD=torch.tensor([run if run is not None else [0] * depths]),
         count_B=torch.tensor([count if count is not None else generated - before]),
         halted_B=torch.tensor([False]),
-        merit_BQV=torch.zeros(1, slots, 8) if scores is None else scores,
+        ranked_BQR=ranked,
     )
     segment = layout.draft_segment
     return StepOutcome(

@@ -16,8 +16,8 @@ import torch
 
 from jacobi_hf.attention.interface import MaskBuilder
 from jacobi_hf.decoding.cache import JacobiStaticCache
+from jacobi_hf.decoding.choice import best
 from jacobi_hf.decoding.noise import set_generator_state
-from jacobi_hf.decoding.selection import best
 from jacobi_hf.drafts.window import ids_of_the_text
 from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.trainer.data.answers import pad_id

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from jacobi_hf.decoding.selection import best
+from jacobi_hf.decoding.choice import best
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 

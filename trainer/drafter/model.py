@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from jacobi_hf.attention.interface import MaskBuilder
-from jacobi_hf.decoding.selection import best
+from jacobi_hf.decoding.choice import best
 from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.trainer.base import output_head, vocabulary_size
 from jacobi_hf.trainer.drafter.loss import drafting_loss

@@ -16,9 +16,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from jacobi_hf.decoding.choice import best, choose
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.noise import SamplingNoise
-from jacobi_hf.decoding.selection import Selector, accepted_prefixes, best
+from jacobi_hf.decoding.selection import Selector, accepted_prefixes
 
 CPU = torch.device("cpu")
 
@@ -36,9 +37,8 @@ def test_fixed_noise_is_multinomial(batch, vocab, tokens, seed):
     torch.set_rng_state(before)
     noise = SamplingNoise(CPU)
     noise.draw(0, tokens + 3, (batch, vocab))
-    selector = Selector(LogitsProcessorList(), noise, torch.zeros(batch, 1, dtype=torch.long))
-    chosen = selector.choose(scores.transpose(0, 1), torch.arange(tokens).expand(batch, -1))
-    assert torch.equal(chosen, torch.stack(sampled, 1))
+    chosen = choose(scores.transpose(0, 1), torch.arange(tokens).expand(batch, -1), noise)
+    assert torch.equal(chosen.token_BQ, torch.stack(sampled, 1))
     noise.rewind(tokens)
     assert torch.equal(torch.get_rng_state(), after)
 
@@ -60,8 +60,8 @@ def test_an_index_keeps_its_noise_however_far_rows_are_apart(steps, seed, rewoun
     for moved, beyond in steps:
         first += moved
         noise.draw(first, first + beyond, (2, 5))
-        index_BQ = torch.arange(first, first + beyond + 1).expand(2, -1)
-        assert torch.equal(noise.at(index_BQ), torch.stack(table[first : first + beyond + 1], 1))
+        for index in range(first, first + beyond + 1):
+            assert torch.equal(noise.at(torch.tensor([index, index]), torch.arange(2)), table[index])
     noise.rewind(first + min(rewound, beyond))
     assert torch.equal(torch.get_rng_state(), states[first + min(rewound, beyond)])
 
@@ -105,9 +105,9 @@ def test_scores_of_every_slot_are_those_of_its_true_prefix(data, penalty, ignore
     )
     selector = Selector(processors, None, prompt)
     assert selector.is_vectorised
-    selector.scores(logits[:, :1], build_layout((0,), CPU), tokens[:, :1])  # the prefill
+    selector.choose(logits[:, :1], build_layout((0,), CPU), tokens[:, :1], None)  # the prefill
     selector.commit(tokens[:, :1], torch.ones(batch, dtype=torch.long))  # the pending token
-    scores = selector.scores(logits, layout, tokens)
+    scores = selector.scores(layout, tokens, logits.flatten(0, 1), slice(None)).view_as(logits)
     for segment, length in enumerate(lengths):
         for depth in range(length + 1):
             path = layout.path_SD[segment, : depth + 1]
@@ -149,7 +149,8 @@ def test_held_values_do_to_scores_exactly_what_numbers_do(temperature, top_p, mi
             )
             held.clear()
             numbers, tensors = (Selector(LogitsProcessorList(some), None, tokens, h) for h in (None, hold))
-            assert torch.equal(numbers.scores(logits, layout, tokens), tensors.scores(logits, layout, tokens))
+            arguments = layout, tokens, logits.flatten(0, 1), slice(None)
+            assert torch.equal(numbers.scores(*arguments), tensors.scores(*arguments))
             assert tensors.key == numbers.key
             assert held
 
@@ -205,7 +206,5 @@ def test_fixed_noise_is_multinomial_on_cuda():
         torch.cuda.set_rng_state(state)
         noise = SamplingNoise(device)
         noise.draw(0, 0, (3, 1000))
-        assert torch.equal(
-            (probabilities / noise.at(torch.zeros(3, 1, dtype=torch.long, device=device))[:, 0]).argmax(-1), sampled
-        )
+        assert torch.equal((probabilities / noise.of(0)).argmax(-1), sampled)
         assert torch.equal(torch.cuda.get_rng_state(), after)

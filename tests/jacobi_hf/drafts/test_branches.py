@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from jacobi_hf.decoding import step
 from jacobi_hf.decoding.layout import build_layout
+from jacobi_hf.decoding.selection import Selector
 from jacobi_hf.drafts.lookup import NgramLookup
 from jacobi_hf.drafts.ngram_pool import NgramPool
 from jacobi_hf.drafts.topk import TopKBranches
@@ -115,12 +116,10 @@ def test_top_k_branches_replace_the_first_guesses():
     source = TopKBranches(5, width=3)
     source.allocate(1, 64, 64, torch.device("cpu"))
     layout = build_layout((3,), torch.device("cpu"))
-    scores = torch.zeros(1, 4, 30)
-    for slot in range(4):
-        scores[0, slot, [slot, slot + 10, slot + 20]] = torch.tensor([3.0, 2.0, 1.0])
+    ranked = torch.arange(4)[None, :, None] + torch.tensor([0, 10, 20])
     backbone = torch.tensor([[1, 2, 3]])
     for valid, lengths in ((3, [2, 2, 3, 3, 3]), (1, [2, 2, 0, 0, 0])):
-        outcome = outcome_of_step(layout, lengths=(valid,), count=1, scores=scores)
+        outcome = outcome_of_step(layout, lengths=(valid,), count=1, ranked=ranked)
         tokens, depths = source.propose(context_of(outcome, [0], backbone=backbone))
         assert tokens[0].tolist() == [[11, 2], [21, 2], [12, 3], [22, 3], [13, 3]]
         assert depths.tolist() == [lengths]
@@ -130,12 +129,16 @@ def test_top_k_branches_replace_the_first_guesses():
 
 def test_top_k_branches_are_the_models_second_and_third_choices(model, monkeypatch):
     """In a call: a branch begins with the runner-up at the slot that the guess of the backbone comes from."""
-    accept, last, seen = step.accept, [], []
+    accept, choose, last, seen, logits = step.accept, Selector.choose, [], [], []
+
+    def choosing(self, logits_BQV, *rest):
+        logits.append(logits_BQV)
+        return choose(self, logits_BQV, *rest)
 
     def watch(state, inputs, *rest, **options):
         acceptance = accept(state, inputs, *rest, **options)
         if last:
-            last_inputs, last_acceptance = last.pop()
+            last_inputs, last_acceptance, last_logits = last.pop()
             lengths = state.branches[0][1][0].tolist()
             starts = state.sources.branch_starts
             sent = [
@@ -143,17 +146,18 @@ def test_top_k_branches_are_the_models_second_and_third_choices(model, monkeypat
             ]
             for segment, (branch, start) in enumerate(sent, 1):
                 slot = last_inputs.layout.path_SD[0, int(last_acceptance.count_B) + start]
-                likeliest = last_acceptance.merit_BQV[0, slot].topk(3).indices.tolist()
+                likeliest = last_logits[0, slot].topk(3).indices.tolist()
                 first = int(inputs.token_BQ[0, inputs.layout.path_SD[segment, start + 1]])
                 assert first == likeliest[1 + branch % 2]
                 seen.append(first)
-        last.append((inputs, acceptance))
+        last.append((inputs, acceptance, logits.pop()))
         return acceptance
 
     ids = torch.tensor([[3, 4, 5]])
     arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, **arguments)
     monkeypatch.setattr(step, "accept", watch)
+    monkeypatch.setattr(Selector, "choose", choosing)
     knobs = {"jacobi_block_size": 4, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0, "jacobi_topk_branches": 8}
     output = model.generate(ids, **arguments, **knobs, decoding="jacobi_multiblock")
     assert torch.equal(output, expected)
