@@ -19,6 +19,7 @@ from jacobi_hf.attention.interface import attention_of, layer_types, usable_kern
 from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
+from jacobi_hf.integration.quantisation import shared_scales
 from jacobi_hf.integration.registry import check_can_decode, registered
 from jacobi_hf.integration.support import fallback_reason, refusal_reason
 from jacobi_hf.loading import positions_of, reading
@@ -120,6 +121,7 @@ class ModelFacts:
         saved_knobs: Knobs that its generation config sets.
         decoding: `RUNS`, `FALLS_BACK` (ordinary decoding with a warning) or `REFUSED` (an error).
         reason: Why Jacobi decoding does not run, or None.
+        inexact: Why its tokens may differ from those of ordinary decoding by more than rounding, or None.
         drafter: Rank, base and number of weights of the drafter, or None.
     """
 
@@ -136,6 +138,7 @@ class ModelFacts:
     saved_knobs: dict[str, Any] = field(default_factory=dict)
     decoding: str = RUNS
     reason: str | None = None
+    inexact: str | None = None
     drafter: dict[str, Any] | None = None
 
 
@@ -170,6 +173,7 @@ def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
         saved_knobs={knob: value for knob in KNOBS if (value := getattr(generation_config, knob, None)) is not None},
         decoding=decoding,
         reason=reason,
+        inexact=shared_scales(model) if decoding == RUNS else None,
         drafter=None if drafter is None else _about(read_drafter(model, drafter)),
     )
 

@@ -12,38 +12,14 @@ Baseline: ordinary `generate` at batch 1. The last line on stdout is the path of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import common
 import torch
 import typer
-from rich.progress import track
+from agreement import compared, outputs
 
-from jacobi_hf.results.schema import Agreement, Measurement, Prompts, Results
-
-
-def outputs(
-    model: Any, tokenizer: Any, texts: list[str], batch_size: int, max_new_tokens: int, **knobs: Any
-) -> list[list[int]]:
-    """Return greedy continuations, each up to its end-of-text token. Batches are padded on the left."""
-    found: list[list[int]] = []
-    for start in track(
-        range(0, len(texts), batch_size), description=f"batch {batch_size} {knobs.get('decoding', 'generate')}"
-    ):
-        inputs = tokenizer(
-            texts[start : start + batch_size], return_tensors="pt", padding=True, return_token_type_ids=False
-        )
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **knobs)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        end = model.generation_config.eos_token_id
-        found += [row[: row.index(end) + 1] if end in row else row for row in ids.tolist()]
-    return found
-
-
-def until_difference(first: list[int], second: list[int]) -> int:
-    """Return how many tokens there are up to the first difference, that token included."""
-    return next((i + 1 for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+from jacobi_hf.results.schema import Results
 
 
 def main(
@@ -67,34 +43,11 @@ def main(
         reference = outputs(loaded, tokenizer, texts, 1, max_new_tokens)
         for contender, batch in contenders:
             other = outputs(loaded, tokenizer, texts, batch, max_new_tokens, **contender.arguments)
-            different = [i for i, (a, b) in enumerate(zip(reference, other, strict=True)) if a != b]
-            compared = sum(until_difference(a, b) for a, b in zip(reference, other, strict=True))
-            measurements.append(
-                Measurement(
-                    decoder=contender.decoder.model_copy(update={"name": f"{contender.decoder.name}, batch {batch}"}),
-                    prompts=Prompts(
-                        domain=domain,
-                        source="examples/tiny_qwen3/prompts.json",
-                        count=len(texts),
-                        max_new_tokens=max_new_tokens,
-                        batch_size=batch,
-                    ),
-                    agreement=Agreement(
-                        baseline="generate, batch 1",
-                        identical=len(texts) - len(different),
-                        total=len(texts),
-                        different=different,
-                    ),
-                    extra={
-                        "mismatches_per_1000_tokens": round(1000 * len(different) / compared, 4),
-                        "tokens_compared": compared,
-                    },
-                )
-            )
+            measurements.append(compared(contender, other, reference, domain, max_new_tokens, batch))
             print(
                 domain,
                 measurements[-1].decoder.name,
-                f"{len(different)} of {len(texts)} differ",
+                f"{len(measurements[-1].agreement.different)} of {len(texts)} differ",
                 measurements[-1].extra,
             )
     results.with_measurements(measurements).write(output)

@@ -86,3 +86,5 @@ def _model(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     saved = ", ".join(f"{name}={value}" for name, value in facts.saved_knobs.items())
     yield "saved knobs", saved or "none: decoding='jacobi_multiblock' is to be named in each call of generate"
     yield "decoding", facts.decoding if facts.reason is None else f"{facts.decoding}: {' '.join(facts.reason.split())}"
+    if facts.inexact is not None:
+        yield "exactness", facts.inexact

@@ -23,6 +23,7 @@ from jacobi_hf.decoding.prompt import NotServedError
 from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.integration.call import GenerateCall
 from jacobi_hf.integration.compat import CACHE_NAMES
+from jacobi_hf.integration.quantisation import warn_of_shared_scales
 from jacobi_hf.integration.support import fallback_reason, refusal_reason
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class JacobiGenerationMixin:
                 if request.in_call:
                     raise
                 _fall_back(generation_config, request, f"this call ({error})")
-        if call is not None:
+        if call is not None and request is not None:
+            warn_of_shared_scales(self, request.config.decoding)
             return call.decode(logits_processor, streamer, synced_gpus=synced_gpus)
         return super()._sample(  # type: ignore[misc]
             input_ids,
