@@ -1,11 +1,14 @@
-"""The three private hooks of `generate` that Jacobi decoding overrides.
+"""The hooks of `generate` that Jacobi decoding overrides.
 
-`JacobiGenerationMixin` goes into the bases of a model class and overrides three inner stages of
+`JacobiGenerationMixin` goes into the bases of a model class and overrides four private stages of
 `GenerationMixin.generate`:
 
+- `_extract_generation_mode_kwargs` sees whether a callable of the caller's will decode,
 - `_prepare_generation_config` takes the knobs out of the arguments,
 - `_validate_generation_mode` refuses a call, or lets it decode in the ordinary way,
 - `_sample` decodes.
+
+Continuous batching does none of this, so its two entries refuse a `decoding`, or warn of one that is saved.
 
 `generate` itself stays transformers' own, so inputs, processors, criteria and streamers arrive prepared. The public
 `custom_generate=callable` argument cannot replace the hooks: it decodes only in calls that name it, so a model with a
@@ -14,8 +17,9 @@ saved decoding would decode in the ordinary way, and `generate` refuses the knob
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt, reject_pointless
@@ -27,11 +31,15 @@ from jacobi_hf.integration.quantisation import warn_of_shared_scales
 from jacobi_hf.integration.support import fallback_reason, refusal_reason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
 _REQUEST = "_jacobi_request"
+_METHOD = "_jacobi_custom_generate"  # among the arguments of a call, between two of its stages
+_BATCHING = "continuous batching (generate_batch, or cache_implementation='paged')"
 # Model arguments that a call prepares itself. With any other, it decodes in the ordinary way.
 _HANDLED = {
     "attention_mask",
@@ -42,6 +50,7 @@ _HANDLED = {
     "inputs_embeds",
     "cache_position",
     "tokenizer",
+    "assistant_tokenizer",  # without an assistant, it has no effect
 }
 
 
@@ -54,12 +63,14 @@ class JacobiRequest:
         in_call: whether the request came from the call's arguments rather than from a saved generation config.
         own_positions: whether the caller gave position ids.
         own_cache: whether the caller gave a cache.
+        method: the function that decodes instead of `_sample`, or None.
     """
 
     config: JacobiConfig
     in_call: bool
     own_positions: bool
     own_cache: bool
+    method: Callable[..., Any] | None = None
 
 
 class JacobiGenerationMixin:
@@ -67,16 +78,59 @@ class JacobiGenerationMixin:
 
     _default_decoding: str | None = None  # used where neither the call nor a generation config names a decoding
 
+    def generate_batch(
+        self, inputs: Any, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what transformers' `generate_batch` returns.
+
+        Raises:
+            ValueError: the call names a `decoding`, which continuous batching does not have.
+        """
+        given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+        reject_misspelt(kwargs)
+        reject_pointless(given, JacobiConfig.from_knobs(given))
+        if given.get("decoding") is not None:
+            raise ValueError(_contradiction(given["decoding"], _BATCHING))
+        if given:  # `decoding=None` puts a saved decoding aside
+            model: Any = self
+            generation_config = copy.copy(generation_config or model.generation_config)
+            generation_config.decoding = None  # type: ignore[attr-defined]
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what transformers' `init_continuous_batching` returns; a saved `decoding` is left out with a warning.
+
+        Raises:
+            ValueError: the generation config of the call names a `decoding`, which continuous batching does not have.
+        """
+        model: Any = self
+        saved = getattr(model.generation_config, "decoding", None)
+        decoding = getattr(generation_config or model.generation_config, "decoding", None)
+        if decoding is not None and decoding != saved:
+            raise ValueError(_contradiction(decoding, _BATCHING))
+        if decoding is not None:
+            _warn_of_ordinary(decoding, _BATCHING)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+        extracted = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)  # type: ignore[misc]
+        if callable(custom_generate):
+            kwargs[_METHOD] = custom_generate
+        return extracted
+
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+        method = kwargs.pop(_METHOD, None)
         reject_misspelt([*kwargs, *(vars(generation_config) if generation_config is not None else ())])
         parent: Any = super()
         prepared, model_kwargs = parent._prepare_generation_config(generation_config, *args, **kwargs)
         request = _request_in(self, generation_config, prepared, given, kwargs)
         if request is not None:
-            setattr(prepared, _REQUEST, request)
+            setattr(prepared, _REQUEST, replace(request, method=method))
         return prepared, model_kwargs
 
     def _validate_generation_mode(
@@ -89,12 +143,18 @@ class JacobiGenerationMixin:
             return
         refusal = refusal_reason(self, generation_mode, generation_config)
         if refusal and request.in_call:
-            raise ValueError(
-                f"decoding={request.config.decoding!r} does not work with {refusal}; drop one of the two."
-            )
+            raise ValueError(_contradiction(request.config.decoding, refusal))
         reason = refusal or fallback_reason(self, generation_config, own_positions=request.own_positions)
         if reason:
             _fall_back(generation_config, request, reason)
+        elif request.method is not None:
+            name = getattr(request.method, "__name__", type(request.method).__name__)
+            warnings.warn(
+                f"custom_generate={name} decodes this call: decoding={request.config.decoding!r} has no effect unless "
+                f"{name} calls the model's _sample.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _sample(
         self,
@@ -185,8 +245,13 @@ def _request_in(
 def _fall_back(generation_config: GenerationConfig, request: JacobiRequest, reason: str) -> None:
     """Decode a call in the ordinary way, with a warning."""
     delattr(generation_config, _REQUEST)
-    warnings.warn(
-        f"decoding={request.config.decoding!r} does not support {reason}: decoding ordinarily.",
-        UserWarning,
-        stacklevel=2,
-    )
+    _warn_of_ordinary(request.config.decoding, reason)
+
+
+def _warn_of_ordinary(decoding: str, reason: str) -> None:
+    warnings.warn(f"decoding={decoding!r} does not support {reason}: decoding ordinarily.", UserWarning, stacklevel=3)
+
+
+def _contradiction(decoding: str, refusal: str) -> str:
+    """Return the message for a call that names a decoding and something else that it cannot have at the same time."""
+    return f"decoding={decoding!r} does not work with {refusal}; drop one of the two."

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig
 
+# Values of `cache_implementation` that give a StaticCache or DynamicCache; the last three are older names of "static".
+_CACHES = (None, "static", "dynamic", "sliding_window", "hybrid", "hybrid_chunked")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -30,7 +32,7 @@ def refusal_reason(model: Any, mode: GenerationMode, generation_config: Generati
     config = model.config.get_text_config(decoder=True)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"{mode.value.replace('_', ' ')} (num_beams, assistant_model, prompt_lookup_num_tokens and the like)"
-    if generation_config.cache_implementation not in (None, "static", "dynamic"):
+    if generation_config.cache_implementation not in _CACHES:
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
@@ -54,6 +56,8 @@ def fallback_reason(model: Any, generation_config: GenerationConfig, *, own_posi
         return "guidance_scale"
     if own_positions:
         return "position_ids given by the caller"
+    if generation_config.is_assistant:
+        return "is_assistant=True (the call is one of assisted generation's)"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
     if _frequencies_depend_on_length(model.config.get_text_config(decoder=True)):

@@ -31,6 +31,14 @@ from tests.helpers.models import OTHERS, fresh_model, tiny_model
 def test_the_private_hooks_have_the_signatures_that_were_tested():
     """A release of transformers that changes these breaks this test, not a user."""
     hooks = {
+        "_extract_generation_mode_kwargs": [
+            "self",
+            "custom_generate",
+            "kwargs",
+            "synced_gpus",
+            "assistant_model",
+            "streamer",
+        ],
         "_prepare_generation_config": ["self", "generation_config", "kwargs"],
         "_validate_generation_mode": ["self", "generation_mode", "generation_config", "generation_mode_kwargs"],
         "_sample": [
