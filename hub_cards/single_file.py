@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jacobi_hf._version import __version__
-from jacobi_hf.integration.compat import OLDEST_SUPPORTED
+from jacobi_hf.integration.releases import OLDEST_SUPPORTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

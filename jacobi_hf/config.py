@@ -7,12 +7,10 @@ import numbers
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from transformers import GenerationConfig
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 JACOBI = "jacobi"
 MULTIBLOCK = "jacobi_multiblock"
@@ -155,7 +153,7 @@ class JacobiConfig:
         kept.pop("transformers_version", None)
         if not kept.get("do_sample"):
             kept |= dict.fromkeys(_SAMPLING_FIELDS)
-        model.generation_config = GenerationConfig(**kept, **self.to_knobs())
+        model.generation_config = type(model.generation_config)(**kept, **self.to_knobs())
 
 
 KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(JacobiConfig))

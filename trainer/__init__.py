@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jacobi_hf.trainer.data.answers import AnswerConfig
+    from jacobi_hf.trainer.data.answer_options import AnswerConfig
     from jacobi_hf.trainer.data.collator import JacobiForcingCollator
     from jacobi_hf.trainer.data.loading import load_packed
     from jacobi_hf.trainer.data.record import BadRecordError, PackedRecord
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that imports stay quick and a module of the package can be run (python -m).
 _MODULE_OF = {
-    "AnswerConfig": "data.answers",
+    "AnswerConfig": "data.answer_options",
     "BadRecordError": "data.record",
     "DrafterConfig": "drafter.config",
     "DrafterTrainer": "drafter.trainer",

@@ -7,42 +7,22 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from jacobi_hf.config import MULTIBLOCK, JacobiConfig
+from jacobi_hf.config import JacobiConfig
 from jacobi_hf.integration.compat import MUON, CheckpointingArguments
 from jacobi_hf.trainer.data.loading import ON_BAD_ROW
+from jacobi_hf.trainer.method_options import BaseOptions
 from jacobi_hf.trainer.optimizer import NO_MUON
-from jacobi_hf.trainer.options import check_at_least, check_choice, option
+from jacobi_hf.trainer.options import check_at_least, check_choice
 
 
 @dataclass
-class BaseConfig(CheckpointingArguments, TrainingArguments):
+class BaseConfig(BaseOptions, CheckpointingArguments, TrainingArguments):
     """`TrainingArguments` with the arguments that both trainers of this package share.
 
     `JacobiForcingConfig` and `DrafterConfig` derive from it, and their docstrings describe each argument.
     """
 
     method: ClassVar[str]
-
-    learning_rate: float = option(5e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
-    adam_beta2: float = option(0.95, "Second beta of AdamW.")
-    muon_learning_rate: float | None = option(
-        None, "Peak learning rate of Muon for the matrices inside the layers; AdamW trains all other weights."
-    )
-    remove_unused_columns: bool = option(False, "Must stay false, because the collator reads the raw columns.")
-    max_length: int = option(2048, "Most tokens of a training row.")
-    on_bad_row: str = option("raise", "What to do with a malformed record: raise or skip.")
-    loss_chunk_numbers: int = option(2**24, "Most numbers in a vocabulary-sized tensor of the loss.")
-    decoding: str | None = option(
-        MULTIBLOCK, "Decoding of evaluations, saved with a finetuned model: jacobi, jacobi_multiblock or none."
-    )
-    jacobi_block_size: int | None = option(None, "n of that decoding.")
-    jacobi_max_blocks: int = option(2, "K of that decoding.")
-    jacobi_activation_ratio: float = option(0.0, "r of that decoding.")
-    jacobi_pool_size: int = option(2, "Pool branches of that decoding.")
-    jacobi_lookup_tokens: int = option(16, "Length of the lookup branch of that decoding.")
-    eval_max_new_tokens: int = option(128, "New tokens of each prompt that an evaluation decodes.")
-    eval_prompt_count: int = option(16, "Most prompts of each set that an evaluation decodes.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +44,7 @@ class BaseConfig(CheckpointingArguments, TrainingArguments):
     @classmethod
     def own_arguments(cls) -> list[str]:
         """Return the names of the arguments that this package defines or gives another default."""
-        declared = {name for kind in cls.__mro__ if issubclass(kind, BaseConfig) for name in kind.__annotations__}
+        declared = {name for kind in cls.__mro__ if issubclass(kind, BaseOptions) for name in kind.__annotations__}
         return [field.name for field in fields(cls) if field.name in declared]
 
     def decoding_config(self) -> JacobiConfig | None:

@@ -18,7 +18,7 @@ from jacobi_hf.trainer.drafter.config import DrafterConfig
 from jacobi_hf.trainer.drafter.trainer import DrafterTrainer
 from jacobi_hf.trainer.forcing.config import JacobiForcingConfig
 from jacobi_hf.trainer.forcing.trainer import JacobiForcingTrainer
-from jacobi_hf.trainer.options import option
+from jacobi_hf.trainer.method_options import RunConfig, check_method
 from jacobi_hf.trainer.run_checks import check_origin, check_space, check_use
 from jacobi_hf.trainer.run_record import stages_of, training_facts
 from jacobi_hf.trainer.run_state import RunState, decisive_arguments
@@ -31,29 +31,7 @@ if TYPE_CHECKING:
     from jacobi_hf.trainer.base_config import BaseConfig
 
 CONFIGS: dict[str, type[BaseConfig]] = {kind.method: kind for kind in (JacobiForcingConfig, DrafterConfig)}
-_RENAMED_METHODS = {"full": "finetune", "gated": "drafter"}
 _DRAFTER_RANK = 64
-
-
-@dataclass
-class RunConfig:
-    """What a run trains, on which data, and how it saves the result. The method's own config holds all else."""
-
-    method: str = option("finetune", "What is trained: finetune (the model) or drafter (a drafter for it).")
-    model: str = option("", "Model name or path.")
-    dtype: str = option("float32", "dtype of the weights while training.")
-    attn_implementation: str | None = option(None, "Attention of the model: sdpa, flex_attention and others.")
-    train_dataset: str = option("", "Packed records: folder, JSONL or parquet file, or dataset of the Hub.")
-    streaming: bool = option(False, "Read train_dataset while training.")
-    eval_dataset: str | None = option(None, "Packed records for evaluation.")
-    replay_dataset: str | None = option(None, "JSONL with text, messages or input_ids; finetune only.")
-    eval_prompts: str | None = option(None, "JSON with prompts by domain, decoded at each evaluation.")
-    ref_model: str | None = option(None, "Frozen model of kl_loss_weight, model if not given; finetune only.")
-    off_policy: bool = option(False, "Train on trajectories of another model than `model`.")
-    lora_r: int = option(
-        0, "Rank of the LoRA on all linear layers; 0: train the model itself, or a drafter of rank 64."
-    )
-    save_dtype: str = option("bfloat16", "dtype of the finished model.")
 
 
 @dataclass(frozen=True)
@@ -79,10 +57,7 @@ def config_class(method: str) -> type[BaseConfig]:
     Raises:
         ValueError: there is no such method.
     """
-    if method in _RENAMED_METHODS:
-        raise ValueError(f"method={method!r} is now method={_RENAMED_METHODS[method]!r}.")
-    if method not in CONFIGS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, CONFIGS))}.")
+    check_method(method)
     return CONFIGS[method]
 
 

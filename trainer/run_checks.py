@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from jacobi_hf.trainer.base import BaseTrainer
-    from jacobi_hf.trainer.run import RunConfig
+    from jacobi_hf.trainer.method_options import RunConfig
 
 
 def packed_settings(train_dataset: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from jacobi_hf.trainer.base_config import BaseConfig
-    from jacobi_hf.trainer.run import RunConfig
+    from jacobi_hf.trainer.method_options import RunConfig
 
 # Arguments of `TrainingArguments` that change the trained weights by more than rounding.
 _DECISIVE = (

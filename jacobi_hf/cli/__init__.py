@@ -1,10 +1,16 @@
-"""The command line, `jacobi-hf`: one module for each verb."""
+"""The command line, `jacobi-hf`: one module for each verb.
+
+Help texts and errors in options come without an import of torch, transformers or an extra, which would take seconds.
+So the dataclasses of options live in modules that import none of them, and verbs import what they need after
+`call.parse`. `tests/field/test_start_up.py` checks both.
+"""
 
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from jacobi_hf._version import __version__
 from jacobi_hf.cli._errors import WITH_TRACEBACK
 from jacobi_hf.cli.autotune import autotune
 from jacobi_hf.cli.bench import bench
@@ -49,10 +55,19 @@ for _name, _verb in VERBS.items():
     app.command(_name, cls=_Verb, short_help=_summary)(_verb)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jacobi-hf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     context: typer.Context,
     *,
+    version: Annotated[  # noqa: ARG001  (its callback reads it)
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Before a verb: also show where an error was raised.")
     ] = False,

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from jacobi_hf.cli._options import option
 from jacobi_hf.config import DECODINGS, KNOBS, MULTIBLOCK, JacobiConfig, reject_misspelt, reject_pointless
-from jacobi_hf.drafts.loading import drafter_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,6 +76,8 @@ def decoding_of(model: Any, given: Mapping[str, Any]) -> JacobiConfig | None:
     Raises:
         ValueError: A knob is out of range, or has no effect on this decoding.
     """
+    from jacobi_hf.drafts.loading import drafter_of
+
     knobs = check_knobs(given)
     saved = {name: getattr(model.generation_config, name, None) for name in KNOBS}
     if saved["decoding"] is None:
@@ -111,6 +110,8 @@ def make_default(model: Any, config: JacobiConfig | None) -> None:
 
 def placement_of(model: Any) -> dict[str, Any]:
     """Return where a model computes: its device, its dtype and torch's threads on the CPU."""
+    import torch
+
     return {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -1,6 +1,6 @@
 """Options of the verbs: dataclass fields with a help text, which a recipe and the command line set by name.
 
-Verbs import heavy libraries when they run. This module imports none.
+Verbs import heavy libraries after they have read their options. This module imports none.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def verb(kinds: Callable[[], Sequence[type]], *, json: bool = False) -> Callable
     The verb reads its recipe and its command line, calls the function, and ends in one line if something raises.
 
     Args:
-        kinds: Returns the dataclasses of the verb's options. It is called when the verb runs, so it may import torch.
+        kinds: Returns the dataclasses of the verb's options. It is called when the verb runs, for its
+            help text too, so it imports neither torch nor transformers.
         json: Whether the verb has the option `--json`.
     """
 

@@ -45,13 +45,14 @@ def autotune(call: Call) -> None:
     """
     from jacobi_hf.cli._models import placement_of
     from jacobi_hf.io import encode_prompts, read_prompts
-    from jacobi_hf.loading import check_length, load
-    from jacobi_hf.tuning.autotune import autotune as tune
 
     options, sampling = call.parse()
     texts = read_prompts(options.prompts)
     if options.save:
         _check_can_save(options.model, options.assistant_model)
+    from jacobi_hf.loading import check_length, load
+    from jacobi_hf.tuning.autotune import autotune as tune
+
     model, tokenizer = load(options.model, options.dtype, options.drafter)
     assistant = None if options.assistant_model is None else _draft_model(options.assistant_model, model)
     ids = encode_prompts(texts, tokenizer, options.model, chat=options.chat)

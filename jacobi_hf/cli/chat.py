@@ -36,16 +36,17 @@ def chat(call: Call) -> None:
     shows how the model decodes, and /knobs jacobi_block_size=8 changes it. /exit leaves. Ctrl-C stops an answer; a
     second Ctrl-C leaves.
     """
-    import torch
-
-    from jacobi_hf.cli._answers import note
-    from jacobi_hf.cli._conversation import COMMANDS, Conversation, Session
     from jacobi_hf.cli._models import check_knobs, decoding_of, given_knobs
-    from jacobi_hf.loading import load
 
     options, sampling, knobs = call.parse()
     given = given_knobs(knobs)
     check_knobs(given)
+    import torch
+
+    from jacobi_hf.cli._answers import note
+    from jacobi_hf.cli._conversation import COMMANDS, Conversation, Session
+    from jacobi_hf.loading import load
+
     model, tokenizer = load(options.model, options.dtype, options.drafter)
     decoding_of(model, given)
     conversation = Conversation(model, tokenizer, options.system)

@@ -12,12 +12,11 @@ from jacobi_hf.cli._options import verb
 
 if TYPE_CHECKING:
     from jacobi_hf.cli._recipes import Call
-    from jacobi_hf.trainer.data.collection import CollectConfig
+    from jacobi_hf.trainer.data.collect_options import CollectConfig
 
 
 def _kinds() -> tuple[type, ...]:
-    need("train", "datasets", "filelock")
-    from jacobi_hf.trainer.data.collection import CollectConfig
+    from jacobi_hf.trainer.data.collect_options import CollectConfig
 
     return (CollectConfig,)
 
@@ -29,11 +28,15 @@ def collect(call: Call) -> None:
     A recipe's section may hold `sets`, with a section of its own for each set of prompts. Under `accelerate launch -m
     jacobi_hf.cli` or torchrun, the processes share the work. An interrupted run goes on when it is run again.
     """
+    sets = configs(call)
+    need("train", "datasets", "filelock")
     from datasets import disable_progress_bars
 
+    from jacobi_hf.loading import check_dtype
     from jacobi_hf.trainer.data.shards import leave_together, processes
 
-    sets = configs(call)
+    for config in sets:
+        check_dtype(config.dtype)
     folders = ", ".join(config.output_dir for config in sets)
     call.ending.kept = lambda: f"finished shards are kept in {folders}; the same command goes on from there"
     disable_progress_bars()  # one for each shard, across that of the prompts
@@ -50,7 +53,6 @@ def configs(call: Call) -> list[CollectConfig]:
         ValueError: Options are missing or wrong.
     """
     from jacobi_hf.cli._recipes import demand
-    from jacobi_hf.loading import check_dtype
 
     sets = call.section.pop("sets", None) or {None: {}}
     if not isinstance(sets, dict) or not all(isinstance(own, dict) for own in sets.values()):
@@ -64,7 +66,6 @@ def configs(call: Call) -> list[CollectConfig]:
     for name, own in sets.items():
         (config,) = call.parse(more={**({"name": name} if name else {}), **own})
         demand(config, "collect", "model", "dataset", "output_dir")
-        check_dtype(config.dtype)
         check_folder(config.output_dir)
         found.append(config)
     return found

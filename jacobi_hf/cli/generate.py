@@ -43,13 +43,14 @@ def generate(call: Call) -> None:
     jacobi-hf generate --model Qwen/Qwen3-1.7B "def quicksort(items):"
     """
     from jacobi_hf.cli import _models
-    from jacobi_hf.cli._answers import say, write
-    from jacobi_hf.loading import check_length, load
 
     options, sampling, knobs = call.parse()
     text = read_prompt(options.prompt, options.file)
     given = _models.given_knobs(knobs)
     _models.check_knobs(given)
+    from jacobi_hf.cli._answers import say, write
+    from jacobi_hf.loading import check_length, load
+
     model, tokenizer = load(options.model, options.dtype, options.drafter)
     knobs = _models.arguments_of(_models.decoding_of(model, given))
     (ids,) = encode_prompts([text], tokenizer, options.model, chat=options.chat)

@@ -31,8 +31,6 @@ def info(call: Call) -> None:
 
     Only the model's configuration is read, never its weights.
     """
-    from jacobi_hf.inspection import Environment, inspect_model
-
     (options,) = call.parse()
     model = options.model
     drafter = options.drafter
@@ -40,6 +38,8 @@ def info(call: Call) -> None:
         raise ValueError(
             f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}"
         )
+    from jacobi_hf.inspection import Environment, inspect_model
+
     here = Environment.here()
     facts = None if model is None else inspect_model(model, drafter)
     if call.as_json:

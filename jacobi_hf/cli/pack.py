@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def _kinds() -> tuple[type, ...]:
-    need("train", "datasets", "filelock")
-    from jacobi_hf.trainer.data.packing import PackConfig
+    from jacobi_hf.trainer.data.pack_options import PackConfig
 
     return (PackConfig,)
 
@@ -25,12 +24,14 @@ def _kinds() -> tuple[type, ...]:
 def pack(call: Call) -> None:
     """Choose noisy states of collected trajectories, and write them with their fixed points in the packed format."""
     from jacobi_hf.cli._recipes import demand
-    from jacobi_hf.trainer.data.packing import pack_trajectories
-    from jacobi_hf.trainer.data.shards import processes
 
     (config,) = call.parse()
     demand(config, "pack", "sources", "output_dir")
     check_folder(config.output_dir)
+    need("train", "datasets", "filelock")
+    from jacobi_hf.trainer.data.packing import pack_trajectories
+    from jacobi_hf.trainer.data.shards import processes
+
     call.ending.kept = lambda: f"finished files are kept in {config.output_dir}; the same command goes on from there"
     if not processes().is_main_process:
         return

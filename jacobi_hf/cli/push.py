@@ -44,9 +44,9 @@ def push(call: Call) -> None:
     You must be logged in (hf auth login), or HF_TOKEN must be set. Files that look like secrets, pickled weights and
     links out of the folder are refused. Other files that are left out are listed.
     """
+    (options,) = call.parse()
     from jacobi_hf.hub_cards import PushError, push_to_hub
 
-    (options,) = call.parse()
     call.ending.kept = lambda: "the repository has not changed; run the same command again"
     try:
         pushed = push_to_hub(

@@ -35,9 +35,7 @@ class ServeOptions(Options):
 
 def _kinds() -> tuple[type, ...]:
     from jacobi_hf.cli._models import KnobOptions
-    from jacobi_hf.integration.compat import require_release
 
-    require_release("serving", "5.15")
     return ServeOptions, KnobOptions
 
 
@@ -49,13 +47,15 @@ def serve(call: Call) -> None:
     Sampling is that of the model's generation config unless the request has a temperature; temperature 0 is greedy.
     """
     from jacobi_hf.cli._models import check_knobs, decoding_of, given_knobs, make_default
-    from jacobi_hf.loading import load
+    from jacobi_hf.integration.releases import require_release
 
     options, knobs = call.parse()
-    _check_extra()
     given = given_knobs(knobs)
     check_knobs(given)
+    require_release("serving", "5.15")
+    _check_extra()
     with listener(options.host, options.port) as at:  # before the model is loaded, which takes long
+        from jacobi_hf.loading import load
         from jacobi_hf.serving.app import Server, build_app
 
         model, tokenizer = load(options.model, options.dtype, options.drafter)

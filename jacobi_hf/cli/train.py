@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def _kinds() -> tuple[type, ...]:
-    need("train", "datasets", "filelock", "peft")
-    from jacobi_hf.trainer.run import CONFIGS, RunConfig
+    from jacobi_hf.cli._training import of_method
+    from jacobi_hf.trainer.method_options import METHODS, RunConfig
 
-    return RunConfig, *CONFIGS.values()
+    return RunConfig, *map(of_method, METHODS)
 
 
 @verb(_kinds, json=True)
@@ -32,15 +32,21 @@ def train(call: Call) -> None:
     checkpoint. For several processes: `accelerate launch [--config_file ..] -m jacobi_hf.cli train ..`.
     """
     from jacobi_hf.cli._recipes import demand
+    from jacobi_hf.cli._training import of_method
+    from jacobi_hf.trainer.method_options import RunConfig, check_method
+
+    method = call.value_of("method", RunConfig.method)
+    check_method(method)
+    config, _ = call.parse(RunConfig, of_method(method))  # errors in names and types, before torch is imported
+    demand(config, "train", "model", "train_dataset")
+    need("train", "datasets", "filelock", "peft")
     from jacobi_hf.loading import check_config, check_dtype
     from jacobi_hf.results.environment import without_secrets
     from jacobi_hf.trainer.data.shards import leave_together
-    from jacobi_hf.trainer.run import RunConfig, config_class
+    from jacobi_hf.trainer.run import config_class
     from jacobi_hf.trainer.run import train as run
 
-    kind = config_class(call.value_of("method", RunConfig.method))
-    config, args = call.parse(RunConfig, kind)
-    demand(config, "train", "model", "train_dataset")
+    config, args = call.parse(RunConfig, config_class(method))
     for dtype in (config.dtype, config.save_dtype):
         check_dtype(dtype)
     check_folder(args.output_dir)

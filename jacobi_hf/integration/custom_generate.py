@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jacobi_hf._version import __version__
 from jacobi_hf.config import MULTIBLOCK
 from jacobi_hf.drafts.loading import using_source
-from jacobi_hf.integration.compat import check_release
 from jacobi_hf.integration.mixin import JacobiGenerationMixin
 from jacobi_hf.integration.registry import check_can_decode
+from jacobi_hf.integration.releases import check_release
 from jacobi_hf.shared_change import SharedChange
 
 if TYPE_CHECKING:

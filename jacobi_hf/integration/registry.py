@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
-from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import GenerationMixin, PreTrainedModel
 
-from jacobi_hf.integration.compat import CACHE, is_tested, parameters_of
+from jacobi_hf.integration.compat import CACHE, parameters_of
+from jacobi_hf.integration.defaults import DEFAULTS
 from jacobi_hf.integration.mixin import JacobiGenerationMixin
+from jacobi_hf.integration.releases import is_tested
 
 _registered: list[type] = []
 
@@ -56,6 +59,7 @@ def register(model_class: type) -> type:
 
 def unregister(model_class: type | None = None) -> None:
     """Take the `decoding` argument away from a class, or from all registered ones. Other classes are left alone."""
+    _load_defaults()
     for known in [other for other in _registered if model_class in (None, other)]:
         known.__bases__ = tuple(base for base in known.__bases__ if base is not JacobiGenerationMixin)
         _registered.remove(known)
@@ -63,19 +67,31 @@ def unregister(model_class: type | None = None) -> None:
 
 def registered() -> list[type]:
     """Return the classes that `register` was called for, Qwen2 and Qwen3 among them; their subclasses decode too."""
+    _load_defaults()
     return list(_registered)
 
 
+def _load_defaults() -> None:
+    """Load the modules of the default classes, which registers them if jacobi_hf was imported."""
+    for module in DEFAULTS:
+        import_module(module)
+
+
 def register_defaults() -> None:
-    """Register Qwen2 and Qwen3, as importing jacobi_hf does.
+    """Register Qwen2 and Qwen3, as importing jacobi_hf does when transformers loads them."""
+    for module, name in DEFAULTS.items():
+        register_default(getattr(import_module(module), name))
+
+
+def register_default(model_class: type) -> None:
+    """Register a class that nobody asked for.
 
     On a release of transformers that is newer than the tests, a class that cannot be registered is left out with a
-    warning, so that the import succeeds.
+    warning, so that it can be used without this package.
     """
-    for model_class in (Qwen2ForCausalLM, Qwen3ForCausalLM):
-        try:
-            register(model_class)
-        except TypeError as error:
-            if is_tested():
-                raise
-            warnings.warn(f"{model_class.__name__} is not registered: {error}", UserWarning, stacklevel=2)
+    try:
+        register(model_class)
+    except TypeError as error:
+        if is_tested():
+            raise
+        warnings.warn(f"{model_class.__name__} is not registered: {error}", UserWarning, stacklevel=2)

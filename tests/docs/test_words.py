@@ -30,7 +30,7 @@ REPLACED = {
 }
 # Pages that show commands as they were run, and files that say what old names are called now.
 RECORDED = ("docs/results/", "examples/tiny_qwen3/cards/")
-CONVERTS = ("jacobi_hf/results/training.py", "trainer/run.py", "trainer/options.py")
+CONVERTS = ("jacobi_hf/results/training.py", "trainer/method_options.py", "trainer/options.py")
 
 
 def texts():

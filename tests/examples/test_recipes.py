@@ -16,9 +16,10 @@ from jacobi_hf.cli.bench import BenchConfig
 from jacobi_hf.cli.card import CardOptions
 from jacobi_hf.cli.eval import Evaluation
 from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
-from jacobi_hf.trainer.data.collection import CollectConfig
-from jacobi_hf.trainer.data.packing import PackConfig
-from jacobi_hf.trainer.run import RunConfig, config_class
+from jacobi_hf.trainer.data.collect_options import CollectConfig
+from jacobi_hf.trainer.data.pack_options import PackConfig
+from jacobi_hf.trainer.method_options import RunConfig
+from jacobi_hf.trainer.run import config_class
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

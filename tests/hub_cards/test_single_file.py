@@ -109,7 +109,7 @@ def replaced(monkeypatch, name, text):
         ("def generate(): pass", r"`generate` has two meanings: .*transformers calls .* jacobi_hf.streaming.generate"),
         (
             "from math import ceil as warnings",
-            r"`warnings` has two meanings: .* math.ceil \(jacobi_hf/streaming.py:\d",
+            r"`warnings` has two meanings: .*math.ceil \(jacobi_hf/streaming.py:\d",
         ),
         ("sum = 3", r"`sum` has two meanings: builtins.sum \(Python\) and jacobi_hf.streaming.sum \(jacobi_hf/strea"),
         ("def late():\n    from jacobi_hf.config import JacobiConfig", ODD_IMPORT),

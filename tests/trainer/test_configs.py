@@ -9,7 +9,7 @@ import pytest
 
 from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
 from jacobi_hf.trainer.base_config import BaseConfig
-from jacobi_hf.trainer.run import RunConfig
+from jacobi_hf.trainer.method_options import RunConfig
 
 KINDS = (JacobiForcingConfig, DrafterConfig)
 

@@ -20,8 +20,8 @@ import torch
 
 from jacobi_hf.attention.interface import LAYER_TYPES, TAKES_MASK, attention_of, layer_types
 from jacobi_hf.decoding.noise import generator_state, set_generator_state
+from jacobi_hf.trainer.data.answer_options import AnswerConfig
 from jacobi_hf.trainer.data.answers import (
-    AnswerConfig,
     base_of,
     cut_at_end,
     end_ids,

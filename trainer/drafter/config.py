@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jacobi_hf.trainer.base_config import BaseConfig
-from jacobi_hf.trainer.options import check_at_least, check_choice, option
+from jacobi_hf.trainer.method_options import DrafterOptions
+from jacobi_hf.trainer.options import check_at_least, check_choice
 
 TARGETS = ("hard", "soft")
 
 
 @dataclass
-class DrafterConfig(BaseConfig):
+class DrafterConfig(DrafterOptions, BaseConfig):
     """Arguments of `DrafterTrainer`: `TrainingArguments` and those of training a LoRA drafter.
 
     The defaults of optimizer and schedule suit models of a billion parameters and more. The recipes `*_drafter.yaml`
@@ -55,13 +56,6 @@ class DrafterConfig(BaseConfig):
     """
 
     method: ClassVar[str] = "drafter"
-
-    window_width: int = option(16, "Draft tokens of a training window (W).")
-    windows_per_text: int = option(4, "Windows of each text in a training step.")
-    steps_per_window: int = option(3, "Decoding steps of each window in a training step.")
-    position_decay: float = option(1.0, "Weight of a slot over that of the slot before it.")
-    targets: str = option("hard", "What the drafter learns: hard (the model's choice) or soft (its distribution).")
-    constant_draft: int | None = option(None, "An id that replaces every draft token, for comparison.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

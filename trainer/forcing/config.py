@@ -11,11 +11,12 @@ from jacobi_hf.trainer.data.collator import LAYOUTS
 from jacobi_hf.trainer.data.loading import TOO_LONG
 from jacobi_hf.trainer.forcing.losses import REDUCTIONS
 from jacobi_hf.trainer.forcing.mask import blocks_per_window
-from jacobi_hf.trainer.options import check_at_least, check_choice, option
+from jacobi_hf.trainer.method_options import ForcingOptions
+from jacobi_hf.trainer.options import check_at_least, check_choice
 
 
 @dataclass
-class JacobiForcingConfig(BaseConfig):
+class JacobiForcingConfig(ForcingOptions, BaseConfig):
     """Arguments of `JacobiForcingTrainer`: `TrainingArguments` and those of Jacobi Forcing (arXiv 2512.14681).
 
     The defaults of losses, context and replay are those of the tiny model's recipe, which its ablations led to
@@ -71,20 +72,6 @@ class JacobiForcingConfig(BaseConfig):
     """
 
     method: ClassVar[str] = "finetune"
-
-    block_size: int = option(16, "Tokens of a block (n).")
-    too_long: str = option("drop", "What to do with samples longer than max_length: drop or truncate.")
-    context: str = option("clean", "What noisy blocks attend to: clean, noisy or window.")
-    context_window: int | None = option(None, "Blocks of a window with context=window.")
-    layout: str = option("packed", "How samples are laid out: packed or rows.")
-    ar_loss_weight: float = option(0.0, "Factor of the AR loss.")
-    consistency_loss_weight: float = option(1.0, "Factor of the consistency loss.")
-    replay_loss_weight: float = option(0.0, "Factor of the AR loss on replay.")
-    kl_loss_weight: float = option(4.0, "Factor of the KL divergence from the frozen model.")
-    replay_ratio: float = option(0.5, "Replay rows for each row of trajectories.")
-    distill_temperature: float = option(1.0, "Temperature of the consistency loss.")
-    consistency_reduction: str = option("mean", "mean, block_sum or reference.")
-    prompt_loss: bool = option(True, "Whether the AR loss covers prompts.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

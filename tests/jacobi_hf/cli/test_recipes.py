@@ -18,10 +18,10 @@ from jacobi_hf.cli._options import Options, argument, flag, option, required, se
 from jacobi_hf.cli._recipes import Call, parse
 from jacobi_hf.cli.bench import BenchConfig
 from jacobi_hf.trainer import DrafterConfig, JacobiForcingConfig
-from jacobi_hf.trainer.data.collection import CollectConfig
-from jacobi_hf.trainer.data.packing import PackConfig
+from jacobi_hf.trainer.data.collect_options import CollectConfig
+from jacobi_hf.trainer.data.pack_options import PackConfig
+from jacobi_hf.trainer.method_options import RunConfig
 from jacobi_hf.trainer.options import RENAMED
-from jacobi_hf.trainer.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 invoke = CliRunner().invoke
@@ -96,7 +96,7 @@ def test_the_command_line_comes_before_the_recipe(words, tmp_path):
         ({"count": True}, [], "invalid int value: 'True'"),
         ({"count": {"a": 1}}, [], "count takes one value"),
         ({"count": [1]}, [], "count takes one value"),
-        ({"switch": 3}, [], "Truthy value expected"),
+        ({"switch": 3}, [], "neither true nor false"),
         ({"table": 3}, [], "the value is not a JSON object"),
         ({}, ["--table", "{"], "the value is not JSON"),
         ({}, ["--rate"], "expected one argument"),

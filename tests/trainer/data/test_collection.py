@@ -20,8 +20,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from jacobi_hf.resume import ResumeError
 from jacobi_hf.trainer import NoiseSchedule, collect_trajectories, load_packed
-from jacobi_hf.trainer.data.collection import CollectConfig, collect, read_prompts
-from jacobi_hf.trainer.data.packing import PackConfig, pack_trajectories, select, shares, wanted_buckets
+from jacobi_hf.trainer.data.collect_options import CollectConfig
+from jacobi_hf.trainer.data.collection import collect, read_prompts
+from jacobi_hf.trainer.data.pack_options import PackConfig, wanted_buckets
+from jacobi_hf.trainer.data.packing import pack_trajectories, select, shares
 from jacobi_hf.trainer.data.shards import ManifestError, load_trajectories, read_manifest, tokenizer_fingerprint
 from tests.helpers.models import fresh_model
 from tests.helpers.tiny import CHECKPOINT

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.trainer.data import trajectories
-from jacobi_hf.trainer.data.answers import AnswerConfig
+from jacobi_hf.trainer.data.answer_options import AnswerConfig
 from jacobi_hf.trainer.data.trajectories import collect_trajectories, record_trajectories
 from tests.helpers.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
 from tests.helpers.properties import at_most
