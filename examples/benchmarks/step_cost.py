@@ -89,7 +89,8 @@ def timed_steps(
         jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0
     )
     sources = sources_of(config, model)
-    buffers = CallBuffers(model, sources, batch, context + room, context + 2 * room, device)
+    columns = context + 2 * room
+    buffers = CallBuffers(model, sources, batch, columns, device, most=columns)
     cache = buffers.cache
     state = buffers.state
     selector = Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]

@@ -58,6 +58,23 @@ class JacobiStaticLayer(StaticLayer):
         columns = len(self._step.key_column_K)
         return self.keys[:, :, :columns], self.values[:, :, :columns]
 
+    def grow(self, columns: int, used: int) -> None:
+        """Replace the buffers by longer ones: the first `used` columns are copied, the others hold zeros."""
+        self.max_cache_len = columns
+        if not self.is_initialized:
+            return
+        keys = self.keys
+        values = self.values
+        self.lazy_initialization(keys, values)
+        self.keys[:, :, :used] = keys[:, :, :used]
+        self.values[:, :, :used] = values[:, :, :used]
+
+    def empty(self, used: int) -> None:
+        """Write zeros to the first `used` columns."""
+        if self.is_initialized:
+            self.keys[:, :, :used] = 0
+            self.values[:, :, :used] = 0
+
     def write(self, index_BQ: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Write states `(B, heads, Q, head_dim)` to the columns `index_BQ`."""
         index_BQ = index_BQ.to(self.keys.device)
@@ -92,6 +109,8 @@ class JacobiStaticCache(StaticCache):
     A forward writes its slots after the committed tokens of each row, at `lengths_B + arange(Q)`. Only `commit`
     changes `lengths_B`. So nothing is ever rolled back: the next forward writes over the slots that were not accepted.
 
+    `grow` makes room for more tokens. Only then do the buffers get other addresses.
+
     Args:
         config: the model's config.
         batch_size: B.
@@ -99,6 +118,7 @@ class JacobiStaticCache(StaticCache):
         device: of the lengths. Each layer is on the device of its keys.
 
     Attributes:
+        capacity: tokens that a row has room for now.
         lengths_B: committed tokens of each row.
         column_C: 0, 1, 2, .., the numbers of all columns.
     """
@@ -108,13 +128,13 @@ class JacobiStaticCache(StaticCache):
     def __init__(self, config: PreTrainedConfig, batch_size: int, capacity: int, device: torch.device) -> None:
         self._step = _OpenStep()
         self.capacity = capacity
-        # One column more than is ever read: a compiled step would take a view of all columns for a new kind of tensor.
-        columns = self._extent(capacity) + 1
+        columns = self._all_columns(capacity)
         layers = config.get_text_config(decoder=True).num_hidden_layers
         Cache.__init__(self, layers=[JacobiStaticLayer(columns, self._step) for _ in range(layers)])
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.column_C = torch.arange(columns, device=device)
         self._first_columns: dict[int, torch.Tensor] = {}  # views, by their length
+        self._used = 0  # columns that have been written or read since the cache was empty
 
     def columns(self, slots: int, longest: int) -> torch.Tensor:
         """Return `key_column_K`, the numbers of the columns that a forward reads, without waiting for the device.
@@ -131,7 +151,9 @@ class JacobiStaticCache(StaticCache):
             raise RuntimeError(
                 f"a step of {slots} slots after {longest} tokens does not fit into a cache of {self.capacity} tokens."
             )
-        return self.first_columns(self._extent(needed))
+        extent = self._extent(needed)
+        self._used = max(self._used, extent)
+        return self.first_columns(extent)
 
     def first_columns(self, count: int) -> torch.Tensor:
         """Return the numbers of the first columns; a view takes time to make, so each is made once."""
@@ -141,6 +163,23 @@ class JacobiStaticCache(StaticCache):
 
     def _extent(self, columns: int) -> int:
         return -(-columns // self.EXTENT_MULTIPLE) * self.EXTENT_MULTIPLE
+
+    def _all_columns(self, capacity: int) -> int:
+        # One column more than is ever read: a compiled step would take a view of all columns for a new kind of tensor.
+        return self._extent(capacity) + 1
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more tokens. Layer after layer gets longer buffers, so only one layer is there twice.
+
+        Args:
+            capacity: tokens that a row has room for afterwards, the slots of one step included.
+        """
+        self.capacity = capacity
+        columns = self._all_columns(capacity)
+        for layer in self.layers:
+            layer.grow(columns, self._used)
+        self.column_C = torch.arange(columns, device=self.lengths_B.device)
+        self._first_columns = {}
 
     def open_step(self, slots: int, key_column_K: torch.Tensor, draft_slots: int = 0) -> None:
         """Prepare for a forward.
@@ -176,7 +215,9 @@ class JacobiStaticCache(StaticCache):
 
     def reset(self) -> None:
         """Empty the cache. Its buffers keep their addresses."""
-        super().reset()  # writes zeros, because a masked NaN of an earlier call would still reach the output
+        for layer in self.layers:
+            layer.empty(self._used)  # a masked NaN of an earlier call would still reach the output
+        self._used = 0
         self.lengths_B.zero_()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -204,13 +245,14 @@ class JacobiStaticCache(StaticCache):
                 mine.lazy_initialization(keys, values)
             stored = min(past, keys.shape[2])  # a sliding layer keeps its last tokens only
             place_BN = place_BL[:, past - stored :].to(keys.device)
-            # A token without a place goes to the last column, which is written over before it can be seen.
+            # A token without a place goes to the last column, which is never read.
             has_place_BN = (place_BN >= 0) & (place_BN < self.capacity)
-            index_BN = torch.where(has_place_BN, place_BN, self.capacity - 1)
+            index_BN = torch.where(has_place_BN, place_BN, mine.max_cache_len - 1)
             for buffer, states in ((mine.keys, keys), (mine.values, values)):
                 index = index_BN[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
                 buffer.scatter_(2, index, states[:, :, :stored].to(buffer.dtype))
         self.lengths_B.copy_((place_BL >= 0).sum(1).clamp(max=self.capacity))
+        self._used = self._extent(min(past, self.capacity))
 
     def append_to(self, target: Cache, place_BN: torch.Tensor, *, frees: bool = True) -> None:
         """Append copies of committed tokens to a padded cache of transformers.

@@ -156,8 +156,7 @@ class Decoder:
     def _idle_forward(self) -> None:
         """Run a forward of one slot whose outcome is not used, for peers that wait for one."""
         layout = build_layout((0,), self._cache.lengths_B.device)
-        key_column_K = self._cache.columns(1, self._longest_cached())
-        self._forward(ForwardInputs(layout, key_column_K, self._state.pending_B1))
+        self._forward(ForwardInputs(layout, self._columns(layout), self._state.pending_B1))
 
     def _decode(self) -> None:
         """Launch a step, and read the report of the one before if the host lags, else its own."""
@@ -193,18 +192,25 @@ class Decoder:
 
     def _text_columns(self, layout: Layout) -> int:
         """Return how many columns of the text may be in use after a step."""
-        return self._text_start + max(self._last.generated) + self._unread() + layout.offset_D.shape[0]
+        generated = min(self._stopping.limit, max(self._last.generated) + self._unread())
+        return self._text_start + generated + layout.offset_D.shape[0]
+
+    def _columns(self, layout: Layout) -> torch.Tensor:
+        """Make room for a step, and return the columns of the cache that it reads; the text has no more in use."""
+        longest = max(self._longest_cached(), self._text_columns(layout) - layout.slots)
+        self._state.reserve(longest + layout.slots)
+        return self._cache.columns(layout.slots, longest)
 
     def _step(self, shape: StepShape, layout: Layout) -> None:
         """Run one step of the given shape."""
-        key_column_K = self._cache.columns(layout.slots, self._longest_cached())
+        key_column_K = self._columns(layout)
         self._draw_noise(layout)
         if not self._selector.is_vectorised:
             inputs = self._state.inputs(shape, layout)
             self._finish(inputs, self._forward(ForwardInputs(layout, key_column_K, inputs.token_BQ)))
             return
         record = self._record if self._records else None
-        plan = StepPlan(shape, layout, key_column_K, self._text_columns(layout), self._may_be_over(), record)
+        plan = StepPlan(shape, layout, key_column_K, self._may_be_over(), record)
         self._execution.run(self._state, self._forward, self._selector, plan)
 
     def _finish(self, inputs: StepInputs, output: ForwardOutput) -> None:

@@ -120,7 +120,6 @@ class OneByOne:
     def _commit(self, token_B: torch.Tensor) -> None:
         """Hand a token of every row to criteria and streamer."""
         stopping = self._stopping
-        index = stopping.generated
         rows = len(token_B)
-        stopping.write(token_B[:, None], torch.full_like(token_B, index), torch.ones_like(token_B))
-        stopping.advance([index + 1] * rows, [False] * rows)
+        stopping.write(token_B)
+        stopping.advance([stopping.generated + 1] * rows, [False] * rows)

@@ -1,4 +1,4 @@
-"""The state of all rows of a call: tensors that keep their address from step to step.
+"""The state of all rows of a call: tensors that keep their address from step to step, until they grow.
 
 Shapes: B rows, S segments, N guesses of a segment, D depths (D = 1 + N), W backbone guesses, L text columns, E end
 tokens.
@@ -13,6 +13,8 @@ import torch
 from jacobi_hf.decoding.step import StepInputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jacobi_hf.decoding.accept import Acceptance
     from jacobi_hf.decoding.cache import JacobiStaticCache
     from jacobi_hf.decoding.layout import Layout
@@ -26,8 +28,9 @@ class DecodingState:
 
     Args:
         sources: the draft sources of the call; their buffers are allocated here.
-        cache: keys and values of every committed token but the pending one.
-        columns: the most tokens of a row's text, prompt included.
+        cache: keys and values of every committed token but the pending one. The texts get as much room as the cache.
+        room_for: function of the columns that a step needs. It returns how many to make room for if these are too
+            many. By default that is exactly as many.
 
     Attributes:
         generated_B: new tokens of each row, the pending one included.
@@ -42,7 +45,9 @@ class DecodingState:
 
     REPORTED = 6  # numbers for each row in a report, before those of the branches
 
-    def __init__(self, sources: Sources, cache: JacobiStaticCache, columns: int) -> None:
+    def __init__(
+        self, sources: Sources, cache: JacobiStaticCache, room_for: Callable[[int], int] | None = None
+    ) -> None:
         device = cache.lengths_B.device
         rows = len(cache.lengths_B)
 
@@ -51,11 +56,12 @@ class DecodingState:
 
         self.sources = sources
         self.cache = cache
+        self._room_for = room_for
         for source in sources.all:
-            source.allocate(rows, columns, cache.capacity, device)
+            source.allocate(rows, cache.capacity, cache.capacity, device)
         self.generated_B = zeros(rows)
         self.halted_B = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.text_BL = zeros(rows, columns + sources.depths)
+        self.text_BL = zeros(rows, len(cache.column_C))
         self.length_B = zeros(rows)
         self.start_B = zeros(rows)
         self.front_BD = zeros(rows, 1 + sources.width)
@@ -94,6 +100,25 @@ class DecodingState:
         self.fills = fills
         self._limit.fill_(limit)
         self._last.fill_(limit - 1)  # the token that a step adds itself comes after its guesses
+
+    def reserve(self, columns: int) -> None:
+        """Make sure that cache, texts and sources have room for so many columns.
+
+        Buffers that are too small are replaced by larger ones with the same contents. The host knows how many columns
+        a step may use, so nothing is read from the device.
+
+        Args:
+            columns: of the cache with the slots of a step, or of the text with the tokens that the step may add.
+        """
+        if columns <= self.cache.capacity:
+            return
+        capacity = columns if self._room_for is None else self._room_for(columns)
+        self.cache.grow(capacity)
+        text_BL = self.text_BL
+        self.text_BL = text_BL.new_zeros(len(text_BL), len(self.cache.column_C))
+        self.text_BL[:, : text_BL.shape[1]] = text_BL
+        for source in self.sources.all:
+            source.grow(capacity, capacity)
 
     @property
     def pending_B1(self) -> torch.Tensor:

@@ -5,9 +5,9 @@ are not in the cache yet. The other slots hold guesses in *segments*: the backbo
 and branches, which follow it or some guesses of the backbone. *Draft slots* hold the guesses of the backbone a second
 time; a LoRA drafter acts on them, and nobody verifies them. `docs/glossary.md` has all words.
 
-A step is tensor operations over buffers that keep their address from step to step. The host chooses the shapes
-(`StepShape` and the columns that are read) and, unless `host_may_read` is set, reads no value in between. So the same
-step can run eagerly, compiled, or as a CUDA graph (`jacobi_hf.execution`).
+A step is tensor operations over buffers that keep their address from step to step, until they grow. The host chooses
+the shapes (`StepShape` and the columns that are read) and, unless `host_may_read` is set, reads no value in between.
+So the same step can run eagerly, compiled, or as a CUDA graph (`jacobi_hf.execution`).
 
 Shapes: B rows, Q slots of a forward, S segments, N guesses of a segment, D depths (D = 1 + N), V vocabulary, K key
 columns, H hidden, F features.
@@ -66,15 +66,14 @@ class StepPlan:
     Attributes:
         shape: the sizes of the step.
         layout: `shape.layout(...)`.
-        key_column_K: the columns of the cache that are read.
-        text_columns, may_be_over: what the host knows of the rows, see `advance`. The defaults are right for any rows.
+        key_column_K: the columns of the cache that are read. No more columns of the text are in use after the step.
+        may_be_over: what the host knows of the rows, see `advance`. The default is right for any rows.
         record: as in `finish_step`.
     """
 
     shape: StepShape
     layout: Layout
     key_column_K: torch.Tensor
-    text_columns: int | None = None
     may_be_over: bool = True
     record: Record | None = None
 
@@ -162,7 +161,7 @@ def run_step(
         selector,
         inputs,
         output,
-        text_columns=plan.text_columns,
+        text_columns=plan.key_column_K.shape[0],
         may_be_over=plan.may_be_over,
         host_may_read=host_may_read,
         record=plan.record,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from jacobi_hf.streaming import Candidate
 
+LEAST_ROOM = 64  # columns by which the output grows at least
+
 
 class Scores:
     """Scores or logits of each new token, as `output_scores` and `output_logits` return them, filled in row by row.
@@ -73,7 +75,7 @@ class StoppingRules:
         one_by_one: whether to replay every token even if no criterion and no streamer needs it.
 
     Attributes:
-        ids_BL: the output so far. `P + limit` columns and one more, which takes what is thrown away.
+        ids_BL: the output so far, and pads in some columns after it.
         generated: new tokens that have been replayed.
         is_one_by_one: whether every token is replayed.
         pads: whether pads follow a finished row. Without an end token they do not: the row goes on until all rows are
@@ -111,9 +113,7 @@ class StoppingRules:
         self.pad = 0 if pad_token_id is None else pad_token_id
         eos = [c.eos_token_id.to(input_BP.device).view(-1) for c in criteria if type(c) is EosTokenCriteria]
         self.eos_E = torch.cat(eos) if eos else torch.empty(0, dtype=torch.long, device=input_BP.device)
-        columns = self._prompt + limit + 1
-        self.ids_BL = torch.full((batch, columns), self.pad, dtype=torch.long, device=input_BP.device)
-        self.ids_BL[:, : self._prompt] = input_BP
+        self.ids_BL = input_BP.long()  # is not written to before it has grown
         self.generated = 0
         self._reported = 0  # tokens that the step streamer has received
         self.ended: list[int | None] = [None] * batch
@@ -149,12 +149,19 @@ class StoppingRules:
         """Return prompt and new tokens of a finished row, pads on the left included."""
         return self.ids_BL[row, : self._prompt + (self.ended[row] or 0)]
 
-    def write(self, token_BN: torch.Tensor, first_B: torch.Tensor, count_B: torch.Tensor) -> None:
-        """Write the first `count_B` of `token_BN` into the output, from new-token index `first_B` on."""
-        offset_N = torch.arange(token_BN.shape[1], device=token_BN.device)
-        column_BN = self._prompt + first_B[:, None] + offset_N
-        index_BN = torch.where(offset_N < count_B[:, None], column_BN, self.ids_BL.shape[1] - 1)
-        self.ids_BL.scatter_(1, index_BN, token_BN)
+    def write(self, token_B: torch.Tensor) -> None:
+        """Write the next token of every row into the output, after those that have been replayed."""
+        self._make_room(self.generated + 1)
+        self.ids_BL[:, self._prompt + self.generated] = token_B
+
+    def _make_room(self, tokens: int) -> None:
+        """Make room for so many new tokens in the output, and for a quarter more columns, up to the limit."""
+        columns = self._prompt + tokens
+        before = self.ids_BL.shape[1]
+        if columns > before:
+            room = max(columns, min(columns + columns // 4 + LEAST_ROOM, self._prompt + self.limit))
+            added_BL = self.ids_BL.new_full((len(self.ids_BL), room - before), self.pad)
+            self.ids_BL = torch.cat([self.ids_BL, added_BL], 1)
 
     def copy_texts(self, text_BL: torch.Tensor, start_B: torch.Tensor, available: list[int]) -> None:
         """Copy the new tokens of each row's text into the output.
@@ -164,6 +171,7 @@ class StoppingRules:
             start_B: where each row's new tokens begin.
             available: new tokens of each row.
         """
+        self._make_room(max(self.generated, *available))
         first = self.generated if self.is_one_by_one else 0
         index_N = torch.arange(first, max(available), device=text_BL.device)
         ids_BN = text_BL.gather(1, start_B[:, None] + index_N)

@@ -168,13 +168,24 @@ class DraftSource:
         raise NotImplementedError
 
     def allocate(self, rows: int, columns: int, capacity: int, device: torch.device) -> None:
-        """Make the buffers; their addresses must not change afterwards.
+        """Make the buffers; their addresses must not change afterwards, except in `grow`.
 
         Args:
             rows: B.
-            columns: the most tokens of a row's text, prompt included.
-            capacity: places of a row in the model's cache: the text and the slots of one step.
+            columns: the most tokens of a row's text, prompt included, until `grow` is called.
+            capacity: places of a row in the model's cache, until `grow` is called: the text and the slots of one step.
             device: where the tokens are.
+        """
+
+    def grow(self, columns: int, capacity: int) -> None:
+        """Replace the buffers whose size follows from the lengths by larger ones; what they hold stays.
+
+        A call begins with room for its prompt and one step. When the text needs more, this is called between two
+        steps. A source whose buffers have a fixed size has nothing to do.
+
+        Args:
+            columns: as in `allocate`, larger than before.
+            capacity: as in `allocate`, larger than before.
         """
 
     def sized_by_length(self) -> list[tuple[torch.Tensor, int]]:

@@ -49,15 +49,19 @@ class JacobiWindow(DraftSource):
 
     def allocate(self, rows: int, columns: int, capacity: int, device: torch.device) -> None:
         """Make the buffers; see `DraftSource.allocate`."""
-        index_L = torch.arange(columns + self._width, device=device)
         self._offset_W = torch.arange(self._width, device=device)
         self._offset_n = torch.arange(self._block, device=device)
+        self.end_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.grow(columns, capacity)
+
+    def grow(self, columns: int, capacity: int) -> None:
+        """Make the tables by index of new token; see `DraftSource.grow`."""
+        index_L = torch.arange(columns + self._width, device=self.end_B.device)
         self.scattered_L = scattered(index_L)
         # The end for each number of new tokens, where the window never waits. In plain Jacobi decoding the next block
         # starts only when its first token is verified.
         first_L = index_L // self._block * self._block
         self.end_L = -(-index_L // self._block) * self._block if self._restarts else first_L + self._width
-        self.end_B = torch.zeros(rows, dtype=torch.long, device=device)
 
     def sized_by_length(self) -> list[tuple[torch.Tensor, int]]:
         """Return the tables by index of new token; see `DraftSource.sized_by_length`."""

@@ -1,8 +1,9 @@
-"""The buffers of a call: tensors of fixed address, left from call to call if steps are compiled."""
+"""The buffers of a call, which grow with its text. They stay from call to call if steps are compiled."""
 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +29,9 @@ class CallBuffers:
         model: the model; nothing here refers to it.
         sources: the draft sources of the call.
         rows: B.
-        columns: the most tokens of a row's text.
-        capacity: the most tokens of a row in the cache, the slots of a step included.
+        columns: columns of cache and text that are needed at first, those of one step included.
         device: where the tokens are.
+        most: columns that the call needs at most, for buffers of one call. Without it, the buffers are for many calls.
 
     Attributes:
         state: the rows, with their cache.
@@ -39,10 +40,17 @@ class CallBuffers:
     """
 
     def __init__(
-        self, model: Any, sources: Sources, rows: int, columns: int, capacity: int, device: torch.device
+        self,
+        model: Any,
+        sources: Sources,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        most: int | None = None,
     ) -> None:
-        self.cache = JacobiStaticCache(model.config, rows, capacity, device)
-        self.state = DecodingState(sources, self.cache, columns)
+        room_for = rounded_up if most is None else partial(with_reserve, most=most)
+        self.cache = JacobiStaticCache(model.config, rows, room_for(columns), device)
+        self.state = DecodingState(sources, self.cache, room_for)
         self.ring_IBV: torch.Tensor | None = None
         self.graphs: Any = None
         self._stored: dict[Any, torch.Tensor] = {}
@@ -60,14 +68,27 @@ def rounded_up(tokens: int) -> int:
     return max(SMALLEST, 1 << (tokens - 1).bit_length())
 
 
+def with_reserve(columns: int, most: int) -> int:
+    """Return a quarter more than `columns`, but no more than `most`: the buffers of one call grow by such quarters."""
+    return max(columns, min(columns + columns // 4, most))
+
+
 @contextlib.contextmanager
 def acquire(
-    model: Any, config: JacobiConfig, sources: Sources, rows: int, capacity: int, device: torch.device
+    model: Any, config: JacobiConfig, sources: Sources, rows: int, columns: int, device: torch.device
 ) -> Iterator[CallBuffers]:
     """Give the buffers that an earlier call has left, or new ones; no other call has them meanwhile.
 
-    Calls that differ in length alone get the same buffers while these have room; then larger ones take their place. A
-    call that fails does not leave its buffers to the next one.
+    Calls that differ in length alone get the same buffers. They have room for powers of two, and grow with the texts.
+    A call that fails does not leave its buffers to the next one.
+
+    Args:
+        model: the model.
+        config: the knobs of the call.
+        sources: the draft sources of the call.
+        rows: B.
+        columns: columns of cache and text that the call needs at first, those of one step included.
+        device: where the tokens are.
     """
     kept = kept_for(model)
     # Under inference mode, tensors are made that no call outside of it may write to.
@@ -77,19 +98,15 @@ def acquire(
     drafts = [(source.name, source.shape) for source in sources.all]
     key = config, drafts, rows, device, model.dtype, layers, torch.is_inference_mode_enabled(), autocast
     with keeping:
-        found = [buffers for other, buffers in kept.buffers if other == key and buffers.cache.capacity >= capacity]
+        found = [buffers for other, buffers in kept.buffers if other == key]
         buffers = found[-1] if found else None
-        # Buffers of this key that are too small have had their time.
-        kept.buffers = [
-            (other, kept_buffers)
-            for other, kept_buffers in kept.buffers
-            if other != key or (kept_buffers is not buffers and kept_buffers.cache.capacity >= capacity)
-        ]
+        kept.buffers = [pair for pair in kept.buffers if pair[1] is not buffers]
         del found
     if buffers is None:
-        buffers = CallBuffers(model, sources, rows, rounded_up(capacity), rounded_up(capacity), device)
+        buffers = CallBuffers(model, sources, rows, columns, device)
     else:
         buffers.cache.reset()
+        buffers.state.reserve(columns)
     yield buffers
     with keeping:
         kept.buffers = [*kept.buffers, (key, buffers)][-MOST_BUFFERS:]

@@ -90,7 +90,9 @@ class Compiled(WholeSteps):
         self._context = hash((config, torch.is_inference_mode_enabled(), repr(self._how)))
         self._steps: dict[Any, CompiledStep | UncompiledStep] = {}  # those that this call has found or made
         self._made: set[Any] = set()
-        self._marked: set[int] = set()  # lengths of `key_column_K` that the compiler knows to be variable
+        # Lengths of `key_column_K` that the compiler knows to be variable, for buffers of this capacity.
+        self._marked: set[int] = set()
+        self._capacity: int | None = None
 
     def key(self, state: DecodingState, selector: Selector, shape: StepShape) -> tuple[Any, ...]:
         """Return what makes one step other code than another, apart from lengths."""
@@ -103,8 +105,10 @@ class Compiled(WholeSteps):
             torch._dynamo.exc.Unsupported: the step cannot be compiled, and `fullgraph` says that it must.
             torch._dynamo.exc.FailOnRecompileLimitHit: the model changes from step to step, and `fullgraph` is set.
         """
-        if not self._marked:
+        if self._capacity != state.cache.capacity:
             mark_lengths(state)
+            self._capacity = state.cache.capacity
+            self._marked.clear()
         columns = len(plan.key_column_K)
         if columns not in self._marked:
             torch._dynamo.mark_dynamic(plan.key_column_K, 0)

@@ -79,11 +79,13 @@ class RecordedSteps:
     Attributes:
         recorder: records the steps.
         fingerprint: the model for which the graphs hold, see `fingerprint_of`.
+        capacity: of the cache for which the graphs hold; buffers that have grown have other addresses.
         replays: for each kind of step, how to run it and the layout whose tensors it reads; None if it has run once.
     """
 
     recorder: DeviceGraphs
     fingerprint: Any
+    capacity: int
     replays: dict[Any, tuple[Callable[[], None], Layout] | None] = field(default_factory=dict)
 
 
@@ -127,6 +129,9 @@ class CudaGraphSteps:
         if self._known is None:
             self._known = self._recorded_before()  # after the prefill, which may change the model's attributes
         known = self._known
+        if known.capacity != state.cache.capacity:
+            known.replays.clear()
+            known.capacity = state.cache.capacity
         if key not in known.replays:
             known.recorder.warm_up(work)
             known.replays[key] = None
@@ -143,8 +148,9 @@ class CudaGraphSteps:
         fingerprint = fingerprint_of(self._model)
         known: RecordedSteps | None = self._buffers.graphs
         if known is None or known.fingerprint != fingerprint:
-            device = self._buffers.cache.lengths_B.device
-            known = self._buffers.graphs = RecordedSteps(GRAPHS[device.type](device), fingerprint)
+            cache = self._buffers.cache
+            device = cache.lengths_B.device
+            known = self._buffers.graphs = RecordedSteps(GRAPHS[device.type](device), fingerprint, cache.capacity)
         return known
 
 

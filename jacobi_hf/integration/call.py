@@ -114,13 +114,13 @@ class GenerateCall:
         device = self._input_BP.device
         sources = sources_of(self._config, model)
         wanted = self._compile_config(reads_features=bool(sources.taps))
-        text_columns = prompt.text_BL.shape[1] + self._limit
         slots = sources.slots(self._limit if wanted is None else None)
-        capacity = prompt.total + self._limit + slots
+        # What prompt and one step need; a step has at most as many tokens as slots.
+        columns = max(prompt.total, prompt.text_BL.shape[1]) + slots
         if wanted is None:
-            buffers = CallBuffers(model, sources, rows, text_columns, capacity, device)
+            buffers = CallBuffers(model, sources, rows, columns, device, most=columns + self._limit)
             return self._decode(buffers, None, processors, streamer, synced_gpus=synced_gpus)
-        with acquire(model, self._config, sources, rows, max(capacity, text_columns), device) as buffers:
+        with acquire(model, self._config, sources, rows, columns, device) as buffers:
             return self._decode(buffers, wanted, processors, streamer, synced_gpus=synced_gpus)
 
     def _compile_config(self, *, reads_features: bool) -> CompileConfig | None:

@@ -24,7 +24,7 @@ class Watched(Eager):
             assert selector.noise._drawn > new + deepest
             assert len(selector.noise.ring_IBV) > new + deepest - int(state.generated_B.min())
         result = super().run(state, forward, selector, plan)
-        assert plan.text_columns >= int(state.length_B.max())
+        assert len(plan.key_column_K) >= int(state.length_B.max())
         return result
 
 

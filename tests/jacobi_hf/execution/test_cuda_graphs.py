@@ -241,7 +241,7 @@ def test_recordings_go_with_the_model():
 )
 def test_what_a_compile_config_asks_for(backend, mode, steps, inner_mode, records, monkeypatch):
     model, config, wanted = tiny_model("qwen3"), JacobiConfig(), CompileConfig(backend=backend, mode=mode)
-    buffers = CallBuffers(model, sources_of(config, model), 1, 64, 64, torch.device("cpu"))
+    buffers = CallBuffers(model, sources_of(config, model), 1, 64, torch.device("cpu"))
     execution = execution_for(model, config, wanted, buffers)
     inner = execution._steps if records else execution
     assert isinstance(execution, CudaGraphSteps) == records
