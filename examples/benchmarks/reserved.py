@@ -49,6 +49,7 @@ from transformers import (
 import jacobi_hf
 from jacobi_hf.results.schema import Agreement, Measurement, Prompts, Results
 
+COMMAND = "examples/benchmarks/reserved.py --smollm2 PATH"
 SMOLLM2 = "SmolLM2-135M-Instruct"
 QWEN = "random Qwen3, 2 layers, 151936 ids"
 PROMPT = 16
@@ -193,10 +194,11 @@ def cell_of(one: Measurement) -> Cell:
     return Cell(one.model or "", prompts.batch_size, prompts.max_new_tokens, prompts.do_sample, one.decoder.name)
 
 
-def compared(measurements: list[Measurement], baseline: list[Measurement]) -> list[Measurement]:
+def compared(measurements: list[Measurement], baseline: Results | None) -> list[Measurement]:
     """Return the measurements with their agreement, and the figures that an earlier revision had in the same cell."""
     found = {cell_of(one): one for one in measurements}
-    earlier = {cell_of(one): one for one in baseline}
+    earlier = {cell_of(one): one for one in baseline.measurements} if baseline else {}
+    revision = baseline.software.git_revision if baseline else None
     ordinary = DECODERS[0].decoder.name
     for cell, one in found.items():
         changes: dict[str, Any] = {}
@@ -209,7 +211,7 @@ def compared(measurements: list[Measurement], baseline: list[Measurement]) -> li
             changes["agreement"] = Agreement.between(one.extra["tokens"], reference.extra["tokens"], ordinary)
         before = earlier.get(cell)
         if before is not None:
-            figures = {"seconds": before.seconds, **before.extra}
+            figures = {"revision": revision, "seconds": before.seconds, **before.extra}
             changes["extra"] = one.extra | {"before": {k: v for k, v in figures.items() if k != "tokens"}}
         found[cell] = one.model_copy(update=changes)
     return list(found.values())
@@ -233,9 +235,10 @@ def main(
     names = [one.decoder.name for one in DECODERS]
     cells = [Cell(*parts) for parts in product(models, ROWS, LIMITS, (False, True), names)]
     measurements = Results.read(output).measurements if output.exists() else []
-    earlier = Results.read(baseline).measurements if baseline else []
+    earlier = Results.read(baseline) if baseline else None
     what = "Memory of an answer of five tokens, by what the call would have allowed"
     results = Results.start(what, model_of(QWEN, smollm2), " and ".join(models))
+    results = results.model_copy(update={"command": COMMAND})  # without the folders of this machine
     known = {cell_of(one) for one in measurements}
     for number, one in enumerate(cells, 1):
         if one not in known:

@@ -7,7 +7,7 @@ from typing import Any
 from jacobi_hf.results.schema import Measurement, Results
 
 from .documents import RESULTS, document
-from .tables import decimal, source, table
+from .tables import NOTHING, decimal, source, table
 
 
 def context() -> dict[str, Any]:
@@ -24,6 +24,7 @@ def context() -> dict[str, Any]:
         "memory_tokens": memory.measurements[0].prompts.max_new_tokens,
         "cache_mib": decimal(memory.measurements[0].extra["one_cache"] / 2**20, 0),
         "memory": memory_table(memory),
+        "reserved": short_answers(document("reserved")) if (RESULTS / "reserved.json").exists() else None,
         "growth_source": source(growth),
         "growth_slots": decimal(max(m.mean_slots or 0 for m in growth.measurements), 0),
         "growth": growth_table(growth),
@@ -58,6 +59,48 @@ def memory_table(results: Results) -> str:
         for m in results.measurements
     ]
     return table(["decoder", "forwards", "MiB", "in units of one cache"], rows)
+
+
+def short_answers(results: Results) -> dict[str, Any]:
+    """Return what the page shows of answers that are shorter than the call allows."""
+    ordinary, ours = list(dict.fromkeys(m.decoder.name for m in results.measurements))
+    cells = {(short_answer_key(m), m.decoder.name): m for m in results.measurements}
+    compared = [m.agreement for m in results.measurements if m.agreement is not None]
+    before = next((m.extra["before"]["revision"] for m in results.measurements if "before" in m.extra), None)
+    rows = []
+    for key in dict.fromkeys(short_answer_key(m) for m in results.measurements):
+        first = cells[key, ordinary]
+        second = cells[key, ours]
+        earlier = [second.extra.get("before", {})] if before else []
+        memory = [first.extra, *earlier, second.extra]
+        seconds = [first.seconds, *(figures.get("seconds") for figures in earlier), second.seconds]
+        rows.append([*key, *map(short_answer_mib, memory), *(decimal(one, 1) for one in seconds)])
+    names = ["generate", *(["before"] if before else []), "Jacobi"]
+    return {
+        "source": source(results),
+        "before": before,
+        "identical": sum(one.identical for one in compared),
+        "total": sum(one.total for one in compared),
+        "table": table(
+            ["model", "", "rows", "max_new_tokens", *(f"MiB: {n}" for n in names), *(f"s: {n}" for n in names)], rows
+        ),
+    }
+
+
+def short_answer_key(measurement: Measurement) -> tuple[str, str, int, int]:
+    """Return model, way of choosing, rows and `max_new_tokens` of a measurement."""
+    prompts = measurement.prompts
+    return (
+        measurement.model or "",
+        "sampled" if prompts.do_sample else "greedy",
+        prompts.batch_size,
+        prompts.max_new_tokens,
+    )
+
+
+def short_answer_mib(figures: dict[str, Any]) -> str:
+    """Return the MiB among some figures, or why there are none."""
+    return decimal(figures["mib"], 0) if "mib" in figures else figures.get("failed", NOTHING)
 
 
 def growth_table(results: Results) -> str:
