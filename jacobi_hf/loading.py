@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jacobi_hf.drafts.loading import load_drafter
 from jacobi_hf.integration.registry import register
+from jacobi_hf.integration.support import fixed_positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,8 +107,22 @@ def positions_of(model: Any) -> float:
     return positions
 
 
+def check_table(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise `ValueError` if a prompt and the text after it may leave a model's table of positions.
+
+    Rotary embeddings have no end, and `generate` goes on beyond what the model is made for.
+    """
+    needed = prompt_tokens + max_new_tokens - 1  # the last token is not read again
+    positions = fixed_positions(model, needed)
+    if positions is not None:
+        raise ValueError(
+            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} may need {needed} positions, and "
+            f"the model has a table of {positions}: give fewer --max-new-tokens."
+        )
+
+
 def check_length(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise `ValueError` if a prompt and the text after it need more positions than the model has."""
+    """Raise `ValueError` if a prompt and the text after it need more positions than the model is made for."""
     positions = positions_of(model)
     if prompt_tokens >= positions:
         raise ValueError(f"the prompt has {prompt_tokens} tokens; the model has {positions} positions.")

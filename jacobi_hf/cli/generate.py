@@ -49,12 +49,12 @@ def generate(call: Call) -> None:
     given = _models.given_knobs(knobs)
     _models.check_knobs(given)
     from jacobi_hf.cli._answers import say, write
-    from jacobi_hf.loading import check_length, load
+    from jacobi_hf.loading import check_table, load
 
     model, tokenizer = load(options.model, options.dtype, options.drafter)
     knobs = _models.arguments_of(_models.decoding_of(model, given))
     (ids,) = encode_prompts([text], tokenizer, options.model, chat=options.chat)
-    check_length(model, len(ids), options.max_new_tokens)
+    check_table(model, len(ids), options.max_new_tokens)
     arguments = {"max_new_tokens": options.max_new_tokens, **sampling.arguments(model)}
     seed = _seed(options.seed, arguments)
     if options.compare:

@@ -84,7 +84,7 @@ def read_prompt(
         ValueError: the batch is empty, the mask does not cover it, or a new id is outside the vocabulary. Ordinary
             decoding fails too.
         NotServedError: a row ends with a pad or has no token, the mask has other values than 0 and 1 or covers more
-            than cache and prompt, or there is no token beyond those in the cache.
+            than cache and prompt, embeddings do not cover the cache, or there is no token beyond those in it.
     """
     input_BP = input_BP.long()
     batch, columns = input_BP.shape
@@ -92,7 +92,11 @@ def read_prompt(
     if batch == 0 or given == 0:
         raise ValueError(f"the batch is empty: {batch} rows of {given} tokens; each row needs at least one token.")
     total = _covered_columns(mask_BL, mask_length, given, past)
+    if past and embeds_BLH is not None and total != given:
+        raise NotServedError(f"embeddings of {given} tokens where cache and prompt have {total}")
     new = total - past
+    if mask_BL is not None:
+        mask_BL = mask_BL.to(input_BP.device)
     place_BL, has_gaps = _places(mask_BL, batch, total, input_BP.device)
     cached_B = (place_BL[:, :past] >= 0).sum(1)
     new_place_BP = place_BL[:, past:] - cached_B[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from lm_eval import evaluate as score_tasks
 from lm_eval.models.huggingface import HFLM
 
+from jacobi_hf.loading import positions_of
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality, Speedup
 
 if TYPE_CHECKING:
@@ -133,7 +135,10 @@ class AlternatingLM(HFLM):
         journal: Callable[[str], Journal],
         progress: Callable[[Sequence[int]], Iterable[int]],
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        # The harness cuts prompts at `max_position_embeddings`, which stretched embeddings go beyond.
+        positions = positions_of(model)
+        longest = None if math.isinf(positions) else int(positions)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=longest)
         self._decoders = decoders
         self._journal = journal
         self._progress = progress

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +77,7 @@ def _frequencies_depend_on_length(config: Any) -> bool:
     return any(one.get("rope_type", one.get("type")) in ("dynamic", "longrope") for one in nested)
 
 
-def fixed_positions(model: Any, needed: int) -> int | None:
+def fixed_positions(model: Any, needed: float = math.inf) -> int | None:
     """Return how many positions a model has if it reads them from a table; None if there are enough.
 
     Rotary embeddings are computed for every position. A table ends: one forward after its end is an error, even if

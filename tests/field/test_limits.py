@@ -10,12 +10,21 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM, StaticCache
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
 
 from jacobi_hf import register, unregister
 from jacobi_hf.integration.compat import CACHE
-from jacobi_hf.loading import positions_of
+from jacobi_hf.loading import check_table, positions_of
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
+from tests.helpers.tiny import CHECKPOINT
 
 KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
@@ -84,6 +93,17 @@ def test_commands_and_server_count_the_positions_of_stretched_embeddings(changes
     assert options.max_new_tokens == 7
 
 
+def test_the_harness_does_not_cut_prompts_that_stretched_embeddings_have_room_for():
+    """lm-evaluation-harness reads `max_position_embeddings` alone and cuts longer prompts on the left."""
+    harness = pytest.importorskip("jacobi_hf.evaluation.harness")
+    model = stretched_model(max_position_embeddings=2048, rope_parameters=YARN)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    assert (
+        harness.AlternatingLM(model, tokenizer, {"generate": {}}, lambda _: None, lambda indices: indices).max_length
+        == 8192
+    )
+
+
 @pytest.fixture
 def table_model():
     """A model that reads its positions from a table of 24."""
@@ -123,6 +143,14 @@ def test_text_that_may_leave_a_table_of_positions_is_decoded_ordinarily(table_mo
     assert "table of 24 positions" in warned[0]
     error, _ = outcome(table_model, {"input_ids": ids, "max_new_tokens": 100}, **KNOBS)
     assert isinstance(error, IndexError)  # as ordinary decoding does
+
+
+def test_the_command_refuses_what_may_leave_a_table_of_positions_alone(table_model):
+    """`jacobi-hf generate` refused every text beyond `max_position_embeddings`."""
+    check_table(table_model, 4, 21)
+    with pytest.raises(ValueError, match="may need 25 positions, and the model has a table of 24"):
+        check_table(table_model, 4, 22)
+    check_table(tiny_model("qwen3"), 4, 3000)
 
 
 class MyCache(DynamicCache):
@@ -176,6 +204,14 @@ TAKEN = {
     "new ids with a mask of their own": (
         {"input_ids": torch.tensor([[4, 5]]), "attention_mask": torch.ones(1, 2), CACHE: filled(1, 3, dynamic)},
         "a cache of 3 tokens before a prompt of 2",
+    ),
+    "embeddings of the new text alone": (
+        {
+            "inputs_embeds": torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)),
+            "attention_mask": torch.ones(1, 7),
+            CACHE: filled(1, 2, dynamic),
+        },
+        "embeddings of 5 tokens where cache and prompt have 7",
     ),
     "a cache of a subclass": ({"input_ids": PLAIN, CACHE: filled(1, 2, lambda c: MyCache(config=c))}, "MyCache"),
     "an empty cache of a subclass": (
