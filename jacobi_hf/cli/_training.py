@@ -37,12 +37,20 @@ def of_method(method: str) -> type:
 def training_arguments() -> type:
     """Return a dataclass with the fields of `TrainingArguments` of the installed transformers, without its code.
 
-    A default that is no literal counts as None.
+    A default that is no literal counts as None. If the source cannot be read, return the class itself.
     """
+    try:
+        return _from_source()
+    except (OSError, SyntaxError, ValueError):  # a build without sources
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+
+def _from_source() -> type:
     package = find_spec("transformers")
-    assert package is not None
-    assert package.origin is not None
-    source = (Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8")
+    folder = Path(package.origin or "").parent if package else Path()
+    source = (folder / "training_args.py").read_text(encoding="utf-8")
     (found,) = (one for one in ast.parse(source).body if getattr(one, "name", "") == "TrainingArguments")
     assert isinstance(found, ast.ClassDef)
     fields = {field[0]: field for node in found.body if (field := _field(node))}

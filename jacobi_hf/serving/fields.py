@@ -54,6 +54,8 @@ _TOOLS = "functions are given as tools."
 _IDS = "token ids are not taken from requests; stop takes strings, and logit_bias takes ids."
 _TEXT_ONLY = "models here read and write text alone."
 
+_ELSEWHERE = "is for the other endpoint of /v1/chat/completions and /v1/completions: leave it out."
+
 # Fields that would change the answer, which the server cannot do.
 REFUSED = {
     "add_generation_prompt": Refusal("an answer is always a new turn.", (True,)),
@@ -119,15 +121,16 @@ def reject_refused(body: Mapping[str, Any], served: Collection[str], elsewhere: 
     for name, value in body.items():
         if name in served or name in NEUTRAL:
             continue
-        if name not in REFUSED:
-            raise ValueError(f"{name} {_unknown(name, served, elsewhere)}")
-        if value is not None and not _is_one_of(value, REFUSED[name].harmless):
+        if name in elsewhere:
+            if not _is_one_of(value, (None, False, [])):
+                raise ValueError(f"{name}={short(value)} {_ELSEWHERE}")
+        elif name not in REFUSED:
+            raise ValueError(f"{name} {_unknown(name, served)}")
+        elif not _is_one_of(value, (None, *REFUSED[name].harmless)):
             raise ValueError(f"{name}={short(value)} is not served: {REFUSED[name].reason}")
 
 
-def _unknown(name: str, served: Collection[str], elsewhere: Collection[str]) -> str:
-    if name in elsewhere:
-        return "is no field of this endpoint: the other one of /v1/chat/completions and /v1/completions has it."
+def _unknown(name: str, served: Collection[str]) -> str:
     close = difflib.get_close_matches(name, [*served, *NEUTRAL, *REFUSED], 1)
     return (
         f"is no field of a request; did you mean {close[0]}?" if close else "is no field of a request: leave it out."

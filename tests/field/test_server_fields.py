@@ -240,8 +240,58 @@ def test_unknown_fields_are_refused_with_the_nearest_name(served, path):
     """A typing error in a field must not change the answer silently."""
     assert "did you mean temperature?" in served.refusal(path, temprature=0.5)
     assert "leave it out" in served.refusal(path, zzzzz=1)
-    elsewhere = {"chat/completions": {"echo": True}, "completions": {"tools": []}}
-    assert "no field of this endpoint" in served.refusal(path, **elsewhere[path])
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "nothing"),
+    [
+        ("chat/completions", "echo", True, False),
+        ("chat/completions", "best_of", 3, None),
+        ("completions", "tools", [{}], []),
+        ("completions", "parallel_tool_calls", True, False),
+    ],
+)
+def test_a_field_of_the_other_endpoint_is_refused_if_it_asks_for_something(served, path, name, value, nothing):
+    assert f"{name}={value} is for the other endpoint" in served.refusal(path, **{name: value})
+    assert served.post(path, **{name: nothing}).status_code == 200
+
+
+BODIES = {
+    "langchain": {
+        "best_of": 1,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "logprobs": None,
+        "max_tokens": 12,
+        "n": 1,
+        "presence_penalty": 0,
+        "prompt": [PROMPT, OTHER],
+        "seed": None,
+        "temperature": 0.0,
+        "top_p": 1,
+    },
+    "a benchmark of vLLM": {
+        "ignore_eos": False,
+        "logprobs": None,
+        "max_tokens": 12,
+        "prompt": [PROMPT, OTHER],
+        "repetition_penalty": 1.0,
+        "temperature": 0.0,
+    },
+    "lm-evaluation-harness": {
+        "max_tokens": 12,
+        "prompt": [PROMPT, OTHER],
+        "seed": 1234,
+        "stop": ["<|endoftext|>", "\n\n\n"],
+        "temperature": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_whole_requests_of_known_clients(served, body):
+    """The bodies that these clients send, with all their defaults spelt out."""
+    assert served.choices(**body) == [served.generated(PROMPT), served.generated(OTHER)]
 
 
 @pytest.mark.parametrize(

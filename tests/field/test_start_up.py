@@ -125,7 +125,7 @@ def test_a_verb_without_its_extra_says_which_one(tmp_path):
 
 
 LAZY = """
-import importlib, inspect, sys
+import importlib, importlib.util, inspect, sys
 import jacobi_hf
 assert not {"torch", "transformers"} & set(sys.modules)
 assert jacobi_hf.config.MULTIBLOCK == jacobi_hf.JacobiConfig().decoding
@@ -136,6 +136,7 @@ for name in "trainer.run", "tuning.autotune", "hub_cards.push", "inspection", "e
 modelling = "transformers.models.qwen3.modeling_qwen3"
 assert modelling not in sys.modules  # or its registration would import half a package
 assert all(getattr(jacobi_hf, name) for name in (*jacobi_hf.__all__, "register_defaults"))
+assert "class Qwen3ForCausalLM" in importlib.util.find_spec(modelling).loader.get_source(modelling)
 from transformers import AutoModelForCausalLM, Qwen3Config
 model = AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=8, hidden_size=8, num_hidden_layers=1))
 assert type(model).__bases__[0] is jacobi_hf.JacobiGenerationMixin
@@ -193,6 +194,12 @@ def test_the_options_of_training_arguments_are_those_of_the_installed_transforme
             assert own[name].nargs == action.nargs, name
         if action.type in (int, float):
             assert own[name].type is action.type, name
+
+
+def test_without_the_source_of_training_arguments_the_class_itself_is_loaded(monkeypatch):
+    """A build of transformers that holds no sources."""
+    monkeypatch.setattr("jacobi_hf.cli._training.find_spec", lambda name: None)
+    assert training_arguments.__wrapped__() is TrainingArguments
 
 
 WORDS = {
