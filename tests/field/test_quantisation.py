@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from jacobi_hf.cli import app
 from jacobi_hf.integration.quantisation import _BY_METHOD, shared_scales
+from jacobi_hf.results.schema import Results
 from tests.docs.pages import ROOT
 from tests.helpers.models import VOCAB, fresh_model
 
@@ -243,3 +244,18 @@ def test_every_method_of_the_installed_transformers_is_decided():
     decided = INDEPENDENT | _BY_METHOD.keys() | {"bitsandbytes_8bit"}
     assert methods - {"bitsandbytes"} <= decided
     assert not INDEPENDENT & _BY_METHOD.keys()
+
+
+def test_the_measured_rates_tell_a_shared_scale_from_rounding():
+    """The stored results: only a shared scale changes texts in float64, for guesses and for batches alike."""
+    results = Results.read(ROOT / "examples/benchmarks/results/quantised.json")
+    differ: dict[tuple[str, str], int] = {}
+    for one in results.measurements:
+        assert one.agreement is not None
+        key = (one.extra["scheme"], one.decoder.kind)
+        differ[key] = differ.get(key, 0) + len(one.agreement.different)
+    for decoder in ("jacobi_multiblock", "generate"):
+        assert not differ["not quantised", decoder]
+        assert not differ["a scale for each token, float64", decoder]
+        shared = ("torch dynamic int8", "a scale for each tensor, float64", "LLM.int8, threshold 6, float64")
+        assert min(differ[scheme, decoder] for scheme in shared) > differ["a scale for each token, float32", decoder]
