@@ -19,6 +19,7 @@ from jacobi_hf.attention.interface import attention_of, layer_types, usable_kern
 from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
+from jacobi_hf.integration.forward import problem_of
 from jacobi_hf.integration.quantisation import shared_scales
 from jacobi_hf.integration.registry import check_can_decode, registered
 from jacobi_hf.integration.support import fallback_reason, refusal_reason
@@ -202,9 +203,9 @@ def _decoding_of(model: Any, generation_config: GenerationConfig) -> tuple[str, 
         saved = JacobiConfig.from_generation_config(generation_config)
     except (TypeError, ValueError) as error:
         return REFUSED, str(error)
-    if reason := refusal_reason(model, generation_config.get_generation_mode(), generation_config):
+    if reason := refusal_reason(generation_config.get_generation_mode(), generation_config):
         return FALLS_BACK if saved else REFUSED, f"Jacobi decoding does not work with {reason}."
-    if reason := fallback_reason(model, generation_config):
+    if reason := fallback_reason(model, generation_config) or problem_of(model):
         return FALLS_BACK, f"Jacobi decoding does not support {reason}."
     return RUNS, None
 

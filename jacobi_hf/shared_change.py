@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+class CallHook:
+    """A hook on a module of a model for the time of a call.
+
+    Somebody may copy or pickle the model meanwhile. The copy has a hook from the standard library instead, which takes
+    anything and returns None. So it does nothing, and it loads where this package is not installed.
+
+    Args:
+        hook: what the hook does.
+        is_drafters: whether it is a drafter's, which may be compiled together with the model's forward.
+    """
+
+    def __init__(self, hook: Callable[..., Any], *, is_drafters: bool = False) -> None:
+        self._hook = hook
+        self.is_drafters = is_drafters
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the hook."""
+        return self._hook(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a hook that does nothing."""
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> Any:
+        """Pickle a hook that does nothing."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class SharedChange:

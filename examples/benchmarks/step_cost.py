@@ -45,7 +45,7 @@ from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.execution.buffers import CallBuffers
 from jacobi_hf.execution.choose import execution_for
 from jacobi_hf.integration.compat import CACHE
-from jacobi_hf.integration.forward import ModelForward, jacobi_attention
+from jacobi_hf.integration.forward import ModelForward
 from jacobi_hf.results.schema import Decoder, Measurement, Prompts, Results
 
 WIDTHS = (1, 8, 16, 32, 64, 128, 192, 256)
@@ -117,7 +117,7 @@ def timed_steps(
         synchronize(device)
         return time.perf_counter() - started, returned - started
 
-    with torch.no_grad(), jacobi_attention(model):
+    with torch.no_grad():
         forward = ModelForward(model, cache, sources, last)
         for name, execution in executions.items():  # allocate, compile, warm up
             for width in track(widths, description=name, console=Console(stderr=True)):

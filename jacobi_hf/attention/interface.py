@@ -1,24 +1,13 @@
-"""The attention implementations that models run during Jacobi decoding, and the masks that these take.
-
-A call with Jacobi decoding switches a model from `sdpa`, `flex_attention` or `flash_attention_2` to an implementation
-of this module, whose name has `jacobi_` in front. The type of a mask says which kernel is to run (`StepMasks`). Any
-other mask goes to transformers' own function. So for other forwards of the same model, nothing changes.
-"""
+"""The masks of a step, in the form that each attention implementation of a model takes."""
 
 from __future__ import annotations
 
-import copy
-import zlib
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from jacobi_hf.attention.kernels import flash, flash_attn_with_kvcache, flex, grouped_mask, grouped_sdpa, has_flex
+from jacobi_hf.attention.dispatch import EAGER, FLASH, FLEX, SDPA, AttentionProbe
+from jacobi_hf.attention.kernels import flash_attn_with_kvcache, grouped_mask, has_flex
 from jacobi_hf.attention.masks import attention_mask, block_mask, mask_from_table, mask_table
 
 if TYPE_CHECKING:
@@ -28,49 +17,34 @@ if TYPE_CHECKING:
 
     from jacobi_hf.decoding.layout import Layout
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-SDPA = "sdpa"
-FLEX = "flex_attention"
-FLASH = "flash_attention_2"
-# A copy of this code in a repository's custom_generate must not take the package's names in transformers' registry.
-_PREFIX = "jacobi_" if __name__ == "jacobi_hf.attention.interface" else f"jacobi_{zlib.crc32(__name__.encode()):08x}_"
-OURS = {own: _PREFIX + own for own in (SDPA, FLEX, FLASH)}
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+LAYER_TYPES = {FULL, SLIDING}
 # Implementations that take any bool mask.
-TAKES_MASK = (SDPA, "eager", OURS[SDPA])
+TAKES_MASK = (SDPA, EAGER)
 # Forwards with more slots are prefills. `grouped_sdpa` repeats the mask, which would cost them more than it saves.
 GROUPED_SLOTS = 512
-# Arguments of transformers' attention functions that change the result, and that our kernels do not have.
-_UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 def attention_of(config: Any) -> str:
-    """Return the name of the attention implementation that a model with this config runs."""
-    return str(config._attn_implementation)
+    """Return the name of the attention implementation that a model with this config runs.
 
-
-def own_attention_of(config: Any) -> str:
-    """Return the name of the attention implementation that a model was loaded with, also while it runs one of ours."""
-    return attention_of(config).removeprefix(_PREFIX)
+    While `generate_batch` runs on a model, its config may have the name with "paged|" in front.
+    """
+    return str(config._attn_implementation).removeprefix("paged|")
 
 
 def cannot_attend(config: Any) -> str | None:
     """Return why a model's attention implementation cannot take our masks, with advice; None if it can."""
-    own = own_attention_of(config)
+    own = attention_of(config)
     if own == FLASH and flash_attn_with_kvcache() is None:
         problem = "for which the package flash-attn is not installed"
-    elif own not in (*OURS, "eager"):
+    elif own not in (SDPA, FLEX, FLASH, EAGER):
         problem = "which takes no mask of our own"
     else:
         return None
     advice = "load the model with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
     return f"attn_implementation={own!r}, {problem}: {advice}"
-
-
-def groups_of(config: Any) -> int:
-    """Return the number of query heads for each key/value head; 1 if a config has no such groups."""
-    heads = getattr(config, "num_attention_heads", None)
-    shared = getattr(config, "num_key_value_heads", None)
-    return heads // shared if heads and shared and heads % shared == 0 else 1
 
 
 def layer_types(config: Any) -> list[str]:
@@ -95,73 +69,6 @@ def usable_kernels(own: str, device: torch.device, dtype: torch.dtype, head_dim:
     return usable | {FLASH} if own == FLASH and head_dim % 8 == 0 else usable
 
 
-def step_attention(
-    own: str,
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute attention: the function of the implementation `OURS[own]`.
-
-    Args:
-        own: name of the implementation that takes over for masks that are not ours.
-        module: the attention module.
-        query: `(B, heads, Q, head_dim)`.
-        key: `(B, key/value heads, K, head_dim)`.
-        value: `(B, key/value heads, K, head_dim)`.
-        attention_mask: a mask of `StepMasks`, or any mask that `own` takes.
-        dropout: probability, as transformers passes it.
-        scaling: factor of the scores; None for the default.
-        kwargs: further arguments of transformers' attention functions.
-
-    Returns:
-        the output, `(B, Q, heads, head_dim)`, and None instead of weights.
-
-    Raises:
-        ValueError: an argument changes the result in a way that our kernels do not support.
-    """
-    mask = attention_mask
-    slots = query.shape[2]
-    groups = query.shape[1] // key.shape[1]
-    is_dense = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
-    if unknown and is_dense and own != SDPA:
-        raise ValueError(
-            f"Jacobi decoding does not support attention with {unknown[0]}: load the model with "
-            "attn_implementation='eager'."
-        )
-    if isinstance(mask, BlockMask) and not unknown:
-        return flex(query, key, value, mask, scaling), None
-    if is_dense and mask.dtype == torch.int32:
-        return flash(query, key, value, mask.flatten(), kwargs.get("sliding_window"), scaling), None
-    if is_dense and groups > 1 and mask.shape[2] == groups * slots and not unknown:
-        return grouped_sdpa(query, key, value, mask, scaling, dropout), None
-    if is_dense:
-        own = SDPA
-        if not mask.shape[3]:  # plain causality, for which sdpa needs no mask; without a mask it does not repeat keys
-            mask = None
-            key = key[:, :, :slots]
-            value = value[:, :, :slots]
-    if own == FLASH:  # transformers' function reads the name of the implementation in the config
-        module = copy.copy(module)
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation = own
-    output: tuple[torch.Tensor, torch.Tensor | None] = ALL_ATTENTION_FUNCTIONS[own](
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return output
-
-
-for _own, _ours in OURS.items():
-    AttentionInterface.register(_ours, partial(step_attention, _own))
-    AttentionMaskInterface.register(_ours, ALL_MASK_ATTENTION_FUNCTIONS[_own])
-
-
 class MaskBuilder:
     """Builder of the `attention_mask` argument of a model's forward, from one bool mask for each kind of layer.
 
@@ -170,15 +77,15 @@ class MaskBuilder:
         dtype: of the model.
 
     Attributes:
-        windows: sliding window of each kind of layer; None for full attention.
+        windows: sliding window of each kind of layer; None for full attention. They are taken from the config.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
         text_config = config.get_text_config(decoder=True)
         self._dtype = dtype
-        self._own = own_attention_of(text_config)
-        self.windows = {
-            kind: text_config.sliding_window if kind == "sliding_attention" else None
+        self._own = attention_of(text_config)
+        self.windows: dict[str, int | None] = {
+            kind: text_config.sliding_window if kind == SLIDING else None
             for kind in sorted(set(layer_types(text_config)))
         }
 
@@ -200,14 +107,14 @@ class MaskBuilder:
 
     def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
         """Return an additive mask for eager attention, which would silently add a bool mask to the scores."""
-        if self._own != "eager":
+        if self._own != EAGER:
             return allowed
         forbidden = torch.finfo(self._dtype).min  # of float64, it is more than float32 holds
         return torch.zeros_like(allowed, dtype=self._dtype).masked_fill_(~allowed, forbidden)
 
 
 class StepMasks(MaskBuilder):
-    """Builder of the `attention_mask` argument of a step's forward; it chooses the kernel by the type of the mask.
+    """Builder of the `attention_mask` argument of a step's forward; it chooses the kernel by the form of the mask.
 
     | kernel | mask |
     |---|---|
@@ -216,23 +123,49 @@ class StepMasks(MaskBuilder):
     | FlexAttention | a `BlockMask` |
     | flash-attn | int32 `(B, 1, 1, 1)`, the number of filled columns |
 
+    Which masks a model needs is learnt from a first forward, in which its own code asks for them (`probe`, `learn`).
+
     Args:
-        model: a model that runs one of our implementations gets masks for our kernels. Another model gets plain masks.
+        model: the model.
         device: where the model takes its masks.
+
+    Attributes:
+        is_learnt: whether the windows are those that the model asked for. Before, they are what its config says.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         super().__init__(model.config, model.dtype)
         config = model.config.get_text_config(decoder=True)
         self._device = device
-        self._groups = groups_of(config)
+        self._groups = 1
         self._usable = set[str]()
+        self._has_kernels = self._own in (SDPA, FLEX, FLASH)
         is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        self._is_ours = attention_of(config) in OURS.values()
-        if self._is_ours and not is_spread and not getattr(config, "attention_dropout", 0):
-            heads = getattr(config, "num_attention_heads", None)
-            head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-            self._usable = usable_kernels(self._own, device, model.dtype, head_dim)
+        self._may_use_kernels = self._has_kernels and not is_spread and not getattr(config, "attention_dropout", 0)
+        self._takes_several = getattr(config, "layer_types", None) is not None
+        self.is_learnt = False
+
+    def probe(self, layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> AttentionProbe:
+        """Return a probe that gives a model the masks for the slots of a layout as the model asks for them."""
+        return AttentionProbe(lambda window: self._of_layer(SDPA, layout, lengths_B, key_column_K, window))
+
+    def learn(self, probe: AttentionProbe) -> str | None:
+        """Take over what a forward has shown; return why the model cannot decode with masks of ours, or None."""
+        windows = {FULL if window is None else SLIDING: window for window in probe.windows}
+        if probe.problem:
+            return probe.problem
+        if not windows:
+            return "attention whose mask is not the one that transformers' mask functions return"
+        if self._has_kernels and not probe.groups:
+            return "attention that does not go through transformers' attention functions"
+        if len(windows) < len(probe.windows) or (len(windows) > 1 and not self._takes_several):
+            return "layers whose masks cannot be told apart by their type"
+        self.windows = windows
+        self._groups = next(iter(probe.groups)) if len(probe.groups) == 1 and probe.takes_groups else 1
+        if self._may_use_kernels and probe.takes_groups and len(probe.head_dims) == 1:
+            self._usable = usable_kernels(self._own, self._device, self._dtype, next(iter(probe.head_dims)))
+        self.is_learnt = True
+        return None
 
     def of_step(self, layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> Any:
         """Return the argument for a forward over the slots of a layout.
@@ -250,7 +183,7 @@ class StepMasks(MaskBuilder):
         return all(self._sees_all(slots, window) for window in self.windows.values())
 
     def _sees_all(self, slots: int, window: int | None) -> bool:
-        return self._is_ours and (window is None or window >= slots)
+        return self._has_kernels and (window is None or window >= slots)
 
     def _kernel(self, layout: Layout) -> str:
         """Return the kernel for a forward over a layout.
@@ -273,7 +206,8 @@ class StepMasks(MaskBuilder):
             return torch.empty(1, 1, 0, 0, device=self._device)
         if kernel == FLEX:
             return block_mask(layout, lengths_B, key_column_K, window)
-        grouped = self._is_ours and layout.slots <= GROUPED_SLOTS
+        # Without groups the mask has the form of an ordinary one, and FlexAttention takes none that is additive.
+        grouped = self._has_kernels and layout.slots <= GROUPED_SLOTS and (self._groups > 1 or self._own != FLEX)
         if grouped and window is None and not torch.compiler.is_compiling():  # compiled, a dense mask is one kernel
             table = mask_table(layout, self._groups, self._dtype)
             return mask_from_table(table, lengths_B, key_column_K).to(self._device)

@@ -226,6 +226,11 @@ def block_mask(
     )
 
 
+def is_step_block_mask(mask: BlockMask) -> bool:
+    """Return whether `block_mask` made a mask."""
+    return getattr(mask.mask_mod, "__module__", None) == __name__
+
+
 def _partial_blocks(
     layout: Layout, lengths_B: torch.Tensor, sliding_window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

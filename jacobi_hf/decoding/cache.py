@@ -198,6 +198,11 @@ class JacobiStaticCache(StaticCache):
         """The columns that the slots of the current forward are written to."""
         return self._step.slot_BQ
 
+    @property
+    def used_layers(self) -> list[JacobiStaticLayer]:
+        """The layers that have keys and values: in some models, others read those of a layer before them."""
+        return [layer for layer in self.layers if layer.is_initialized]
+
     def commit(self, counts_B: torch.Tensor, slot_BN: torch.Tensor | None = None) -> None:
         """Make slots of the last forward part of each row.
 
@@ -209,7 +214,7 @@ class JacobiStaticCache(StaticCache):
         if slot_BN is not None:
             first_B1 = self.lengths_B[:, None]
             target_BN = first_B1 + torch.arange(slot_BN.shape[1], device=slot_BN.device)
-            for layer in self.layers:
+            for layer in self.used_layers:
                 layer.write(target_BN, *layer.read(first_B1 + slot_BN))
         self.lengths_B += counts_B
 
@@ -235,7 +240,9 @@ class JacobiStaticCache(StaticCache):
         """
         past = int(source.get_seq_length())
         place_BL = place_BL[:, :past]
-        for mine, theirs in zip(self.layers, source.layers, strict=True):
+        for mine, theirs in zip(self.layers, source.layers, strict=False):
+            if not theirs.is_initialized or theirs.keys is None:
+                continue
             keys = theirs.keys
             values = theirs.values
             if row_B is not None:
@@ -263,6 +270,8 @@ class JacobiStaticCache(StaticCache):
             frees: whether to free this cache, layer by layer. It cannot be used afterwards.
         """
         for number, layer in enumerate(self.layers):
+            if not layer.is_initialized:
+                continue
             keys, values = layer.read(place_BN)
             if frees:
                 layer.keys = None

@@ -8,7 +8,10 @@ import torch
 
 
 class NotServedError(Exception):
-    """Input that ordinary decoding takes and Jacobi decoding does not; the message says what it is."""
+    """A model or an input that ordinary decoding takes and Jacobi decoding does not; the message says what it is.
+
+    Nothing has been decoded when it is raised, so the call goes on in the ordinary way.
+    """
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jacobi_hf.drafts.lora_format import (
     shapes_of_factors,
     write_drafter_files,
 )
-from jacobi_hf.shared_change import SharedChange
+from jacobi_hf.shared_change import CallHook, SharedChange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -237,7 +237,7 @@ class LoraDrafter(torch.nn.Module):
         finally:
             self._gate.first = None
 
-    def _delta_hook(self, key: str) -> Any:
+    def _delta_hook(self, key: str) -> CallHook:
         def add_delta(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             gate = self._gate
             if gate.first is None:
@@ -255,25 +255,22 @@ class LoraDrafter(torch.nn.Module):
             delta = torch.nn.functional.linear(torch.nn.functional.linear(inputs, lora_A), lora_B)
             return _added(output, (delta * self.scale).to(output.dtype), gate)
 
-        add_delta.is_drafters = True  # type: ignore[attr-defined]
-        return add_delta
+        return CallHook(add_delta, is_drafters=True)
 
-    def _token_hook(self) -> Any:
+    def _token_hook(self) -> CallHook:
         def show_constant(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             if self._gate.first is None:
                 return None
             token_BQ, *rest = args
             return (self.replace_drafts(token_BQ, self._gate.slots - self._gate.first), *rest)
 
-        show_constant.is_drafters = True  # type: ignore[attr-defined]
-        return show_constant
+        return CallHook(show_constant, is_drafters=True)
 
-    def _embedding_hook(self) -> Any:
+    def _embedding_hook(self) -> CallHook:
         def add_embedding(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             return output if self._gate.first is None else _added(output, self.embedding.to(output.dtype), self._gate)
 
-        add_embedding.is_drafters = True  # type: ignore[attr-defined]
-        return add_embedding
+        return CallHook(add_embedding, is_drafters=True)
 
 
 def _added(output: torch.Tensor, delta: torch.Tensor, gate: _Gate) -> torch.Tensor:

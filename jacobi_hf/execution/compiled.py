@@ -179,7 +179,7 @@ def with_own_code(function: Any) -> Any:
 def mark_lengths(state: DecodingState) -> None:
     """Mark for the compiler which sizes change from call to call: those that follow from the lengths of the texts."""
     sized = [(state.text_BL, 1), (state.cache.column_C, 0)]
-    for layer in state.cache.layers:
+    for layer in state.cache.used_layers:
         sized += [(layer.keys, 2), (layer.values, 2)]
     for source in state.sources.all:
         sized += source.sized_by_length()

@@ -1,4 +1,4 @@
-"""What is kept with a model between calls: compiled steps, and buffers with their CUDA graphs."""
+"""What is kept with a model between calls: compiled steps, buffers with their CUDA graphs, and how it attends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
+    from jacobi_hf.attention.dispatch import AttentionProbe
     from jacobi_hf.execution.buffers import CallBuffers
 
 
@@ -16,11 +17,13 @@ class Kept:
     Attributes:
         steps: compiled steps by their key.
         buffers: those that no call is using, each with its key; the last used one is at the end.
+        probes: what a first forward has shown of the model's attention, see `jacobi_hf.integration.forward`.
     """
 
     def __init__(self) -> None:
         self.steps: dict[Any, Any] = {}
         self.buffers: list[tuple[Any, CallBuffers]] = []
+        self.probes: dict[Any, AttentionProbe] = {}
 
 
 _kept_by_model: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()

@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from jacobi_hf.attention.interface import MaskBuilder
 from jacobi_hf.decoding.loop import Decoder
@@ -21,7 +22,7 @@ from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.execution.buffers import CallBuffers, acquire
 from jacobi_hf.execution.choose import execution_for
 from jacobi_hf.integration.compat import CACHE
-from jacobi_hf.integration.forward import ModelForward, jacobi_attention
+from jacobi_hf.integration.forward import ModelForward, unknown_layers
 from jacobi_hf.integration.support import cannot_compile, fixed_positions
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 
@@ -69,7 +70,11 @@ class GenerateCall:
         self._cache: Cache | None = model_kwargs.get(CACHE)
         self._own_cache = self._cache if own_cache else None
         text_config = model.config.get_text_config(decoder=True)
-        past = cached_tokens(self._own_cache, len(input_ids), text_config.num_hidden_layers)
+        if reason := unknown_layers(self._cache):
+            raise NotServedError(reason)
+        shared = getattr(text_config, "num_kv_shared_layers", 0) or 0  # these read the keys of layers before them
+        layers = text_config.num_hidden_layers
+        past = cached_tokens(self._own_cache, len(input_ids), {0, layers, layers - shared})
         self._prompt = read_prompt(
             input_ids,
             model_kwargs.get("attention_mask"),
@@ -86,7 +91,8 @@ class GenerateCall:
         prompt = self._prompt
         last = prompt.total + self._limit - 1  # columns of all tokens but the last one
         if isinstance(self._own_cache, StaticCache):
-            room = min((int(x.max_cache_len) for x in self._own_cache.layers if not x.is_sliding), default=last)
+            full = [layer for layer in self._own_cache.layers if type(layer) is StaticLayer]
+            room = min((int(layer.max_cache_len) for layer in full), default=last)
             if prompt.total > room:
                 raise ValueError(f"{CACHE} holds {room} tokens, the prompt has {prompt.total}: give a larger cache.")
             if last > room:
@@ -168,10 +174,9 @@ class GenerateCall:
         last_position_B1 = buffers.store("last position", prompt.tokens_B[:, None] + self._limit - 2)
         try:
             with contextlib.ExitStack() as during_call:
-                during_call.enter_context(jacobi_attention(self._model))
                 for source in state.sources.all:
                     during_call.enter_context(source.during_call(self._model))
-                forward = ModelForward(self._model, buffers.cache, state.sources, last_position_B1)
+                forward = ModelForward(self._model, buffers.cache, state.sources, last_position_B1, self._cache)
                 during_call.enter_context(forward.tapping())
                 decoder = Decoder(
                     forward,
@@ -221,13 +226,13 @@ class GenerateCall:
         return bool(self._model._has_unfinished_sequences(done, synced_gpus, device=self._input_BP.device))
 
 
-def cached_tokens(cache: Cache | None, rows: int, layers: int) -> int:
+def cached_tokens(cache: Cache | None, rows: int, layers: set[int]) -> int:
     """Return how many columns a caller's cache holds; 0 without one.
 
     Args:
         cache: the caller's, or None.
         rows: rows of the prompt.
-        layers: decoder layers of the model.
+        layers: how many layers a cache of the model may have.
 
     Raises:
         ValueError: a cache of another batch.
@@ -244,6 +249,6 @@ def cached_tokens(cache: Cache | None, rows: int, layers: int) -> int:
     held = [len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys is not None]
     if held and held[0] != rows and (past or isinstance(cache, StaticCache)):
         raise ValueError(f"{CACHE} holds a batch of {held[0]} rows, the prompt has {rows}.")
-    if len(cache.layers) not in (0, layers):
-        raise NotServedError(f"a {CACHE} of {len(cache.layers)} layers for a model of {layers}")
+    if len(cache.layers) not in layers:
+        raise NotServedError(f"a {CACHE} of {len(cache.layers)} layers for a model of {max(layers)}")
     return past

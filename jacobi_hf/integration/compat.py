@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import cache_utils
 from transformers.generation import GenerateDecoderOnlyOutput
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 # 5.24 renamed the cache in the arguments of forwards and of `generate`, and in the fields of their outputs.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+# Kinds of layers of a cache that keep keys and values of tokens, or nothing. 5.24 brought the kind that keeps nothing.
+_KINDS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "DummyLayer")
+CACHE_LAYERS = tuple(getattr(cache_utils, name) for name in _KINDS if hasattr(cache_utils, name))
 
 # torch 2.9 brought Muon; None before.
 MUON = getattr(torch.optim, "Muon", None)

@@ -1,4 +1,4 @@
-"""The model's forward over the slots of a layout, and the switch to our attention."""
+"""The model's forward over the slots of a layout."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DynamicCache
 
-from jacobi_hf.attention.interface import OURS, StepMasks, attention_of
+from jacobi_hf.attention.dispatch import AttentionProbe, probing
+from jacobi_hf.attention.interface import StepMasks, attention_of, layer_types
+from jacobi_hf.decoding.prompt import NotServedError
 from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput
-from jacobi_hf.integration.compat import CACHE, kept_logits, logits_to_keep
-from jacobi_hf.shared_change import SharedChange
+from jacobi_hf.execution.kept import kept_for
+from jacobi_hf.integration.compat import CACHE, CACHE_LAYERS, kept_logits, logits_to_keep
+from jacobi_hf.shared_change import CallHook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator
+
+    from transformers import Cache
 
     from jacobi_hf.decoding.cache import JacobiStaticCache
+    from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.drafts.sources import Sources
+
+
+# What a forward raises that cannot run with our cache and masks.
+_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 class ModelForward:
@@ -29,9 +39,20 @@ class ModelForward:
         sources: the draft sources of the call.
         last_position: the last position at which the call may need the model's choice, of each row `(B, 1)` or of all.
             Slots after it belong to rows that need fewer slots than others, and nothing reads their outcome.
+        ordinary_cache: the cache that ordinary decoding would use, or None.
+
+    Raises:
+        NotServedError: an earlier forward has shown that the model does not decode with our masks and such a cache.
     """
 
-    def __init__(self, model: Any, cache: JacobiStaticCache, sources: Sources, last_position: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: JacobiStaticCache,
+        sources: Sources,
+        last_position: torch.Tensor,
+        ordinary_cache: Cache | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._backbone = sources.backbone
@@ -39,25 +60,58 @@ class ModelForward:
         # With offloaded weights the model has no device of its own, and accelerate's hooks move the inputs.
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
         self._masks = StepMasks(model, self._device)
+        self._ordinary_cache = ordinary_cache
+        self._probes = kept_for(model).probes
+        self._key = _attention_key(model)
+        known = self._probes.get(self._key)
+        if known is not None:
+            self._learn(known)
         self._taps = sources.taps
         self._tapped: dict[int, torch.Tensor] = {}
 
     def __call__(self, inputs: ForwardInputs) -> ForwardOutput:
-        """Return logits and features; see `jacobi_hf.decoding.step.Forward`."""
+        """Return logits and features; see `jacobi_hf.decoding.step.Forward`.
+
+        In the first forward of a model, its own code asks for its masks.
+
+        Raises:
+            NotServedError: the first forward has shown that the model does not decode with our masks.
+        """
         layout = inputs.layout
         self._cache.open_step(layout.slots, inputs.key_column_K, layout.draft_slots)
-        arguments = self.arguments(inputs)
-        if layout.draft_slots and self._backbone is not None:
-            with self._backbone.during_forward(layout, len(self._cache.lengths_B)):
-                outputs = self._model(**arguments)
-            # A drafter that returns NaN must not make a processor fail.
-            outputs.logits[:, -layout.draft_slots :].nan_to_num_()
-        else:
-            outputs = self._model(**arguments)
+        outputs = self._outputs(layout, self.arguments(inputs)) if self._masks.is_learnt else self._first(inputs)
         logits = outputs.logits.to(self._cache.lengths_B.device)
         features = [self._tapped.pop(tap) for tap in self._taps if tap in self._tapped]
         features_BQF = torch.cat(features, -1) if features else None
         return ForwardOutput(kept_logits(logits, inputs.keep_BN, layout.slots), features_BQF)
+
+    def _outputs(self, layout: Layout, arguments: dict[str, Any]) -> Any:
+        if not layout.draft_slots or self._backbone is None:
+            return self._model(**arguments)
+        with self._backbone.during_forward(layout, len(self._cache.lengths_B)):
+            outputs = self._model(**arguments)
+        # A drafter that returns NaN must not make a processor fail.
+        outputs.logits[:, -layout.draft_slots :].nan_to_num_()
+        return outputs
+
+    def _first(self, inputs: ForwardInputs) -> Any:
+        """Return the outputs of a forward in which the model asks for its masks, and learn from it."""
+        layout = inputs.layout
+        probe = self._masks.probe(layout, self._cache.lengths_B, inputs.key_column_K)
+        try:
+            with probing(probe):
+                outputs = self._outputs(layout, self.arguments(inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except _ERRORS as error:
+            raise NotServedError(f"this model, whose forward fails with our cache and masks ({error})") from error
+        self._learn(probe)
+        self._probes[self._key] = probe.without_masks()
+        return outputs
+
+    def _learn(self, probe: AttentionProbe) -> None:
+        if reason := self._masks.learn(probe) or slides_alone(self._ordinary_cache, self._masks):
+            raise NotServedError(reason)
 
     def needs_mask(self, slots: int, *, without_past: bool) -> bool:
         """Return whether a chain of `slots` slots needs a mask; see `StepMasks.is_causal`."""
@@ -72,13 +126,18 @@ class ModelForward:
         return {
             "input_ids": None if inputs.token_BQ is None else inputs.token_BQ.to(self._device),
             "inputs_embeds": inputs.embeds_BQH,
-            "attention_mask": self._masks.of_step(layout, lengths_B, inputs.key_column_K),
+            "attention_mask": self._mask(inputs),
             "position_ids": position_BQ.clamp(max=self._last_position).to(self._device),
             CACHE: self._cache,
             "use_cache": True,
             "logits_to_keep": logits_to_keep(keep_BN, layout.slots),
             "return_dict": True,
         }
+
+    def _mask(self, inputs: ForwardInputs) -> Any:
+        if not self._masks.is_learnt:  # the model's code makes its masks itself if it is given none
+            return None
+        return self._masks.of_step(inputs.layout, self._cache.lengths_B, inputs.key_column_K)
 
     @contextlib.contextmanager
     def tapping(self) -> Iterator[None]:
@@ -95,27 +154,45 @@ class ModelForward:
             for handle in handles:
                 handle.remove()
 
-    def _tap_hook(self, tap: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+    def _tap_hook(self, tap: int) -> CallHook:
         def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
             self._tapped[tap] = output if isinstance(output, torch.Tensor) else output[0]
 
-        return keep
+        return CallHook(keep)
 
 
-_attention_of_calls = SharedChange()
-
-
-def jacobi_attention(model: Any) -> AbstractContextManager[None]:
-    """Return a context in which the model runs our version of its attention implementation.
-
-    To other forwards of the same model, our version is the implementation that the model was loaded with. The name is
-    changed in the config, because that is where attention modules look it up. Two models may share a config.
-    """
+def _attention_key(model: Any) -> tuple[Any, ...]:
+    """Return what must be equal for two calls of a model to attend in the same way."""
     config = model.config.get_text_config(decoder=True)
+    return attention_of(config), getattr(config, "sliding_window", None), tuple(layer_types(config))
 
-    def switch() -> Callable[[], None]:
-        own = attention_of(config)
-        config._attn_implementation = OURS.get(own, own)
-        return lambda: setattr(config, "_attn_implementation", own)
 
-    return _attention_of_calls.made(config, switch)
+def problem_of(model: Any) -> str | None:
+    """Return why a model does not decode with our masks and cache, seen in a forward of two tokens; None if it does.
+
+    The weights may be on the meta device. If the forward cannot run there, the first call will find out.
+    """
+    probe = AttentionProbe(lambda _: None)
+    cache = DynamicCache(config=model.config)
+    ids_BP = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad(), probing(probe):
+            model(ids_BP, **{CACHE: cache})
+    except Exception:  # noqa: BLE001  # nobody asked for this forward, so its error is of no interest
+        return None
+    masks = StepMasks(model, model.device)
+    return unknown_layers(cache) or masks.learn(probe) or slides_alone(cache, masks)
+
+
+def unknown_layers(cache: Any) -> str | None:
+    """Return what in the cache of a call keeps something else than keys and values of tokens, or None."""
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    other = sorted(kind.__name__ for kind in kinds if kind not in CACHE_LAYERS)
+    return f"layers that keep a state of their own ({', '.join(other)})" if other else None
+
+
+def slides_alone(cache: Cache | None, masks: StepMasks) -> str | None:
+    """Return what is wrong if the cache of a call keeps the last tokens only, and no mask of the model slides."""
+    if cache is None or not any(cache.is_sliding) or any(masks.windows.values()):
+        return None
+    return "layers whose cache keeps a sliding window although their mask does not slide"

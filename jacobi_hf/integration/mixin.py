@@ -141,7 +141,7 @@ class JacobiGenerationMixin:
         request: JacobiRequest | None = getattr(generation_config, _REQUEST, None)
         if request is None:
             return
-        refusal = refusal_reason(self, generation_mode, generation_config)
+        refusal = refusal_reason(generation_mode, generation_config)
         if refusal and request.in_call:
             raise ValueError(_contradiction(request.config.decoding, refusal))
         reason = refusal or fallback_reason(self, generation_config, own_positions=request.own_positions)
@@ -190,7 +190,10 @@ class JacobiGenerationMixin:
                 _fall_back(generation_config, request, f"this call ({error})")
         if call is not None and request is not None:
             warn_of_shared_scales(self, request.config.decoding)
-            return call.decode(logits_processor, streamer, synced_gpus=synced_gpus)
+            try:
+                return call.decode(logits_processor, streamer, synced_gpus=synced_gpus)
+            except NotServedError as reason:  # the first forward has shown it, before anything was decoded
+                _fall_back(generation_config, request, str(reason))
         return super()._sample(  # type: ignore[misc]
             input_ids,
             logits_processor,

@@ -24,23 +24,19 @@ _CACHES = (None, "static", "dynamic", "sliding_window", "hybrid", "hybrid_chunke
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def refusal_reason(model: Any, mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
+def refusal_reason(mode: GenerationMode, generation_config: GenerationConfig) -> str | None:
     """Return what in a call contradicts Jacobi decoding, or None.
 
     A call that names a `decoding` is refused for it. If the decoding comes from a saved generation config, the call is
     decoded in the ordinary way.
     """
-    config = model.config.get_text_config(decoder=True)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"{mode.value.replace('_', ' ')} (num_beams, assistant_model, prompt_lookup_num_tokens and the like)"
     if generation_config.cache_implementation not in _CACHES:
         return f"cache_implementation={generation_config.cache_implementation!r} (only 'static', 'dynamic' or none)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
-    if reason := cannot_attend(config):
-        return reason
-    unknown = set(layer_types(config)) - LAYER_TYPES
-    return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
+    return None
 
 
 def fallback_reason(model: Any, generation_config: GenerationConfig, *, own_positions: bool = False) -> str | None:
@@ -61,7 +57,12 @@ def fallback_reason(model: Any, generation_config: GenerationConfig, *, own_posi
         return "is_assistant=True (the call is one of assisted generation's)"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
-    if _frequencies_depend_on_length(model.config.get_text_config(decoder=True)):
+    config = model.config.get_text_config(decoder=True)
+    if reason := cannot_attend(config):
+        return reason
+    if unknown := set(layer_types(config)) - LAYER_TYPES:
+        return f"layers of type {', '.join(sorted(unknown))}"
+    if _frequencies_depend_on_length(config):
         return "rotary embeddings whose frequencies depend on the length (rope_type 'dynamic' and 'longrope')"
     if model.training and is_checkpointing(model):
         return "a model that is being trained with gradient checkpointing (which drops the cache)"

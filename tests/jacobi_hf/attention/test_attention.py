@@ -12,25 +12,26 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    padding_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jacobi_hf import register, unregister
+from jacobi_hf.attention import dispatch
 from jacobi_hf.attention import interface as attention
 from jacobi_hf.attention import kernels as jacobi_kernels
-from jacobi_hf.attention.interface import (
-    FLASH,
-    FLEX,
-    GROUPED_SLOTS,
-    OURS,
-    SDPA,
-    StepMasks,
-    step_attention,
-    usable_kernels,
-)
+from jacobi_hf.attention.dispatch import FLASH, FLEX, SDPA, AttentionProbe, is_of_step, window_of
+from jacobi_hf.attention.interface import GROUPED_SLOTS, StepMasks, usable_kernels
 from jacobi_hf.attention.masks import attention_mask
 from jacobi_hf.decoding.layout import build_layout, chain_layout
 from jacobi_hf.integration.compat import CACHE
-from jacobi_hf.integration.forward import jacobi_attention
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 from tests.helpers.properties import at_most
 
@@ -83,7 +84,7 @@ def kernels(monkeypatch):
             counts[name] += 1
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(attention, name, call)
+        monkeypatch.setattr(dispatch, name, call)
 
     package = ModuleType("flash_attn")
     package.flash_attn_with_kvcache = flash_attn_with_kvcache
@@ -92,8 +93,20 @@ def kernels(monkeypatch):
     monkeypatch.setattr("jacobi_hf.attention.kernels._compiled_flex_attention", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(attention, "usable_kernels", lambda own, *_: {own})
     for name in ("flex", "flash", "grouped_sdpa"):
-        counted(name, getattr(attention, name))
+        counted(name, getattr(dispatch, name))
     return counts
+
+
+def masks_of(own, query, key, window):
+    """Return the masks of a model at whose attention these states arrive, and which asks for this window."""
+    config = fresh_model("qwen3").config
+    config._attn_implementation = own
+    masks = StepMasks(SimpleNamespace(config=config, dtype=torch.float32), CPU)
+    probe = AttentionProbe(lambda window: torch.zeros(1, 1, 1, 1))
+    mask = probe.ask(causal_mask_function if window is None else sliding_window_causal_mask_function(window), window)
+    probe.arrive(own, query, key, key, mask, {})
+    assert masks.learn(probe) is None
+    return masks
 
 
 @pytest.mark.parametrize("own", [SDPA, FLEX, FLASH])
@@ -114,18 +127,12 @@ def test_every_kernel_is_dense_attention(kernels, own, lengths, cached, window, 
     query = torch.randn(batch, heads * groups, layout.slots, width)
     key, value = torch.randn(batch, heads, extent, width), torch.randn(batch, heads, extent, width)
     allowed = attention_mask(layout, lengths_B, torch.arange(extent), window)
-    config = fresh_model("qwen3").config
-    config.num_attention_heads, config.num_key_value_heads, config._attn_implementation = (
-        heads * groups,
-        heads,
-        OURS[own],
-    )
-    config.layer_types, config.sliding_window = ["full_attention" if window is None else "sliding_attention"], window
-    masks = StepMasks(SimpleNamespace(config=config, dtype=torch.float32), CPU)
-    mask = masks.of_step(layout, lengths_B, torch.arange(extent))
-    module = SimpleNamespace(num_key_value_groups=groups)
+    mask = masks_of(own, query, key, window).of_step(layout, lengths_B, torch.arange(extent))
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
     kernels.clear()
-    output, _ = step_attention(own, module, query, key, value, mask, scaling=0.3, sliding_window=window)
+    output, _ = ALL_ATTENTION_FUNCTIONS[own](
+        module, query, key, value, mask, dropout=0.0, scaling=0.3, sliding_window=window
+    )
     torch.testing.assert_close(output, dense(query, key, value, allowed, 0.3), atol=1e-5, rtol=1e-5)
     sdpa = {"grouped_sdpa"} if groups > 1 else set()
     assert set(kernels) == ({"flex"} if own == FLEX else {"flash"} if own == FLASH and layout.is_chain else sdpa)
@@ -141,16 +148,10 @@ def test_a_prefill_without_past_is_causal_without_a_mask(length, window, groups,
     torch.manual_seed(seed)
     layout, zero_B = chain_layout(length, CPU, without_past=True), torch.zeros(2, dtype=torch.long)
     query, key, value = torch.randn(2, 2 * groups, length, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
-    config = fresh_model("qwen3").config
-    config.num_attention_heads, config.num_key_value_heads, config._attn_implementation = 2 * groups, 2, OURS[SDPA]
-    config.layer_types, config.sliding_window = ["full_attention" if window is None else "sliding_attention"], window
-    mask = StepMasks(SimpleNamespace(config=config, dtype=torch.float32), CPU).of_step(
-        layout, zero_B, torch.arange(16)
-    )
+    mask = masks_of(SDPA, query, key, window).of_step(layout, zero_B, torch.arange(16))
     assert (mask.numel() == 0) == (window is None or window >= length)
-    output, _ = step_attention(
-        SDPA, SimpleNamespace(num_key_value_groups=groups), query, key, value, mask, scaling=0.3
-    )
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+    output, _ = ALL_ATTENTION_FUNCTIONS[SDPA](module, query, key, value, mask, dropout=0.0, scaling=0.3)
     allowed = attention_mask(layout, zero_B, torch.arange(16), window)
     torch.testing.assert_close(output, dense(query, key, value, allowed, 0.3), atol=1e-5, rtol=1e-5)
 
@@ -203,8 +204,8 @@ def test_compiled_steps_of_an_sdpa_model_run_flex(kernels, monkeypatch):
     """Each shape compiles once, for any lengths: one block of columns or more, with or without whole blocks."""
     model, compiler = fresh_model("qwen3"), CompileConfig(backend="eager", mode=None)
     monkeypatch.setattr(attention, "usable_kernels", lambda *_: {FLEX})
-    monkeypatch.setattr(attention, "flex", jacobi_kernels.flex)  # not counted, as counting is no tensor operation
-    monkeypatch.setattr(attention, "grouped_sdpa", lambda *_: pytest.fail("sdpa ran"))
+    monkeypatch.setattr(dispatch, "flex", jacobi_kernels.flex)  # not counted, as counting is no tensor operation
+    monkeypatch.setattr(dispatch, "grouped_sdpa", lambda *_: pytest.fail("sdpa ran"))
     knobs = {"jacobi_block_size": 2, "jacobi_max_blocks": 0, "jacobi_lookup_tokens": 3, "jacobi_pool_size": 0}
     shapes = 0
     for columns, new_tokens in ((5, 12), (125, 30)):
@@ -256,62 +257,71 @@ def test_kernels_that_cuda_has(monkeypatch, own, dtype, head_dim, usable):
     assert usable_kernels(own, torch.device("cuda"), dtype, head_dim) == usable
 
 
-@pytest.mark.parametrize("own", [FLEX, FLASH])
-def test_what_is_not_ours_goes_to_the_implementation_that_the_model_has(monkeypatch, own):
-    seen = []
-    monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS,
-        own,
-        lambda module, *args, **_: seen.append((module.config._attn_implementation, args[3])),
-    )
-    model = fresh_model("qwen3")
-    module, states = model.model.layers[0].self_attn, torch.zeros(1, 4, 3, 8)
-    model.config._attn_implementation = OURS[own]
-    for mask in (None, torch.ones(1, 3)):
-        step_attention(own, module, states, states[:, :2], states[:, :2], mask)
-        assert seen.pop() == (own if own == FLASH else OURS[own], mask)
-    assert module.config._attn_implementation == OURS[own]
-    with pytest.raises(ValueError, match="softcap"):
-        step_attention(own, module, states, states[:, :2], states[:, :2], torch.zeros(1, 1, 6, 3), softcap=3.0)
+@pytest.mark.parametrize("own", [SDPA, FLEX, FLASH])
+def test_masks_that_are_not_of_a_step_go_to_transformers_function(own):
+    states = torch.zeros(1, 4, 3, 8)
+    ordinary = [None, torch.ones(1, 3)]
+    if own == SDPA:
+        ordinary += [torch.ones(1, 1, 3, 3, dtype=torch.bool), torch.zeros(1, 4, 3, 3), torch.zeros(1, 1, 1, 3)]
+    if own == FLEX:
+        ordinary += [torch.zeros(1, 1, 3, 3)]
+    assert not any(is_of_step(own, states, states[:, :2], mask) for mask in ordinary)
+    of_step = [torch.empty(1, 1, 0, 0), torch.zeros(1, 1, 6, 3), torch.ones(1, 1, 1, 1, dtype=torch.int32)]
+    assert all(is_of_step(own, states, states[:, :2], mask) for mask in of_step)
+
+
+def test_transformers_functions_keep_their_names():
+    for own in (SDPA, FLEX, FLASH):
+        assert ALL_ATTENTION_FUNCTIONS[own].__module__.startswith("transformers.")
+        assert ALL_MASK_ATTENTION_FUNCTIONS[own].__module__.startswith("transformers.")
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2-sliding"])
 @pytest.mark.parametrize("columns", [5, GROUPED_SLOTS + 9])
-def test_to_everybody_else_it_is_sdpa(kind, columns):
+def test_ordinary_forwards_are_those_of_transformers(kind, columns, monkeypatch):
     """Ordinary forwards, padded, cached and long ones."""
     model, outputs = fresh_model(kind), []
     ids = torch.randint(1, VOCAB, (2, columns), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    for implementation in ("sdpa", OURS[SDPA]):
-        model.set_attn_implementation(implementation)
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
         cache = DynamicCache(config=model.config)
         first = model(ids[:, :-1], attention_mask=mask[:, :-1], **{CACHE: cache}).logits
         outputs.append(
             torch.cat([first, model(ids[:, -1:], attention_mask=mask, **{CACHE: cache}).logits], 1)[mask.bool()]
         )
+        monkeypatch.setitem(registry, SDPA, registry[SDPA].__wrapped__)
     assert torch.equal(*outputs)
 
 
-def test_a_call_switches_to_it_and_back():
-    model, ids, seen = fresh_model("qwen3"), torch.tensor([[3, 4, 5]]), []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
-    model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi_multiblock")
-    assert set(seen) == {OURS[SDPA]}
-    assert model.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize(
+    ("function", "size", "window"),
+    [
+        (causal_mask_function, None, None),
+        (and_masks(causal_mask_function), None, None),
+        (sliding_window_causal_mask_function(1), 1, 1),
+        (sliding_window_causal_mask_function(7), 7, 7),
+        (sliding_window_causal_mask_function(4096), 4096, 4096),
+    ],
+)
+def test_the_window_of_a_mask_function(function, size, window):
+    assert window_of(function, size) == window
 
-    def fails(*_):
-        raise RuntimeError("broken off")
 
-    handle = model.model.layers[1].register_forward_pre_hook(fails)
-    with pytest.raises(RuntimeError, match="broken off"):
-        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi_multiblock")
-    handle.remove()
-    assert model.config._attn_implementation == "sdpa"
-    seen.clear()
-    model.set_attn_implementation("eager")
-    model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, decoding="jacobi_multiblock")
-    assert set(seen) == {"eager"}
+@pytest.mark.parametrize(
+    ("function", "size"),
+    [
+        (bidirectional_mask_function, None),
+        (chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)), 4),
+        (sliding_window_causal_mask_function(7), None),
+        (sliding_window_causal_mask_function(7), 8),
+        (and_masks(causal_mask_function, padding_mask_function(torch.ones(1, 2, dtype=torch.bool))), None),
+        (lambda *_: None, None),
+    ],
+)
+def test_masks_of_another_kind_have_no_window(function, size):
+    with pytest.raises(ValueError, match="neither causal nor a sliding window"):
+        window_of(function, size)
 
 
 def test_calls_that_overlap_leave_the_model_as_it_was():
@@ -336,20 +346,6 @@ def test_calls_that_overlap_leave_the_model_as_it_was():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_models_that_share_a_config():
-    """A call of the second model begins during one of the first, and ends after it."""
-    first = fresh_model("qwen3")
-    second = type(first)(first.config).eval()
-    assert first.config is second.config
-    one, other = jacobi_attention(first), jacobi_attention(second)
-    one.__enter__()
-    other.__enter__()
-    one.__exit__(None, None, None)
-    assert first.config._attn_implementation == OURS[SDPA]
-    other.__exit__(None, None, None)
-    assert first.config._attn_implementation == "sdpa"
-
-
 def test_a_model_without_groups():
     config = GPTNeoXConfig(
         vocab_size=VOCAB,
@@ -361,8 +357,7 @@ def test_a_model_without_groups():
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    model, ids, seen = GPTNeoXForCausalLM(config).eval(), torch.tensor([[3, 4, 5]]), []
-    model.gpt_neox.layers[0].register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    model, ids = GPTNeoXForCausalLM(config).eval(), torch.tensor([[3, 4, 5]])
     arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     register(GPTNeoXForCausalLM)
     try:
@@ -371,4 +366,3 @@ def test_a_model_without_groups():
         )
     finally:
         unregister(GPTNeoXForCausalLM)
-    assert set(seen) == {SDPA, OURS[SDPA]}  # the ordinary call, and ours

@@ -24,7 +24,7 @@ from jacobi_hf.drafts.lora import LoraDrafter
 from jacobi_hf.drafts.lora_format import CONFIG_FILE, EMBEDDING, WEIGHTS_FILE, DrafterError, linear_layers
 from jacobi_hf.drafts.lora_source import LoraDraftSource
 from jacobi_hf.drafts.sources import Sources
-from jacobi_hf.integration.forward import ModelForward, jacobi_attention
+from jacobi_hf.integration.forward import ModelForward
 from tests.helpers.cases import Case, cases, check_thousands, differences
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
@@ -103,7 +103,7 @@ def test_no_drafter_changes_a_verified_slot(kind, attention):
     ):
         cache = JacobiStaticCache(model.config, 2, 40, torch.device("cpu"))
         forward = forward_with(model, cache, drafter)
-        with torch.no_grad(), jacobi_attention(model), drafter.attached(model):
+        with torch.no_grad(), drafter.attached(model):
             prompt = build_layout((7,), torch.device("cpu"))
             forward(ForwardInputs(prompt, cache.columns(8, 0), torch.arange(16).view(2, 8) % VOCAB))
             cache.commit(torch.tensor([8, 5]))

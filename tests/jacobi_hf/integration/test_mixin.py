@@ -20,6 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
     StaticCache,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import jacobi_hf
 from jacobi_hf import JacobiConfig, JacobiGenerationMixin, register, unregister
@@ -316,12 +319,16 @@ def test_persisted_decoding_gives_way(arguments, prompt):
     ("attention", "problem"),
     [("flash_attention_2", "flash-attn is not installed"), ("flash_attention_3", "takes no mask of our own")],
 )
-def test_attention_that_takes_no_mask_of_ours_is_refused_with_advice(attention, problem, prompt, monkeypatch):
+def test_attention_that_takes_no_mask_of_ours_falls_back_with_advice(attention, problem, prompt, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     model = fresh_model("qwen3")
     model.config._attn_implementation = attention
-    with pytest.raises(ValueError, match=f"{attention}.*{problem}.*set_attn_implementation\\('sdpa'\\)"):
-        model.generate(**prompt, max_new_tokens=3, decoding="jacobi")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, attention, sdpa_attention_forward)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    reference = model.generate(**prompt, max_new_tokens=3)
+    with pytest.warns(UserWarning, match=f"{attention}.*{problem}.*set_attn_implementation\\('sdpa'\\)"):
+        output = model.generate(**prompt, max_new_tokens=3, decoding="jacobi")
+    assert torch.equal(output, reference)
 
 
 def test_ordinary_decoding_is_untouched(prompt):
