@@ -12,12 +12,22 @@ from pathlib import Path
 
 import pytest
 import transformers
+from packaging.version import Version
 from rich.console import Console
 from rich.progress import track
 
 from tests.helpers.architectures import Verdict, causal_classes, judge
 
 RECORDED = Path(__file__).with_name("architectures.json")
+DOCS = Path(__file__).parents[2] / "docs" / "compatibility.md"
+BEGIN = "<!-- written by python -m tests.field.test_architectures -->"
+END = "<!-- end -->"
+OUTCOMES = {
+    "equal": "equal text",
+    "falls back": "decoded the ordinary way, with a warning",
+    "refused": "refused by `register`, with a reason",
+    "not built": "not tried: no tiny model of it could be built, or it does not generate by itself",
+}
 # The quick tests decode with these; the slow ones with all.
 FAMILIES = ("llama", "gemma2", "gpt_oss", "jetmoe", "moshi", "doge", "llama4_text", "bloom", "mamba")
 
@@ -49,6 +59,27 @@ def check(model_type: str) -> None:
         assert verdict.outcome == recorded()[name][0], f"{name}: {verdict.detail}"
 
 
+def test_the_docs_name_the_classes():
+    newest = max(json.loads(RECORDED.read_text())["releases"].items(), key=lambda item: Version(item[0]))
+    assert paragraph(*newest) in DOCS.read_text()
+
+
+def paragraph(release: str, found: dict[str, list[str]]) -> str:
+    """Return what the docs say about the classes of a release."""
+    names = {outcome: [name for name, (seen, _) in sorted(found.items()) if seen == outcome] for outcome in OUTCOMES}
+    lines = [f"With transformers {release}:", "", "| outcome | classes | which |", "|---|---|---|"]
+    for outcome, meaning in OUTCOMES.items():
+        lines.append(f"| {meaning} | {len(names[outcome])} | {', '.join(names[outcome])} |")
+    return "\n".join(lines)
+
+
+def write_docs(release: str, found: dict[str, list[str]]) -> None:
+    """Write the paragraph of the docs."""
+    before, begin, rest = DOCS.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    DOCS.write_text(before + begin + "\n" + paragraph(release, found) + "\n" + end + after)
+
+
 def record() -> None:
     """Write what every class does with the installed release."""
     console = Console(stderr=True)
@@ -63,6 +94,7 @@ def record() -> None:
         name: [verdict.outcome, verdict.detail] for name, verdict in sorted(found.items())
     }
     RECORDED.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    write_docs(transformers.__version__, document["releases"][transformers.__version__])
     console.print(Counter(verdict.outcome for verdict in found.values()))
 
 
