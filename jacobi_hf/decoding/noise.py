@@ -31,9 +31,9 @@ class SamplingNoise:
     state in which ordinary sampling leaves it.
 
     Noise is kept from step to step in a ring. It can be large: in a step it has up to as many numbers as the logits
-    have. Where the host can read at no cost which tokens the slots are for (`redraws`), the ring stays small. Noise
-    that has no place in it is drawn again in every step, from the state that the generator had. That costs as much as
-    the noise of a token in ordinary sampling.
+    have. Where the host can read at no cost which tokens the slots are for (`redraws`), the ring stays below 16 MB.
+    Noise that has no place in it is drawn again in every step, from the state that the generator had. That costs as
+    much as the noise of a token in ordinary sampling.
 
     Args:
         device: the device whose default generator is used.
@@ -50,7 +50,7 @@ class SamplingNoise:
         first: the first new token whose noise is available.
     """
 
-    KEPT = 1 << 20  # numbers in the ring of a call that draws noise again
+    KEPT = 1 << 22  # numbers in the ring of a call that draws noise again
 
     def __init__(
         self,

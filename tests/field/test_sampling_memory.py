@@ -135,11 +135,11 @@ def test_a_call_holds_little_beside_the_logits_of_a_step(rows, block_size, looku
     assert ours < 1.5 * logits + ordinary
 
 
-def test_sampling_from_a_vocabulary_of_152_000_holds_at_most_half_as_much_again_as_the_logits():
+def test_sampling_from_a_vocabulary_of_152_000_holds_little_beside_logits_and_ring():
     """Qwen's vocabulary, T=0.6, top-k 20, top-p 0.95, several rows: the sizes of blocks and ring are the real ones."""
     ours, _, logits = peaks(model_with(151_936), 2, 2, "sampled", jacobi_block_size=12)
     assert logits > 12e6
-    assert ours < 1.5 * logits
+    assert ours < 1.5 * logits + 4 * SamplingNoise.KEPT
 
 
 @hypothesis.given(case=cases())
