@@ -15,9 +15,9 @@ from jacobi_hf.attention.interface import MaskBuilder
 from jacobi_hf.cli._recipes import parse
 from jacobi_hf.trainer import JacobiForcingConfig, JacobiForcingTrainer
 from jacobi_hf.trainer.data.collator import JacobiForcingCollator
-from jacobi_hf.trainer.data.collection import CollectConfig
-from jacobi_hf.trainer.data.packing import PackConfig
-from jacobi_hf.trainer.run import RunConfig
+from jacobi_hf.trainer.data.collect_options import CollectConfig
+from jacobi_hf.trainer.data.pack_options import PackConfig
+from jacobi_hf.trainer.method_options import RunConfig
 from tests.docs.pages import ROOT
 from tests.helpers.models import fresh_model
 from tests.helpers.records import END, records
