@@ -47,14 +47,14 @@ def fallback_reason(model: Any, generation_config: GenerationConfig, *, own_posi
         generation_config: of the call.
         own_positions: whether the caller gave position ids.
     """
+    if generation_config.is_assistant:
+        return "is_assistant=True (the call is one of assisted generation's)"
     if generation_config.use_cache is False:
         return "use_cache=False"
     if generation_config.guidance_scale is not None and generation_config.guidance_scale != 1:
         return "guidance_scale"
     if own_positions:
         return "position_ids given by the caller"
-    if generation_config.is_assistant:
-        return "is_assistant=True (the call is one of assisted generation's)"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
     return _reason_of_model(model)

@@ -344,6 +344,18 @@ def test_a_saved_decoding_gives_way_with_a_sentence(name, case):
     assert all("decoding ordinarily" in one for one in sentences)
 
 
+def test_an_assistant_with_a_saved_decoding_drafts_ordinarily(model):
+    """Assisted generation calls the assistant's `generate` itself, with a cache and scores that it goes on to use."""
+    assistant = with_vocabulary_of_a_tokenizer()
+    JacobiConfig().save_defaults(assistant)
+    case = Served(assistant, {"return_dict_in_generate": False, "num_assistant_tokens": 3})
+    output, sentences, _ = call(model, "assistant_model", case)
+    expected, _, _ = call(model, "return_dict_in_generate", Served(value=False))
+    assert output == expected
+    assert sentences
+    assert all("is_assistant=True" in one for one in sentences), sentences
+
+
 def batched(model, **arguments):
     """Return the tokens of two prompts by continuous batching, and our sentences."""
     prompts = [[5, 6, 7, 8], [9, 3]]
