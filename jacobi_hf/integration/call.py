@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from jacobi_hf.attention.interface import MaskBuilder
 from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.decoding.noise import SamplingNoise
 from jacobi_hf.decoding.prompt import NotServedError, read_prompt
@@ -87,7 +86,7 @@ class GenerateCall:
         self._check_room()
 
     def _check_room(self) -> None:
-        """Refuse a StaticCache that is too small, a table of positions that may be, and gaps under sliding windows."""
+        """Refuse a StaticCache that is too small, and a table of positions that may be."""
         prompt = self._prompt
         last = prompt.total + self._limit - 1  # columns of all tokens but the last one
         if isinstance(self._own_cache, StaticCache):
@@ -100,9 +99,6 @@ class GenerateCall:
         positions = fixed_positions(self._model, last)
         if positions is not None and int(prompt.tokens_B.max()) + self._limit - 1 > positions:
             raise NotServedError(f"text that may be longer than the model's table of {positions} positions")
-        windows = MaskBuilder(self._model.config, self._model.dtype).windows.values()
-        if prompt.has_gaps and any(window is not None and window < last for window in windows):
-            raise NotServedError("pads between the tokens of a row under a sliding window, which counts them")
 
     def decode(
         self, processors: LogitsProcessorList, streamer: BaseStreamer | None, *, synced_gpus: bool
@@ -176,7 +172,10 @@ class GenerateCall:
             with contextlib.ExitStack() as during_call:
                 for source in state.sources.all:
                     during_call.enter_context(source.during_call(self._model))
-                forward = ModelForward(self._model, buffers.cache, state.sources, last_position_B1, self._cache)
+                gapped = prompt.total + self._limit - 1 if prompt.has_gaps else 0
+                forward = ModelForward(
+                    self._model, buffers.cache, state.sources, last_position_B1, self._cache, gapped=gapped
+                )
                 during_call.enter_context(forward.tapping())
                 decoder = Decoder(
                     forward,

@@ -40,6 +40,7 @@ class ModelForward:
         last_position: the last position at which the call may need the model's choice, of each row `(B, 1)` or of all.
             Slots after it belong to rows that need fewer slots than others, and nothing reads their outcome.
         ordinary_cache: the cache that ordinary decoding would use, or None.
+        gapped: columns that the call may need if pads stand between the tokens of a row, else 0.
 
     Raises:
         NotServedError: an earlier forward has shown that the model does not decode with our masks and such a cache.
@@ -52,6 +53,8 @@ class ModelForward:
         sources: Sources,
         last_position: torch.Tensor,
         ordinary_cache: Cache | None = None,
+        *,
+        gapped: int = 0,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -61,6 +64,7 @@ class ModelForward:
         self._device = cache.lengths_B.device if model.device.type == "meta" else model.device
         self._masks = StepMasks(model, self._device)
         self._ordinary_cache = ordinary_cache
+        self._gapped = gapped
         self._probes = kept_for(model).probes
         self._key = _attention_key(model)
         known = self._probes.get(self._key)
@@ -112,6 +116,8 @@ class ModelForward:
     def _learn(self, probe: AttentionProbe) -> None:
         if reason := self._masks.learn(probe) or slides_alone(self._ordinary_cache, self._masks):
             raise NotServedError(reason)
+        if any(window is not None and window < self._gapped for window in self._masks.windows.values()):
+            raise NotServedError("pads between the tokens of a row under a sliding window, which counts them")
 
     def needs_mask(self, slots: int, *, without_past: bool) -> bool:
         """Return whether a chain of `slots` slots needs a mask; see `StepMasks.is_causal`."""
