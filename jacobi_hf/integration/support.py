@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig
 
-# Values of `cache_implementation` that give a StaticCache or DynamicCache; the last three are older names of "static".
-_CACHES = (None, "static", "dynamic", "sliding_window", "hybrid", "hybrid_chunked")
+# Values of `cache_implementation` that give a StaticCache or DynamicCache; the last four are of older releases.
+_CACHES = (None, "static", "dynamic", "dynamic_full", "sliding_window", "hybrid", "hybrid_chunked")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
