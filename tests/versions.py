@@ -38,6 +38,10 @@ TESTS = {
     "hooks": (
         "tests/jacobi_hf/integration",
         "tests/jacobi_hf/decoding/test_cache.py",
+        "tests/field/test_architectures.py",
+        "tests/field/test_arguments.py",
+        "tests/field/test_limits.py",
+        "tests/field/test_turns.py",
     ),
     "drafter": (
         "tests/jacobi_hf/drafts/test_lora.py::test_save_load_and_unload",
