@@ -227,8 +227,30 @@ def _on_path(
 
 
 def _penalise(scores_RV: torch.Tensor, seen_RV: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return scores after a repetition penalty for the ids in `seen_RV`."""
-    return torch.where(seen_RV, torch.where(scores_RV < 0, scores_RV * penalty, scores_RV / penalty), scores_RV)
+    """Return scores after a repetition penalty for the ids in `seen_RV`.
+
+    Where the host can read at no cost which ids these are, the few scores are written into a copy.
+    """
+    if scores_RV.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(seen_RV, _penalised(scores_RV, penalty), scores_RV)
+    penalised_RV = scores_RV.clone(memory_format=torch.contiguous_format)
+    scores = penalised_RV.view(-1)
+    place = _true_places(seen_RV)
+    scores[place] = _penalised(scores[place], penalty)
+    return penalised_RV
+
+
+def _penalised(scores: torch.Tensor, penalty: float) -> torch.Tensor:
+    return torch.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _true_places(mask: torch.Tensor) -> torch.Tensor:
+    """Return `mask.flatten().nonzero()[:, 0]` of a contiguous mask; faster if few entries are true."""
+    flat = mask.view(-1)
+    if len(flat) % 8:
+        return flat.nonzero()[:, 0]
+    place = (flat.view(torch.int64).nonzero() * 8 + torch.arange(8)).view(-1)
+    return place[flat[place]]
 
 
 def accepted_prefixes(
