@@ -134,7 +134,9 @@ class Selector:
         for processor in self.processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
                 seen_RV = _on_path(next(penalties), layout, token_BQ, place_R)
-                scores_RV = _penalise(scores_RV, seen_RV, processor.penalty)
+                # A step that is compiled or recorded cannot read which ids have been seen.
+                host_may_read = self._store is None and scores_RV.device.type == "cpu"
+                scores_RV = _penalise(scores_RV, seen_RV, processor.penalty, host_may_read=host_may_read)
             else:
                 scores_RV = processor(None, scores_RV)
         return scores_RV
@@ -226,12 +228,12 @@ def _on_path(
     return path_RV[:, :-1] | seen_BV[row_R]
 
 
-def _penalise(scores_RV: torch.Tensor, seen_RV: torch.Tensor, penalty: float) -> torch.Tensor:
+def _penalise(scores_RV: torch.Tensor, seen_RV: torch.Tensor, penalty: float, *, host_may_read: bool) -> torch.Tensor:
     """Return scores after a repetition penalty for the ids in `seen_RV`.
 
     Where the host can read at no cost which ids these are, the few scores are written into a copy.
     """
-    if scores_RV.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_may_read:
         return torch.where(seen_RV, _penalised(scores_RV, penalty), scores_RV)
     penalised_RV = scores_RV.clone(memory_format=torch.contiguous_format)
     scores = penalised_RV.view(-1)
