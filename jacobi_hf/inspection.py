@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import jacobi_hf
-from jacobi_hf.attention.interface import attention_of, layer_types, usable_kernels
+from jacobi_hf.attention.interface import attention_of, field_of, layer_types, usable_kernels
 from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
@@ -156,8 +156,8 @@ def inspect_model(name: str, drafter: str | None = None) -> ModelFacts:
     model, generation_config = _without_weights(name)
     config = model.config.get_text_config(decoder=True)
     dtype = getattr(config, "dtype", None) or torch.float32
-    heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    heads = field_of(config, "num_attention_heads")
+    head_dim = field_of(config, "head_dim") or (config.hidden_size // heads if heads else 0)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     decoding, reason = _decoding_of(model, generation_config)
     return ModelFacts(

@@ -34,6 +34,14 @@ def attention_of(config: Any) -> str:
     return str(config._attn_implementation).removeprefix("paged|")
 
 
+def field_of(config: Any, name: str) -> Any:
+    """Return a field of a config; None where there is none, or where it differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' error for a field that differs from layer to layer
+        return None
+
+
 def cannot_attend(config: Any) -> str | None:
     """Return why a model's attention implementation cannot take our masks, with advice; None if it can."""
     own = attention_of(config)
@@ -141,7 +149,7 @@ class StepMasks(MaskBuilder):
         self._usable = set[str]()
         self._has_kernels = self._own in (SDPA, FLEX, FLASH)
         is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        self._may_use_kernels = self._has_kernels and not is_spread and not getattr(config, "attention_dropout", 0)
+        self._may_use_kernels = self._has_kernels and not is_spread and not field_of(config, "attention_dropout")
         self._takes_several = getattr(config, "layer_types", None) is not None
         self.is_learnt = False
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jacobi_hf.attention.interface import field_of
 from jacobi_hf.decoding.cache import JacobiStaticCache
 from jacobi_hf.decoding.state import DecodingState
 from jacobi_hf.execution.kept import keeping, kept_for
@@ -94,7 +95,7 @@ def acquire(
     # Under inference mode, tensors are made that no call outside of it may write to.
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     text_config = model.config.get_text_config(decoder=True)
-    layers = [getattr(text_config, name, None) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
+    layers = [field_of(text_config, name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
     drafts = [(source.name, source.shape) for source in sources.all]
     key = config, drafts, rows, device, model.dtype, layers, torch.is_inference_mode_enabled(), autocast
     with keeping:
