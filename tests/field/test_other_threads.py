@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from jacobi_hf.drafts.loading import attach
@@ -149,26 +149,31 @@ def test_ordinary_forwards_and_calls_during_a_call(with_drafter):
         assert torch.equal(with_drafter.generate(ids, attention_mask=mask, **JACOBI), plain)
 
 
-@pytest.mark.slow
 def test_continuous_batching_beside_jacobi_calls():
     """`generate_batch` on a model that decodes with Jacobi in another thread: it returned truncated answers."""
     model = fresh_model("qwen3")
-    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    # By default, it fills the memory with its cache.
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     inputs = prompt(3, seed=5).tolist()
 
     def batch():
-        found = model.generate_batch(inputs=inputs, generation_config=config, progress_bar=False)
+        found = model.generate_batch(
+            inputs=inputs, generation_config=config, continuous_batching_config=small, progress_bar=False
+        )
         return [(one.generated_tokens, one.error) for one in found.values()]
 
     alone = batch()
     assert [len(tokens) for tokens, _ in alone] == [8, 8, 8]
-    reference = model.generate(prompt(), **JACOBI)
+    # `generate_batch` writes its end tokens to the model's generation config.
+    jacobi = JACOBI | {"eos_token_id": -1}
+    reference = model.generate(prompt(), **jacobi)
     over = threading.Event()
     outputs = []
 
     def decode():
         while not over.is_set():
-            outputs.append(model.generate(prompt(), **JACOBI))
+            outputs.append(model.generate(prompt(), **jacobi))
 
     thread = threading.Thread(target=decode)
     thread.start()
