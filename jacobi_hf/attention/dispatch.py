@@ -9,13 +9,13 @@ other call goes to the function of transformers, with the same arguments.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -202,9 +202,36 @@ def step_attention(
     return output
 
 
-def _attention_in_front_of(own: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def attention(
+class _InFrontOf:
+    """A function of ours in front of one of transformers'; its pickle holds the function of transformers alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+        self._function = function
+        self.forms = _FORMS
+        self.of_thread = _of_thread
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self._function,)  # a copy of a function is the function
+
+
+class _Attention(_InFrontOf):
+    """Attention that runs our kernels for masks of a step.
+
+    Args:
+        function: the attention function of transformers, or of a library that replaced it.
+        own: the name of the implementation.
+    """
+
+    def __init__(self, function: Callable[..., Any], own: str) -> None:
+        super().__init__(function)
+        self._own = own
+
+    def __call__(
+        self,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -215,36 +242,49 @@ def _attention_in_front_of(own: str, function: Callable[..., Any]) -> Callable[.
     ) -> Any:
         probe = None if torch.compiler.is_compiling() else getattr(_of_thread, "probe", None)
         if probe is not None:
-            probe.arrive(own, query, key, value, attention_mask, kwargs)
-        if is_of_step(own, query, key, attention_mask):
+            probe.arrive(self._own, query, key, value, attention_mask, kwargs)
+        if is_of_step(self._own, query, key, attention_mask):
             return step_attention(module, query, key, value, attention_mask, *args, **kwargs)
-        return function(module, query, key, value, attention_mask, *args, **kwargs)
-
-    attention.forms = _FORMS  # type: ignore[attr-defined]
-    attention.of_thread = _of_thread  # type: ignore[attr-defined]
-    return attention
+        return self._function(module, query, key, value, attention_mask, *args, **kwargs)
 
 
-def _mask_in_front_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def mask(*args: Any, **kwargs: Any) -> Any:
+class _Mask(_InFrontOf):
+    """Mask function that hands a model's request to the probe of the thread, if there is one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         probe = None if torch.compiler.is_compiling() else getattr(_of_thread, "probe", None)
         if probe is None:
-            return function(*args, **kwargs)
+            return self._function(*args, **kwargs)
         return probe.ask(kwargs.get("mask_function"), kwargs.get("local_size"))
-
-    return mask
 
 
 # The forms of masks that this code knows. A copy of it, in a repository's custom_generate, may find functions of the
 # package in the registries; if these know the same forms, the copy uses them.
 _FORMS = 1
-_functions: dict[str, Callable[..., Any]] = {own: ALL_ATTENTION_FUNCTIONS[own] for own in (SDPA, FLEX, FLASH)}
-if getattr(_functions[SDPA], "forms", None) == _FORMS:
-    _of_thread: threading.local = _functions[SDPA].of_thread  # type: ignore[attr-defined]
-else:
-    _of_thread = threading.local()
-    for _own, _function in _functions.items():
-        AttentionInterface.register(_own, _attention_in_front_of(_own, _function))
-    for _own in (SDPA, FLEX, FLASH, EAGER):
-        AttentionMaskInterface.register(_own, _mask_in_front_of(ALL_MASK_ATTENTION_FUNCTIONS[_own]))
+_functions: dict[str, Callable[..., Any]] = {}  # what the attention functions of ours stand in front of
+_installing = threading.Lock()
+_of_thread: threading.local = getattr(ALL_ATTENTION_FUNCTIONS[SDPA], "of_thread", None) or threading.local()
+
+
+def install_dispatch() -> None:
+    """Put our functions in front of those in transformers' registries, also of those that somebody has replaced."""
+    with _installing:
+        for registry, owns in (
+            (ALL_ATTENTION_FUNCTIONS, (SDPA, FLEX, FLASH)),
+            (ALL_MASK_ATTENTION_FUNCTIONS, (SDPA, FLEX, FLASH, EAGER)),
+        ):
+            for own in owns:
+                function = registry[own]
+                if getattr(function, "forms", None) == _FORMS:
+                    continue
+                is_attention = registry is ALL_ATTENTION_FUNCTIONS
+                if is_attention:
+                    _functions[own] = function
+                in_front = _Attention(function, own) if is_attention else _Mask(function)
+                if own in registry._local_mapping:
+                    registry[own] = in_front
+                else:
+                    type(registry).register(own, in_front)
+
+
+install_dispatch()

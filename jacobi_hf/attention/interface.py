@@ -42,6 +42,13 @@ def field_of(config: Any, name: str) -> Any:
         return None
 
 
+def attention_key(config: Any) -> tuple[Any, ...]:
+    """Return what must be equal for two calls of a model with this config to attend in the same way."""
+    text_config = config.get_text_config(decoder=True)
+    fields = [field_of(text_config, name) for name in ("sliding_window", "is_causal")]
+    return attention_of(text_config), *fields, tuple(layer_types(text_config))
+
+
 def cannot_attend(config: Any) -> str | None:
     """Return why a model's attention implementation cannot take our masks, with advice; None if it can."""
     own = attention_of(config)

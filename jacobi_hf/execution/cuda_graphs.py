@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from jacobi_hf.attention.interface import attention_key
 from jacobi_hf.execution.buffers import rounded_up
 
 if TYPE_CHECKING:
@@ -159,7 +160,6 @@ def fingerprint_of(model: Any) -> tuple[Any, ...]:
 
     Such attributes are, for example, `training`, the names of active adapters, and their scales.
     """
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
     modules = [
         (
             type(module),
@@ -169,7 +169,7 @@ def fingerprint_of(model: Any) -> tuple[Any, ...]:
         for module in model.modules()
     ]
     weights = [_address(weight) for weight in (*model.parameters(), *model.buffers())]
-    return attention, modules, weights
+    return attention_key(model.config), modules, weights
 
 
 def _plain(value: Any, depth: int = 4) -> Any:

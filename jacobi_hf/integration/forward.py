@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from jacobi_hf.attention.dispatch import AttentionProbe, probing
-from jacobi_hf.attention.interface import StepMasks, attention_of, layer_types
+from jacobi_hf.attention.dispatch import AttentionProbe, install_dispatch, probing
+from jacobi_hf.attention.interface import StepMasks, attention_key
 from jacobi_hf.decoding.prompt import NotServedError
 from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput
 from jacobi_hf.execution.kept import kept_for
 from jacobi_hf.integration.compat import CACHE, CACHE_LAYERS, kept_logits, logits_to_keep
-from jacobi_hf.shared_change import CallHook
+from jacobi_hf.shared_change import CallHook, SharedChange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from transformers import Cache
 
@@ -56,6 +57,7 @@ class ModelForward:
         *,
         gapped: int = 0,
     ) -> None:
+        install_dispatch()
         self._model = model
         self._cache = cache
         self._backbone = sources.backbone
@@ -66,7 +68,7 @@ class ModelForward:
         self._ordinary_cache = ordinary_cache
         self._gapped = gapped
         self._probes = kept_for(model).probes
-        self._key = _attention_key(model)
+        self._key = attention_key(model.config)
         known = self._probes.get(self._key)
         if known is not None:
             self._learn(known)
@@ -103,14 +105,15 @@ class ModelForward:
         layout = inputs.layout
         probe = self._masks.probe(layout, self._cache.lengths_B, inputs.key_column_K)
         try:
-            with probing(probe):
+            with probing(probe), _uncompiled(self._model):
                 outputs = self._outputs(layout, self.arguments(inputs))
         except torch.OutOfMemoryError:
             raise
         except _ERRORS as error:
-            raise NotServedError(f"this model, whose forward fails with our cache and masks ({error})") from error
-        self._learn(probe)
+            problem = str(error).partition("\n")[0]
+            raise NotServedError(f"this model, whose forward fails with our cache and masks ({problem})") from error
         self._probes[self._key] = probe.without_masks()
+        self._learn(probe)
         return outputs
 
     def _learn(self, probe: AttentionProbe) -> None:
@@ -167,10 +170,26 @@ class ModelForward:
         return CallHook(keep)
 
 
-def _attention_key(model: Any) -> tuple[Any, ...]:
-    """Return what must be equal for two calls of a model to attend in the same way."""
-    config = model.config.get_text_config(decoder=True)
-    return attention_of(config), getattr(config, "sliding_window", None), tuple(layer_types(config))
+_eager_forwards = SharedChange()
+
+
+def _uncompiled(model: Any) -> AbstractContextManager[None]:
+    """Return a context in which the parts of a model that the caller has compiled run uncompiled.
+
+    A probe sees nothing of compiled code. The setting is torch's, for all threads, so other models are left alone.
+    """
+    is_compiled = any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+    if not is_compiled:
+        return contextlib.nullcontext()
+
+    def force_eager() -> Callable[[], None]:
+        stance = torch.compiler.set_stance("force_eager")
+        return lambda: stance.__exit__(None, None, None)
+
+    return _eager_forwards.made(torch, force_eager)
 
 
 def problem_of(model: Any) -> str | None:
@@ -178,6 +197,7 @@ def problem_of(model: Any) -> str | None:
 
     The weights may be on the meta device. If the forward cannot run there, the first call will find out.
     """
+    install_dispatch()
     probe = AttentionProbe(lambda _: None)
     cache = DynamicCache(config=model.config)
     ids_BP = torch.zeros(1, 2, dtype=torch.long, device=model.device)

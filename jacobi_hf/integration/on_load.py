@@ -59,6 +59,8 @@ class _Loader(Loader):
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._loader, name)  # a spec's loader is asked for its source before the module is loaded
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -11,12 +11,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 from rich.console import Console
 from rich.progress import track
 
-from tests.helpers.architectures import Verdict, causal_classes, judge
+import jacobi_hf
+from tests.helpers.architectures import Verdict, build_that_generates, causal_classes, judge
+from tests.helpers.models import fresh_model
 
 RECORDED = Path(__file__).with_name("architectures.json")
 DOCS = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -49,6 +52,46 @@ def test_families(model_type):
 def test_every_class(model_type):
     """Any class that a user may load with `AutoModelForCausalLM`."""
     check(model_type)
+
+
+@pytest.mark.parametrize("part", ["forward", "model", "layers"])
+def test_a_model_that_the_caller_has_compiled(part):
+    """`model.compile()`, `model.forward = torch.compile(model.forward)`, and layers compiled one by one."""
+    model = fresh_model("qwen2", layers=1)
+    arguments = {
+        "input_ids": torch.tensor([[3, 4, 5, 6]]),
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    reference = model.generate(**arguments)
+    if part == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif part == "model":
+        model.compile(backend="eager")
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    output = model.generate(**arguments, decoding="jacobi_multiblock", return_dict_in_generate=True)
+    assert torch.equal(output.sequences, reference)
+    assert output.jacobi_stats.forwards < 12
+    assert torch.equal(model.generate(**arguments), reference)
+
+
+def test_a_class_that_is_refused_by_its_first_forward_is_not_asked_again():
+    """The prefill of a long prompt costs as much as in ordinary decoding."""
+    model = build_that_generates("moshi", "MoshiForCausalLM")
+    jacobi_hf.register(type(model))
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        for expected in (4, 3):
+            forwards.clear()
+            with pytest.warns(UserWarning, match="their mask does not slide"):
+                model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, decoding="jacobi_multiblock")
+            assert len(forwards) == expected
+    finally:
+        jacobi_hf.unregister(type(model))
 
 
 def check(model_type: str) -> None:

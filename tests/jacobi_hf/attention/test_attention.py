@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import threading
 from collections import Counter
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
@@ -272,8 +275,43 @@ def test_masks_that_are_not_of_a_step_go_to_transformers_function(own):
 
 def test_transformers_functions_keep_their_names():
     for own in (SDPA, FLEX, FLASH):
-        assert ALL_ATTENTION_FUNCTIONS[own].__module__.startswith("transformers.")
-        assert ALL_MASK_ATTENTION_FUNCTIONS[own].__module__.startswith("transformers.")
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            function = registry[own]
+            assert function.__module__.startswith("transformers.")
+            assert pickle.loads(pickle.dumps(function)) is function.__wrapped__
+            assert copy.deepcopy(function) is function
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_library_registers_its_own_sdpa_after_the_import(local, monkeypatch):
+    """Both before the first call of a model and between two calls."""
+    calls = []
+
+    def of_a_library(*args, **kwargs):
+        calls.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", dict(ALL_ATTENTION_FUNCTIONS._local_mapping))
+    before = dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    warm = fresh_model("qwen3")
+    prompt = {"input_ids": torch.tensor([[3, 4, 5]]), "do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
+    reference = warm.generate(**prompt)
+    assert torch.equal(warm.generate(**prompt, decoding="jacobi_multiblock"), reference)
+    try:
+        if local:
+            ALL_ATTENTION_FUNCTIONS[SDPA] = of_a_library
+        else:
+            type(ALL_ATTENTION_FUNCTIONS).register(SDPA, of_a_library)
+        for model in (warm, fresh_model("qwen3")):
+            calls.clear()
+            output = model.generate(**prompt, decoding="jacobi_multiblock", return_dict_in_generate=True)
+            assert torch.equal(output.sequences, reference)
+            assert output.jacobi_stats.forwards < 12
+            assert calls
+    finally:
+        type(ALL_ATTENTION_FUNCTIONS)._global_mapping.update(before)
+        monkeypatch.undo()
+        dispatch._functions[SDPA] = before[SDPA].__wrapped__
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2-sliding"])

@@ -115,15 +115,18 @@ def test_a_recording_is_never_replayed_for_another_model():
         assert_same(generate(model, ids, **arguments), generate(model, ids, **arguments, compile_config=GRAPHS))
 
 
-@pytest.mark.parametrize("change", ["weights moved", "adapter", "attention"])
+@pytest.mark.parametrize("change", ["weights moved", "adapter", "attention", "window"])
 def test_a_recording_is_not_replayed_when_the_model_has_become_another(change):
-    model, ids, arguments = fresh_model("qwen3"), prompt(1, 5), {"do_sample": False, **SETTINGS["window"]}
+    kind = "qwen3-sliding" if change == "window" else "qwen3"
+    model, ids, arguments = fresh_model(kind), prompt(1, 12), {"do_sample": False, **SETTINGS["window"]}
     for _ in range(3):
         before = generate(model, ids, **arguments, compile_config=GRAPHS)
     assert before.jacobi_stats.cuda_graphs == 0
     if change == "weights moved":
         for parameter in model.parameters():
             parameter.data = parameter.data * 1.3
+    elif change == "window":
+        model.config.sliding_window = 2
     elif change == "attention":
         model.set_attn_implementation("eager")
     else:
