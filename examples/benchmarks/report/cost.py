@@ -72,18 +72,14 @@ def short_answers(results: Results) -> dict[str, Any]:
         first = cells[key, ordinary]
         second = cells[key, ours]
         earlier = [second.extra.get("before", {})] if before else []
-        memory = [first.extra, *earlier, second.extra]
-        seconds = [first.seconds, *(figures.get("seconds") for figures in earlier), second.seconds]
-        rows.append([*key, *map(short_answer_mib, memory), *(decimal(one, 1) for one in seconds)])
+        rows.append([*key, *map(short_answer_mib, [first.extra, *earlier, second.extra])])
     names = ["generate", *(["before"] if before else []), "Jacobi"]
     return {
         "source": source(results),
         "before": before,
         "identical": sum(one.identical for one in compared),
         "total": sum(one.total for one in compared),
-        "table": table(
-            ["model", "", "rows", "max_new_tokens", *(f"MiB: {n}" for n in names), *(f"s: {n}" for n in names)], rows
-        ),
+        "table": table(["model", "", "rows", "max_new_tokens", *(f"MiB: {name}" for name in names)], rows),
     }
 
 
