@@ -38,7 +38,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
-from jacobi_hf.attention import interface
+from jacobi_hf.attention import dispatch
 from jacobi_hf.cli import VERBS, app
 from jacobi_hf.cli._models import make_default
 from jacobi_hf.cli._recipes import parse, section_of
@@ -67,7 +67,7 @@ def workplace(tmp_path, monkeypatch):
     # What docs/developer.md adds goes away with the page.
     monkeypatch.setattr(sources, "SOURCES", list(sources.SOURCES))
     monkeypatch.setattr(schedule, "SCHEDULES", dict(schedule.SCHEDULES))
-    monkeypatch.setattr(interface, "grouped_sdpa", interface.grouped_sdpa)
+    monkeypatch.setattr(dispatch, "grouped_sdpa", dispatch.grouped_sdpa)
     yield tmp_path
     jacobi_hf.unregister()
     jacobi_hf.register_defaults()
