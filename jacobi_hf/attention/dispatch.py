@@ -78,7 +78,16 @@ class AttentionProbe:
     def arrive(
         self, own: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, more: Any
     ) -> None:
-        """Note what arrives at an attention function."""
+        """Note what arrives at an attention function.
+
+        Args:
+            own: name of the attention implementation.
+            query: `(B, heads, Q, head_dim)`.
+            key: `(B, key/value heads, K, head_dim)`.
+            value: `(B, key/value heads, K, head_dim)`.
+            mask: the mask.
+            more: further arguments of the function by their name.
+        """
         self.groups.add(query.shape[1] // key.shape[1])
         self.head_dims |= {query.shape[-1], value.shape[-1]}
         unknown = [name for name in _UNKNOWN if more.get(name) is not None]
@@ -131,13 +140,8 @@ def window_of(mask_function: Any, local_size: int | None) -> int | None:
     zero = torch.zeros(1, 1, dtype=torch.long)
     try:
         allowed = mask_function(zero, zero, query, key).broadcast_to(len(query), key.shape[1])
-    except (
-        RuntimeError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ):  # it reads tensors of its own, e.g. the blocks of images
-        allowed = torch.empty(0)
+    except (RuntimeError, IndexError, TypeError, AttributeError):
+        allowed = torch.empty(0)  # it reads tensors of its own, e.g. the blocks of images
     causal = key <= query
     if torch.equal(allowed, causal):
         return None

@@ -174,7 +174,7 @@ class StepMasks(MaskBuilder):
         if self._has_kernels and not probe.groups:
             return "attention that does not go through transformers' attention functions"
         if len(windows) < len(probe.windows) or (len(windows) > 1 and not self._takes_several):
-            return "layers whose masks cannot be told apart by their type"
+            return "masks of several kinds, which the types of the layers do not name"
         self.windows = windows
         self._groups = next(iter(probe.groups)) if len(probe.groups) == 1 and probe.takes_groups else 1
         if self._may_use_kernels and probe.takes_groups and len(probe.head_dims) == 1:

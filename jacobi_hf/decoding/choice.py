@@ -129,7 +129,7 @@ def choose(
             pick(place_R, noise.at(index_R[place_R], row_R[place_R]))
         return _joined(picked, (batch, slots))
     order = []
-    # Noise that is drawn again is needed for all slots of an index at once. Rows that have ended are behind.
+    # Noise that is drawn again is needed for all slots of an index at once. Rows that have ended lag.
     for index in index_R[index_R >= noise.first].unique().tolist():
         noise_BV = noise.of(index)
         for place_R in (index_R == index).nonzero()[:, 0].split(size):

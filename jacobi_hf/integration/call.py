@@ -86,7 +86,12 @@ class GenerateCall:
         self._check_room()
 
     def _check_room(self) -> None:
-        """Refuse a StaticCache that is too small, and a table of positions that may be."""
+        """Check that the caller's StaticCache and the model's table of positions have room for the call.
+
+        Raises:
+            ValueError: the prompt does not fit into the StaticCache.
+            NotServedError: the new tokens may not fit into the StaticCache or into the table of positions.
+        """
         prompt = self._prompt
         last = prompt.total + self._limit - 1  # columns of all tokens but the last one
         if isinstance(self._own_cache, StaticCache):

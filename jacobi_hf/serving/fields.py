@@ -38,11 +38,11 @@ NEUTRAL = {
     "prompt_cache_options": "the server keeps no cache from one request to the next",
     "prompt_cache_retention": "the server keeps no cache from one request to the next",
     "request_id": "the header x-request-id has the request's id",
-    "safety_identifier": "users are not told apart",
+    "safety_identifier": "the server does not distinguish users",
     "service_tier": "all requests are of one tier",
     "spaces_between_special_tokens": "special tokens are not part of the text",
     "store": "no answer is stored",
-    "user": "users are not told apart",
+    "user": "the server does not distinguish users",
 }
 
 _LOGPROBS = "log-probabilities are not computed; generate(..., output_logits=True) returns the logits."

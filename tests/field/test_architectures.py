@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import jacobi_hf
-from tests.helpers.architectures import Verdict, build_that_generates, causal_classes, judge
+from tests.helpers.architectures import Finding, build_that_generates, causal_classes, judge
 from tests.helpers.models import fresh_model
 
 RECORDED = Path(__file__).with_name("architectures.json")
@@ -96,10 +96,10 @@ def test_a_class_that_is_refused_by_its_first_forward_is_not_asked_again():
 
 def check(model_type: str) -> None:
     name = causal_classes()[model_type]
-    verdict = judge(model_type, name)
-    assert verdict.outcome != "FAILS", f"{name}: {verdict.detail}"
+    finding = judge(model_type, name)
+    assert finding.outcome != "FAILS", f"{name}: {finding.detail}"
     if name in recorded():
-        assert verdict.outcome == recorded()[name][0], f"{name}: {verdict.detail}"
+        assert finding.outcome == recorded()[name][0], f"{name}: {finding.detail}"
 
 
 def test_the_docs_name_the_classes():
@@ -127,18 +127,18 @@ def record() -> None:
     """Write what every class does with the installed release."""
     console = Console(stderr=True)
     transformers.logging.set_verbosity_error()
-    found: dict[str, Verdict] = {}
+    found: dict[str, Finding] = {}
     for model_type, name in track(causal_classes().items(), description=transformers.__version__, console=console):
         found[name] = judge(model_type, name)
         if found[name].outcome == "FAILS":
             console.print(name, found[name].detail)
     document = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"releases": {}}
     document["releases"][transformers.__version__] = {
-        name: [verdict.outcome, verdict.detail] for name, verdict in sorted(found.items())
+        name: [finding.outcome, finding.detail] for name, finding in sorted(found.items())
     }
     RECORDED.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     write_docs(transformers.__version__, document["releases"][transformers.__version__])
-    console.print(Counter(verdict.outcome for verdict in found.values()))
+    console.print(Counter(finding.outcome for finding in found.values()))
 
 
 if __name__ == "__main__":

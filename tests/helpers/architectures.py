@@ -224,7 +224,7 @@ def build_that_generates(model_type: str, name: str) -> Any:
 
 
 @dataclass
-class Verdict:
+class Finding:
     """What the sweep has found out about a class.
 
     Attributes:
@@ -248,17 +248,17 @@ def calls_of(kind: str) -> dict[str, Any]:
     return batch | {"do_sample": True, "top_k": 5} if kind == "sampled" else batch
 
 
-def judge(model_type: str, name: str) -> Verdict:
+def judge(model_type: str, name: str) -> Finding:
     """Return what happens if a class decodes with Jacobi, compared with its ordinary decoding."""
     try:
         model = build_that_generates(model_type, name)
     except Exception as error:
-        return Verdict("not built", f"{type(error).__name__}: {error}".split("\n")[0])
+        return Finding("not built", f"{type(error).__name__}: {error}".split("\n")[0])
     was_registered = issubclass(type(model), JacobiGenerationMixin)
     try:
         jacobi_hf.register(type(model))
     except TypeError as error:
-        return Verdict("refused", str(error))
+        return Finding("refused", str(error))
     try:
         return _compare(model)
     finally:
@@ -266,7 +266,7 @@ def judge(model_type: str, name: str) -> Verdict:
             jacobi_hf.unregister(type(model))
 
 
-def _compare(model: Any) -> Verdict:
+def _compare(model: Any) -> Finding:
     reasons: list[str] = []
     compared = 0
     own = model.config.get_text_config(decoder=True)._attn_implementation
@@ -286,12 +286,12 @@ def _compare(model: Any) -> Verdict:
             try:
                 output = model.generate(**arguments, decoding="jacobi_multiblock")
             except Exception as error:
-                return Verdict("FAILS", f"{kind}, {attention}: {type(error).__name__}: {error}")
+                return Finding("FAILS", f"{kind}, {attention}: {type(error).__name__}: {error}")
         reasons += [str(one.message) for one in caught if "decoding ordinarily" in str(one.message)]
         if not torch.equal(plain, output):
-            return Verdict("FAILS", f"{kind}, {attention}: another text")
+            return Finding("FAILS", f"{kind}, {attention}: another text")
     if reasons:
-        return Verdict(
+        return Finding(
             "falls back", reasons[0].partition("does not support ")[2].removesuffix(": decoding ordinarily.")
         )
-    return Verdict("equal" if compared else "not built")
+    return Finding("equal" if compared else "not built")
