@@ -38,7 +38,7 @@ from transformers.generation import BaseStreamer
 
 from jacobi_hf import JacobiConfig, clear_graphs
 from jacobi_hf.decoding.layout import build_layout
-from jacobi_hf.decoding.prompt import Prompt
+from jacobi_hf.decoding.prompt import read_prompt
 from jacobi_hf.decoding.selection import Selector
 from jacobi_hf.decoding.step import StepPlan, StepShape
 from jacobi_hf.drafts.sources import sources_of
@@ -95,8 +95,7 @@ def timed_steps(
     state = buffers.state
     selector = Selector([], None, torch.zeros(batch, 1, dtype=torch.long))  # type: ignore[arg-type]
     text_BL = torch.randint(2, model.config.vocab_size, (batch, context), device=device)
-    length_B = torch.full((batch,), context, device=device)
-    prompt = Prompt(text_BL, None, length_B, torch.zeros_like(length_B), 0, context, text_BL, length_B)
+    prompt = read_prompt(text_BL, None, None, 0, None, model.config.vocab_size)
     last = torch.tensor(context + room, device=device)
     executions = {
         f"step{suffix}": execution_for(model, config, wanted, buffers) for suffix, wanted in run_modes.items()
@@ -109,7 +108,7 @@ def timed_steps(
         state.width_B.fill_(width - 1)
         layout = build_layout((width - 1,), device)
         key_column_K = cache.columns(width, context)
-        plan = StepPlan(StepShape(width - 1, ()), layout, key_column_K, context + 1, may_be_over=False)
+        plan = StepPlan(StepShape(width - 1, ()), layout, key_column_K, may_be_over=False)
         synchronize(device)
         started = time.perf_counter()
         execution.run(state, forward, selector, plan)
