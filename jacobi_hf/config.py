@@ -15,12 +15,20 @@ if TYPE_CHECKING:
 JACOBI = "jacobi"
 MULTIBLOCK = "jacobi_multiblock"
 DECODINGS = (JACOBI, MULTIBLOCK)
+ADAPTIVE = "adaptive"
+CONSTANT = "constant"
+SCHEDULES = (ADAPTIVE, CONSTANT)
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def _knob(default: float, low: float, high: float, text: str) -> Any:
     """Return a field with its range, both ends included, and its help text."""
     return field(default=default, metadata={"low": low, "high": high, "help": text})
+
+
+def _word(default: str, allowed: tuple[str, ...], text: str) -> Any:
+    """Return a field with the words that it may be, and its help text."""
+    return field(default=default, metadata={"allowed": allowed, "help": text})
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,16 @@ class JacobiConfig:
     of *blocks*, and after each forward the model's own answers replace the guesses in it. A branch is another
     continuation of the text. The longest run of accepted guesses becomes text.
 
+    By default the numbers are upper limits. Before each forward, decoding chooses how many guesses to send from what a
+    forward costs on this machine and from how many guesses were accepted lately.
+
     Args:
         decoding: `"jacobi_multiblock"` keeps several blocks in the window and adds branches. `"jacobi"` is the plain
             method to compare with: one block at a time, no branches; of the other fields it uses `jacobi_block_size`
             only.
+        jacobi_schedule: `"adaptive"` chooses the guesses of each forward within the limits that the other fields set,
+            down to none at all. `"constant"` sends as many as the fields say in every forward, as benchmarks of one
+            setting need.
         jacobi_block_size: n, the number of guesses in a block.
         jacobi_max_blocks: K, the most blocks in the window. 0 means no window: the lookup branch alone is verified.
             The pool then stays empty, because it learns from the window.
@@ -57,11 +71,15 @@ class JacobiConfig:
             guesses are verified.
 
     Raises:
-        ValueError: a value has the wrong type or is out of range; there is neither a window nor a lookup branch; or
-            `jacobi_verify_width` is larger than the window. The message names the value and what is allowed.
+        ValueError: a value has the wrong type, is unknown or is out of range; there is neither a window nor a lookup
+            branch; or `jacobi_verify_width` is larger than the window. The message names the value and what is
+            allowed.
     """
 
     decoding: str = MULTIBLOCK
+    jacobi_schedule: str = _word(
+        ADAPTIVE, SCHEDULES, "adaptive: other knobs are limits, a forward sends what pays; constant: it sends them all"
+    )
     jacobi_block_size: int = _knob(16, 2, 1024, "guesses in a block of the window (n)")
     jacobi_max_blocks: int = _knob(2, 0, 64, "most blocks of guesses in the window (K), 0 = no window, lookup alone")
     jacobi_activation_ratio: float = _knob(
@@ -104,10 +122,16 @@ class JacobiConfig:
         """Most guesses in the window, `n * K`."""
         return self.jacobi_block_size * (1 if self.decoding == JACOBI else self.jacobi_max_blocks)
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether decoding chooses the guesses of each forward. The plain method never does."""
+        return self.decoding == MULTIBLOCK and self.jacobi_schedule == ADAPTIVE
+
     @classmethod
     def paper(cls) -> Self:
         """Return the setting that arXiv 2512.14681 recommends: n=64, K=2, r=0.85, a pool of 4, no lookup."""
         return cls(
+            jacobi_schedule=CONSTANT,
             jacobi_block_size=64,
             jacobi_max_blocks=2,
             jacobi_activation_ratio=0.85,
@@ -195,12 +219,14 @@ def _knobs_of(decoding: str) -> tuple[str, ...]:
     return ("decoding", "jacobi_block_size") if decoding == JACOBI else KNOBS
 
 
-def _checked(knob: Field[Any], value: Any) -> int | float:
-    """Return the value as a Python number, which GenerationConfig can save (numpy's numbers it cannot).
+def _checked(knob: Field[Any], value: Any) -> int | float | str:
+    """Return the value as a Python number or string, which GenerationConfig can save (numpy's numbers it cannot).
 
     Raises:
-        ValueError: the value has the wrong type, or is out of the knob's range.
+        ValueError: the value has the wrong type, is not one of the knob's words, or is out of its range.
     """
+    if "allowed" in knob.metadata:
+        return _checked_word(knob, value)
     is_integral = isinstance(knob.default, int)
     low = knob.metadata["low"]
     high = knob.metadata["high"]
@@ -210,6 +236,15 @@ def _checked(knob: Field[Any], value: Any) -> int | float:
         wanted = f"{'an integer' if is_integral else 'a number'} from {low} to {high}"
         raise ValueError(f"{knob.name}={value!r} cannot be used; it must be {wanted}.")
     return int(value) if is_integral else float(value)
+
+
+def _checked_word(knob: Field[Any], value: Any) -> str:
+    allowed = knob.metadata["allowed"]
+    if value not in allowed:
+        raise ValueError(
+            f"{knob.name}={value!r} is not known{_nearest(value, allowed)}; allowed: {', '.join(map(repr, allowed))}."
+        )
+    return str(value)
 
 
 def _nearest(name: object, allowed: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ def _knob_options() -> list[tuple[str, Any, Any]]:
     text = f"{allowed}. The default is that of the model's generation config, or {MULTIBLOCK}."
     options: list[tuple[str, Any, Any]] = [("decoding", str | None, option(None, text))]
     for knob in fields(JacobiConfig)[1:]:
-        text = f"{knob.metadata['help']} (default {knob.default:g})."
+        text = f"{knob.metadata['help']} (default {knob.default})."
         options.append((knob.name, type(knob.default) | None, option(None, text[0].upper() + text[1:])))
     return options
 

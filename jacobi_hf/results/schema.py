@@ -43,6 +43,8 @@ class Decoder(Part):
     """Method: ordinary `generate`, one of transformers' own methods, or Jacobi decoding."""
     compiled: bool = False
     """Whether steps or forwards ran through torch.compile."""
+    adaptive: bool = False
+    """Whether decoding chose the guesses of each forward, within the other settings."""
     block_size: int | None = None
     """Tokens of a block (n)."""
     max_blocks: int | None = None
@@ -83,6 +85,7 @@ class Decoder(Part):
         return cls(
             name=name,
             kind="jacobi_multiblock",
+            adaptive=config.is_adaptive,
             block_size=config.jacobi_block_size,
             max_blocks=config.jacobi_max_blocks,
             activation_ratio=config.jacobi_activation_ratio,

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from jacobi_hf import JacobiConfig
-from jacobi_hf.config import KNOBS, reject_misspelt
+from jacobi_hf.config import KNOBS, reject_misspelt, reject_pointless
 from tests.helpers.models import fresh_model
 
 
@@ -25,6 +25,12 @@ from tests.helpers.models import fresh_model
         ({"jacobi_activation_ratio": float("nan")}, "jacobi_activation_ratio=nan"),
         ({"jacobi_pool_size": -1}, "jacobi_pool_size=-1"),
         ({"jacobi_lookup_tokens": "16"}, "jacobi_lookup_tokens='16'"),
+        (
+            {"jacobi_schedule": "adaptiv"},
+            r"jacobi_schedule='adaptiv' is not known \(did you mean 'adaptive'\?\); allowed: 'adaptive', 'constant'",
+        ),
+        ({"jacobi_schedule": True}, "jacobi_schedule=True is not known; allowed"),
+        ({"jacobi_schedule": ["constant"]}, r"jacobi_schedule=\['constant'\] is not known"),
     ],
 )
 def test_bad_values_are_named(changes, message):
@@ -49,6 +55,22 @@ def test_paper_setting():
     paper = JacobiConfig.paper()
     assert (paper.jacobi_block_size, paper.jacobi_max_blocks, paper.jacobi_activation_ratio) == (64, 2, 0.85)
     assert (paper.jacobi_pool_size, paper.jacobi_lookup_tokens) == (4, 0)
+    assert not paper.is_adaptive
+
+
+def test_the_default_adapts_and_the_plain_method_does_not():
+    assert JacobiConfig().is_adaptive
+    assert not JacobiConfig(jacobi_schedule="constant").is_adaptive
+    assert not JacobiConfig(decoding="jacobi").is_adaptive
+
+
+def test_a_schedule_has_no_meaning_for_the_plain_method():
+    plain = JacobiConfig(decoding="jacobi")
+    with pytest.raises(ValueError, match="jacobi_schedule has no meaning with decoding='jacobi'"):
+        reject_pointless({"decoding": "jacobi", "jacobi_schedule": "constant"}, plain)
+    with pytest.raises(ValueError, match="jacobi_schedule given without decoding"):
+        reject_pointless({"jacobi_schedule": "constant"}, None)
+    reject_pointless({"decoding": "jacobi_multiblock", "jacobi_schedule": "constant"}, JacobiConfig())
 
 
 def test_jacobi_persists_its_block_size_only():
@@ -66,7 +88,7 @@ def test_defaults_survive_save_and_reload(tmp_path, prompt, hub_config):
     model = fresh_model("qwen3")
     if hub_config:
         model.generation_config = GenerationConfig(**hub_config)
-    config = JacobiConfig(jacobi_block_size=4, jacobi_pool_size=0)
+    config = JacobiConfig(jacobi_schedule="constant", jacobi_block_size=4, jacobi_pool_size=0)
     config.save_defaults(model)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)

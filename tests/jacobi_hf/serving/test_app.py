@@ -226,6 +226,8 @@ BAD = [
     ({"decoding": "jacoby"}, 400, "did you mean 'jacobi'"),
     ({"decoding": None, "jacobi_block_size": 8}, 400, "given without decoding"),
     ({"decoding": "jacobi", "jacobi_pool_size": 8}, 400, "no meaning with decoding='jacobi'"),
+    ({"jacobi_schedule": "adaptiv"}, 400, "did you mean 'adaptive'"),
+    ({"jacobi_schedule": 3}, 400, "allowed: 'adaptive', 'constant'"),
     ({"jacobi_verify_width": 4}, 400, "load_drafter"),
     ({"generation_config": '{"num_beams": 2}'}, 400, "generation_config.num_beams is not served"),
     (
