@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -27,6 +28,14 @@ class JacobiStats:
         drafted: guesses of the window that went into forwards.
         verified: guesses of the window that the model verified; all that were drafted, unless a drafter is used.
         accepted: guesses of the window that were accepted.
+        guesses: guesses that decoding steps verified, those of window and branches together.
+        accepted_guesses: histogram of accepted guesses, over the steps that verified at least one guess of a row:
+            `accepted_guesses[3] == 7` means that 7 times a step accepted 3 guesses of a row. Guesses after the end of
+            a text count too.
+        steps_by_shape: decoding steps by their shape: "1" is the pending token alone, and "window 16 + lookup 8" has
+            16 guesses of the window and 8 of the lookup.
+        seconds_by_shape: seconds of all decoding steps of each shape together.
+        probing_seconds: seconds that the adaptive schedule spent on trying shapes. 0 with the constant schedule.
         seconds_by_width: seconds of each decoding step, from one forward to the next, by the number of slots of its
             forward.
         compiled_steps: shapes of steps that this call compiled; 0 if all were kept from earlier calls.
@@ -43,11 +52,37 @@ class JacobiStats:
     drafted: int = 0
     verified: int = 0
     accepted: int = 0
+    guesses: int = 0
+    accepted_guesses: Counter[int] = field(default_factory=Counter)
+    steps_by_shape: Counter[str] = field(default_factory=Counter)
+    seconds_by_shape: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    probing_seconds: float = 0.0
     seconds_by_width: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     compiled_steps: int = 0
     cuda_graphs: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def note_step(self, shape: str, seconds: float) -> None:
+        """Count a decoding step.
+
+        Args:
+            shape: the shape in words, as in `steps_by_shape`.
+            seconds: seconds that the step took.
+        """
+        self.steps_by_shape[shape] += 1
+        self.seconds_by_shape[shape] += seconds
+
+    def note_row(self, guesses: int, accepted: int) -> None:
+        """Count what a decoding step did for a row that had not ended.
+
+        Args:
+            guesses: guesses of all segments that were verified. A step without guesses changes nothing.
+            accepted: guesses that were accepted in the segment that won.
+        """
+        if guesses:
+            self.guesses += guesses
+            self.accepted_guesses[accepted] += 1
 
     @property
     def tokens_per_forward(self) -> list[float]:
@@ -73,6 +108,33 @@ class JacobiStats:
     def mean_slots(self) -> float:
         """Mean slots of a decoding forward; 0 if the prefill was the only forward."""
         return self.slots / max(1, self.slots_by_width.total())
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Mean tokens of a row in a step that verified guesses, as vLLM counts: 1 + accepted guesses / such steps.
+
+        1 if no step verified a guess.
+        """
+        return 1 + self._accepted_guesses / max(1, self.accepted_guesses.total())
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Share of all verified guesses that were accepted, as in vLLM; 0 if none was verified."""
+        return self._accepted_guesses / max(1, self.guesses)
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Share of the steps with guesses that accepted the first guess, the second and so on, as in vLLM.
+
+        The list ends at the last position at which a guess was accepted. Its sum is `mean_acceptance_length - 1`.
+        """
+        steps = self.accepted_guesses.total()
+        counts = [self.accepted_guesses[length] for length in range(max(self.accepted_guesses, default=0), 0, -1)]
+        return [reached / steps for reached in accumulate(counts)][::-1]
+
+    @property
+    def _accepted_guesses(self) -> int:
+        return sum(accepted * count for accepted, count in self.accepted_guesses.items())
 
     @property
     def window_acceptance(self) -> float:

@@ -48,10 +48,13 @@ class StepEvent:
             model's own.
         candidates: continuations that the forward verified, the window first; none in the prefill and in ordinary
             decoding.
+        shape: the shape of the step, as in `JacobiStats.steps_by_shape`; empty for the prefill and for ordinary
+            decoding.
     """
 
     token_ids: tuple[int, ...]
     candidates: tuple[Candidate, ...] = ()
+    shape: str = ""
 
 
 class StepStreamer(BaseStreamer):
