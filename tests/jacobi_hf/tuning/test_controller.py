@@ -1,0 +1,98 @@
+"""The controller of adaptive steps, without a model: costs and acceptance are made up."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jacobi_hf.tuning.controller import Controller, Memory, Option, RowOutcome, options_for
+from jacobi_hf.tuning.costs import Costs
+
+
+def slots_of(option: Option) -> int:
+    return 1 + option.backbone + option.draft_slots + option.lookup + 16 * option.others
+
+
+class World:
+    """Draws outcomes of steps: each source accepts its next guess with a fixed probability."""
+
+    def __init__(self, seed: int, cost, *, lookup: float = 0.0, backbone: float = 0.0, noise: float = 0.0) -> None:
+        self.random = random.Random(seed)
+        self.cost = cost
+        self.lookup = lookup
+        self.backbone = backbone
+        self.noise = noise
+        self.was_on = False
+
+    def accepted(self, sent: int, rate: float) -> int:
+        return next((n for n in range(sent) if self.random.random() >= rate), sent)
+
+    def step(self, option: Option, order: int) -> tuple[int, float, RowOutcome]:
+        lookup = option.lookup if order else 0
+        found = self.accepted(lookup, self.lookup)
+        window = self.accepted(option.backbone, self.backbone) if self.was_on else 0
+        self.was_on = option.backbone > 0
+        slots = slots_of(option) - option.lookup + lookup
+        seconds = self.cost(slots) * math.exp(self.random.gauss(0, self.noise))
+        outcome = RowOutcome(1 + max(found, window), order, (lookup, found), (option.backbone, window))
+        return slots, seconds, outcome
+
+
+def call(world: World, memory: Memory, tokens: int = 128, options=None) -> tuple[float, list[Option]]:
+    """Return the time of a call and the options of its steps."""
+    options = options or options_for(32, 16, draft_slots=False, others=False, few=False)
+    controller = Controller(options, slots_of, memory, key="any", sampled=False, limit=tokens)
+    controller.start(96, world.cost(96))
+    total = 0.0
+    done = 0
+    chosen = []
+    while done < tokens:
+        order = world.random.choice((0, 1, 2, 3))
+        option = controller.choose([order])
+        assert option in options
+        slots, seconds, outcome = world.step(option, order)
+        controller.note(option, slots, seconds, [outcome])
+        total += seconds
+        done += outcome.tokens
+        chosen.append(option)
+    controller.end()
+    assert controller.counts.total() == len(chosen)
+    assert sum(controller.seconds.values()) == total or math.isclose(sum(controller.seconds.values()), total)
+    return total, chosen
+
+
+def test_wide_steps_are_used_where_they_are_free_and_never_where_they_cannot_pay():
+    memory = Memory()
+    flat = World(0, lambda slots: 1.0, lookup=0.8, backbone=0.9)
+    times = [call(flat, memory)[0] for _ in range(3)]
+    assert times[-1] < 128 / 4
+    dear = World(0, lambda slots: 0.2 + 0.06 * (slots - 1), lookup=0.5, backbone=0.3)
+    memory = Memory()
+    for _ in range(3):
+        _, chosen = call(dear, memory)
+        assert max(map(slots_of, chosen)) < 64
+
+
+@given(st.lists(st.tuples(st.integers(1, 100), st.floats(0.01, 1)), min_size=1, max_size=30))
+def test_costs_are_finite_and_never_fall_with_the_slots(samples):
+    costs = Costs()
+    for slots, seconds in samples:
+        costs.note(slots, seconds)
+    for strange in (0.0, -1.0, math.nan, math.inf):
+        before = [costs(slots) for slots in range(1, 130)]
+        costs.note(samples[0][0], strange)
+        costs.suppose(50, strange)
+        assert [costs(slots) for slots in range(1, 130)] == before
+    curve = [costs(slots) for slots in range(1, 130)]
+    assert all(0 < low <= high < math.inf for low, high in pairwise(curve))
+
+
+def test_one_option_is_returned_whatever_happens():
+    memory = Memory()
+    total, chosen = call(World(0, lambda slots: 1.0), memory, options=(Option(),))
+    assert set(chosen) == {Option()}
+    assert total == 128
