@@ -18,7 +18,7 @@ class Costs:
 
     A cost is the low median of the last few measurements: a suspended machine, a compilation or a clock that jumps
     cannot move it. The first measurement of a number of slots competes with the estimate from its neighbours, so even
-    that one is believed only if it is the lower of the two, until a second one confirms it.
+    that one is believed only if it is the lower of the two, until there is a second one.
 
     The prefill is a measurement for nothing. It is used as long as no step with as many slots was measured.
     """
