@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from jacobi_hf.config import CONSTANT
 from jacobi_hf.evaluation.decoding import measure_decoding, ordinary_outputs
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ class DecodingEvaluation:
 
     def __init__(self, prompts: Mapping[str, Sequence[Sequence[int]]] | None, args: BaseConfig) -> None:
         self._prompts = dict(prompts or {})
-        self._config = args.decoding_config()
+        config = args.decoding_config()
+        # The adaptive schedule follows the clock, so its tokens per forward say little of the weights.
+        self._config = None if config is None else replace(config, jacobi_schedule=CONSTANT)
         self._max_new_tokens = args.eval_max_new_tokens
         self._prompt_count = args.eval_prompt_count
         self._measured: tuple[Any, dict[str, float]] | None = None

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 import jacobi_hf
+from jacobi_hf.config import CONSTANT
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.results.schema import Decoder
 
@@ -134,8 +135,11 @@ def prompt_lookup(tokens: int) -> Contender:
 
 
 def jacobi(name: str, drafter: str | None = None, **changes: Any) -> Contender:
-    """Return Jacobi decoding with these knobs under a name; `drafter` is the drafter that the model has loaded."""
-    config = jacobi_hf.JacobiConfig(**changes)
+    """Return Jacobi decoding with these knobs under a name; `drafter` is the drafter that the model has loaded.
+
+    Every step sends all guesses, unless the knobs name another schedule.
+    """
+    config = jacobi_hf.JacobiConfig(**{"jacobi_schedule": CONSTANT} | changes)
     return Contender(Decoder.of(name, config, drafter), config.to_knobs())
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ import typer
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from jacobi_hf import JacobiConfig
+from jacobi_hf.config import CONSTANT, JacobiConfig
 from jacobi_hf.results.environment import Software
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Results
 
@@ -96,7 +97,8 @@ def main(
 ) -> None:
     """Publish, decode in a new environment, and write the document."""
     model = AutoModelForCausalLM.from_pretrained(common.MODELS["forced"], dtype=torch.float32)  # as the client does
-    config = JacobiConfig.from_generation_config(model.generation_config) or JacobiConfig()
+    saved = JacobiConfig.from_generation_config(model.generation_config) or JacobiConfig()
+    config = replace(saved, jacobi_schedule=CONSTANT)  # as the client does
     with tempfile.TemporaryDirectory() as folder, LoopbackHub() as hub:
         work = Path(folder)
         publish(hub, work / "home")

@@ -39,6 +39,7 @@ def compare(
             inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
             asked = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
             expected = plain.generate(**inputs, **asked).sequences
+            asked["jacobi_schedule"] = "constant"  # forwards are counted
             for usage, call in usages.items():
                 output = call(inputs, asked)
                 here = found[usage, domain]

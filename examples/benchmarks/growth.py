@@ -46,7 +46,7 @@ from rich.progress import track
 from shapes import synchronize
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from jacobi_hf import JacobiConfig
+from jacobi_hf.config import CONSTANT, JacobiConfig
 from jacobi_hf.decoding import step
 from jacobi_hf.decoding.cache import JacobiStaticCache
 from jacobi_hf.decoding.step import StepShape
@@ -231,7 +231,7 @@ def memory_of(model: Any, calls: list[tuple[int, int, int]]) -> dict[str, list[i
 
 def full_shape(_: Eager, shape: StepShape) -> StepShape:
     """Return, in place of `Eager.shape`, the greatest shape that the default knobs allow, whatever the step needs."""
-    config = JacobiConfig()
+    config = JacobiConfig(jacobi_schedule=CONSTANT)
     pool = NgramPool(config.jacobi_pool_size, config.jacobi_branch_length)
     sources = Sources([JacobiWindow(config), NgramLookup(config.jacobi_lookup_tokens), pool])
     return StepShape(sources.width, sources.branch_lengths, starts=shape.starts)

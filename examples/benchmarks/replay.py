@@ -13,6 +13,7 @@ from shapes import synchronize
 from transformers import CompileConfig
 
 from jacobi_hf import JacobiConfig, clear_graphs
+from jacobi_hf.config import CONSTANT
 from jacobi_hf.drafts.window import JacobiWindow
 from jacobi_hf.results.schema import Decoder, Measurement, Prompts, Speedup
 
@@ -154,7 +155,13 @@ def one_replay(
     replay: Replay, per_forward: float, suffix: str, options: dict[str, Any], plain: Measurement
 ) -> Measurement:
     """Measure a replay with windows of 64 guesses; `plain` is its baseline."""
-    config = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=16, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+    config = JacobiConfig(
+        jacobi_schedule=CONSTANT,
+        jacobi_block_size=4,
+        jacobi_max_blocks=16,
+        jacobi_pool_size=0,
+        jacobi_lookup_tokens=0,
+    )
     decoder = Decoder.of(f"replay-{per_forward}{suffix}", config).model_copy(update={"compiled": bool(options)})
     with replayed(replay.truth_BT, per_forward):
         clear_graphs(replay.model)  # compiled steps hold the window of the replay before

@@ -37,6 +37,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation import BaseStreamer
 
 from jacobi_hf import JacobiConfig, clear_graphs
+from jacobi_hf.config import CONSTANT
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.prompt import read_prompt
 from jacobi_hf.decoding.selection import Selector
@@ -86,7 +87,11 @@ def timed_steps(
     device = model.device
     room = max(widths) + 2
     config = JacobiConfig(
-        jacobi_block_size=max(widths), jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0
+        jacobi_schedule=CONSTANT,
+        jacobi_block_size=max(widths),
+        jacobi_max_blocks=1,
+        jacobi_pool_size=0,
+        jacobi_lookup_tokens=0,
     )
     sources = sources_of(config, model)
     columns = context + 2 * room

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,10 @@ class BenchConfig(Options):
     max_new_tokens: int = option(128, "New tokens per prompt.", low=1)
     decoders: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Knobs of each decoder, by name. If not given, the model decodes with its own knobs."},
+        metadata={
+            "help": "Knobs of each decoder, by name. If not given, the model decodes with its own knobs. The schedule "
+            "is constant unless the knobs say adaptive, because adaptive counts depend on the machine."
+        },
     )
     held_out: str | None = option(None, "JSONL with domain and text, for the held-out loss.")
     held_out_tokens: int = option(120_000, "Tokens of each domain for that loss.", low=1)
@@ -157,18 +160,20 @@ def _held_out(file: str, domains: list[str]) -> dict[str, list[str]]:
 
 def _decoders(config: BenchConfig) -> dict[str, JacobiConfig]:
     from jacobi_hf.cli._models import check_decoder, check_knobs
-    from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.config import CONSTANT, JacobiConfig
 
     for name, knobs in config.decoders.items():
         check_decoder(name, knobs)
-    return {name: JacobiConfig(**check_knobs(knobs)) for name, knobs in config.decoders.items()}
+    schedule = {"jacobi_schedule": CONSTANT}
+    return {name: JacobiConfig(**schedule | check_knobs(knobs)) for name, knobs in config.decoders.items()}
 
 
 def _own(model: Any) -> dict[str, JacobiConfig]:
     from jacobi_hf.cli._models import decoding_of
+    from jacobi_hf.config import CONSTANT
 
     own = decoding_of(model, {})
-    return {own.decoding: own} if own else {}
+    return {own.decoding: replace(own, jacobi_schedule=CONSTANT)} if own else {}
 
 
 def _kept(progress: Progress, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:

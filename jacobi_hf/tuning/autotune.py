@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from jacobi_hf.config import MULTIBLOCK, JacobiConfig
+from jacobi_hf.config import CONSTANT, MULTIBLOCK, JacobiConfig
 from jacobi_hf.drafts.loading import drafter_of
 from jacobi_hf.tuning.inputs import batches_of, check_arguments, prompt_rows, take_compile_config
 from jacobi_hf.tuning.strategies import ASSISTED, Strategy, describe, knobs_of, sources_of
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+_WINDOW = JacobiConfig(jacobi_schedule=CONSTANT, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+_LOOKUP = JacobiConfig(jacobi_schedule=CONSTANT, jacobi_pool_size=0, jacobi_max_blocks=0)
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Settings of Jacobi decoding that `autotune` tries, the more promising ones first.
+    """Settings with a constant schedule that `autotune` tries, the more promising ones first.
 
     Attributes:
         windows: pairs of n and K.
@@ -41,14 +45,8 @@ class Grid:
 
     def apart(self) -> list[JacobiConfig]:
         """Return configs with one draft source each: lookups and windows alternate."""
-        windows = [
-            JacobiConfig(jacobi_block_size=n, jacobi_max_blocks=k, jacobi_pool_size=0, jacobi_lookup_tokens=0)
-            for n, k in self.windows
-        ]
-        lookups = [
-            JacobiConfig(jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=length)
-            for length in self.lookups
-        ]
+        windows = [replace(_WINDOW, jacobi_block_size=n, jacobi_max_blocks=k) for n, k in self.windows]
+        lookups = [replace(_LOOKUP, jacobi_lookup_tokens=length) for length in self.lookups]
         return [config for pair in zip_longest(lookups, windows) for config in pair if config is not None]
 
 
@@ -86,6 +84,22 @@ class Tuning:
         return self.strategy if isinstance(self.strategy, JacobiConfig) else None
 
     @property
+    def adaptive(self) -> Timing | None:
+        """The timing of the adaptive schedule, which needs no tuning; None if there was no time for it."""
+        timings = (one for one in self.table if isinstance(one.strategy, JacobiConfig) and one.strategy.is_adaptive)
+        return next(timings, None)
+
+    @property
+    def comparison(self) -> str:
+        """A sentence that compares the fastest strategy with the adaptive schedule; empty without a timing of it."""
+        if self.adaptive is None or self.adaptive.prompts != self.table[0].prompts:
+            return ""
+        if self.adaptive.strategy == self.strategy:
+            return "The adaptive schedule is the fastest, so no knob is needed."
+        share = self.table[0].seconds / self.adaptive.seconds
+        return f"The adaptive schedule, which needs no tuning, has {share:.2f} of the speed of the fastest strategy."
+
+    @property
     def knobs(self) -> dict[str, Any]:
         """Arguments for `generate(**inputs, **knobs)`, with the `compile_config` if one was given.
 
@@ -102,7 +116,8 @@ class Tuning:
             for name, t in zip(names, self.table, strict=True)
         ]
         untried = "; ".join(describe(strategy, drafted=self.drafted) for strategy in self.untried)
-        return "\n".join([*lines, *([f"no time for: {untried}"] if untried else [])])
+        notes = [f"no time for: {untried}" if untried else "", self.comparison]
+        return "\n".join([*lines, *filter(None, notes)])
 
 
 def autotune(
@@ -119,12 +134,16 @@ def autotune(
 ) -> Tuning:
     """Find the fastest strategy for a model on this machine, measured on prompts like those that will be decoded.
 
-    The strategies are windows and lookups of several sizes, ordinary decoding, the setting saved with the model, and
-    assisted decoding if there is a draft model. All of them run on two prompts. So do combinations of the best window
-    and the best lookup and, with a drafter, several verify widths of the best window. The faster half then runs on
-    twice the prompts, until one strategy is left, or the prompts or the time are used up. Strategies are compared on
-    the prompts that they have in common. The text is the same with every strategy. The state of torch's random
+    The strategies are windows and lookups of several sizes with a constant schedule, the adaptive schedule, ordinary
+    decoding, the setting saved with the model, and assisted decoding if there is a draft model. All of them run on two
+    prompts. So do combinations of the best window and the best lookup and, with a drafter, several verify widths of
+    the best window. The faster half then runs on twice the prompts, until one strategy is left, or the prompts or the
+    time are used up. Ordinary decoding and the adaptive schedule run on all of these prompts. Strategies are compared
+    on the prompts that they have in common. The text is the same with every strategy. The state of torch's random
     generator does not change.
+
+    The adaptive schedule learns from its runs, as from any call: what it measured of costs and acceptance stays with
+    the model, and later calls begin with it.
 
     With a `compile_config`, ordinary decoding is compiled too, as transformers does it. Calls that compile something
     are not timed, but they use up `seconds`. Only half a dozen strategies are tried then, since each one compiles up
@@ -161,28 +180,35 @@ def autotune(
     room = max(batch["input_ids"].shape[1] for batch in batches) + max_new_tokens
     stopwatch = Stopwatch(model, arguments, assistant_model, compile_config, room)
     first: list[Strategy] = [] if assistant_model is None else [ASSISTED]
+    adaptive = JacobiConfig()
     saved = JacobiConfig.from_generation_config(model.generation_config)
     if saved is not None and saved.decoding == MULTIBLOCK:
-        first.append(saved if drafted else replace(saved, jacobi_verify_width=0))
+        saved = saved if drafted else replace(saved, jacobi_verify_width=0)
+        adaptive = saved if saved.is_adaptive else adaptive
+        first.append(saved)
     with tqdm(total=round(seconds), unit="s", desc="autotune", disable=not progress) as bar:
         sources = partial(sources_of, model=model)
         comparison = Comparison(stopwatch.measure, batches, _Deadline(seconds, bar), sources, drafted=drafted)
         stopwatch.warm_up(batches[0])
-        table, untried = search(comparison, first, Grid() if compile_config is None else COMPILED)
+        table, untried = search(comparison, first, Grid() if compile_config is None else COMPILED, [adaptive])
     prices = comparison.prices()
     return Tuning(table[0].strategy, table, prices, assistant_model, compile_config, drafted, tuple(untried))
 
 
-def search(comparison: Comparison, first: Sequence[Strategy], grid: Grid) -> tuple[list[Timing], list[Strategy]]:
+def search(
+    comparison: Comparison, first: Sequence[Strategy], grid: Grid, kept: Sequence[Strategy] = ()
+) -> tuple[list[Timing], list[Strategy]]:
     """Time strategies until the time is up; return the timings, as in `Tuning.table`, and the untried strategies.
 
     Args:
         comparison: an empty comparison, with the batches and the deadline.
         first: strategies to try before those of the grid.
         grid: settings of Jacobi decoding to try.
+        kept: strategies that run on as many prompts as the fastest, as ordinary decoding does.
     """
     comparison.open()
-    strategies: list[Strategy] = [None, *first, *grid.apart()]
+    kept = [None, *kept]
+    strategies: list[Strategy] = list(dict.fromkeys([*kept, *first, *grid.apart()]))
     tried = min(2, len(comparison.batches))
     for batches in range(1, tried + 1):
         comparison.run(strategies, batches)
@@ -190,16 +216,16 @@ def search(comparison: Comparison, first: Sequence[Strategy], grid: Grid) -> tup
             if not comparison.is_over():
                 strategies = list(dict.fromkeys([*strategies, *refine(comparison, strategies)]))
                 comparison.run(strategies, batches)
-    rivals = comparison.ranked(strategies[1:])
+    rivals = [strategy for strategy in comparison.ranked(strategies) if strategy not in kept]
     beaten: list[list[Strategy]] = []
     while len(rivals) > 1 and tried < len(comparison.batches) and not comparison.is_over():
         half = -(-len(rivals) // 2)
         beaten = [rivals[half:], *beaten]
         rivals = rivals[:half]
         tried = min(2 * tried, len(comparison.batches))
-        comparison.run([None, *rivals], tried)
+        comparison.run([*kept, *rivals], tried)
         rivals = comparison.ranked(rivals)
-    table = [timing for tier in ([None, *rivals], *beaten) for timing in comparison.timings(tier)]
+    table = [timing for tier in ([*kept, *rivals], *beaten) for timing in comparison.timings(tier)]
     return table, [strategy for strategy in strategies if not comparison.runs[strategy]]
 
 
@@ -226,11 +252,12 @@ def _combinations(comparison: Comparison, strategies: list[Strategy], grid: Grid
 
 
 def _best(comparison: Comparison, strategies: Iterable[Strategy], *, has_window: bool) -> list[JacobiConfig]:
-    """Return the strategies with one draft source, which is the window or not, the fastest first."""
+    """Return the constant strategies with one draft source, which is the window or not, the fastest first."""
     alone = [
         strategy
         for strategy in strategies
         if isinstance(strategy, JacobiConfig)
+        and not strategy.is_adaptive
         and len(comparison.sources(strategy)) == 1
         and bool(strategy.window_width) == has_window
     ]

@@ -32,7 +32,7 @@ def describe(strategy: Strategy, *, drafted: bool = False) -> str:
     parts += [f"lookup {strategy.jacobi_lookup_tokens}"] if strategy.jacobi_lookup_tokens else []
     parts += [f"pool {strategy.jacobi_pool_size}x{strategy.jacobi_branch_length}"] if strategy.jacobi_pool_size else []
     parts += [f"topk {strategy.jacobi_topk_branches}"] if strategy.jacobi_topk_branches else []
-    return ", ".join(parts)
+    return ("adaptive: " if strategy.is_adaptive else "") + ", ".join(parts)
 
 
 def sources_of(strategy: Strategy, model: Any) -> tuple[str, ...]:

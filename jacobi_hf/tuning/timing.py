@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation import BaseStreamer
 
-from jacobi_hf.config import JacobiConfig
+from jacobi_hf.config import CONSTANT, JacobiConfig
 from jacobi_hf.tuning.strategies import ASSISTED, Strategy, knobs_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Stopwatch:
         """
         brief = {"max_new_tokens": 4, "disable_compile": True}
         self._generate(None, batch, **brief)
-        self._generate_with_stats(JacobiConfig(), batch, **brief)
+        self._generate_with_stats(JacobiConfig(jacobi_schedule=CONSTANT), batch, **brief)
         if self._assistant_model is not None:
             self._generate(ASSISTED, batch, **brief)
 

@@ -9,6 +9,7 @@ from transformers import CompileConfig
 from jacobi_hf import JacobiConfig, Tuning, autotune
 from jacobi_hf.tuning.inputs import prompt_rows
 from jacobi_hf.tuning.strategies import ASSISTED, describe, sources_of
+from jacobi_hf.tuning.timing import Timing
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 
@@ -43,6 +44,39 @@ def test_every_strategy_is_tried_and_the_fastest_comes_first():
     assert all(describe(timing.strategy) in str(tuning) for timing in tuning.table)
     assert set(tuning.milliseconds) == kinds
     assert not tuning.untried
+    assert tuning.adaptive in tuning.table
+    assert tuning.adaptive.prompts == ordinary.prompts == tuning.table[0].prompts
+    assert tuning.adaptive.strategy == JacobiConfig()
+    assert tuning.comparison in str(tuning)
+
+
+def timing(strategy, seconds, prompts=4):
+    return Timing(strategy, prompts, 2.0, 9.0, seconds, 1.0)
+
+
+def test_the_answer_is_compared_with_the_adaptive_schedule():
+    window = JacobiConfig(jacobi_schedule="constant")
+    adaptive = timing(JacobiConfig(), 2.0)
+    lost = Tuning(window, [timing(window, 1.5), adaptive, timing(None, 3.0)], {})
+    assert lost.adaptive == adaptive
+    assert str(lost).endswith("needs no tuning, has 0.75 of the speed of the fastest strategy.")
+    assert str(Tuning(JacobiConfig(), [adaptive, timing(None, 3.0)], {})).endswith(
+        "is the fastest, so no knob is needed."
+    )
+    assert Tuning(None, [timing(None, 3.0)], {}).adaptive is None
+    assert Tuning(None, [timing(None, 3.0), timing(JacobiConfig(), 1.0, prompts=1)], {}).comparison == ""
+
+
+def test_the_adaptive_schedule_stays_within_a_saved_setting():
+    model = fresh_model("qwen3")
+    narrow = JacobiConfig(jacobi_block_size=4, jacobi_pool_size=0)
+    narrow.save_defaults(model)
+    assert autotune(model, prompts(1), **ONE).adaptive.strategy == narrow
+    constant = replace(narrow, jacobi_schedule="constant")
+    constant.save_defaults(model)
+    tuning = autotune(model, prompts(1), **ONE)
+    assert tuning.adaptive.strategy == JacobiConfig()
+    assert constant in [timing.strategy for timing in tuning.table]
 
 
 def test_more_time_tries_the_better_ones_on_more_prompts():
@@ -113,8 +147,8 @@ def test_no_strategy_starts_after_the_time_is_up():
     tuning = autotune(tiny_model("qwen3"), prompts(2), **{**ARGUMENTS, "seconds": 1e-6})
     assert [timing.strategy for timing in tuning.table] == [None]
     assert tuning.strategy is None
-    assert len(tuning.untried) == 12
-    assert "no time for: lookup 8; n=16 K=1" in str(tuning)
+    assert len(tuning.untried) == 13
+    assert "no time for: adaptive: n=16 K=2, lookup 16, pool 2x8; lookup 8; n=16 K=1" in str(tuning)
 
 
 def test_compiling_uses_up_time_and_the_knobs_have_the_compile_config():
@@ -123,7 +157,7 @@ def test_compiling_uses_up_time_and_the_knobs_have_the_compile_config():
     tuning = autotune(model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=config)
     assert [timing.strategy for timing in tuning.table] == [None]
     assert tuning.knobs == {"decoding": None, "cache_implementation": "static", "compile_config": config}
-    assert len(tuning.untried) == 5
+    assert len(tuning.untried) == 6
     assert replace(tuning, strategy=tuning.untried[0]).knobs == {
         **tuning.untried[0].to_knobs(),
         "compile_config": config,
@@ -146,7 +180,7 @@ def test_a_model_that_cannot_be_compiled_is_tuned_uncompiled():
     with pytest.warns(UserWarning, match="compile_config is ignored: a module of the model has hooks"):
         tuning = autotune(model, prompts(1), **{**ONE, "seconds": 1e-6}, compile_config=CompileConfig())
     assert tuning.knobs == {"decoding": None}
-    assert len(tuning.untried) == 12
+    assert len(tuning.untried) == 13
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list of tensors", "arrays", "tuples"])

@@ -22,7 +22,9 @@ from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import fresh_model, tiny_model
 from tests.helpers.properties import at_most
 
-WINDOW = JacobiConfig(jacobi_block_size=4, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+CONSTANT = JacobiConfig(jacobi_schedule="constant")
+WINDOW = replace(CONSTANT, jacobi_block_size=4, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0)
+ADAPTIVE = JacobiConfig()
 BATCH = {"input_ids": torch.tensor([[3, 4, 5]])}
 
 
@@ -68,7 +70,7 @@ class World:
         return Run({1 if strategy is None else 9: [1.0] * count}, 0.0, 60, count)
 
     def search(self, grid=None):
-        return search(self.comparison, [ASSISTED], grid or Grid())
+        return search(self.comparison, [ASSISTED], grid or Grid(), [ADAPTIVE])
 
 
 @given(seed=st.integers(0, 10**6), batches=st.integers(1, 9), budget=st.integers(0, 4000), drafted=st.booleans())
@@ -98,13 +100,14 @@ def test_the_better_half_goes_on_and_the_best_of_all_wins(seed, drafted):
     table, untried = world.search()
     assert not untried
     assert table[0].seconds / table[0].prompts == min(world.seconds(strategy, 0) for strategy in world.begun)
-    rivals = sorted(
-        (strategy for strategy in world.begun if strategy is not None), key=lambda strategy: world.seconds(strategy, 0)
-    )
+    assert len(world.begun[ADAPTIVE]) == 8  # as often as ordinary decoding, however slow
+    rivals = sorted(set(world.begun) - {None, ADAPTIVE}, key=lambda strategy: world.seconds(strategy, 0))
     for prompts in (4, 8):
         rivals, beaten = rivals[: -(-len(rivals) // 2)], rivals[-(-len(rivals) // 2) :]
         reached = [
-            strategy for strategy in world.begun if strategy is not None and len(world.begun[strategy]) >= prompts
+            strategy
+            for strategy, starts in world.begun.items()
+            if strategy not in (None, ADAPTIVE) and len(starts) >= prompts
         ]
         assert len(reached) == len(rivals)
         assert max(world.seconds(strategy, 0) for strategy in reached) <= min(
@@ -114,7 +117,7 @@ def test_the_better_half_goes_on_and_the_best_of_all_wins(seed, drafted):
 
 def test_a_round_that_time_cuts_short_does_not_narrow_the_answer():
     """The fastest strategy ran on one prompt, those before it in the list on two."""
-    fastest = JacobiConfig(jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=24)
+    fastest = replace(CONSTANT, jacobi_max_blocks=0, jacobi_pool_size=0, jacobi_lookup_tokens=24)
     one_prompt = World(0, 1, 10**9, steps={fastest: 1})
     one_prompt.search()
     cut = World(0, 2, 10**9, steps={fastest: 1})
@@ -128,7 +131,7 @@ def test_a_round_that_time_cuts_short_does_not_narrow_the_answer():
 def test_without_time_ordinary_decoding_is_the_answer_and_the_rest_is_listed():
     table, untried = World(0, 3, 0).search()
     assert [timing.strategy for timing in table] == [None]
-    assert untried == [ASSISTED, *Grid().apart()]
+    assert untried == [ADAPTIVE, ASSISTED, *Grid().apart()]
 
 
 def test_the_best_windows_are_combined_with_the_best_lookup():
@@ -139,7 +142,7 @@ def test_the_best_windows_are_combined_with_the_best_lookup():
     world.search()
     tried = {
         (w.jacobi_lookup_tokens, w.jacobi_pool_size)
-        for w in world.begun
+        for w in set(world.begun) - {ADAPTIVE}
         if getattr(w, "jacobi_max_blocks", 0) == 2 and w.jacobi_block_size == window.jacobi_block_size
     }
     assert tried == {(0, 0), (lookup.jacobi_lookup_tokens, 0), (0, 2), (lookup.jacobi_lookup_tokens, 2)}
@@ -163,7 +166,7 @@ def test_with_a_drafter_the_best_window_is_tried_at_several_verify_widths(fastes
 def test_few_strategies_are_tried_where_each_compiles():
     world = World(0, 1, 10**9)
     world.search(COMPILED)
-    assert len(world.begun) == 8  # ordinary and assisted decoding among them
+    assert len(world.begun) == 9  # ordinary and assisted decoding and the adaptive schedule among them
 
 
 def test_prices_are_medians_so_that_a_hiccup_changes_nothing():
@@ -310,13 +313,14 @@ def test_ordinary_decoding_is_timed_by_steps(extra, rows):
 
 
 def test_names():
-    both = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=2, jacobi_lookup_tokens=4, jacobi_pool_size=2)
+    both = replace(CONSTANT, jacobi_block_size=8, jacobi_lookup_tokens=4)
     topk = replace(both, jacobi_topk_branches=5)
     assert (describe(topk), plain(topk)) == (
         "n=8 K=2, lookup 4, pool 2x8, topk 5",
         ("window", "lookup", "pool", "topk"),
     )
     assert describe(both) == "n=8 K=2, lookup 4, pool 2x8"
+    assert describe(replace(both, jacobi_schedule="adaptive")) == "adaptive: n=8 K=2, lookup 4, pool 2x8"
     assert describe(both, drafted=True) == "n=8 K=2, drafter, lookup 4, pool 2x8"
     assert describe(replace(WINDOW, jacobi_verify_width=3), drafted=True) == "n=4 K=1, drafter verifying 3"
     assert describe(Grid().apart()[0], drafted=True) == "lookup 8"
