@@ -172,7 +172,8 @@ _KNOBS = {
 
 def _decoder(decoder: dict[str, Any]) -> str:
     """Return a decoder's name and its knobs, without those that are zero."""
-    knobs = [f"{label}{decoder[field]:g}" for field, label in _KNOBS.items() if decoder.get(field)]
+    knobs = ["adaptive"] if decoder.get("adaptive") else []
+    knobs += [f"{label}{decoder[field]:g}" for field, label in _KNOBS.items() if decoder.get(field)]
     return escape.code(decoder["name"]) + (f" ({', '.join(knobs)})" if knobs else "")
 
 

@@ -115,12 +115,13 @@ class JacobiStats:
 
         1 if no step verified a guess.
         """
-        return 1 + self._accepted_guesses / max(1, self.accepted_guesses.total())
+        return acceptance_length_of(self.accepted_guesses)
 
     @property
     def draft_acceptance_rate(self) -> float:
         """Share of all verified guesses that were accepted, as in vLLM; 0 if none was verified."""
-        return self._accepted_guesses / max(1, self.guesses)
+        accepted = sum(length * steps for length, steps in self.accepted_guesses.items())
+        return accepted / max(1, self.guesses)
 
     @property
     def acceptance_per_position(self) -> list[float]:
@@ -133,13 +134,15 @@ class JacobiStats:
         return [reached / steps for reached in accumulate(counts)][::-1]
 
     @property
-    def _accepted_guesses(self) -> int:
-        return sum(accepted * count for accepted, count in self.accepted_guesses.items())
-
-    @property
     def window_acceptance(self) -> float:
         """Share of the window's verified guesses that were accepted; 0 if none was verified."""
         return self.accepted / max(1, self.verified)
+
+
+def acceptance_length_of(accepted_guesses: Counter[int]) -> float:
+    """Return 1 + accepted guesses / steps that verified guesses, from a histogram as in `JacobiStats`."""
+    guesses = sum(accepted * steps for accepted, steps in accepted_guesses.items())
+    return 1 + guesses / max(1, accepted_guesses.total())
 
 
 @dataclass

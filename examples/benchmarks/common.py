@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 import jacobi_hf
 from jacobi_hf.config import CONSTANT
-from jacobi_hf.output import JacobiStats
+from jacobi_hf.output import JacobiStats, acceptance_length_of
 from jacobi_hf.results.schema import Decoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -173,6 +173,12 @@ def stats_of(
 def accepted_lengths(stats: list[JacobiStats]) -> dict[int, int]:
     """Return how many decoding forwards committed how many tokens, over all statistics."""
     return dict(sorted(sum((one.accepted_lengths for one in stats), Counter[int]()).items()))
+
+
+def acceptance_length(stats: list[JacobiStats]) -> float | None:
+    """Return the mean acceptance length over all statistics; None if no step verified a guess."""
+    accepted = sum((one.accepted_guesses for one in stats), Counter[int]())
+    return round(acceptance_length_of(accepted), 4) if accepted else None
 
 
 def medians_by_width(runs: list[Run]) -> dict[int, float]:

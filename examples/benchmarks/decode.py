@@ -133,12 +133,14 @@ def times(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """Return the fields of a measurement that show it by prompt, by width and by committed tokens."""
-    accepted = None
+    counts: dict[str, Any] = {}
     if contender.decoder.kind.startswith("jacobi"):
-        accepted = common.accepted_lengths(stats(model, tokenizer, contender, texts, max_new_tokens))
+        found = stats(model, tokenizer, contender, texts, max_new_tokens)
+        counts["mean_acceptance_length"] = common.acceptance_length(found)
+        counts["accepted_lengths"] = common.accepted_lengths(found)
     return {
+        **counts,
         "per_prompt_tokens_per_forward": [round(len(one.tokens) / one.forwards, 3) for one in runs[0]],
-        "accepted_lengths": accepted,
         "ms_per_forward": common.medians_by_width([one for run in runs for one in run]),
     }
 
@@ -278,6 +280,7 @@ def acceptance(
                     forwards=forwards,
                     tokens_per_forward=round(tokens / forwards, 4),
                     mean_slots=round(statistics.mean(one.mean_slots for one in found), 2),
+                    mean_acceptance_length=common.acceptance_length(found),
                     accepted_lengths=common.accepted_lengths(found),
                 )
             )

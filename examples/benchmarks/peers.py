@@ -245,6 +245,7 @@ def measured(
         agreement=Agreement(
             baseline="generate", identical=len(reference) - len(different), total=len(reference), different=different
         ),
+        mean_acceptance_length=common.acceptance_length(strategy.stats),
         accepted_lengths=common.accepted_lengths(strategy.stats) or None,
         extra={"setting": strategy.note} if strategy.ours else {},
     )

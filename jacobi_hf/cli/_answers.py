@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,11 @@ import typer
 from transformers import TextStreamer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import StoppingCriteria
+
+MOST_SHAPES = 3  # in a line for readers
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Answer:
         forwards: Forwards of the model; the prefill counts as one.
         seconds: Wall time of the call.
         warnings: Reasons why the call was not decoded as requested.
+        steps_by_shape: Decoding steps by their shape, as in `JacobiStats`; empty for ordinary decoding.
     """
 
     text: str
@@ -34,9 +37,10 @@ class Answer:
     forwards: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    steps_by_shape: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """The figures by name, for a program to read."""
         return {
             "new_tokens": len(self.ids),
@@ -44,13 +48,18 @@ class Answer:
             "tokens_per_forward": len(self.ids) / self.forwards,
             "seconds": self.seconds,
             "tokens_per_second": len(self.ids) / self.seconds,
+            **({"steps_by_shape": dict(self.steps_by_shape)} if self.steps_by_shape else {}),
         }
 
     def __str__(self) -> str:
         f = self.figures
+        usual = sorted(self.steps_by_shape.items(), key=lambda one: -one[1])
+        shapes = ", ".join(f"{count} of {shape}" for shape, count in usual[:MOST_SHAPES])
+        rest = f" and {len(usual) - MOST_SHAPES} more" if len(usual) > MOST_SHAPES else ""
         return (
             f"{f['new_tokens']} tokens in {f['forwards']} forwards, {f['tokens_per_forward']:.2f} tokens per forward, "
             f"{f['seconds']:.2f} s, {f['tokens_per_second']:.0f} tok/s"
+            + (f"; steps: {shapes}{rest}" if shapes else "")
         )
 
 
@@ -111,6 +120,7 @@ def write(
         stats.forwards if stats else len(new),
         seconds,
         tuple(reasons),
+        dict(stats.steps_by_shape) if stats else {},
     )
 
 

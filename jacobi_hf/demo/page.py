@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 import jacobi_hf
-from jacobi_hf.config import JacobiConfig
+from jacobi_hf.config import CONSTANT, JacobiConfig
 from jacobi_hf.demo import paint, showcase
 from jacobi_hf.demo.race import Lane, Race, Runner, twin
 from jacobi_hf.loading import load, positions_of
@@ -99,7 +99,7 @@ class Page:
                 started.
         """
         token_ids = self._encode(prompt, new_tokens)
-        decodings = JacobiConfig(**knobs).to_knobs()
+        decodings = JacobiConfig(jacobi_schedule=CONSTANT, **knobs).to_knobs()  # the replay shows what the sliders say
         options = {"max_new_tokens": new_tokens, "do_sample": False}
         return Race(
             [

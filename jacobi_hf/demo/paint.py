@@ -96,7 +96,8 @@ class Replay:
     def _summary(self, number: int) -> str:
         """Return in a sentence what a forward verified, accepted and committed."""
         step = self.runner.steps[number - 1]
-        of = f"Forward {number} of {len(self.runner.steps)}"
+        shape = f" ({step.shape})" if step.shape and step.candidates else ""
+        of = f"Forward {number} of {len(self.runner.steps)}{shape}"
         if not step.candidates:
             return f"{of}: no guesses, 1 token." if number > 1 else f"{of}: the prompt, and the first token."
         best = max(step.candidates, key=lambda candidate: candidate.accepted(step.token_ids))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jacobi_hf.io import encode_prompts
+from jacobi_hf.output import acceptance_length_of
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts
 
 if TYPE_CHECKING:
@@ -27,17 +29,26 @@ class DecodingReport:
         forwards: model forwards of each prompt, prefill included.
         mean_slots: positions per decoding forward, over all prompts.
         outputs: ids of the new tokens of each prompt.
+        steps_by_shape: number of steps by their shape, as in `JacobiStats`.
+        accepted_guesses: number of steps that verified guesses by how many they accepted, as in `JacobiStats`.
     """
 
     new_tokens: list[int]
     forwards: list[int]
     mean_slots: float
     outputs: list[list[int]]
+    steps_by_shape: Counter[str] = field(default_factory=Counter)
+    accepted_guesses: Counter[int] = field(default_factory=Counter)
 
     @property
     def tokens_per_forward(self) -> float:
         """New tokens over forwards, all prompts together."""
         return sum(self.new_tokens) / sum(self.forwards)
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Mean tokens of a step that verified guesses, all prompts together; None if no step did."""
+        return acceptance_length_of(self.accepted_guesses) if self.accepted_guesses else None
 
     @property
     def per_prompt(self) -> list[float]:
@@ -98,6 +109,8 @@ def measure_decoding(
     tokens: list[int] = []
     forwards: list[int] = []
     outputs: list[list[int]] = []
+    shapes = Counter[str]()
+    accepted = Counter[int]()
     slots = steps = 0
     for prompt in track(prompts, what):
         output = _generate(model, prompt, max_new_tokens, return_dict_in_generate=True, **config.to_knobs())
@@ -106,8 +119,10 @@ def measure_decoding(
         forwards.append(stats.forwards)
         slots += stats.slots
         steps += stats.slots_by_width.total()
+        shapes += stats.steps_by_shape
+        accepted += stats.accepted_guesses
         outputs.append(output.sequences[0, len(prompt) :].tolist())
-    return DecodingReport(tokens, forwards, slots / max(1, steps), outputs)
+    return DecodingReport(tokens, forwards, slots / max(1, steps), outputs, shapes, accepted)
 
 
 def ordinary_outputs(model: PreTrainedModel, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -174,5 +189,7 @@ def _measurement(
         per_prompt_tokens_per_forward=report.per_prompt,
         looping=report.looping,
         mean_slots=report.mean_slots,
+        mean_acceptance_length=report.mean_acceptance_length,
         agreement=Agreement.between(report.outputs, references),
+        extra={"steps_by_shape": dict(report.steps_by_shape)} if decoder.adaptive else {},
     )

@@ -20,6 +20,7 @@ from lm_eval import evaluate as score_tasks
 from lm_eval.models.huggingface import HFLM
 
 from jacobi_hf.loading import positions_of
+from jacobi_hf.output import acceptance_length_of
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality, Speedup
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Output:
         steps: number of decoding forwards.
         seconds: wall time of the call.
         accepted_lengths: number of decoding forwards by the number of tokens that they committed, as in `JacobiStats`.
+        steps_by_shape: number of steps by their shape, as in `JacobiStats`.
+        accepted_guesses: number of steps that verified guesses by how many they accepted, as in `JacobiStats`.
     """
 
     text: str
@@ -57,6 +60,8 @@ class Output:
     steps: int
     seconds: float
     accepted_lengths: dict[int, int] = field(default_factory=dict)
+    accepted_guesses: dict[int, int] = field(default_factory=dict)
+    steps_by_shape: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, text: str, ids: list[int], stats: JacobiStats | None, seconds: float) -> Output:
@@ -70,14 +75,26 @@ class Output:
         """
         if stats is None:
             return cls(text, ids, len(ids), len(ids) - 1, len(ids) - 1, seconds)
-        accepted = dict(sorted(stats.accepted_lengths.items()))
-        return cls(text, ids, stats.forwards, stats.slots, stats.slots_by_width.total(), seconds, accepted)
+        return cls(
+            text,
+            ids,
+            stats.forwards,
+            stats.slots,
+            stats.slots_by_width.total(),
+            seconds,
+            dict(sorted(stats.accepted_lengths.items())),
+            dict(sorted(stats.accepted_guesses.items())),
+            dict(stats.steps_by_shape),
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Output:
-        """Return the output that was written as JSON, which has turned the keys of `accepted_lengths` into strings."""
-        accepted = {int(length): count for length, count in value["accepted_lengths"].items()}
-        return cls(**{**value, "accepted_lengths": accepted})
+        """Return the output that was written as JSON, which has turned the keys of its histograms into strings."""
+        histograms = {
+            name: {int(length): count for length, count in value.get(name, {}).items()}
+            for name in ("accepted_lengths", "accepted_guesses")
+        }
+        return cls(**{**value, **histograms})
 
 
 class Journal:
@@ -279,6 +296,8 @@ def _measurement(
     factor = _tokens_per_second(mine) / _tokens_per_second(reference)
     agreement = Agreement.between([one.ids for one in mine], [one.ids for one in reference], BASELINE)
     accepted: Counter[int] = sum((Counter(one.accepted_lengths) for one in mine), Counter())
+    shapes: Counter[str] = sum((Counter(one.steps_by_shape) for one in mine), Counter())
+    guesses: Counter[int] = sum((Counter(one.accepted_guesses) for one in mine), Counter())
     return Measurement(
         decoder=decoder,
         prompts=prompts,
@@ -290,11 +309,12 @@ def _measurement(
         seconds=sum(one.seconds for one in mine),
         repeats=1,
         tokens_per_second=_tokens_per_second(mine),
+        mean_acceptance_length=acceptance_length_of(guesses) if guesses else None,
         accepted_lengths=dict(sorted(accepted.items())) or None,
         quality=quality,
         speedups=[] if is_baseline else [Speedup(baseline=BASELINE, factor=factor)],
         agreement=None if is_baseline else agreement,
-        extra={"scores": scores},
+        extra={"scores": scores} | ({"steps_by_shape": dict(shapes)} if decoder.adaptive else {}),
     )
 
 

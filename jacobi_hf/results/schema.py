@@ -208,6 +208,8 @@ class Measurement(Part):
     """Score of the outputs."""
     held_out_loss: float | None = None
     """Next-token loss on held-out text, in nats per token."""
+    mean_acceptance_length: float | None = None
+    """Mean tokens of a step that verified guesses, as vLLM counts: 1 + accepted guesses / such steps."""
     accepted_lengths: dict[int, int] | None = None
     """Number of decoding forwards by the number of tokens that they committed, as in `JacobiStats`."""
     ms_per_forward: dict[int, float] | None = None

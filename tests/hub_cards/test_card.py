@@ -160,6 +160,16 @@ def test_numbers_are_those_of_the_document():
     assert "**math**: 3.14 tokens per forward, 2.50 x the speed of eager `generate`" in card
 
 
+def test_acceptance_and_an_adaptive_schedule_are_shown_as_they_were_measured():
+    results = document("math")
+    found = results.measurements[-1]
+    adaptive = found.decoder.model_copy(update={"adaptive": True})
+    found = found.model_copy(update={"decoder": adaptive, "mean_acceptance_length": 2.345})
+    card = str(generate_model_card(results.with_measurements([*results.measurements[:-1], found]), **LICENSED))
+    _, ((_, decoding, *_, length, _),), _ = tables(card)
+    assert (decoding, length) == ("`jacobi math` (adaptive, n=16, K=2, pool 2, lookup 12)", "2.35")
+
+
 def test_without_results_the_card_says_so():
     card = str(generate_model_card([], **LICENSED))
     assert "Nothing was measured yet, so this card has no numbers." in card

@@ -54,7 +54,13 @@ def context() -> dict[str, Any]:
 
 
 def acceptance_length(measurement: Measurement) -> float:
-    """Return the tokens that a verify forward commits, on average; each prompt has one prefill, which commits one."""
+    """Return the mean acceptance length.
+
+    Documents without it, and transformers' own decoders, count all decoding forwards, with guesses or without. Each
+    prompt has one prefill, which commits one token.
+    """
+    if measurement.mean_acceptance_length is not None:
+        return measurement.mean_acceptance_length
     prefills = measurement.prompts.count
     return ((measurement.new_tokens or 0) - prefills) / ((measurement.forwards or 0) - prefills)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from types import SimpleNamespace
 
@@ -95,6 +96,11 @@ def test_a_replay_says_what_a_forward_did(number, said):
     assert said in html
     written = "".join(piece for piece in ("a", "bc", "def", "g")[:number])
     assert text_of(html).endswith(written)
+
+
+def test_a_replay_says_the_shape_of_a_step():
+    steps = [STEPS[0], *(replace(step, shape="window 16 + lookup 8") for step in STEPS[1:])]
+    assert "Forward 2 of 4 (window 16 + lookup 8): 5 guesses verified" in paint.Replay(runner_of(steps)).at(2)
 
 
 def test_a_replay_has_a_row_for_each_window_and_a_class_for_each_guess():
