@@ -52,6 +52,39 @@ def test_peers_resumes_only_measurements_of_the_same_code(tmp_path, monkeypatch)
         peers.kept(tmp_path / "peers.json", other)
 
 
+def test_cells_of_the_adaptive_benchmark_have_names_that_the_page_can_split(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cells = importlib.import_module("adaptive_cells").cells()
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    page = importlib.import_module("report.adaptive")
+    document = Results.start("a test", tiny_model("qwen3"), "tiny")
+    for cell in cells:
+        key = page.Cell(cell.name, document).key
+        assert key[:3] == [cell.model, cell.text, cell.dtype]
+        assert (int(key[3]), int(key[4]), key[5] == "compiled") == (cell.rows, cell.temperature, cell.compiled)
+        assert key[0] in page.ORDER
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_adaptive_benchmark_is_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    adaptive = importlib.import_module("adaptive")
+    cell_type = importlib.import_module("adaptive_cells").Cell
+    for name, value in (("prompts", 2), ("tokens", 8), ("rounds", 1)):
+        monkeypatch.setattr(cell_type, name, value)
+    cell = cell_type("forced", "arithmetic")
+    adaptive.run_cell(cell, {}, tmp_path, tmp_path, before=False)
+    found = importlib.import_module("report.adaptive").Cell(
+        cell.name, Results.read(tmp_path / "forced-arithmetic-fp32-b1-t0-eager.json")
+    )
+    assert found.later > 0
+    assert found.first > 0
+    assert found.of_best == found.later / found.best.speedups[0].factor
+    assert found.cost_of_8 > 0
+    assert found.ours.agreement.identical == found.ours.agreement.total == 2
+
+
 @pytest.mark.slow
 def test_the_gpu_script_runs_its_parts_on_a_cpu_too(tmp_path):
     """Tests, step_cost.py and growth.py run at tiny shapes, and each writes its document."""

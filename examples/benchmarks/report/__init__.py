@@ -11,12 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import bf16, cost, decoding, drafters, forcing, hub, peers, sources
+from . import adaptive, bf16, cost, decoding, drafters, forcing, hub, peers, sources
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 CONTEXTS: dict[str, Callable[[], dict[str, Any]]] = {
     "index": dict,
     "decoding": decoding.context,
+    "adaptive": adaptive.context,
     "peers": peers.context,
     "forcing": forcing.context,
     "drafters": drafters.context,
