@@ -15,7 +15,8 @@ In a cell:
   prompts, and the best of them run in all rounds. A window is not tried where 16 slots cost more than eight times one
   slot.
 - *Later calls*: ordinary decoding, the default call and the best fixed settings, on every prompt, in random order in
-  each round. The time of a decoder is the sum over the prompts of the median of its rounds.
+  each round; the fixed settings in the first round only. The time of a decoder is the sum over the prompts of the
+  median of its rounds.
 
 A factor is tokens per second of CPU time (`time.process_time`, one thread) over those of ordinary decoding: other
 programs on the machine change CPU time less than wall time. `extra` has the factor by wall time. With `--before`, the
@@ -132,7 +133,7 @@ def measured(bench: Bench, contender: Contender, base: Contender, **extra: Any) 
     pairs = [
         (ours.outputs, theirs.outputs)
         for prompt, calls in contender.calls.items()
-        for ours, theirs in zip(calls, base.calls[prompt], strict=True)
+        for ours, theirs in zip(calls, base.calls[prompt], strict=False)
     ]
     stats = [call.stats for calls in contender.calls.values() for call in calls if call.stats is not None]
     seconds = [call for calls in contender.calls.values() for call in calls]
@@ -229,9 +230,9 @@ def run_cell(cell: Cell, folders: dict[str, str], data: Path, output: Path, *, b
                 for prompt in range(len(bench.batches)):
                     bench.call(one.arguments, prompt, cell.tokens)
         compiling = time.perf_counter() - compiling
-        for _ in range(rounds):
+        for number in range(rounds):
             for prompt in range(len(bench.batches)):
-                bench.compared(contenders, prompt, cell.tokens, order)
+                bench.compared(contenders[: 2 if number else None], prompt, cell.tokens, order)
     base, ours, *others = contenders
     results = [
         measured(bench, base, base),

@@ -94,29 +94,24 @@ class Cell:
 
 def cells() -> list[Cell]:
     """Return all cells, those first whose result is awaited most."""
-    tiny_texts = (*TEXTS, "arithmetic")
-    eager_tiny = [Cell(model, text) for model in TINY for text in tiny_texts]
-    others = [
-        *[Cell(model, "math", rows=8) for model in (*TINY, "random", "smollm2", "qwen")],
-        *[Cell(model, "math", temperature=1) for model in (*TINY, "random", "smollm2", "qwen")],
-        Cell("smollm2", "math", "bf16"),
-        *[Cell(model, text, rows=8) for model in TINY for text in tiny_texts if text != "math"],
-        *[Cell(model, text, temperature=1) for model in TINY for text in tiny_texts if text != "math"],
-        *[Cell(model, text, rows=8, temperature=1) for model in TINY for text in tiny_texts],
-        *[Cell(model, "math", rows=8, temperature=1) for model in ("random", "smollm2", "qwen")],
-    ]
-    compiled = [replace(cell, compiled=True) for cell in eager_tiny]
-    return [
-        *[Cell("smollm2", text) for text in TEXTS],
-        *eager_tiny,
-        Cell("random", "math"),
+    awaited = [
+        *[Cell("smollm2", text) for text in ("math", "chat", "code")],
+        Cell("forced", "arithmetic"),
+        Cell("base", "math"),
+        Cell("drafter", "arithmetic"),
         Cell("qwen", "readme", "bf16"),
-        Cell("qwen", "math", "bf16"),
-        *[Cell("qwen", text) for text in TEXTS],
-        *[Cell("random", text) for text in TEXTS if text != "math"],
-        *others,
-        *compiled,
+        Cell("random", "math"),
+        Cell("smollm2", "summarization"),
     ]
+    tiny = [Cell(model, text) for model in TINY for text in (*TEXTS, "arithmetic")]
+    math = [Cell(model, "math") for model in (*TINY, "random", "smollm2", "qwen")]
+    bf16 = [Cell(model, "math", "bf16") for model in REAL]
+    settings: list[dict[str, Any]] = [{"temperature": 1}, {"rows": 8}, {"rows": 8, "temperature": 1}]
+    varied = [replace(cell, **changes) for changes in settings for cell in (*math, *bf16)]
+    others = [Cell(model, text) for model in ("random", "qwen") for text in TEXTS]
+    rest = [replace(cell, **changes) for changes in settings for cell in tiny]
+    compiled = [replace(cell, compiled=True) for cell in (*tiny, *rest)]
+    return list(dict.fromkeys([*awaited, *tiny, *bf16, Cell("qwen", "math"), *varied, *others, *rest, *compiled]))
 
 
 def load(cell: Cell, folders: dict[str, str]) -> tuple[Any, Any]:
@@ -129,9 +124,10 @@ def load(cell: Cell, folders: dict[str, str]) -> tuple[Any, Any]:
     dtype = DTYPES[cell.dtype]
     if cell.model == "random":
         config = AutoConfig.from_pretrained(folders["smollm2"])
-        config.tie_word_embeddings = False  # a tied random model repeats its last token
+        config.tie_word_embeddings = False
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        torch.nn.init.normal_(model.get_input_embeddings().weight)  # a weaker or tied one soon repeats its tokens
         jacobi_hf.register(type(model))
         return model, AutoTokenizer.from_pretrained(folders["smollm2"])
     source = folders.get(cell.model) or str(common.MODELS["forced" if cell.model == "forced" else "base"])
