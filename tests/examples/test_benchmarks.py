@@ -186,6 +186,7 @@ def test_a_replay_has_the_given_tokens_per_forward(per_forward, monkeypatch):
             ids,
             **arguments,
             decoding="jacobi_multiblock",
+            jacobi_schedule="constant",
             jacobi_block_size=4,
             jacobi_max_blocks=16,
             jacobi_pool_size=0,

@@ -72,7 +72,8 @@ def test_a_model_that_the_caller_has_compiled(part):
     else:
         for layer in model.model.layers:
             layer.compile(backend="eager")
-    output = model.generate(**arguments, decoding="jacobi_multiblock", return_dict_in_generate=True)
+    knobs = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant"}
+    output = model.generate(**arguments, **knobs, return_dict_in_generate=True)
     assert torch.equal(output.sequences, reference)
     assert output.jacobi_stats.forwards < 12
     assert torch.equal(model.generate(**arguments), reference)

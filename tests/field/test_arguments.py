@@ -34,7 +34,7 @@ from jacobi_hf.integration.mixin import _HANDLED
 from tests.helpers.models import fresh_model
 from tests.helpers.tiny import CHECKPOINT
 
-KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+KNOBS = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", "jacobi_block_size": 4}
 TOKENIZER = AutoTokenizer.from_pretrained(CHECKPOINT)
 SAMPLED = {"do_sample": True}
 

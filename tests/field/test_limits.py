@@ -26,7 +26,7 @@ from jacobi_hf.loading import check_table, positions_of
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 from tests.helpers.tiny import CHECKPOINT
 
-KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+KNOBS = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", "jacobi_block_size": 4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
 
 

@@ -25,7 +25,8 @@ from jacobi_hf.results.schema import Results
 from tests.docs.pages import ROOT
 from tests.helpers.models import VOCAB, fresh_model
 
-JACOBI = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4, "max_new_tokens": 40, "do_sample": False}
+KNOBS = {"jacobi_schedule": "constant", "jacobi_block_size": 4}
+JACOBI = {"decoding": "jacobi_multiblock", **KNOBS, "max_new_tokens": 40, "do_sample": False}
 ORDINARY = {"max_new_tokens": 40, "do_sample": False}
 # Methods with which a token's logits do not depend on others: weights alone, or activations by token or by group of
 # features, or with a scale that is fixed before the model runs. Read in the code of each.

@@ -23,7 +23,7 @@ from tests.helpers.properties import at_most
 
 ORDINARY: dict[str, Any] = {}
 JACOBI = {"decoding": "jacobi", "jacobi_block_size": 4}
-MULTIBLOCK = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+MULTIBLOCK = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", "jacobi_block_size": 4}
 
 
 @dataclass(frozen=True)

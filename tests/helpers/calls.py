@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
-BOTH = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 2, "jacobi_branch_length": 3}
+# Every step sends all guesses, so that counts do not depend on the clock.
+CONSTANT = {"jacobi_schedule": "constant"}
+BOTH = {
+    **CONSTANT,
+    "jacobi_block_size": 4,
+    "jacobi_lookup_tokens": 4,
+    "jacobi_pool_size": 2,
+    "jacobi_branch_length": 3,
+}
 SETTINGS = {
     "jacobi": {"decoding": "jacobi", "jacobi_block_size": 4},
-    "window": {"jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_pool_size": 0},
-    "lookup alone": {"jacobi_max_blocks": 0, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 0},
+    "window": {**CONSTANT, "jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_pool_size": 0},
+    "lookup alone": {**CONSTANT, "jacobi_max_blocks": 0, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 0},
     "both": BOTH,
     "late blocks": {**BOTH, "jacobi_activation_ratio": 0.5},
 }

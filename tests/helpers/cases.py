@@ -56,6 +56,7 @@ def knobs() -> st.SearchStrategy[dict[str, Any]]:
     multiblock = st.fixed_dictionaries(
         {
             "decoding": st.just("jacobi_multiblock"),
+            "jacobi_schedule": st.sampled_from(["constant", "constant", "adaptive"]),
             "jacobi_block_size": st.sampled_from([2, 3, 4, 8, 16]),
             "jacobi_max_blocks": st.integers(0, 4),
             "jacobi_activation_ratio": st.sampled_from([0, 0.3, 0.5, 0.85, 1.0]),

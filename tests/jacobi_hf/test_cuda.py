@@ -23,6 +23,7 @@ CALLS = {
 }
 KNOBS = {
     "decoding": "jacobi_multiblock",
+    "jacobi_schedule": "constant",
     "jacobi_block_size": 4,
     "jacobi_lookup_tokens": 4,
     "jacobi_pool_size": 1,

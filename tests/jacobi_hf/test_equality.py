@@ -26,7 +26,7 @@ def test_same_as_generate_in_thousands_of_cases() -> None:
     kind=st.sampled_from(TINY),
     seed=st.integers(0, 10**6),
     share=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
-    setting=knobs(),
+    setting=knobs().filter(lambda knobs: knobs.get("jacobi_schedule") != "adaptive"),
     tokens=st.integers(1, 40),
 )
 @at_most(80)

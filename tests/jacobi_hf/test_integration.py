@@ -20,7 +20,7 @@ from tests.helpers.cases import Case, differences
 from tests.helpers.models import TINY, VOCAB, fresh_model, tiny_model
 from tests.helpers.tiny import CHECKPOINT
 
-KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+KNOBS = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", "jacobi_block_size": 4}
 
 
 def same(model, inputs, **arguments):
@@ -271,9 +271,8 @@ def test_the_trained_model(tiny, sample):
         ["class Queue:\n    def put(", "Return the"], return_tensors="pt", padding=True, return_token_type_ids=False
     )
     same(model, inputs, max_new_tokens=48, do_sample=sample)
-    output = model.generate(
-        **inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True, decoding="jacobi_multiblock"
-    )
+    knobs = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant"}
+    output = model.generate(**inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True, **knobs)
     assert output.jacobi_stats.mean_tokens_per_forward > 1
 
 

@@ -19,7 +19,12 @@ from jacobi_hf.decoding.layout import build_layout
 from tests.helpers.models import VOCAB, fresh_model
 
 CALLS, CYCLE = 500, 100  # the calls of a cycle all differ, and every cycle has the same ones
-KNOBS = {"decoding": "jacobi_multiblock", "jacobi_block_size": 2, "jacobi_max_blocks": 1}
+KNOBS = {
+    "decoding": "jacobi_multiblock",
+    "jacobi_schedule": "constant",
+    "jacobi_block_size": 2,
+    "jacobi_max_blocks": 1,
+}
 WAYS = {
     "eager": {"jacobi_lookup_tokens": 3, "jacobi_pool_size": 2, "jacobi_branch_length": 2},
     # A window alone: each source of branches doubles the shapes, and a shape takes a second to trace.

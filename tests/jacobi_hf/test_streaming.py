@@ -67,6 +67,7 @@ def generated(model, seed, new=25, **arguments):
     scores=st.booleans(),
     knobs=st.fixed_dictionaries(
         {
+            "jacobi_schedule": st.sampled_from(["constant", "adaptive"]),
             "jacobi_block_size": st.sampled_from([2, 5, 16]),
             "jacobi_activation_ratio": st.sampled_from([0.0, 0.8]),
             "jacobi_topk_branches": st.integers(0, 3),
@@ -102,9 +103,8 @@ def test_steps_are_forwards_and_their_tokens_the_output(seed, new, end, stops, p
 
 def test_guesses_become_what_the_model_chooses_for_them():
     model = tiny_model("qwen3")
-    _, output, seen = generated(
-        model, 3, 40, decoding="jacobi_multiblock", jacobi_pool_size=0, jacobi_lookup_tokens=0, jacobi_block_size=4
-    )
+    knobs = {"jacobi_schedule": "constant", "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0, "jacobi_block_size": 4}
+    _, output, seen = generated(model, 3, 40, decoding="jacobi_multiblock", **knobs)
     known, checked = 6 + len(seen.steps[0].token_ids), 0
     for step, following in pairwise(seen.steps[1:]):
         (window,) = step.candidates
@@ -123,7 +123,8 @@ def test_guesses_become_what_the_model_chooses_for_them():
 def test_under_a_drafter_more_is_guessed_than_verified():
     model = tiny_model("qwen3")
     with drafting(model, random_drafter(model)):
-        tokens, output, seen = generated(model, 5, 30, decoding="jacobi_multiblock", jacobi_verify_width=3)
+        knobs = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", "jacobi_verify_width": 3}
+        tokens, output, seen = generated(model, 5, 30, **knobs)
     assert seen.tokens == tokens
     assert len(seen.steps) == output.jacobi_stats.forwards
     windows = [draft for step in seen.steps for draft in step.candidates if draft.is_backbone]

@@ -159,8 +159,8 @@ def test_a_prefill_without_past_is_causal_without_a_mask(length, window, groups,
     torch.testing.assert_close(output, dense(query, key, value, allowed, 0.3), atol=1e-5, rtol=1e-5)
 
 
-WINDOW = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_pool_size": 0}
-TREE = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 2, "jacobi_branch_length": 3}
+WINDOW = {"jacobi_schedule": "constant", "jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_pool_size": 0}
+TREE = {**WINDOW, "jacobi_lookup_tokens": 4, "jacobi_pool_size": 2, "jacobi_branch_length": 3}
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2-sliding", "mistral"])
@@ -209,7 +209,7 @@ def test_compiled_steps_of_an_sdpa_model_run_flex(kernels, monkeypatch):
     monkeypatch.setattr(attention, "usable_kernels", lambda *_: {FLEX})
     monkeypatch.setattr(dispatch, "flex", jacobi_kernels.flex)  # not counted, as counting is no tensor operation
     monkeypatch.setattr(dispatch, "grouped_sdpa", lambda *_: pytest.fail("sdpa ran"))
-    knobs = {"jacobi_block_size": 2, "jacobi_max_blocks": 0, "jacobi_lookup_tokens": 3, "jacobi_pool_size": 0}
+    knobs = {**WINDOW, "jacobi_max_blocks": 0, "jacobi_lookup_tokens": 3}
     shapes = 0
     for columns, new_tokens in ((5, 12), (125, 30)):
         prompt = {
@@ -304,7 +304,7 @@ def test_a_library_registers_its_own_sdpa_after_the_import(local, monkeypatch):
             type(ALL_ATTENTION_FUNCTIONS).register(SDPA, of_a_library)
         for model in (warm, fresh_model("qwen3")):
             calls.clear()
-            output = model.generate(**prompt, decoding="jacobi_multiblock", return_dict_in_generate=True)
+            output = model.generate(**prompt, decoding="jacobi_multiblock", **TREE, return_dict_in_generate=True)
             assert torch.equal(output.sequences, reference)
             assert output.jacobi_stats.forwards < 12
             assert calls

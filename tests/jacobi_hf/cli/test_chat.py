@@ -22,7 +22,7 @@ QUESTIONS = [
     "Anna has 12 apples and buys 30 more. How many apples does Anna have now?",
     "Tom has 5 pens and buys 4 more. How many now?",
 ]
-KNOBS = {"decoding": "jacobi_multiblock"}
+KNOBS = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant"}
 WAYS = [KNOBS, {"decoding": "jacobi", "jacobi_block_size": 4}, {"decoding": None}]
 
 
@@ -183,7 +183,9 @@ def test_knobs_are_shown_and_changed_and_nothing_else(say):
         "/knobs", "/knobs decoding=none", QUESTIONS[0], "/knobs decoding=jacobi jacobi_block_size=4", QUESTIONS[0]
     )
     lines = told.stderr.splitlines()
-    assert any(line.startswith("decoding=jacobi_multiblock jacobi_block_size=16") for line in lines)
+    assert any(
+        line.startswith("decoding=jacobi_multiblock jacobi_schedule=adaptive jacobi_block_size=16") for line in lines
+    )
     assert "decoding=none" in lines
     assert "decoding=jacobi jacobi_block_size=4" in lines
     ordinary, jacobi = [line for line in lines if "prefilled" in line]

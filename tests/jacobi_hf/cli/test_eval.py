@@ -40,7 +40,10 @@ def one_index(monkeypatch):
 def evaluated(tmp_path_factory):
     """Results of the shipped task on the forced checkpoint, written and read back."""
     output = tmp_path_factory.mktemp("eval") / "new folder" / "results.json"
-    decoders = {"multiblock": {}, "blocks": {"decoding": "jacobi", "jacobi_block_size": 8}}
+    decoders = {
+        "multiblock": {"jacobi_schedule": "constant"},
+        "blocks": {"decoding": "jacobi", "jacobi_block_size": 8},
+    }
     run(Evaluation(FORCED, task_file=[str(TASK)], decoders=decoders, output=str(output), **SMALL), quiet=True)
     assert [file.name for file in output.parent.iterdir()] == ["results.json"]
     return Results.read(output)
@@ -63,6 +66,7 @@ def test_all_decoders_write_the_same_and_score_the_same(evaluated):
     assert ordinary.tokens_per_forward == ordinary.mean_slots == 1
     assert multiblock.tokens_per_forward > blocks.tokens_per_forward > 1
     assert (blocks.decoder.block_size, multiblock.decoder.block_size) == (8, 16)
+    assert not multiblock.decoder.adaptive
     assert ordinary.prompts.source == "held-out word problems, written by examples/tiny_qwen3/task.py"
 
 

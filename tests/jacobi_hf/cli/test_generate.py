@@ -52,9 +52,10 @@ def document(*arguments, **options):
 @pytest.mark.parametrize("folder", [FORCED, CHECKPOINT])
 def test_the_text_is_that_of_ordinary_generate_in_fewer_forwards(folder):
     ids, text = generated(folder, PROMPT)
-    result = run(app, ["generate", "--model", folder, PROMPT, *SHORT])
+    options = ["--model", folder, "--jacobi-schedule", "constant", PROMPT]
+    result = run(app, ["generate", *options, *SHORT])
     assert (result.exit_code, result.stdout) == (0, text + "\n")
-    told = document("--model", folder, PROMPT)
+    told = document(*options)
     assert (told["text"], told["new_tokens"]) == (text, len(ids))
     assert f"{len(ids)} tokens in {told['forwards']} forwards" in result.stderr
     assert told["forwards"] < len(ids)
@@ -74,7 +75,7 @@ def test_chat_puts_the_prompt_through_the_template():
 
 
 def test_knobs_and_recipes_reach_generate(tmp_path):
-    plain = document("--model", FORCED, PROMPT)
+    plain = document("--model", FORCED, "--jacobi-schedule", "constant", PROMPT)
     (tmp_path / "recipe.yaml").write_text(
         f"generate: {{model: {FORCED}, decoding: jacobi, jacobi_block_size: 4}}", encoding="utf-8"
     )
@@ -86,9 +87,10 @@ def test_knobs_and_recipes_reach_generate(tmp_path):
 
 
 def test_with_a_drafter_the_text_is_the_models_own():
-    told = document("--model", CHECKPOINT, "--drafter", DRAFTER, PROMPT)
+    options = ["--model", CHECKPOINT, "--jacobi-schedule", "constant", PROMPT]
+    told = document("--drafter", DRAFTER, *options)
     assert told["text"] == generated(CHECKPOINT, PROMPT)[1]
-    assert told["forwards"] < document("--model", CHECKPOINT, PROMPT)["forwards"]
+    assert told["forwards"] < document(*options)["forwards"]
 
 
 def test_a_comparison_decodes_the_ordinary_way_too():

@@ -25,7 +25,11 @@ def test_the_decoder_does_what_the_reference_does(kind, prompt, tokens, block, b
     """The same tokens as ordinary decoding, in as many forwards as the plain algorithm takes."""
     model = tiny_model(kind)
     config = JacobiConfig(
-        jacobi_block_size=block, jacobi_max_blocks=blocks, jacobi_pool_size=0, jacobi_lookup_tokens=lookup
+        jacobi_schedule="constant",
+        jacobi_block_size=block,
+        jacobi_max_blocks=blocks,
+        jacobi_pool_size=0,
+        jacobi_lookup_tokens=lookup,
     )
     arguments = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     ordinary = model.generate(torch.tensor([prompt]), **arguments).sequences[0, len(prompt) :].tolist()

@@ -170,7 +170,8 @@ def test_statistics_do_not_depend_on_who_watches(model, end):
         "pad_token_id": 0,
         "eos_token_id": end,
     }
-    arguments |= {"return_dict_in_generate": True, "decoding": "jacobi_multiblock", "jacobi_block_size": 4}
+    arguments |= {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", "jacobi_block_size": 4}
+    arguments["return_dict_in_generate"] = True
     plain = model.generate(ids, **arguments).jacobi_stats
     watched = model.generate(ids, **arguments, streamer=None, max_time=1000.0).jacobi_stats
     assert len(set(plain.row_forwards)) == 2  # one row ends before the other, and stands still

@@ -159,6 +159,7 @@ def test_top_k_branches_are_the_models_second_and_third_choices(model, monkeypat
     monkeypatch.setattr(step, "accept", watch)
     monkeypatch.setattr(Selector, "choose", choosing)
     knobs = {"jacobi_block_size": 4, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0, "jacobi_topk_branches": 8}
+    knobs["jacobi_schedule"] = "constant"
     output = model.generate(ids, **arguments, **knobs, decoding="jacobi_multiblock")
     assert torch.equal(output, expected)
     assert len(seen) > 20
@@ -181,6 +182,7 @@ def test_the_pool_learns_from_the_model_as_far_as_it_verifies(monkeypatch):
     monkeypatch.setattr(NgramPool, "learn", learning)
     model, verified = tiny_model("qwen3"), 3
     knobs = {"jacobi_block_size": 4, "jacobi_lookup_tokens": 0, "jacobi_verify_width": verified}
+    knobs["jacobi_schedule"] = "constant"
     with drafting(model, random_drafter(model, scale=1.0)):
         model.generate(
             torch.tensor([[3, 4, 5, 3, 4]]), max_new_tokens=24, do_sample=False, decoding="jacobi_multiblock", **knobs

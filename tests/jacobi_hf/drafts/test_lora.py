@@ -29,7 +29,13 @@ from tests.helpers.cases import Case, cases, check_thousands, differences
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
 
-WINDOW = {"decoding": "jacobi_multiblock", "jacobi_block_size": 4, "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0}
+WINDOW = {
+    "decoding": "jacobi_multiblock",
+    "jacobi_schedule": "constant",
+    "jacobi_block_size": 4,
+    "jacobi_pool_size": 0,
+    "jacobi_lookup_tokens": 0,
+}
 IDS = torch.tensor([[3, 4, 5, 3, 4]])
 
 

@@ -17,6 +17,7 @@ from tests.helpers.properties import at_most
 from tests.test_packaging import ROOT
 
 ARGUMENTS = {"do_sample": False, "pad_token_id": 0}
+JACOBI = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant"}
 
 
 class Random(DraftSource):
@@ -62,7 +63,7 @@ def test_whatever_sources_propose_the_text_is_that_of_generate(kind, width, bran
     expected = model.generate(ids, max_new_tokens=tokens, **ARGUMENTS)
     with pytest.MonkeyPatch.context() as patch:
         using(patch, *made)
-        output = model.generate(ids, max_new_tokens=tokens, **ARGUMENTS, decoding="jacobi_multiblock")
+        output = model.generate(ids, max_new_tokens=tokens, **ARGUMENTS, **JACOBI)
     assert torch.equal(output, expected)
 
 
@@ -99,7 +100,7 @@ def test_a_source_reads_the_outputs_of_the_tapped_layers(prefill_slots, monkeypa
     monkeypatch.setattr("jacobi_hf.decoding.loop.Decoder.PREFILL_SLOTS", prefill_slots)
     if prefill_slots < 512:
         monkeypatch.setattr("jacobi_hf.integration.forward.ModelForward.needs_mask", lambda *_, **__: True)
-    text = model.generate(ids, max_new_tokens=12, **ARGUMENTS, decoding="jacobi_multiblock")[0]
+    text = model.generate(ids, max_new_tokens=12, **ARGUMENTS, **JACOBI)[0]
     reader = readers[-1]
     states = {}
     hooks = [

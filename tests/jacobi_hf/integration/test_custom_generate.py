@@ -82,9 +82,10 @@ def test_the_call_then_the_model_say_how_to_decode(llama, prompt):
         assert torch.equal(output.sequences, plain.sequences)
         return output.jacobi_stats.mean_slots if isinstance(output, JacobiDecoderOnlyOutput) else None
 
-    alone = {"jacobi_pool_size": 0, "jacobi_lookup_tokens": 0}
+    alone = {"jacobi_schedule": "constant", "jacobi_pool_size": 0, "jacobi_lookup_tokens": 0}
     assert slots(decoding=None) is None
-    assert slots(**alone, jacobi_block_size=2) < slots(**alone, jacobi_block_size=5) < slots()
+    everything = slots(jacobi_schedule="constant")
+    assert slots(**alone, jacobi_block_size=2) < slots(**alone, jacobi_block_size=5) < everything
     JacobiConfig(jacobi_block_size=2, **alone).save_defaults(llama)
     saved = slots()
     assert saved == slots(decoding="jacobi_multiblock") < slots(jacobi_block_size=5)

@@ -144,10 +144,11 @@ def test_statistics_count_what_happened(any_model, prompt):
 
 def test_every_way_to_give_knobs(prompt):
     model = fresh_model("qwen3")
-    _, called = forwards(model, prompt, decoding="jacobi_multiblock", jacobi_block_size=4, jacobi_pool_size=0)
-    config = GenerationConfig(decoding="jacobi_multiblock", jacobi_block_size=4, jacobi_pool_size=0)
+    knobs = {"jacobi_schedule": "constant", "jacobi_block_size": 4, "jacobi_pool_size": 0}
+    _, called = forwards(model, prompt, decoding="jacobi_multiblock", **knobs)
+    config = GenerationConfig(decoding="jacobi_multiblock", **knobs)
     _, configured = forwards(model, prompt, generation_config=config)
-    JacobiConfig(jacobi_block_size=4, jacobi_pool_size=0).save_defaults(model)
+    JacobiConfig(**knobs).save_defaults(model)
     _, persisted = forwards(model, prompt)
     assert called.slots_by_width == configured.slots_by_width == persisted.slots_by_width
     assert max(called.slots_by_width) <= 1 + 8 + 16
