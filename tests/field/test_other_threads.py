@@ -19,7 +19,7 @@ from tests.helpers.drafters import random_drafter
 from tests.helpers.models import VOCAB, fresh_model
 
 PLAIN = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
-JACOBI = PLAIN | {"decoding": "jacobi_multiblock"}
+JACOBI = PLAIN | {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant"}
 
 
 def prompt(rows=1, seed=0):

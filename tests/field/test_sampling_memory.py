@@ -103,7 +103,8 @@ def peaks(model, rows: int, tokens: int, call: str, **knobs) -> tuple[int, int, 
     ordinary = peak_of(model, rows, tokens, **ordinary_arguments)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ModelForward, "__call__", watching)
-        ours = peak_of(model, rows, tokens, decoding="jacobi_multiblock", **CALLS[call], **knobs)
+        whole = {"decoding": "jacobi_multiblock", "jacobi_schedule": "constant", **CALLS[call], **knobs}
+        ours = peak_of(model, rows, tokens, **whole)
     return ours, ordinary, largest
 
 
