@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from operator import mul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from jacobi_hf.tuning.controller import RowOutcome
 
 ENDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 1 << 20)  # depths 1, 2, 3-4, 5-8, .. each share an estimate
 RATES = 5  # depths from 9 on share one rate
 CLASSES = tuple(pairwise(ENDS))
-FADE = 0.015  # weight of a prior that enters with each measurement, so that old ones fade
-HOPE = 1.2  # what fades gives way to a prior that is this much better: a source that became good is tried again
-WEIGHT = 6.0  # measurements that a prior is worth at the start
-FADED = 3.0  # and after everything else has faded
+SHARES = tuple(1 / (end - before) for before, end in CLASSES)
+FADE = 0.015  # share of what is known that fades with each measurement
+Rates = tuple[float, ...]
+KEPT = 0.9  # share of its hope that a source keeps after a call
+FIRST_KEPT = 0.5  # the same after the first call
+WEIGHTS = (6.0, 4.0, 3.0, 3.0, 3.0)  # measurements that a prior is worth, by depth
+CHAIN = 3.0  # measurements that the rate of the depth before is worth
 
 
 class Survival:
@@ -28,42 +32,65 @@ class Survival:
 
     Args:
         prior: the rates before anything is measured, for the depths 1, 2, 3-4, 5-8, and 9 and more.
+        hope: the highest rates to reckon with, for the same depths.
+
+    Attributes:
+        hope: rates of the source in its best call of late. They decide whether trying the source can pay.
     """
 
-    def __init__(self, prior: Sequence[float]) -> None:
-        self._prior = tuple(prior)
-        self._seen = [WEIGHT] * RATES
-        self._accepted = [WEIGHT * rate for rate in prior]
+    def __init__(self, prior: Rates, hope: Rates) -> None:
+        self.hope = hope
+        self._seen = list(WEIGHTS)
+        self._accepted = list(map(mul, WEIGHTS, prior))
+        self._news = 0
 
     @property
-    def rates(self) -> tuple[float, ...]:
-        """The current estimates, for the depths of `prior`."""
-        return tuple(accepted / seen for accepted, seen in zip(self._accepted, self._seen, strict=True))
+    def rates(self) -> Rates:
+        """The current estimates, for the depths of `prior`.
+
+        Where little was measured, the rate of the depth before counts, too, if it is higher: a source whose first
+        guesses are right is likely to go on.
+        """
+        found: list[float] = []
+        before = 0.0
+        for seen, accepted in zip(self._seen, self._accepted, strict=True):
+            before = max(accepted / seen, (accepted + CHAIN * before) / (seen + CHAIN))
+            found.append(before)
+        return tuple(found)
 
     def note(self, sent: int, accepted: int) -> None:
         """Take in that a step sent so many guesses, of which the first `accepted` were right."""
+        self._news += 1
         judged = min(sent, accepted + 1)
-        for number, prior in enumerate(self._prior):
+        for number in range(RATES):
             before = ENDS[number]
-            end = ENDS[number + 1] if number < RATES - 1 else ENDS[-1]
-            trials = min(max(judged - before, 0), end - before)
-            hits = min(max(accepted - before, 0), end - before)
-            self._seen[number] += FADE * (FADED - self._seen[number]) + trials
-            self._accepted[number] += FADE * (FADED * min(1.0, HOPE * prior) - self._accepted[number]) + hits
+            if judged <= before:
+                break
+            end = ENDS[number + 1] if number < RATES - 1 else judged
+            self._seen[number] += min(judged, end) - before - FADE * self._seen[number]
+            self._accepted[number] += max(0, min(accepted, end) - before) - FADE * self._accepted[number]
 
-    def doubt(self, most: float) -> None:
-        """Let nothing weigh more than so many measurements: another text begins."""
-        shares = [min(1.0, most / seen) for seen in self._seen]
-        self._seen = [seen * share for seen, share in zip(self._seen, shares, strict=True)]
-        self._accepted = [accepted * share for accepted, share in zip(self._accepted, shares, strict=True)]
+    def begin(self, most: float) -> None:
+        """Begin a call: let nothing weigh more than so many measurements, because another text follows."""
+        self._news = 0
+        for number, seen in enumerate(self._seen):
+            share = min(1.0, most / seen)
+            self._seen[number] *= share
+            self._accepted[number] *= share
 
-    def expected(self, length: int) -> list[float]:
-        """Return how many guesses are expected to be accepted in each class of depths, if `length` are sent."""
-        return expected(self.rates, length)
+    def end(self, *, first: bool) -> None:
+        """End a call: let `hope` fall slowly towards what the call has seen, or rise to it at once.
+
+        Args:
+            first: whether it was the first call of a model, after which the initial hope counts less.
+        """
+        if self._news > 1:
+            kept = FIRST_KEPT if first else KEPT
+            self.hope = tuple(max(rate, kept * hope) for rate, hope in zip(self.rates, self.hope, strict=True))
 
 
 def expected(rates: Sequence[float], length: int) -> list[float]:
-    """Return how many guesses are accepted in each class of depths at the given rates; see `Survival.expected`.
+    """Return how many guesses are accepted in each class of depths at the given rates.
 
     Args:
         rates: for the depths 1, 2, 3-4, 5-8, and 9 and more.
@@ -82,21 +109,35 @@ def expected(rates: Sequence[float], length: int) -> list[float]:
     return found
 
 
+def expected_of(rates: Sequence[float], lengths: Iterable[int]) -> dict[int, list[float]]:
+    """Return `expected` for each of several lengths."""
+    longest = expected(rates, max(lengths, default=0))
+    return {length: longest[: ENDS.index(length)] if length in ENDS else expected(rates, length) for length in lengths}
+
+
+def both(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return how many guesses two sources accept twice, if they are sent in one step and err independently.
+
+    Args:
+        first, second: guesses accepted in each class of depths.
+    """
+    return sum(map(mul, map(mul, first, second), SHARES))
+
+
 def together(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Return what is accepted, by class of depths, if two sources are sent in one step and err independently."""
-    if len(first) < len(second):
-        first, second = second, first
-    found = list(first)
-    for number, more in enumerate(second):
-        before, end = CLASSES[number]
-        found[number] += more * (1 - first[number] / (end - before))
-    return found
+    """Return what at least one of two sources accepts in each class of depths; arguments as in `both`."""
+    pairs = zip_longest(first, second, SHARES[: max(len(first), len(second))], fillvalue=0.0)
+    return [one + two - one * two * share for one, two, share in pairs]
 
 
-LOOKUP_PRIORS = ((0.18, 0.6, 0.7, 0.8, 0.85), (0.45, 0.7, 0.75, 0.8, 0.85), (0.6, 0.75, 0.8, 0.85, 0.9))
-BACKBONE_PRIOR = (0.06, 0.3, 0.5, 0.6, 0.6)
-BACKBONE_HOPE = (0.5, 0.7, 0.75, 0.8, 0.8)
-OTHERS_PRIOR = (0.15, 0.4, 0.5, 0.5, 0.5)
+# By order of the match from 1 on: what is expected, and what to reckon with.
+LOOKUPS = (
+    ((0.22, 0.55, 0.6, 0.7, 0.8), (0.5, 0.7, 0.75, 0.8, 0.85)),
+    ((0.6, 0.65, 0.6, 0.7, 0.8), (0.8, 0.8, 0.8, 0.85, 0.9)),
+    ((0.75, 0.75, 0.8, 0.8, 0.85), (0.9, 0.9, 0.9, 0.9, 0.9)),
+)
+BACKBONE = ((0.06, 0.3, 0.5, 0.6, 0.6), (0.8, 0.85, 0.9, 0.9, 0.9))
+OTHERS = ((0.4, 0.2, 0.4, 0.5, 0.5), (0.6, 0.5, 0.5, 0.5, 0.5))
 
 
 @dataclass
@@ -107,20 +148,18 @@ class SourceRates:
         lookups: the lookup, by order of the match from 1 on; longer matches count as the last one.
         backbone: the backbone, without its first step after a pause.
         others: the best of the other branches.
-        hope: rates of the backbone in its best call of late. They decide whether a trial of the backbone can pay.
     """
 
-    lookups: list[Survival] = field(default_factory=lambda: [Survival(prior) for prior in LOOKUP_PRIORS])
-    backbone: Survival = field(default_factory=lambda: Survival(BACKBONE_PRIOR))
-    others: Survival = field(default_factory=lambda: Survival(OTHERS_PRIOR))
-    hope: tuple[float, ...] = BACKBONE_HOPE
+    lookups: list[Survival] = field(default_factory=lambda: [Survival(*rates) for rates in LOOKUPS])
+    backbone: Survival = field(default_factory=lambda: Survival(*BACKBONE))
+    others: Survival = field(default_factory=lambda: Survival(*OTHERS))
 
-    def doubt(self) -> None:
-        """Trust everything less, because another text begins."""
+    def begin(self) -> None:
+        """Begin a call."""
         for lookup in self.lookups:
-            lookup.doubt(8)
-        self.backbone.doubt(4)
-        self.others.doubt(4)
+            lookup.begin(8)
+        self.backbone.begin(4)
+        self.others.begin(4)
 
     def note(self, row: RowOutcome, *, warm: bool) -> None:
         """Learn from what a step brought a row; `warm` says whether the step before it sent the backbone, too."""
@@ -131,19 +170,7 @@ class SourceRates:
         if row.others[0]:
             self.others.note(*row.others)
 
-    def lookup(self, order: int, length: int) -> list[float]:
-        """Return what a lookup of this length and order is expected to have accepted, by class of depths."""
-        return self.lookups[min(order, len(self.lookups)) - 1].expected(length) if order else []
-
-    def end(self, *, informed: bool, first: bool) -> None:
-        """Renew `hope` after a call: it falls slowly towards what the call has seen, and rises at once.
-
-        Args:
-            informed: whether the call has sent the backbone often enough.
-            first: whether it was the first call, after which the prior counts less.
-        """
-        if informed:
-            kept = 0.5 if first else 0.9
-            self.hope = tuple(
-                max(rate, kept * hope) for rate, hope in zip(self.backbone.rates, self.hope, strict=True)
-            )
+    def end(self, *, first: bool) -> None:
+        """End a call; see `Survival.end`."""
+        for source in (*self.lookups, self.backbone, self.others):
+            source.end(first=first)

@@ -21,16 +21,17 @@ measurements give the same choices.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from jacobi_hf.tuning.acceptance import SourceRates, expected, together
+from jacobi_hf.tuning.acceptance import SourceRates, both, expected, expected_of, together
 from jacobi_hf.tuning.costs import Costs
 from jacobi_hf.tuning.policy import POLICY, Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
 Orders = tuple[int, int, int, int]  # rows whose match has the order 0, 1 and 2, and all rows
 
@@ -81,18 +82,16 @@ def options_for(width: int, lookup: int, *, draft_slots: bool, others: bool, few
         others: whether there are other branches.
         few: at most six options, for steps that are compiled or captured one by one.
     """
-    quarters = [max(1, width * quarter // 4) for quarter in (1, 2, 3, 4)] if width else []
-    pairs = [(quarter, 0) for quarter in quarters]
-    if draft_slots and width:
-        pairs = [(quarters[0], quarters[1]), (quarters[1], width), (width, width)]
+    widths = [max(1, width // share) for share in (8, 4, 2, 1)] if width else []
+    pairs = [*zip(widths, [*widths[1:], width], strict=False)] if draft_slots else [(each, 0) for each in widths]
     lengths = dict.fromkeys((0, lookup // 2, lookup))
     found = [Option(lookup=length) for length in lengths]
     if few:
-        found += [Option(*pair) for pair in pairs[:1]]
-        found += [Option(*pair, lookup=lookup) for pair in pairs[1:2]]
+        found += [Option(*pair) for pair in pairs[1:2]]
+        found += [Option(*pair, lookup=lookup) for pair in pairs[2:3]]
         found += [Option(*pair, lookup=lookup, others=others) for pair in pairs[-1:]]
     else:
-        branches = [(length, other) for other in (False, others) for length in (0, lookup)]
+        branches = ((0, False), (lookup, False), (lookup, others))
         found += [Option(*pair, lookup=length, others=other) for pair in pairs for length, other in branches]
     return tuple(dict.fromkeys(found))
 
@@ -168,18 +167,18 @@ class Controller:
 
         self._call = min(max(limit, 1), policy.call)
         self._credit = memory.bank + (policy.advance if memory.calls else policy.first_advance) * self._call
-        self._earning = (20.0, 20.0)  # tokens per row and time of late; their ratio is the price of time
+        self._tokens_of_late = self._time = 0.0  # per row, and in steps of one slot; their ratio is the price of time
+        self._spent = 0.0  # cost of all steps, in steps of one slot
+        self._steps_of: Counter[int] = Counter()  # by slots
         self._recent: deque[Orders] = deque(maxlen=policy.renewal)
         self._plan: dict[Orders, int] = {}
         self._rows = 0
         self._left = 0  # steps until the plan is renewed
-        self._trial = 0  # steps that are left of a trial
+        self._trial = 0  # steps that are left of a trial of the backbone
         self._tokens = 0.0  # per row
-        self._next_trial = 1.0
-        self._gap = policy.gap
+        self._schedule = [TrialTimes(policy) for _ in range(1 + len(self._rates.lookups))]  # backbone, then orders
         self._steps_on = 0  # steps in a row that sent the backbone
-        self._informed = 0
-        self._rates.doubt()
+        self._rates.begin()
 
     def start(self, prefill_slots: int, prefill_seconds: float) -> None:
         """Take in what the prefill cost, a free sample of what wide steps cost.
@@ -205,13 +204,12 @@ class Controller:
             self._renew(len(orders))
         picked = self._plan.get(counts)
         if picked is None:
-            picked = self._plan[counts] = self._best(self._base, counts)[1]
-        if self._extra[picked] > max(self._credit, 0.0) + self._policy.allowance:
+            picked = self._plan[counts] = self._best(self._base, self._values(counts))
+        if self._extra[picked] > max(self._credit + self._policy.overdraft * self._call, 0.0) + self._policy.allowance:
             self._base = self._alone
-            self._plan.clear()
             self._trial = 0
-            affordable = [i for i in self._members[self._alone] if self._affords(i)]
-            picked = max(affordable, key=lambda i: self._value(i, counts))
+            self._left = 0
+            return self._options[0]
         return self._options[picked]
 
     def note(self, option: Option, slots: int, seconds: float, rows: Sequence[RowOutcome]) -> None:
@@ -229,104 +227,168 @@ class Controller:
         self._steps_on = self._steps_on + 1 if option.backbone else 0
         for row in rows:
             self._rates.note(row, warm=self._steps_on > 1)
-            self._informed += self._steps_on > 1 and row.backbone[0] > 0
         if not rows or not self._costs.known:
             return
-        one = self._costs(1)
-        spent = self._costs(slots) / one
+        spent = self._costs(slots) / self._costs(1)
         gained = sum(row.tokens for row in rows) / len(rows)
         self._tokens += gained
         self._credit += gained - (1 - self._policy.accrual) * spent
-        tokens, time = self._earning
-        self._earning = (self._policy.memory * tokens + gained, self._policy.memory * time + spent)
-        if self._trial and option.backbone:
-            self._trial -= 1
-            self._left = self._left if self._trial else 0
-            self.probing_seconds += max(0.0, spent - 1) * one
+        self._spent += spent
+        self._steps_of[slots] += 1
+        self._tokens_of_late = self._policy.memory * self._tokens_of_late + gained
+        self._time = self._policy.memory * self._time + spent
+        if spent - gained > self._policy.loss:
+            self._left = 0
+        if self._ends_trial(option, rows):
+            self.probing_seconds += max(0.0, spent - 1) * self._costs(1)
 
     def end(self) -> None:
         """Leave to later calls what this one has learnt and earned."""
         policy = self._policy
-        self._rates.end(informed=self._informed > 1, first=not self._memory.calls)
+        self._rates.end(first=not self._memory.calls)
         self._memory.bank = self._call * max(-policy.debt, min(policy.bank, self._credit / self._call))
         self._memory.calls += 1
 
+    def _ends_trial(self, option: Option, rows: Sequence[RowOutcome]) -> bool:
+        """Return whether a step belonged to a trial, and have the plan renewed if the trial is over."""
+        if self._trial and option.backbone:
+            self._trial -= 1
+            if not self._trial:
+                self._left = 0
+            return True
+        if option.backbone or not option.lookup:
+            return False
+        tried = [
+            order
+            for order in {min(row.order, 3) for row in rows}
+            if order and self._schedule[order].at <= self._tokens
+        ]
+        for order in tried:
+            self._schedule[order].postpone(self._tokens)
+            self._left = 0
+        return bool(tried)
+
     def _renew(self, rows: int) -> None:
         """Compute all values anew from costs and acceptance, and choose the base."""
-        policy = self._policy
         self._rows = rows
-        self._left = policy.renewal - 1
+        self._left = self._policy.renewal - 1
         self._plan.clear()
         one = self._costs(1)
-        tokens, time = self._earning
-        self._price = max(1.0, tokens / time) * rows
-        caution = policy.caution * min(1.0, max(0.0, 1 - self._credit / (0.04 * self._call)))
-        cost = [self._costs(slots) / one for slots in self._slots]
-        self._extra = [max(0.0, each - 1) for each in cost]
-        self._charge = [self._price * (each + caution * extra) for each, extra in zip(cost, self._extra, strict=True)]
+        spent = sum(steps * self._costs(slots) for slots, steps in self._steps_of.items()) / one
+        self._credit += (1 - self._policy.accrual) * (self._spent - spent)  # earlier estimates were not exact
+        self._spent = spent
+        self._extra = [max(0.0, self._costs(slots) / one - 1) for slots in self._slots]
         self._gain = self._gains(self._rates.backbone.rates)
+        if not self._time:
+            self._begin_price()
+        self._set_charges(self._policy.overdraft)
         if not self._trial:
-            self._choose_base(rows)
+            self._choose_base()
 
-    def _choose_base(self, rows: int) -> None:
-        """Move to another base if it is clearly better, or start a trial if one can pay."""
-        least = self._policy.switch * rows
-        values = {base: self._mean_value(base) for base in self._members}
+    def _begin_price(self) -> None:
+        """Set the price of time at the start of a call to the best rate of tokens that is expected."""
+        self._tokens_of_late = self._time = self._policy.start
+        for _ in range(3):
+            self._set_charges(self._policy.overdraft)
+            values = self._mean_values()
+            best = max(values, key=lambda base: values[base])
+            gain = cost = 0.0
+            for counts, times in Counter(self._recent).items():
+                index = self._best(best, self._values(counts))
+                cost += times * (1 + self._extra[index])
+                gain += times * (self._values(counts)[index] + self._charge[index]) / self._rows
+            self._tokens_of_late = self._time * gain / cost
+
+    def _set_charges(self, overdraft: float) -> None:
+        """Compute the charge of each option in tokens; infinite where the account has too little.
+
+        Args:
+            overdraft: how far the account may go below 0, as a share of the call.
+        """
+        policy = self._policy
+        price = max(1.0, self._tokens_of_late / self._time) * self._rows
+        credit = max(self._credit + overdraft * self._call, 0.0)
+        caution = policy.caution * min(1.0, max(0.0, 1 - self._credit / (0.04 * self._call)))
+        self._charge = []
+        for option, extra in zip(self._options, self._extra, strict=True):
+            steps = 2 if option.backbone else 1
+            affordable = steps * (extra - policy.allowance) <= credit
+            self._charge.append(price * (1 + (1 + caution) * extra) if affordable else math.inf)
+
+    def _choose_base(self) -> None:
+        """Move to another base if it is clearly better, or start a trial of the backbone if it can pay."""
+        least = self._policy.switch * self._rows
+        values = self._mean_values()
         best = max(values, key=lambda base: values[base])
         if values[best] > values[self._base] + least:
             self._base = best
-        if self._base.backbone or self._trial_base is None or self._tokens < self._next_trial:
+        if self._base.backbone or self._trial_base is None or self._schedule[0].at > self._tokens:
             return
-        measured = self._gain
-        self._gain = self._gains(self._rates.hope)
-        pays = self._mean_value(self._trial_base) > values[self._base] + least
-        self._gain = measured
-        if pays:
+        gain, charge = self._gain, self._charge
+        self._gain = self._gains(self._rates.backbone.hope)
+        self._set_charges(0.0)
+        if self._mean_values()[self._trial_base] > values[self._base] + least:
             self._base = self._trial_base
             self._trial = self._policy.trial
-            self._next_trial = self._tokens + self._gap
-            self._gap = min(2 * self._gap, self._policy.most_gap)
+            self._schedule[0].postpone(self._tokens)
+        self._gain, self._charge = gain, charge
 
     def _gains(self, backbone: Sequence[float]) -> list[list[float]]:
-        """Return the expected tokens of a row by order and option, if the backbone has the given rates."""
-        rates = self._rates
-        by_width = {width: expected(backbone, width) for width in {option.backbone for option in self._options}}
-        others = rates.others.expected(8)
-        table = []
-        for order in range(len(rates.lookups) + 1):
-            lookups = {option.lookup: rates.lookup(order, option.lookup) for option in self._options}
-            row = []
-            for option in self._options:
-                found = together(by_width[option.backbone], lookups[option.lookup])
-                row.append(1 + sum(together(found, others) if option.others else found))
-            table.append(row)
+        """Return the expected tokens of a row by order of the match and by option, if the backbone has these rates."""
+        lengths = {option.lookup for option in self._options}
+        widths = {option.backbone for option in self._options}
+        looked_up = []
+        for order, source in enumerate(self._rates.lookups, 1):
+            is_due = not self._base.backbone and self._credit > 0 and self._schedule[order].at <= self._tokens
+            rates = source.hope if is_due else source.rates
+            looked_up.append(expected_of(rates, lengths))
+        windows = expected_of(backbone, widths)
+        others = expected(self._rates.others.rates, 8)
+        branched = {width: together(window, others) for width, window in windows.items() if width}
+        table: list[list[float]] = [[] for _ in range(1 + len(looked_up))]
+        for option in self._options:
+            guessed = branched[option.backbone] if option.others else windows[option.backbone]
+            total = 1 + sum(guessed)
+            table[0].append(total)
+            for gains, by_length in zip(table[1:], looked_up, strict=True):
+                lookup = by_length[option.lookup]
+                gains.append(total + sum(lookup) - both(guessed, lookup))
         return table
 
-    def _value(self, index: int, counts: Orders) -> float:
-        """Return the value of an option, given the rows with a match of order 0, 1 and 2, and all rows."""
+    def _values(self, counts: Orders) -> list[float]:
+        """Return the value of each option, given the rows with a match of order 0, 1 and 2, and all rows."""
         none, one, two, rows = counts
-        gain = self._gain
-        return (
-            none * gain[0][index]
-            + one * gain[1][index]
-            + two * gain[2][index]
-            + (rows - none - one - two) * gain[3][index]
-            - self._charge[index]
-        )
+        more = rows - none - one - two
+        each = zip(*self._gain, self._charge, strict=True)
+        return [none * g0 + one * g1 + two * g2 + more * g3 - charge for g0, g1, g2, g3, charge in each]
 
-    def _affords(self, index: int) -> bool:
-        """Return whether the account has enough for an option, for two steps if it has a backbone."""
-        steps = 2 if self._options[index].backbone else 1
-        return steps * self._extra[index] <= max(self._credit, 0.0) + steps * self._policy.allowance
+    def _best(self, base: Option, values: Sequence[float]) -> int:
+        """Return the index of the best option of a base."""
+        return max(self._members[base], key=values.__getitem__)
 
-    def _best(self, base: Option, counts: Orders) -> tuple[float, int]:
-        """Return value and index of the best option of a base that can be paid; minus infinity if there is none."""
-        affordable = [i for i in self._members[base] if self._affords(i)]
-        if not affordable:
-            return float("-inf"), self._members[base][0]
-        return max((self._value(i, counts), i) for i in affordable)
+    def _mean_values(self) -> dict[Option, float]:
+        """Return the value of each base, as a mean over the last few steps, each with its best lookup."""
+        means = dict.fromkeys(self._members, 0.0)
+        for counts, times in Counter(self._recent).items():
+            values = self._values(counts)
+            for base, members in self._members.items():
+                means[base] += times * max(values[i] for i in members)
+        return {base: total / len(self._recent) for base, total in means.items()}
 
-    def _mean_value(self, base: Option) -> float:
-        """Return the mean value of a base over the orders of the last few steps."""
-        seen: Iterable[tuple[Orders, int]] = Counter(self._recent).items()
-        return sum(times * self._best(base, counts)[0] for counts, times in seen) / len(self._recent)
+
+class TrialTimes:
+    """When a source is tried that does not seem to pay.
+
+    Attributes:
+        at: tokens of a row after which the next trial is due.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.at = 1.0
+        self._gap = policy.gap
+        self._most = policy.most_gap
+
+    def postpone(self, tokens: float) -> None:
+        """Set the next trial after one at so many tokens; the gaps double."""
+        self.at = tokens + self._gap
+        self._gap = min(2 * self._gap, self._most)

@@ -1,6 +1,6 @@
 """What a step costs, by its number of slots: measured where steps ran, estimated in between.
 
-Python's numbers on the host only; times are in seconds.
+Plain Python on the host; times are in seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 
-SAMPLES = 9  # measurements of a number of slots that count
+SAMPLES = 15  # measurements of a number of slots that count
 GROWTH = 0.7  # beyond everything known, the cost is taken to grow as slots ** GROWTH
 
 
@@ -20,19 +20,19 @@ class Costs:
     cannot move it. The first measurement of a number of slots competes with the estimate from its neighbours, so even
     that one is believed only if it is the lower of the two, until there is a second one.
 
-    The prefill is a measurement for nothing. It is used as long as no step with as many slots was measured.
+    The prefill is a measurement for nothing. It counts as long as no step of as many slots was measured.
     """
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
+        self._measured: dict[int, float] = {}
         self._supposed: dict[int, float] = {}
-        self._slots: list[int] = []
-        self._seconds: list[float] = []
+        self._points: list[tuple[int, float]] = []  # of what is measured, and of wider forwards that are supposed
 
     @property
     def known(self) -> bool:
-        """Whether a step of one slot was measured, which all decisions are relative to."""
-        return 1 in self._samples
+        """Whether steps of one slot were measured, twice because all decisions are relative to them."""
+        return len(self._samples.get(1, ())) > 1
 
     def suppose(self, slots: int, seconds: float) -> None:
         """Take in what some other forward cost, such as a prefill. The lowest of several counts.
@@ -43,44 +43,45 @@ class Costs:
         """
         if slots > 1 and _is_time(seconds):
             self._supposed[slots] = min(seconds, self._supposed.get(slots, math.inf))
-            self._renew()
+            self._points = []
 
     def note(self, slots: int, seconds: float) -> None:
         """Take in what a step cost; arguments as in `suppose`."""
         if not _is_time(seconds):
             return
-        if slots not in self._samples:
-            estimate = [self(slots)] if slots > 1 and self._slots else []
-            self._samples[slots] = deque(estimate, maxlen=SAMPLES)
-        self._samples[slots].append(seconds)
-        self._renew()
+        samples = self._samples.get(slots)
+        if samples is None:
+            estimate = [self(slots)] if slots > 1 and self._measured else []
+            samples = self._samples[slots] = deque(estimate, maxlen=SAMPLES)
+        samples.append(seconds)
+        self._measured[slots] = sorted(samples)[(len(samples) - 1) // 2]
+        self._points = []
 
     def __call__(self, slots: int) -> float:
         """Return the cost of a step: measured, between its neighbours, or extrapolated; nan if nothing is known.
 
-        A step is never estimated to cost less than a narrower one.
+        A step that was not measured is never estimated to cost less than a narrower one.
         """
-        if not self._slots:
+        if slots in self._measured:
+            return self._measured[slots]
+        points = self._points = self._points or self._known_points()
+        if not points:
             return math.nan
-        at = bisect_left(self._slots, slots)
-        if at == len(self._slots):
-            return self._seconds[-1] * (slots / self._slots[-1]) ** GROWTH
-        high = self._slots[at]
-        if high == slots or at == 0:
-            return self._seconds[at]
-        low = self._slots[at - 1]
-        share = (slots - low) / (high - low)
-        return self._seconds[at - 1] + share * (self._seconds[at] - self._seconds[at - 1])
+        at = bisect_left(points, (slots, 0.0))
+        if at == len(points):
+            low, seconds = points[-1]
+            return seconds * (slots / low) ** GROWTH
+        high, seconds = points[at]
+        if at == 0:
+            return seconds
+        low, below = points[at - 1]
+        return below + max(0.0, seconds - below) * (slots - low) / (high - low)
 
-    def _renew(self) -> None:
-        """Recompute the known points: measured ones, and supposed ones of more slots than any measured one."""
-        points = {slots: sorted(samples)[(len(samples) - 1) // 2] for slots, samples in self._samples.items()}
-        widest = max(points, default=0)
-        points |= {slots: seconds for slots, seconds in self._supposed.items() if slots > widest}
-        self._slots = sorted(points)
-        self._seconds = []
-        for slots in self._slots:
-            self._seconds.append(max(points[slots], self._seconds[-1]) if self._seconds else points[slots])
+    def _known_points(self) -> list[tuple[int, float]]:
+        """Return slots and seconds of what is measured, and of wider forwards that are supposed, in order."""
+        widest = max(self._measured, default=0)
+        beyond = ((slots, seconds) for slots, seconds in self._supposed.items() if slots > widest)
+        return sorted([*self._measured.items(), *beyond])
 
 
 def _is_time(seconds: float) -> bool:
