@@ -35,8 +35,8 @@ class JacobiStats:
         steps_by_shape: decoding steps by their shape: "1" is the pending token alone, and "window 16 + lookup 8" has
             16 guesses of the window and 8 of the lookup.
         seconds_by_shape: seconds of all decoding steps of each shape together.
-        probing_seconds: seconds beyond those of one slot, of steps that tried a backbone which was off. 0 with the
-            constant schedule.
+        probing_seconds: seconds beyond those of one slot, of steps that tried a source which does not seem to pay. 0
+            with the constant schedule.
         seconds_by_width: seconds of each decoding step, from one forward to the next, by the number of slots of its
             forward.
         compiled_steps: shapes of steps that this call compiled; 0 if all were kept from earlier calls.
