@@ -193,6 +193,8 @@ def step_attention(
         return flex(query, key, value, mask, scaling), None
     if mask.dtype == torch.int32:
         return flash(query, key, value, mask.flatten(), kwargs.get("sliding_window"), scaling), None
+    if not mask.shape[3] and mask.shape[2]:  # one slot, which attends to every column
+        return grouped_sdpa(query, key, value, None, scaling, dropout), None
     if not mask.shape[3]:  # plain causality, for which sdpa needs no mask; without a mask it does not repeat keys
         mask = None
         key = key[:, :, :slots]

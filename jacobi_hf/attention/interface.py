@@ -134,6 +134,7 @@ class StepMasks(MaskBuilder):
     | kernel | mask |
     |---|---|
     | sdpa, for a prefill that needs no mask | empty `(1, 1, 0, 0)` |
+    | sdpa, for one slot that needs no mask | empty `(1, 1, 1, 0)` |
     | sdpa | additive `(B, 1, groups * Q, K)`; bool `(B, 1, Q, K)` for wide forwards |
     | FlexAttention | a `BlockMask` |
     | flash-attn | int32 `(B, 1, 1, 1)`, the number of filled columns |
@@ -158,6 +159,8 @@ class StepMasks(MaskBuilder):
         is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         self._may_use_kernels = self._has_kernels and not is_spread and not field_of(config, "attention_dropout")
         self._takes_several = getattr(config, "layer_types", None) is not None
+        self._whole = torch.empty(1, 1, 1, 0, device=device)
+        self._takes_whole = False
         self.is_learnt = False
 
     def probe(self, layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> AttentionProbe:
@@ -177,10 +180,26 @@ class StepMasks(MaskBuilder):
             return "masks of several kinds, which the types of the layers do not name"
         self.windows = windows
         self._groups = next(iter(probe.groups)) if len(probe.groups) == 1 and probe.takes_groups else 1
+        self._takes_whole = self._has_kernels and probe.takes_groups
         if self._may_use_kernels and probe.takes_groups and len(probe.head_dims) == 1:
             self._usable = usable_kernels(self._own, self._device, self._dtype, next(iter(probe.head_dims)))
         self.is_learnt = True
         return None
+
+    def needs_none(self, layout: Layout, past: int | None) -> bool:
+        """Return whether the slots of a layout attend to every column: a single slot after rows of equal length.
+
+        Args:
+            layout: the slots.
+            past: cached tokens of every row, if the host knows that all have as many.
+        """
+        if past is None or layout.slots > 1 or not self._takes_whole or self._kernel(layout) != SDPA:
+            return False
+        return all(window is None or window > past for window in self.windows.values())
+
+    def of_single(self) -> Any:
+        """Return the argument for a forward over a single slot that attends to every column."""
+        return self._by_kind(lambda _: self._whole)
 
     def of_step(self, layout: Layout, lengths_B: torch.Tensor, key_column_K: torch.Tensor) -> Any:
         """Return the argument for a forward over the slots of a layout.

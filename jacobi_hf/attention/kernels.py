@@ -21,7 +21,7 @@ def grouped_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scaling: float | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -35,15 +35,18 @@ def grouped_sdpa(
         query: `(B, heads, Q, head_dim)`.
         key: `(B, key/value heads, K, head_dim)`.
         value: `(B, key/value heads, K, head_dim)`.
-        mask: additive `(B, 1, groups * Q, K)`, from `grouped_mask` or `mask_from_table`.
+        mask: additive `(B, 1, groups * Q, K)`, from `grouped_mask` or `mask_from_table`; None for a single slot that
+            attends to all columns.
         scaling: factor of the scores; None for the default.
         dropout: probability.
     """
     batch, heads, slots, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)
     output = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=mask.to(query.dtype), dropout_p=dropout, scale=scaling
+        grouped, key, value, attn_mask=None if mask is None else mask.to(query.dtype), dropout_p=dropout, scale=scaling
     )
+    if slots == 1:
+        return output.reshape(batch, 1, heads, -1)
     return output.view(batch, heads, slots, -1).transpose(1, 2).contiguous()
 
 

@@ -14,6 +14,7 @@ from jacobi_hf.decoding.selection import accepted_prefixes
 
 if TYPE_CHECKING:
     from jacobi_hf.decoding.choice import Choice
+    from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.state import DecodingState
     from jacobi_hf.decoding.step import StepInputs
 
@@ -68,6 +69,8 @@ def accept(state: DecodingState, inputs: StepInputs, choice: Choice, *, may_be_o
     choice_BQ = choice.token_BQ
     if may_be_over:
         choice_BQ = torch.where(state.halted_B[:, None], state.pad, choice_BQ)
+    if layout.slots == 1 and not may_be_over:
+        return _of_one_slot(state, layout, choice)
     agrees_BSN, accepted_BS = accepted_prefixes(layout, inputs.token_BQ, choice_BQ, inputs.length_BS)
     if layout.verified_segments == 1:
         best_B = state.zeros_B
@@ -91,6 +94,34 @@ def accept(state: DecodingState, inputs: StepInputs, choice: Choice, *, may_be_o
     )
 
 
+def _of_one_slot(state: DecodingState, layout: Layout, choice: Choice) -> Acceptance:
+    """Return what a step without guesses accepts where no row has ended: the choice after the pending token."""
+    halted_B = state.halted_B
+    if state.eos_E.numel():
+        halted_B = _is_one_of(choice.token_BQ, state.eos_E)[:, 0]
+    broken_B = None if choice.broken_BQ is None else choice.broken_BQ[:, 0].long()
+    return Acceptance(
+        choice_BQ=choice.token_BQ,
+        agrees_BSN=state.nothing_B10,
+        accepted_BS=state.zeros_B1,
+        best_B=state.zeros_B,
+        path_BD=layout.path_SD[:1],
+        run_BD=choice.token_BQ,
+        count_B=state.ones_B,
+        halted_B=halted_B,
+        broken_B=broken_B,
+        ranked_BQR=choice.ranked_BQR,
+    )
+
+
+def _is_one_of(token: torch.Tensor, ids_E: torch.Tensor) -> torch.Tensor:
+    first, *others = ids_E.unbind()
+    is_one = token == first
+    for other in others:
+        is_one = is_one | (token == other)
+    return is_one
+
+
 def _cut(
     state: DecodingState, run_BD: torch.Tensor, count_B: torch.Tensor, offset_D: torch.Tensor, *, may_be_over: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,10 +134,7 @@ def _cut(
         count_B = state.limited(count_B)
     halted_B = state.halted_B
     if state.eos_E.numel():
-        first, *others = state.eos_E.unbind()
-        is_end_BD = run_BD == first
-        for end in others:
-            is_end_BD = is_end_BD | (run_BD == end)
+        is_end_BD = _is_one_of(run_BD, state.eos_E)
         # A reduction of integers: inductor writes C++ that does not compile for reductions of bools (torch 2.13).
         first_B = torch.where(is_end_BD, offset_D, offset_D.shape[0]).amin(1)
         ends_B = first_B < count_B

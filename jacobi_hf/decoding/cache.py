@@ -54,9 +54,9 @@ class JacobiStaticLayer(StaticLayer):
             # would reach the other slots.
             for states in (key_states, value_states):
                 states[:, :, -self._step.draft_slots :].nan_to_num_(0.0, BOUND, -BOUND).clamp_(-BOUND, BOUND)
-        self.write(self._step.slot_BQ, key_states, value_states)
-        columns = len(self._step.key_column_K)
-        return self.keys[:, :, :columns], self.values[:, :, :columns]
+        self.write(self._step.slot_BQ, key_states, value_states, self._step.slot_Q)
+        columns = self._step.columns
+        return self.keys.narrow(2, 0, columns), self.values.narrow(2, 0, columns)
 
     def grow(self, columns: int, used: int) -> None:
         """Replace the buffers by longer ones: the first `used` columns are copied, the others hold zeros."""
@@ -75,14 +75,29 @@ class JacobiStaticLayer(StaticLayer):
             self.keys[:, :, :used] = 0
             self.values[:, :, :used] = 0
 
-    def write(self, index_BQ: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write states `(B, heads, Q, head_dim)` to the columns `index_BQ`."""
+    def write(
+        self,
+        index_BQ: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        index_Q: torch.Tensor | None = None,
+    ) -> None:
+        """Write states `(B, heads, Q, head_dim)` to the columns `index_BQ`.
+
+        Args:
+            index_BQ: the columns of each row.
+            key_states: keys.
+            value_states: values.
+            index_Q: the columns, if they are the same in every row.
+        """
+        if index_Q is not None:
+            index_Q = index_Q.to(self.keys.device)
+            self.keys.index_copy_(2, index_Q, key_states)
+            self.values.index_copy_(2, index_Q, value_states)
+            return
         index_BQ = index_BQ.to(self.keys.device)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if len(buffer) == 1:
-                buffer.index_copy_(2, index_BQ[0], states)
-            else:
-                buffer.scatter_(2, index_BQ[:, None, :, None].expand_as(states), states)
+            buffer.scatter_(2, index_BQ[:, None, :, None].expand_as(states), states)
 
     def read(self, index_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of the keys and values in the columns `index_BN`, each `(B, heads, N, head_dim)`."""
@@ -99,7 +114,8 @@ class _OpenStep:
     """The current forward, as layers of a cache see it: where its slots are written, and which columns it reads."""
 
     slot_BQ: torch.Tensor
-    key_column_K: torch.Tensor
+    slot_Q: torch.Tensor | None  # if they are the same in every row
+    columns: int
     draft_slots: int = 0
 
 
@@ -181,17 +197,32 @@ class JacobiStaticCache(StaticCache):
         self.column_C = torch.arange(columns, device=self.lengths_B.device)
         self._first_columns = {}
 
-    def open_step(self, slots: int, key_column_K: torch.Tensor, draft_slots: int = 0) -> None:
+    def open_step(
+        self,
+        slots: int,
+        key_column_K: torch.Tensor,
+        draft_slots: int = 0,
+        *,
+        past: int | None = None,
+        exact: bool = False,
+    ) -> None:
         """Prepare for a forward.
 
         Args:
             slots: Q, slots of the forward.
             key_column_K: the columns that it reads, from `columns`.
             draft_slots: how many of the slots, the last ones, run with a drafter's weights.
+            past: committed tokens of every row, if the host knows that all have as many.
+            exact: with `past`, whether the forward reads no column after its slots.
         """
-        self._step.draft_slots = draft_slots
-        self._step.slot_BQ = self.lengths_B[:, None] + self.column_C[:slots]
-        self._step.key_column_K = key_column_K
+        step = self._step
+        step.draft_slots = draft_slots
+        step.slot_BQ = self.lengths_B[:, None]
+        if slots > 1:
+            step.slot_BQ = step.slot_BQ + self.column_C[:slots]
+        is_same = past is not None or len(self.lengths_B) == 1
+        step.slot_Q = step.slot_BQ[0] if is_same else None
+        step.columns = past + slots if exact and past is not None else len(key_column_K)
 
     @property
     def slot_BQ(self) -> torch.Tensor:
@@ -215,7 +246,7 @@ class JacobiStaticCache(StaticCache):
             first_B1 = self.lengths_B[:, None]
             target_BN = first_B1 + torch.arange(slot_BN.shape[1], device=slot_BN.device)
             for layer in self.used_layers:
-                layer.write(target_BN, *layer.read(first_B1 + slot_BN))
+                layer.write(target_BN, *layer.read(first_B1 + slot_BN), target_BN[0] if len(target_BN) == 1 else None)
         self.lengths_B += counts_B
 
     def reset(self) -> None:

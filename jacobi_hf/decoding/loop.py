@@ -8,6 +8,7 @@ Shapes: B rows, Q slots of a forward, V vocabulary, P prompt columns.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import replace
@@ -16,25 +17,26 @@ from typing import TYPE_CHECKING
 import torch
 
 from jacobi_hf.decoding.choice import check_samples
+from jacobi_hf.decoding.host_lookup import HostLookup
 from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.one_by_one import OneByOne
 from jacobi_hf.decoding.prefill import prompt_forward, read_prompt_parts
-from jacobi_hf.decoding.report import LaunchedStep, StepReport, copy_of
-from jacobi_hf.decoding.shapes import ShapeChooser
-from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, StepPlan, advance, finish_step
+from jacobi_hf.decoding.report import CopiedReport, LaunchedStep, StepClock, StepReport
+from jacobi_hf.decoding.shapes import AdaptiveSchedule
+from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, StepPlan, StepShape, advance, finish_step
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.streaming import candidates_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jacobi_hf.config import JacobiConfig
     from jacobi_hf.decoding.accept import Acceptance
     from jacobi_hf.decoding.layout import Layout
     from jacobi_hf.decoding.prompt import Prompt
     from jacobi_hf.decoding.selection import Selector
+    from jacobi_hf.decoding.shapes import Schedule
     from jacobi_hf.decoding.state import DecodingState
-    from jacobi_hf.decoding.step import Forward, StepShape
+    from jacobi_hf.decoding.step import Forward
     from jacobi_hf.decoding.stopping import Scores, StoppingRules
     from jacobi_hf.execution.base import Execution
     from jacobi_hf.streaming import Candidate
@@ -52,7 +54,7 @@ class Decoder:
         state: the rows, opened for this call; the cache holds what came before the prompt.
         selector: the model's choice under processors and sampling noise.
         stopping: criteria, streamer and output ids.
-        config: the knobs of the call.
+        schedule: chooses the shape of each step.
         execution: how steps run; eagerly if the call wants more than the tokens, or processors see each token.
         scores, logits: filled if the caller asked for them.
         fills: whether finished rows go on, as pads, because the caller gets their cache or scores.
@@ -67,7 +69,7 @@ class Decoder:
         state: DecodingState,
         selector: Selector,
         stopping: StoppingRules,
-        config: JacobiConfig,
+        schedule: Schedule,
         execution: Execution,
         scores: Scores | None = None,
         logits: Scores | None = None,
@@ -87,12 +89,15 @@ class Decoder:
         wants_tokens_alone = selector.is_vectorised and not self._records
         self._execution = execution
         self._one_by_one = OneByOne(state, selector, stopping, scores, logits)
-        self._shapes = ShapeChooser(state.sources, config, stopping.limit)
+        self._schedule = schedule
+        self._lookup = HostLookup(state, stopping.limit)
+        self._drafted = schedule.drafts_always  # whether the last step got guesses for the next
         self._text_start = int(state.start_B.max())
         device_is_async = self._cache.lengths_B.device.type in self.LAGS_ON
         self._lag = int(wants_tokens_alone and not stopping.is_one_by_one and device_is_async)
         self._launched: deque[LaunchedStep] = deque()
         self._running = [True] * rows
+        self._made = execution.compiled, execution.recorded
         self._last = StepReport.before_the_prefill(rows, len(state.sources.branch_names))
         self.stats = JacobiStats(new_tokens=[0] * rows, row_forwards=[0] * rows)
         # For each row and step: the row, its tokens before and after, the source that won, and accepted guesses. They
@@ -108,9 +113,11 @@ class Decoder:
                 forward. If this process is done, the forward is idle, for processes that are not.
         """
         started = time.perf_counter()
-        self._read_at = started
+        self._clock = StepClock()
         self._prefill(prompt)
         prefilled = time.perf_counter()
+        if isinstance(self._schedule, AdaptiveSchedule):
+            self._schedule.start(prompt.inputs.shape[1], prefilled - started)
         while keep_going(self._finished()):
             if self._finished():
                 self._idle_forward()
@@ -121,6 +128,9 @@ class Decoder:
             self._stopping.copy_texts(self._state.text_BL, self._state.start_B, self._last.generated)
         self.stats.prefill_seconds = prefilled - started
         self.stats.decode_seconds = time.perf_counter() - prefilled
+        self._schedule.end()
+        if isinstance(self._schedule, AdaptiveSchedule):
+            self.stats.probing_seconds = self._schedule.probing_seconds
         self._finish_statistics()
 
     def _finish_statistics(self) -> None:
@@ -148,9 +158,9 @@ class Decoder:
         self._vocab_size = output.logits_BQV.shape[-1]
         nothing_B1 = torch.zeros_like(prompt.length_B)[:, None]
         inputs = StepInputs(build_layout((0,), prompt.length_B.device), nothing_B1, nothing_B1)
-        self._finish(inputs, output)
+        self._finish(inputs, output, drafts=self._drafted)
         read_prompt_parts(self._state, prompt, features)
-        self._launch([], 0, 1, 0)
+        self._launch([], StepShape(0, ()), 0, 1)
         self._read_reports(waiting=0)
 
     def _idle_forward(self) -> None:
@@ -161,15 +171,29 @@ class Decoder:
     def _decode(self) -> None:
         """Launch a step, and read the report of the one before if the host lags, else its own."""
         state = self._state
-        shapes = self._shapes
-        wanted = shapes.greatest() if self._lag else shapes.smallest(self._last, self._active_rows())
-        shape = self._execution.shape(wanted)
+        shape = self._next_shape()
+        self._lookup.write(shape.branches, self._last)
         layout = shape.layout(self._cache.lengths_B.device)
-        names = shapes.names(shape)
+        names = state.sources.names(shape.branches)
         candidates = candidates_of(state.inputs(shape, layout), names) if self._stopping.has_step_streamer else ()
         self._step(shape, layout)
-        self._launch(names, layout.slots, layout.offset_D.shape[0], shape.backbone, candidates)
+        self._launch(names, shape, layout.slots, layout.offset_D.shape[0], candidates)
         self._read_reports(waiting=self._lag)
+
+    def _next_shape(self) -> StepShape:
+        """Return the shape of the next step; give the backbone guesses if it has none."""
+        last = self._last
+        states = enumerate(zip(last.ended, last.generated, strict=True))
+        unfinished = [row for row, (ended, tokens) in states if not ended and tokens < self._stopping.limit]
+        needs_guesses = self._schedule.decide(self._last, unfinished)
+        if needs_guesses and not self._drafted:
+            self._state.restart()
+            if not self._lag:
+                self._last = replace(self._last, widths=self._state.width_B.tolist())
+        known = None if self._lag else self._last
+        shape = self._execution.shape(self._schedule.shape(known, self._active_rows()))
+        self._drafted = shape.drafts
+        return shape
 
     def _active_rows(self) -> list[int]:
         """Return the rows that the next step advances: those that have not ended, or all if finished rows go on."""
@@ -201,19 +225,27 @@ class Decoder:
         self._state.reserve(longest + layout.slots)
         return self._cache.columns(layout.slots, longest)
 
+    def _past(self) -> int | None:
+        """Return the cached tokens of every row, if the host knows that all have as many."""
+        if self._lag:
+            return None
+        past, *others = (base + count for base, count in zip(self._base, self._last.generated, strict=True))
+        return past if all(other == past for other in others) else None
+
     def _step(self, shape: StepShape, layout: Layout) -> None:
         """Run one step of the given shape."""
         key_column_K = self._columns(layout)
         self._draw_noise(layout)
         if not self._selector.is_vectorised:
             inputs = self._state.inputs(shape, layout)
-            self._finish(inputs, self._forward(ForwardInputs(layout, key_column_K, inputs.token_BQ)))
+            output = self._forward(ForwardInputs(layout, key_column_K, inputs.token_BQ, past=self._past()))
+            self._finish(inputs, output, drafts=shape.drafts)
             return
         record = self._record if self._records else None
-        plan = StepPlan(shape, layout, key_column_K, self._may_be_over(), record)
+        plan = StepPlan(shape, layout, key_column_K, self._may_be_over(), self._past(), record)
         self._execution.run(self._state, self._forward, self._selector, plan)
 
-    def _finish(self, inputs: StepInputs, output: ForwardOutput) -> None:
+    def _finish(self, inputs: StepInputs, output: ForwardOutput, *, drafts: bool) -> None:
         """Do what comes after a forward that no execution has run: the prefill, and steps that go token by token."""
         layout = inputs.layout
         may_be_over = self._may_be_over()
@@ -226,12 +258,16 @@ class Decoder:
                 inputs,
                 output,
                 text_columns=text_columns,
+                drafts=drafts,
                 may_be_over=may_be_over,
                 record=self._record if self._records else None,
             )
         else:
             acceptance = self._one_by_one.accept(inputs, output.logits_BQV)
-            advance(self._state, inputs, acceptance, output.features_BQF, text_columns, may_be_over=may_be_over)
+            features_BQF = output.features_BQF
+            advance(
+                self._state, inputs, acceptance, features_BQF, text_columns, drafts=drafts, may_be_over=may_be_over
+            )
 
     def _draw_noise(self, layout: Layout) -> None:
         """Make the sampling noise of every slot's new-token index available."""
@@ -259,22 +295,29 @@ class Decoder:
                 self._scores.record(scores_BV, indices)
 
     def _launch(
-        self, names: list[str], slots: int, tokens: int, verified: int, candidates: tuple[Candidate, ...] = ()
+        self, names: list[str], shape: StepShape, slots: int, tokens: int, candidates: tuple[Candidate, ...] = ()
     ) -> None:
         """Note a step that the device was just given, and begin to copy its report."""
         report_N = self._state.report_N
-        report = copy_of(report_N) if self._lag else lambda: report_N
-        self._launched.append(LaunchedStep(names, slots, tokens, verified, report, candidates))
+        report = CopiedReport(report_N) if self._lag else lambda: report_N
+        made = self._execution.compiled, self._execution.recorded
+        is_new = made != self._made
+        self._made = made
+        label = self._state.sources.label(shape) if names else ""
+        self._launched.append(LaunchedStep(names, shape, label, slots, tokens, report, candidates, is_new=is_new))
 
     def _read_reports(self, *, waiting: int) -> None:
         """Read the reports of all launched steps but the last `waiting` ones."""
         while len(self._launched) > waiting:
             launched = self._launched.popleft()
+            before = self._last
+            rows = [row for row, runs in enumerate(self._running) if self._counts(before, row, runs=runs)]
             self._read(launched)
-            now = time.perf_counter()
+            seconds = self._clock.seconds_since_last(launched.report)
             if launched.names:
-                self.stats.seconds_by_width[launched.slots].append(now - self._read_at)
-            self._read_at = now
+                self.stats.seconds_by_width[launched.slots].append(seconds)
+                self.stats.note_step(launched.label, seconds)
+                self._schedule.note(before, self._last, launched.shape, rows, math.nan if launched.is_new else seconds)
 
     def _read(self, launched: LaunchedStep) -> None:
         """Read one step's report: update criteria, streamer, statistics, and what the next step needs."""
@@ -282,6 +325,7 @@ class Decoder:
         report, is_broken = StepReport.of(launched.report().tolist(), len(self._running))
         check_samples(is_broken)
         self._last = report
+        self._lookup.update(report)
         stopping = self._stopping
         if stopping.is_one_by_one and self._selector.is_vectorised:
             stopping.copy_texts(self._state.text_BL, self._state.start_B, report.generated)
@@ -290,14 +334,14 @@ class Decoder:
         self._running = [end is None for end in stopping.ended]
         if stopped:
             self._halt(stopped)
-        stopping.report_step(launched.candidates)
+        stopping.report_step(launched.candidates, launched.label)
 
     def _count(self, before: StepReport, launched: LaunchedStep) -> None:
         """Add a step to the statistics."""
         stats = self.stats
         stats.forwards += 1
         for row, runs in enumerate(self._running):
-            if not runs or before.ended[row] or before.generated[row] >= self._stopping.limit:
+            if not self._counts(before, row, runs=runs):
                 continue
             stats.row_forwards[row] += 1
             if not launched.names:  # the prefill
@@ -306,10 +350,16 @@ class Decoder:
             last = self._last.generated[row]
             accepted = self._last.accepted[row]
             self._runs.append((row, first, last, launched.names[self._last.best[row]], last - first - 1))
-            stats.drafted += before.widths[row]
-            stats.verified += min(before.widths[row], launched.verified)
+            shape = launched.shape
+            stats.drafted += min(before.widths[row], max(shape.backbone, shape.draft_slots))
+            stats.verified += min(before.widths[row], shape.backbone)
             stats.accepted += accepted
-            self._shapes.note(accepted)
+            backbone, branches = before.sent(shape, row)
+            stats.note_row(backbone + sum(branches), last - first - 1)
+
+    def _counts(self, before: StepReport, row: int, *, runs: bool) -> bool:
+        """Return whether a row had not ended before a step."""
+        return runs and not before.ended[row] and before.generated[row] < self._stopping.limit
 
     def _halt(self, rows: list[int]) -> None:
         """Take back what these rows have after the token at which a criterion ended them; they go on as pads."""

@@ -43,7 +43,7 @@ class DecodingState:
         report_N: what the host reads after a step; see `report`.
     """
 
-    REPORTED = 6  # numbers for each row in a report, before those of the branches
+    REPORTED = 7  # numbers for each row in a report, before those of the branches
 
     def __init__(
         self, sources: Sources, cache: JacobiStaticCache, room_for: Callable[[int], int] | None = None
@@ -70,11 +70,17 @@ class DecodingState:
         self.branches = [(zeros(rows, len(s.lengths), max(s.lengths)), zeros(rows, len(s.lengths))) for s in shapes]
         starts = [torch.tensor(s.starts, device=device) if any(s.starts) else None for s in shapes]
         self._starts: list[torch.Tensor | None] = starts
-        self.report_N = zeros((self.REPORTED + len(sources.branch_names)) * rows)
+        self.report_N = zeros((self.REPORTED + 2 * len(sources.branch_names)) * rows)
+        self._no_branches_N = zeros(2 * len(sources.branch_names) * rows)
+        self._pending_B1 = self.front_BD[:, :1]
+        self._length_B1 = self.length_B[:, None]
         self.pad = zeros()
         self.eos_E = zeros(0)
         self.fills = False
         self.zeros_B = zeros(rows)
+        self.zeros_B1 = self.zeros_B[:, None]
+        self.nothing_B10 = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
+        self.ones_B = zeros(rows) + 1
         self._limit = zeros()
         self._last = zeros()
 
@@ -123,7 +129,7 @@ class DecodingState:
     @property
     def pending_B1(self) -> torch.Tensor:
         """The last token of each row, whose keys and values are not in the cache yet."""
-        return self.front_BD[:, :1]
+        return self._pending_B1
 
     @property
     def backbone_BW(self) -> torch.Tensor:
@@ -136,24 +142,34 @@ class DecodingState:
         return len(self.generated_B), len(self.eos_E), self.fills
 
     def inputs(self, shape: StepShape, layout: Layout) -> StepInputs:
-        """Return what goes into a step of this shape; `layout` is that of the shape."""
+        """Return what goes into a step of this shape; `layout` is that of the shape.
+
+        A guess that is valid and does not go into the step is not counted among the valid ones of the step.
+        """
+        if layout.slots == 1 and not shape.drafts:
+            return StepInputs(layout, self.pending_B1, self.zeros_B1)
         tokens = [self.front_BD[:, : 1 + shape.backbone]]
-        lengths = [self.width_B.clamp(max=shape.backbone) if shape.draft_slots else self.width_B]
+        lengths = [self._cut(self.width_B, shape.backbone, self.sources.width)]
         segments = [
-            (token_BSN[:, s], length_BS[:, s])
-            for token_BSN, length_BS in self.branches
-            for s in range(token_BSN.shape[1])
+            (token_BSN[:, s], length_BS[:, s], start)
+            for (token_BSN, length_BS), source in zip(self.branches, self.sources.branching, strict=True)
+            for s, start in enumerate(source.shape.segment_starts)
         ]
-        for (token_BN, length_B), used in zip(segments, shape.branches, strict=True):
+        for (token_BN, length_B, start), used in zip(segments, shape.branches, strict=True):
             if used:
                 tokens.append(token_BN[:, :used])
-                lengths.append(length_B)
+                lengths.append(self._cut(length_B, start + used, start + token_BN.shape[1]))
         if shape.draft_slots:
             tokens.append(self.front_BD[:, 1 : 1 + shape.draft_slots])
-            lengths.append(self.width_B)
+            lengths.append(self._cut(self.width_B, shape.draft_slots, self.sources.width))
         if len(tokens) == 1:
-            return StepInputs(layout, tokens[0].clone(), self.width_B[:, None])
+            return StepInputs(layout, tokens[0].clone(), lengths[0][:, None])
         return StepInputs(layout, torch.cat(tokens, 1), torch.stack(lengths, 1))
+
+    @staticmethod
+    def _cut(length_B: torch.Tensor, sent: int, most: int) -> torch.Tensor:
+        """Return valid lengths, cut to the guesses that are sent if these can be fewer."""
+        return length_B if sent >= most else length_B.clamp(max=sent)
 
     def limited(self, count_B: torch.Tensor) -> torch.Tensor:
         """Return a number of tokens for each row, at most as many as its limit leaves room for."""
@@ -168,10 +184,27 @@ class DecodingState:
             moves: whether keys and values of accepted branches must be moved after those of the pending token.
         """
         self.cache.commit(acceptance.count_B, acceptance.path_BD if moves else None)
+        if layout.slots == 1 and acceptance.count_B is self.ones_B:
+            self.text_BL.scatter_(1, self._length_B1, acceptance.run_BD)
+            self.length_B += 1
+            self.pending_B1.copy_(acceptance.run_BD)
+            return
         # What comes after `count_B` tokens is overwritten before it counts.
         self.text_BL.scatter_(1, self.length_B[:, None] + layout.offset_D, acceptance.run_BD)
         self.length_B += acceptance.count_B
         self.pending_B1.copy_(self.text_BL.gather(1, self.length_B[:, None] - 1))
+
+    def restart(self) -> None:
+        """Give the backbone guesses for a step after one from which no source got any (`StepShape.drafts`)."""
+        backbone = self.sources.backbone
+        if backbone is None:
+            return
+        token_BSN, length_BS = backbone.restart(self.generated_B, self.text_BL, self.length_B)
+        self.backbone_BW.copy_(token_BSN[:, 0])
+        for source, (_, branch_length_BS) in zip(self.sources.branching, self.branches, strict=True):
+            if not (source.is_on_host or source.reads_text_alone):
+                branch_length_BS.zero_()
+        self.clip(length_BS[:, 0])
 
     def clip(self, width_B: torch.Tensor, *, may_be_over: bool = True) -> None:
         """Cut the valid guesses to the room that the limit leaves; the guesses of halted rows become pads.
@@ -181,7 +214,7 @@ class DecodingState:
             may_be_over: False if the host knows that no row has halted or has all its tokens.
         """
         room_B = self._last - self.generated_B
-        if not may_be_over and not self.branches:
+        if not may_be_over and all(source.is_on_host for source in self.sources.branching):
             torch.clamp(torch.minimum(width_B, room_B), min=0, out=self.width_B)
             return
         room_B = room_B.clamp(min=0)
@@ -191,7 +224,9 @@ class DecodingState:
             self.backbone_BW.copy_(torch.where(halted_B1, self.pad, self.backbone_BW))
             width_B = torch.where(self.halted_B, room_B.clamp(max=self.sources.width), width_B)
         self.width_B.copy_(width_B)
-        for start_S, (_, length_BS) in zip(self._starts, self.branches, strict=True):
+        for source, start_S, (_, length_BS) in zip(self.sources.branching, self._starts, self.branches, strict=True):
+            if source.is_on_host:  # the host has cut them
+                continue
             length_BS.copy_(torch.minimum(length_BS, room_B[:, None]).masked_fill(halted_B1, 0))
             if start_S is not None:  # there must be guesses to follow
                 length_BS.masked_fill_(self.width_B[:, None] < start_S, 0)
@@ -203,13 +238,32 @@ class DecodingState:
         self.halted_B[row] = True
         self.front_BD[row, 0] = self.text_BL[row, self.length_B[row] - 1]
 
-    def report(self, acceptance: Acceptance) -> None:
+    def report(self, acceptance: Acceptance, layout: Layout, *, proposes: bool = True) -> None:
         """Write `report_N`, one number for each row of each kind.
 
         The kinds are: new tokens, valid guesses of the backbone, whether the row has ended, the segment that won,
-        guesses accepted in the backbone, whether sampling met no distribution, and the valid length of each branch.
+        guesses accepted in the backbone, whether sampling met no distribution, the length of the n-gram that the
+        lookup matched; then the valid length of each branch, and for each branch of the step the accepted guesses.
+
+        Args:
+            acceptance: what the model accepted in the step.
+            layout: the slots of the step.
+            proposes: whether a source has proposed after the step.
         """
         broken_B = self.zeros_B if acceptance.broken_B is None else acceptance.broken_B
-        accepted_B = acceptance.accepted_BS[:, 0]
+        is_one_slot = acceptance.accepted_BS is self.zeros_B1
+        accepted_B = self.zeros_B if is_one_slot else acceptance.accepted_BS[:, 0]
+        order_B = self.zeros_B
+        for source in self.sources.branching:
+            if source.order_B is not None:
+                order_B = source.order_B
         numbers = [self.generated_B, self.width_B, self.halted_B.long(), acceptance.best_B, accepted_B, broken_B]
-        self.report_N.copy_(torch.cat([*numbers, *(length_BS.T.flatten() for _, length_BS in self.branches)]))
+        numbers.append(order_B)
+        branches = layout.verified_segments - 1
+        if proposes or branches:
+            numbers += [length_BS.T.flatten() for _, length_BS in self.branches]
+            unused = (len(self.sources.branch_names) - branches) * len(self.zeros_B)
+            numbers += [acceptance.accepted_BS[:, 1 : 1 + branches].T.flatten(), self._no_branches_N[:unused]]
+        else:
+            numbers.append(self._no_branches_N)
+        self.report_N.copy_(torch.cat(numbers))

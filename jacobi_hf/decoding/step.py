@@ -45,12 +45,15 @@ class StepShape:
         draft_slots: guesses of the backbone that also go into draft slots; 0 without such slots.
         starts: for each branch, the number of backbone guesses that it comes after; empty if all start at the pending
             token.
+        drafts: whether the sources get guesses for the next step from this one. If not, only sources that read
+            nothing but the text (`DraftSource.reads_text_alone`) do.
     """
 
     backbone: int
     branches: tuple[int, ...]
     draft_slots: int = 0
     starts: tuple[int, ...] = ()
+    drafts: bool = True
 
     def layout(self, device: torch.device) -> Layout:
         """Return the tree of slots of a step of this shape."""
@@ -69,12 +72,14 @@ class StepPlan:
         key_column_K: the columns of the cache that are read. No more columns of the text are in use after the step.
         may_be_over: what the host knows of the rows, see `advance`. The default is right for any rows.
         record: as in `finish_step`.
+        past: as in `ForwardInputs`.
     """
 
     shape: StepShape
     layout: Layout
     key_column_K: torch.Tensor
     may_be_over: bool = True
+    past: int | None = None
     record: Record | None = None
 
 
@@ -85,7 +90,8 @@ class StepInputs:
     Attributes:
         layout: where each slot sits.
         token_BQ: the pending token, the guesses of the backbone, those of the branches, and those in draft slots.
-        length_BS: valid guesses of each segment; for a branch, the backbone guesses before it count too.
+        length_BS: valid guesses of each segment that are in the step; for a branch, the backbone guesses before it
+            count too.
     """
 
     layout: Layout
@@ -103,6 +109,7 @@ class ForwardInputs:
         token_BQ: a token for each slot; None in the prefill of a prompt that was given as embeddings.
         embeds_BQH: an embedding for each slot in such a prefill, else None.
         keep_BN: the slots whose logits are wanted; None for all.
+        past: cached tokens of every row, if the host knows that all have as many; else None.
     """
 
     layout: Layout
@@ -110,6 +117,7 @@ class ForwardInputs:
     token_BQ: torch.Tensor | None = None
     embeds_BQH: torch.Tensor | None = None
     keep_BN: torch.Tensor | None = None
+    past: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,13 +163,14 @@ def run_step(
         host_may_read: as in `advance`.
     """
     inputs = state.inputs(plan.shape, plan.layout)
-    output = forward(ForwardInputs(plan.layout, plan.key_column_K, inputs.token_BQ))
+    output = forward(ForwardInputs(plan.layout, plan.key_column_K, inputs.token_BQ, past=plan.past))
     finish_step(
         state,
         selector,
         inputs,
         output,
         text_columns=plan.key_column_K.shape[0],
+        drafts=plan.shape.drafts,
         may_be_over=plan.may_be_over,
         host_may_read=host_may_read,
         record=plan.record,
@@ -175,6 +184,7 @@ def finish_step(
     output: ForwardOutput,
     *,
     text_columns: int | None = None,
+    drafts: bool = True,
     may_be_over: bool = True,
     host_may_read: bool = False,
     record: Record | None = None,
@@ -186,7 +196,7 @@ def finish_step(
         selector: logits processors and sampling noise.
         inputs: the tokens of the step.
         output: what the model returned for them.
-        text_columns, may_be_over, host_may_read: as in `advance`.
+        text_columns, drafts, may_be_over, host_may_read: as in `advance`.
         record: called with the inputs, what the model accepted and its logits `(B, Q, V)`, before the tokens are
             committed.
     """
@@ -202,6 +212,7 @@ def finish_step(
         acceptance,
         output.features_BQF,
         text_columns,
+        drafts=drafts,
         may_be_over=may_be_over,
         host_may_read=host_may_read,
     )
@@ -215,6 +226,7 @@ def advance(
     features_BQF: torch.Tensor | None = None,
     text_columns: int | None = None,
     *,
+    drafts: bool = True,
     may_be_over: bool = True,
     host_may_read: bool = False,
 ) -> None:
@@ -226,6 +238,7 @@ def advance(
         acceptance: what the model accepted of them.
         features_BQF: outputs of the tapped layers, if any source reads some.
         text_columns: how many columns of the text may be in use after the step; all of them by default.
+        drafts: whether all sources get guesses for the next step, or only those that read nothing but the text.
         may_be_over: False if the host knows that, before this step, no row had halted and no row had all its tokens.
             Some operations are left out then.
         host_may_read: whether the host may read a value in between. On a CPU this costs nothing and can save the move
@@ -236,13 +249,20 @@ def advance(
     if moves and host_may_read:
         moves = bool(((acceptance.best_B > 0) & (count_B > 1)).any())
     state.commit(acceptance, inputs.layout, moves=moves)
-    generated_B = state.generated_B + count_B
-    width_B = propose(state, outcome_of(state, inputs, acceptance, generated_B, features_BQF), text_columns)
-    state.generated_B.copy_(generated_B)
+    proposes = drafts or state.sources.any_reads_text_alone
+    width_B = state.zeros_B
+    if proposes:
+        generated_B = state.generated_B + count_B
+        outcome = outcome_of(state, inputs, acceptance, generated_B, features_BQF)
+        width_B = propose(state, outcome, text_columns, drafts=drafts)
+        state.generated_B.copy_(generated_B)
+    else:
+        state.generated_B += count_B
     if acceptance.halted_B is not state.halted_B:
         state.halted_B.copy_(acceptance.halted_B)
-    state.clip(width_B, may_be_over=may_be_over)
-    state.report(acceptance)
+    if proposes:
+        state.clip(width_B, may_be_over=may_be_over)
+    state.report(acceptance, inputs.layout, proposes=proposes)
 
 
 def outcome_of(
@@ -264,24 +284,33 @@ def outcome_of(
     return StepOutcome(inputs, acceptance, state.generated_B, generated_B, choice_BD, length_B1, features_BQF)
 
 
-def propose(state: DecodingState, outcome: StepOutcome, text_columns: int | None) -> torch.Tensor:
+def propose(
+    state: DecodingState, outcome: StepOutcome, text_columns: int | None, *, drafts: bool = True
+) -> torch.Tensor:
     """Let every source observe a step, then write what each proposes for the next one into the state.
+
+    Args:
+        state: the rows.
+        outcome: what the step did.
+        text_columns, drafts: as in `advance`.
 
     Returns:
         The valid guesses of the backbone, `(B,)`, which are not cut to the limit yet.
     """
     sources = state.sources
-    for source in sources.all:
+    for source in sources.all if drafts else ():
         source.observe(outcome)
     text_BL = state.text_BL if text_columns is None else state.text_BL[:, :text_columns]
     context = ProposalContext(outcome, text_BL, state.length_B, state.pending_B1)
     width_B = state.zeros_B
-    if sources.backbone is not None:
+    if drafts and sources.backbone is not None:
         token_BSN, length_BS = sources.backbone.propose(context)
         state.backbone_BW.copy_(token_BSN[:, 0])
         width_B = length_BS[:, 0]
     context = ProposalContext(outcome, text_BL, state.length_B, state.pending_B1, state.backbone_BW)
     for source, (token_BSN, length_BS) in zip(sources.branching, state.branches, strict=True):
+        if source.is_on_host or not (drafts or source.reads_text_alone):
+            continue
         proposed_BSN, valid_BS = source.propose(context)
         token_BSN.copy_(proposed_BSN)
         length_BS.copy_(valid_BS)

@@ -116,6 +116,7 @@ class StoppingRules:
         self.ids_BL = input_BP.long()  # is not written to before it has grown
         self.generated = 0
         self._reported = 0  # tokens that the step streamer has received
+        self._copied_BL: torch.Tensor | None = None  # `sequences` after the last token, for criteria and processors
         self.ended: list[int | None] = [None] * batch
 
     @property
@@ -128,22 +129,26 @@ class StoppingRules:
         """Whether the streamer is a `StepStreamer`, which `report_step` reports to."""
         return self._step_streamer is not None
 
-    def report_step(self, candidates: tuple[Candidate, ...]) -> None:
+    def report_step(self, candidates: tuple[Candidate, ...], shape: str) -> None:
         """Report a forward to the step streamer, if there is one.
 
         Args:
             candidates: what the forward verified. The report also has the tokens that were replayed since the report
                 before.
+            shape: the shape of the step in words.
         """
         if self._step_streamer is not None:
             token_ids = self.ids_BL[0, self._prompt + self._reported : self._prompt + self.generated].tolist()
             self._reported = self.generated
-            self._step_streamer.step(StepEvent(tuple(token_ids), candidates))
+            self._step_streamer.step(StepEvent(tuple(token_ids), candidates, shape))
 
     @property
     def sequences(self) -> torch.Tensor:
         """The output as far as it has been replayed, `(B, P + generated)`."""
-        return self.ids_BL[:, : self._prompt + self.generated].clone()
+        columns = self._prompt + self.generated
+        if self._copied_BL is None or self._copied_BL.shape[1] != columns:
+            self._copied_BL = self.ids_BL[:, :columns].clone()
+        return self._copied_BL
 
     def output(self, row: int) -> torch.Tensor:
         """Return prompt and new tokens of a finished row, pads on the left included."""
@@ -218,9 +223,9 @@ class StoppingRules:
     def _replay_token(self) -> list[int]:
         """Call criteria and streamer for one token; return the rows that end here, none if rows are never padded."""
         column = self._prompt + self.generated
-        finished_B = torch.tensor([end is not None for end in self.ended], device=self.ids_BL.device)
-        if self.pads:
-            self.ids_BL[:, column].masked_fill_(finished_B, self.pad)
+        ended = [end is not None for end in self.ended]
+        if self.pads and any(ended):
+            self.ids_BL[:, column].masked_fill_(torch.tensor(ended, device=self.ids_BL.device), self.pad)
         self.generated += 1
         scores = None if self._scores is None else tuple(self._scores.steps[: self.generated])
         stops = self._criteria(self.sequences, scores).tolist()

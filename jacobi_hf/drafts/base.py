@@ -153,10 +153,18 @@ class DraftSource:
     Attributes:
         name: short name, shown in statistics and to streamers.
         shape: what the source needs in every step.
+        reads_text_alone: whether `propose` reads nothing of the last step but the text. Such a source goes on
+            proposing in steps from which the others get no guesses.
+        is_on_host: whether the host finds the guesses and writes them into the state; `propose` is not called then.
+        order_B: for a source that copies from the text, a buffer with the length of the n-gram that it matched last,
+            0 without a match. The report carries it to the host. None for other sources.
     """
 
     name: str
     shape: SourceShape
+    reads_text_alone: bool = False
+    is_on_host: bool = False
+    order_B: torch.Tensor | None = None
 
     @classmethod
     def for_call(cls, config: JacobiConfig, model: Any) -> Self | None:
@@ -227,6 +235,21 @@ class DraftSource:
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from a step; called after its tokens were committed and before `propose`."""
+
+    def restart(
+        self, generated_B: torch.Tensor, text_BL: torch.Tensor, length_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return guesses for a step after steps in which the source took no part; only a backbone needs this.
+
+        Args:
+            generated_B: new tokens of each row.
+            text_BL: prompt and new tokens of each row without pads.
+            length_B: tokens of each row in `text_BL`.
+
+        Returns:
+            as `propose`.
+        """
+        raise NotImplementedError
 
     def propose(self, context: ProposalContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return guesses for the next step.

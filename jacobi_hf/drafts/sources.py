@@ -12,6 +12,7 @@ from jacobi_hf.drafts.window import JacobiWindow
 
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.decoding.step import StepShape
     from jacobi_hf.drafts.base import DraftSource
 
 # In this order: the first backbone that a call can use is its backbone, and branches keep the order of their sources.
@@ -51,6 +52,35 @@ class Sources:
     def all(self) -> list[DraftSource]:
         """The backbone's source, then the others."""
         return [*([self.backbone] if self.backbone else []), *self.branching]
+
+    def names(self, branches: tuple[int, ...]) -> list[str]:
+        """Return the name of the source of each verified segment of a step, the backbone first.
+
+        Args:
+            branches: guesses of each branch in the step.
+        """
+        backbone = "" if self.backbone is None else self.backbone.name
+        return [backbone, *(name for name, used in zip(self.branch_names, branches, strict=True) if used)]
+
+    def label(self, shape: StepShape) -> str:
+        """Return a shape in words, as statistics show it: "1" for one slot alone, or "window 16 + lookup 8 + pool"."""
+        parts = []
+        if shape.backbone and self.backbone is not None:
+            parts.append(f"{self.backbone.name} {shape.backbone}")
+        used = dict.fromkeys(self.names(shape.branches)[1:])
+        lookups = [length for name, length in zip(self.branch_names, shape.branches, strict=True) if name == "lookup"]
+        parts += [f"{name} {lookups[0]}" if name == "lookup" else name for name in used]
+        return " + ".join(parts) or "1"
+
+    @property
+    def observe_every_step(self) -> bool:
+        """Whether a source keeps a state of its own that follows the text, so that it has to observe every step."""
+        return any(source.shape.taps or source.shape.cache_ahead for source in self.all)
+
+    @property
+    def any_reads_text_alone(self) -> bool:
+        """Whether a source on the device proposes in every step, because it reads nothing but the text."""
+        return any(source.reads_text_alone and not source.is_on_host for source in self.branching)
 
     @property
     def depths(self) -> int:

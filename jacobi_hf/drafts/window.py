@@ -103,11 +103,26 @@ class JacobiWindow(DraftSource):
         appends_B = (run_B >= self._needed) & (end_B - front_B < self._blocks * n)
         self.end_B.copy_(torch.where(appends_B, end_B + n, end_B))
 
+    def restart(
+        self, generated_B: torch.Tensor, text_BL: torch.Tensor, length_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a window of ids of the text; see `DraftSource.restart`."""
+        if self.waits:
+            front_B = generated_B // self._block * self._block
+            self.end_B.copy_(torch.where(self.end_B > front_B, self.end_B, front_B + self._block))
+        else:
+            torch.index_select(self.end_L, 0, generated_B, out=self.end_B)
+        filler_BW = self._fillers(generated_B, text_BL, length_B)
+        return filler_BW[:, None], (self.end_B - generated_B)[:, None]
+
+    def _fillers(self, generated_B: torch.Tensor, text_BL: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+        index_BW = generated_B[:, None] + self._offset_W
+        return text_BL.gather(1, self.scattered_L.take(index_BW) % length_B[:, None])
+
     def propose(self, context: ProposalContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the window for the next step: the newest choice for each place, and ids of the text for the rest."""
         generated_B = context.outcome.generated_B
-        index_BW = generated_B[:, None] + self._offset_W
-        filler_BW = context.text_BL.gather(1, self.scattered_L.take(index_BW) % context.text_length_B[:, None])
+        filler_BW = self._fillers(generated_B, context.text_BL, context.text_length_B)
         guess_BW = newest_choices(context.outcome, self._offset_W, filler_BW)
         return guess_BW[:, None], (self.end_B - generated_B)[:, None]
 

@@ -17,6 +17,10 @@ class Execution(Protocol):
     """What the decoder asks of a way to run steps."""
 
     @property
+    def few_shapes(self) -> bool:
+        """Whether each shape costs time to make, so that a call should use few."""
+
+    @property
     def compiled(self) -> int:
         """Kinds of steps that this call compiled."""
 
@@ -34,6 +38,7 @@ class Execution(Protocol):
 class Eager:
     """Every operation of a step on its own, in shapes as small as the step needs."""
 
+    few_shapes = False
     compiled = 0
     recorded = 0
 
@@ -56,6 +61,7 @@ class WholeSteps:
         sources: the draft sources of the call.
     """
 
+    few_shapes = True
     PARTS = 4  # the backbone is rounded up to quarters of its full width
     compiled = 0
     recorded = 0
@@ -76,7 +82,7 @@ class WholeSteps:
             branches += lengths if any(wanted) else [0] * len(lengths)
             del used[: len(lengths)]
         followed = [start for start, length in zip(shape.starts, branches, strict=True) if length]
-        return StepShape(max([backbone, *followed]), tuple(branches), draft_slots, shape.starts)
+        return StepShape(max([backbone, *followed]), tuple(branches), draft_slots, shape.starts, shape.drafts)
 
     def key(self, state: DecodingState, selector: Selector, shape: StepShape) -> tuple[Any, ...]:
         """Return what makes one step other code than another, apart from lengths."""

@@ -112,6 +112,8 @@ class CudaGraphSteps:
         self._known: RecordedSteps | None = None
         self.recorded = 0
 
+    few_shapes = True
+
     @property
     def compiled(self) -> int:
         """Kinds of steps that this call compiled."""

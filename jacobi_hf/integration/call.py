@@ -9,6 +9,7 @@ import contextlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -16,21 +17,25 @@ from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.decoding.noise import SamplingNoise
 from jacobi_hf.decoding.prompt import NotServedError, read_prompt
 from jacobi_hf.decoding.selection import Selector
+from jacobi_hf.decoding.shapes import AdaptiveSchedule, ConstantSchedule
 from jacobi_hf.decoding.stopping import Scores, StoppingRules, token_limit
 from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.execution.buffers import CallBuffers, acquire
 from jacobi_hf.execution.choose import execution_for
+from jacobi_hf.execution.kept import kept_for
 from jacobi_hf.integration.compat import CACHE
 from jacobi_hf.integration.forward import ModelForward, unknown_layers
-from jacobi_hf.integration.support import cannot_compile, fixed_positions
+from jacobi_hf.integration.support import cannot_compile, fixed_positions, is_shared_by_processes
 from jacobi_hf.output import JacobiDecoderOnlyOutput
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Cache, CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
     from jacobi_hf.config import JacobiConfig
+    from jacobi_hf.decoding.shapes import Schedule
+    from jacobi_hf.drafts.sources import Sources
+    from jacobi_hf.execution.base import Execution
 
 
 class GenerateCall:
@@ -182,13 +187,14 @@ class GenerateCall:
                     self._model, buffers.cache, state.sources, last_position_B1, self._cache, gapped=gapped
                 )
                 during_call.enter_context(forward.tapping())
+                execution = execution_for(self._model, self._config, None if wants_more else wanted, buffers)
                 decoder = Decoder(
                     forward,
                     state,
                     selector,
                     stopping,
-                    self._config,
-                    execution_for(self._model, self._config, None if wants_more else wanted, buffers),
+                    self._schedule(state.sources, execution),
+                    execution,
                     scores,
                     logits,
                     fills=fills,
@@ -211,6 +217,27 @@ class GenerateCall:
             logits=None if logits is None else tuple(logits.steps[: stopping.generated]),
             jacobi_stats=decoder.stats,
             **{CACHE: self._cache},
+        )
+
+    def _schedule(self, sources: Sources, execution: Execution) -> Schedule:
+        """Return what chooses the shape of each step.
+
+        Processes that share each forward (tensor parallelism) must agree on its shape, and their clocks do not.
+        """
+        model = self._model
+        if not self._config.is_adaptive or is_shared_by_processes(model):
+            return ConstantSchedule(sources, self._config, self._limit)
+        rows = len(self._input_BP)
+        context = (self._prompt.total - 1).bit_length()
+        how = type(execution).__name__, torch.get_num_threads(), torch.is_autocast_enabled(self._input_BP.device.type)
+        return AdaptiveSchedule(
+            sources,
+            self._config,
+            self._limit,
+            kept_for(model).memory,
+            key=(rows, context, model.dtype, self._input_BP.device, how, sources.draft_slots > 0),
+            sampled=bool(self._options.do_sample),
+            few=execution.few_shapes,
         )
 
     def _noise(self, processors: LogitsProcessorList, buffers: CallBuffers, *, keeps: bool) -> SamplingNoise:

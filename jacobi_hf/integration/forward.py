@@ -84,7 +84,8 @@ class ModelForward:
             NotServedError: the first forward has shown that the model does not decode with our masks.
         """
         layout = inputs.layout
-        self._cache.open_step(layout.slots, inputs.key_column_K, layout.draft_slots)
+        exact = self._masks.is_learnt and self._masks.needs_none(layout, inputs.past)
+        self._cache.open_step(layout.slots, inputs.key_column_K, layout.draft_slots, past=inputs.past, exact=exact)
         outputs = self._outputs(layout, self.arguments(inputs)) if self._masks.is_learnt else self._first(inputs)
         logits = outputs.logits.to(self._cache.lengths_B.device)
         features = [self._tapped.pop(tap) for tap in self._taps if tap in self._tapped]
@@ -146,6 +147,8 @@ class ModelForward:
     def _mask(self, inputs: ForwardInputs) -> Any:
         if not self._masks.is_learnt:  # the model's code makes its masks itself if it is given none
             return None
+        if self._masks.needs_none(inputs.layout, inputs.past):
+            return self._masks.of_single()
         return self._masks.of_step(inputs.layout, self._cache.lengths_B, inputs.key_column_K)
 
     @contextlib.contextmanager

@@ -104,7 +104,7 @@ def cannot_compile(model: Any) -> str | None:
     """Return why a model cannot be compiled as one graph, or None."""
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model is spread over several devices"
-    if (getattr(model, "tp_size", None) or 1) > 1:
+    if is_shared_by_processes(model):
         return "the model is split over several processes"
     if any(not _can_be_traced(hook) for hook in _hooks(model)) or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "a module of the model has hooks"
@@ -114,6 +114,11 @@ def cannot_compile(model: Any) -> str | None:
     if quantizer is not None and not quantizer.is_compileable:
         return "its quantisation cannot be compiled"
     return None
+
+
+def is_shared_by_processes(model: Any) -> bool:
+    """Return whether the layers of a model are split over several processes, which run each forward together."""
+    return (getattr(model, "tp_size", None) or 1) > 1
 
 
 def _can_be_traced(hook: Any) -> bool:

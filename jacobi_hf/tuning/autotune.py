@@ -143,7 +143,7 @@ def autotune(
     generator does not change.
 
     The adaptive schedule learns from its runs, as from any call: what it measured of costs and acceptance stays with
-    the model, and later calls begin with it. Its first run is not timed.
+    the model, and later calls begin with it.
 
     With a `compile_config`, ordinary decoding is compiled too, as transformers does it. Calls that compile something
     are not timed, but they use up `seconds`. Only half a dozen strategies are tried then, since each one compiles up

@@ -84,8 +84,10 @@ def options_for(width: int, lookup: int, *, draft_slots: bool, others: bool, few
     """
     widths = [max(1, width // share) for share in (8, 4, 2, 1)] if width else []
     pairs = [*zip(widths, [*widths[1:], width], strict=False)] if draft_slots else [(each, 0) for each in widths]
-    lengths = dict.fromkeys((0, lookup // 2, lookup))
+    lengths = dict.fromkeys((0, lookup) if few else (0, lookup // 2, lookup))
     found = [Option(lookup=length) for length in lengths]
+    if others and not pairs:
+        found += [Option(lookup=length, others=True) for length in (0, lookup)]
     if few:
         found += [Option(*pair) for pair in pairs[1:2]]
         found += [Option(*pair, lookup=lookup) for pair in pairs[2:3]]
@@ -104,6 +106,7 @@ class Memory:
         costs: by the key that a call gives, which says what its steps have in common: rows, context, device, ...
         greedy: acceptance in greedy calls.
         sampled: acceptance in calls that sample.
+        made: by the same key, the options whose steps were compiled or captured.
         bank: what earlier calls have left for trying, in steps of one slot; below 0 what they have overdrawn.
         calls: calls that have ended.
     """
@@ -111,6 +114,7 @@ class Memory:
     costs: defaultdict[Hashable, Costs] = field(default_factory=lambda: defaultdict(Costs))
     greedy: SourceRates = field(default_factory=SourceRates)
     sampled: SourceRates = field(default_factory=SourceRates)
+    made: defaultdict[Hashable, set[Option]] = field(default_factory=lambda: defaultdict(set))
     bank: float = 0.0
     calls: int = 0
 

@@ -62,15 +62,14 @@ class Run:
         fixed: seconds of the call that are not part of a step.
         tokens: new tokens of all rows.
         forwards: forwards of all rows; 0 for assisted decoding.
-        is_first: whether later calls do less: this one compiled a step, recorded a CUDA graph, or was the first with
-            the adaptive schedule, which learns.
+        compiled: whether the call compiled a step or recorded a CUDA graph, which later calls need not do again.
     """
 
     seconds_by_width: dict[int, list[float]]
     fixed: float
     tokens: int
     forwards: int
-    is_first: bool = False
+    compiled: bool = False
 
 
 class _Ticks(BaseStreamer):
@@ -115,12 +114,11 @@ class Stopwatch:
         self._room = room
         self._assistant_model = assistant_model
         self._compile_config = compile_config
-        self._has_learnt = False
 
     def warm_up(self, batch: dict[str, torch.Tensor]) -> None:
         """Decode a few tokens with each method, so that no timing includes what is slow only once in a process.
 
-        Compiling is left out: `measure` repeats the first calls.
+        Compiling is left out: `measure` repeats a call that compiled.
 
         Raises:
             ValueError: Jacobi decoding does not support calls with these arguments.
@@ -132,11 +130,11 @@ class Stopwatch:
             self._generate(ASSISTED, batch, **brief)
 
     def measure(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
-        """Return the measurements of one call; it is repeated as long as it is a first one, see `Run`."""
+        """Return the measurements of one call; a call that compiled something is repeated."""
         for _ in range(self.MOST_CALLS):
             graphs = _graphs_compiled()
             run = self._once(strategy, batch)
-            if not run.is_first and _graphs_compiled() == graphs:
+            if not run.compiled and _graphs_compiled() == graphs:
                 break
         return run
 
@@ -145,13 +143,11 @@ class Stopwatch:
             return self._ordinary(strategy, batch)
         return self._jacobi(strategy, batch) if isinstance(strategy, JacobiConfig) else self._assisted(strategy, batch)
 
-    def _jacobi(self, strategy: JacobiConfig, batch: dict[str, torch.Tensor]) -> Run:
+    def _jacobi(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
         stats, seconds = self._generate_with_stats(strategy, batch)
-        learns = strategy.is_adaptive and not self._has_learnt
-        self._has_learnt |= strategy.is_adaptive
-        is_first = bool(stats.compiled_steps or stats.cuda_graphs or learns)
+        compiled = bool(stats.compiled_steps or stats.cuda_graphs)
         fixed = seconds - stats.decode_seconds
-        return Run(dict(stats.seconds_by_width), fixed, sum(stats.new_tokens), sum(stats.row_forwards), is_first)
+        return Run(dict(stats.seconds_by_width), fixed, sum(stats.new_tokens), sum(stats.row_forwards), compiled)
 
     def _ordinary(self, strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
         ticks = _Ticks()

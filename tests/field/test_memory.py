@@ -26,6 +26,7 @@ from tests.helpers.calls import BOTH, CALLS, SETTINGS, generate, prompt
 from tests.helpers.cases import Case, cases, differences
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
 from tests.helpers.properties import at_most
+from tests.helpers.schedules import let_the_host_lag
 from tests.helpers.tapes import TapeGraphs
 
 LONG = 32768
@@ -150,7 +151,7 @@ def tiny_buffers(smallest=16):
 def test_growth_changes_nothing_that_a_caller_sees(case: Case, lags: bool) -> None:
     """Tokens, scores, logits, cache and generator are those of ordinary decoding, however often buffers grow."""
     with tiny_buffers(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "LAGS_ON", ("cpu",) if lags else ())
+        let_the_host_lag(patch, lags=lags)
         assert differences(case) == []
 
 
@@ -201,7 +202,7 @@ def _tapes(monkeypatch):
 def test_recorded_steps_are_those_of_the_buffers_as_they_are(kind, setting, call, lags, monkeypatch):
     """A graph over buffers that have since grown would write where nobody reads. Short and long calls take turns."""
     model = tiny_model(kind)
-    monkeypatch.setattr(Decoder, "LAGS_ON", ("cpu",) if lags else ())
+    let_the_host_lag(monkeypatch, lags=lags)
     before = TapeGraphs.replayed
     with tiny_buffers() as grown:
         for number, tokens in enumerate((6, 60, 9, 60, 60, 60)):
@@ -239,6 +240,7 @@ def test_a_long_call_costs_later_short_ones_nothing():
     read = []
     arguments = {**BOTH, "do_sample": False, "compile_config": GRAPHS}
     with tiny_buffers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NgramLookup, "ON_HOST", ())
         generate(model, prompt(1, 8), **arguments, max_new_tokens=200)
         propose = NgramLookup.propose
 

@@ -68,7 +68,7 @@ def test_nothing_is_said_where_nothing_differs():
     assert not warned(torch_dynamic(fresh_model("qwen3"), torch.float16))
     assert not warned(fresh_model("qwen3"))
     model = torch_dynamic(fresh_model("qwen3"))
-    assert not warned(model, decoding=None, jacobi_block_size=None)
+    assert not warned(model, decoding=None, jacobi_block_size=None, jacobi_schedule=None)
     assert not warned(model, use_cache=False)
     assert len(warned(model)) == 1
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jacobi_hf.integration.compat import CACHE
 from tests.helpers.models import TINY, VOCAB, tiny_model
+from tests.helpers.schedules import random_shapes
 
 TOLERANCE = 2e-4  # fp32 rounding between matrix shapes, on logits of about 10
 TIE = 1e-5  # logits closer than this are a tie: rounding decides (design: the only excuse)
@@ -40,14 +41,15 @@ class Case:
         return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
     def generate(self, **knobs: Any) -> tuple[Any, torch.Tensor]:
-        """The output, always as a dict, and the state in which torch's generator was left."""
+        """The output, and the state in which torch's generator was left; adaptive steps have shapes at random."""
         model = tiny_model(self.kind)
         model.set_attn_implementation(self.attention)
         arguments = {**self.arguments, "pad_token_id": 0}
         if self.returns_dict:
             arguments |= {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
         torch.manual_seed(self.ids_seed)
-        output = model.generate(**self.inputs(), **arguments, **knobs)
+        with random_shapes(self.ids_seed):
+            output = model.generate(**self.inputs(), **arguments, **knobs)
         return output, torch.get_rng_state()
 
 

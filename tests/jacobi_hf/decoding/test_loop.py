@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from jacobi_hf.decoding.cache import JacobiStaticCache
-from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.execution.base import Eager
 from jacobi_hf.integration.compat import CACHE
 from tests.helpers.calls import CALLS, SETTINGS, counts, generate, prompt
 from tests.helpers.models import fresh_model, tiny_model
+from tests.helpers.schedules import let_the_host_lag
 
 
 class Watched(Eager):
@@ -34,7 +34,7 @@ def lagging(monkeypatch):
 
     def generate_lagging(*arguments, **knobs):
         with monkeypatch.context() as patched:
-            patched.setattr(Decoder, "LAGS_ON", ("cpu",))
+            let_the_host_lag(patched)
             patched.setattr(JacobiStaticCache, "EXTENT_MULTIPLE", 1)
             patched.setattr("jacobi_hf.execution.choose.Eager", Watched)
             return generate(*arguments, **knobs)

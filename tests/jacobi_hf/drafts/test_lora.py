@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, CompileConfig
 import jacobi_hf
 from jacobi_hf.decoding.cache import BOUND, JacobiStaticCache
 from jacobi_hf.decoding.layout import build_layout
-from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.decoding.shapes import VerifyWidth
 from jacobi_hf.decoding.step import ForwardInputs
 from jacobi_hf.drafts.loading import attach, drafter_of, using
@@ -28,6 +27,7 @@ from jacobi_hf.integration.forward import ModelForward
 from tests.helpers.cases import Case, cases, check_thousands, differences
 from tests.helpers.drafters import drafting, random_drafter
 from tests.helpers.models import OTHERS, TINY, VOCAB, fresh_model, tiny_model
+from tests.helpers.schedules import let_the_host_lag
 
 WINDOW = {
     "decoding": "jacobi_multiblock",
@@ -415,7 +415,7 @@ def test_a_host_that_lags(monkeypatch):
         "eos_token_id": [4],
     }
     expected = model.generate(ids, **arguments)
-    monkeypatch.setattr(Decoder, "LAGS_ON", ("cpu",))
+    let_the_host_lag(monkeypatch)
     with drafting(model, random_drafter(model)):
         for knobs in (
             WINDOW,

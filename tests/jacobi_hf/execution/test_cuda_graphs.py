@@ -12,7 +12,6 @@ from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 import jacobi_hf
 from jacobi_hf import JacobiConfig
-from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.drafts.sources import sources_of
 from jacobi_hf.execution import cuda_graphs
 from jacobi_hf.execution.base import WholeSteps
@@ -24,6 +23,7 @@ from jacobi_hf.execution.kept import kept_for
 from jacobi_hf.integration.compat import CACHE
 from tests.helpers.calls import BOTH, CALLS, SETTINGS, counts, generate, prompt
 from tests.helpers.models import VOCAB, fresh_model, tiny_model
+from tests.helpers.schedules import let_the_host_lag
 from tests.helpers.tapes import TapeGraphs
 
 GRAPHS = CompileConfig(backend="cudagraphs")
@@ -72,7 +72,7 @@ def test_recorded_steps_give_the_same_tokens_statistics_and_cache(kind, setting,
             arguments["eos_token_id"] = [e + number for e in arguments["eos_token_id"]]
         plain = generate(model, ids, **arguments)
         with monkeypatch.context() as patched:
-            patched.setattr(Decoder, "LAGS_ON", ("cpu",) if lag else ())
+            let_the_host_lag(patched, lags=lag)
             recorded_call = generate(model, ids, **arguments, compile_config=GRAPHS)
         assert_same(plain, recorded_call, lag=lag if plain.jacobi_stats.forwards > 1 else 0)
         recorded.append(recorded_call.jacobi_stats.cuda_graphs)

@@ -229,16 +229,6 @@ def test_calls_that_compile_or_record_do_not_count():
     assert len(model.calls) == 3
 
 
-def test_the_first_adaptive_call_is_not_timed_because_it_learns():
-    model = FakeModel(first_call())
-    watch = Stopwatch(model, {})
-    assert watch.measure(ADAPTIVE, BATCH).seconds_by_width == {5: [1.0]}
-    assert len(model.calls) == 2
-    watch.measure(ADAPTIVE, BATCH)
-    watch.measure(WINDOW, BATCH)
-    assert len(model.calls) == 4
-
-
 @pytest.mark.slow
 def test_no_strategy_is_timed_while_it_compiles():
     """This holds for ordinary decoding, and for steps of the same widths under another config."""
