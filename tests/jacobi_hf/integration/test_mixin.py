@@ -129,14 +129,21 @@ def forwards(model, prompt, **arguments):
     return len(calls), getattr(output, "jacobi_stats", None)
 
 
-def test_statistics_count_what_happened(any_model, prompt):
-    calls, stats = forwards(any_model, prompt, decoding="jacobi_multiblock", jacobi_block_size=4)
+@pytest.mark.parametrize("schedule", ["adaptive", "constant"])
+def test_statistics_count_what_happened(any_model, prompt, schedule):
+    knobs = {"decoding": "jacobi_multiblock", "jacobi_schedule": schedule, "jacobi_block_size": 4}
+    calls, stats = forwards(any_model, prompt, **knobs)
     assert stats.forwards == calls
     assert stats.new_tokens == [12, 12]
     assert all(1 <= n <= calls for n in stats.row_forwards)
     assert stats.accepted_from.total() == sum(stats.new_tokens) - 2 - (sum(stats.row_forwards) - 2)
     assert sum(length * count for length, count in stats.accepted_lengths.items()) == sum(stats.new_tokens) - 2
-    assert stats.slots_by_width.total() == calls - 1
+    assert stats.slots_by_width.total() == stats.steps_by_shape.total() == calls - 1
+    assert stats.seconds_by_shape.keys() == stats.steps_by_shape.keys()
+    assert sum(stats.seconds_by_shape.values()) == pytest.approx(sum(map(sum, stats.seconds_by_width.values())))
+    accepted = sum(length * count for length, count in stats.accepted_guesses.items())
+    assert accepted == stats.accepted_from.total() <= stats.guesses
+    assert stats.accepted_guesses.total() <= stats.accepted_lengths.total()
     assert stats.tokens_per_forward == [12 / n for n in stats.row_forwards]
     assert stats.prefill_seconds > 0
     assert stats.decode_seconds > 0
