@@ -253,12 +253,13 @@ class DecodingState:
         broken_B = self.zeros_B if acceptance.broken_B is None else acceptance.broken_B
         is_one_slot = acceptance.accepted_BS is self.zeros_B1
         accepted_B = self.zeros_B if is_one_slot else acceptance.accepted_BS[:, 0]
+        # A step of one slot keeps the flags themselves only if no row has halted.
+        halted_B = self.zeros_B if is_one_slot and acceptance.halted_B is self.halted_B else self.halted_B.long()
         order_B = self.zeros_B
         for source in self.sources.branching:
             if source.order_B is not None:
                 order_B = source.order_B
-        numbers = [self.generated_B, self.width_B, self.halted_B.long(), acceptance.best_B, accepted_B, broken_B]
-        numbers.append(order_B)
+        numbers = [self.generated_B, self.width_B, halted_B, acceptance.best_B, accepted_B, broken_B, order_B]
         branches = layout.verified_segments - 1
         if proposes or branches:
             numbers += [length_BS.T.flatten() for _, length_BS in self.branches]

@@ -116,7 +116,7 @@ class StoppingRules:
         self.ids_BL = input_BP.long()  # is not written to before it has grown
         self.generated = 0
         self._reported = 0  # tokens that the step streamer has received
-        self._copied_BL: torch.Tensor | None = None  # `sequences` after the last token, for criteria and processors
+        self._seen_BL: torch.Tensor | None = None  # `sequences` after the last token, for criteria and processors
         self.ended: list[int | None] = [None] * batch
 
     @property
@@ -146,9 +146,11 @@ class StoppingRules:
     def sequences(self) -> torch.Tensor:
         """The output as far as it has been replayed, `(B, P + generated)`."""
         columns = self._prompt + self.generated
-        if self._copied_BL is None or self._copied_BL.shape[1] != columns:
-            self._copied_BL = self.ids_BL[:, :columns].clone()
-        return self._copied_BL
+        if self._seen_BL is None or self._seen_BL.shape[1] != columns:
+            # The columns of one row lie in memory as a tensor of their own would.
+            view_BL = self.ids_BL[:, :columns]
+            self._seen_BL = view_BL if len(view_BL) == 1 else view_BL.clone()
+        return self._seen_BL
 
     def output(self, row: int) -> torch.Tensor:
         """Return prompt and new tokens of a finished row, pads on the left included."""

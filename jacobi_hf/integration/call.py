@@ -210,9 +210,9 @@ class GenerateCall:
         if streamer is not None:
             streamer.end()
         if not returns_dict:
-            return stopping.sequences
+            return stopping.sequences.clone()
         return JacobiDecoderOnlyOutput(
-            sequences=stopping.sequences,
+            sequences=stopping.sequences.clone(),
             scores=None if scores is None else tuple(scores.steps[: stopping.generated]),
             logits=None if logits is None else tuple(logits.steps[: stopping.generated]),
             jacobi_stats=decoder.stats,
