@@ -54,7 +54,8 @@ class Answer:
     def __str__(self) -> str:
         f = self.figures
         usual = sorted(self.steps_by_shape.items(), key=lambda one: -one[1])
-        shapes = ", ".join(f"{count} of {shape}" for shape, count in usual[:MOST_SHAPES])
+        shown = [(count, "one slot" if shape == "1" else shape) for shape, count in usual[:MOST_SHAPES]]
+        shapes = ", ".join(f"{count} of {shape}" for count, shape in shown)
         rest = f" and {len(usual) - MOST_SHAPES} more" if len(usual) > MOST_SHAPES else ""
         return (
             f"{f['new_tokens']} tokens in {f['forwards']} forwards, {f['tokens_per_forward']:.2f} tokens per forward, "
