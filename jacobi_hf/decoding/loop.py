@@ -92,6 +92,7 @@ class Decoder:
         self._schedule = schedule
         self._lookup = HostLookup(state, stopping.limit)
         self._drafted = schedule.drafts_always  # whether the last step got guesses for the next
+        self._restarted: CopiedReport | None = None  # valid guesses of the backbone, if it restarted for the next step
         self._text_start = int(state.start_B.max())
         device_is_async = self._cache.lengths_B.device.type in self.LAGS_ON
         self._lag = int(wants_tokens_alone and not stopping.is_one_by_one and device_is_async)
@@ -160,7 +161,7 @@ class Decoder:
         inputs = StepInputs(build_layout((0,), prompt.length_B.device), nothing_B1, nothing_B1)
         self._finish(inputs, output, drafts=self._drafted)
         read_prompt_parts(self._state, prompt, features)
-        self._launch([], StepShape(0, ()), 0, 1)
+        self._launch([], StepShape(0, (), drafts=self._drafted), 0, 1)
         self._read_reports(waiting=0)
 
     def _idle_forward(self) -> None:
@@ -188,7 +189,9 @@ class Decoder:
         needs_guesses = self._schedule.decide(self._last, unfinished)
         if needs_guesses and not self._drafted:
             self._state.restart()
-            if not self._lag:
+            if self._lag:
+                self._restarted = CopiedReport(self._state.width_B)
+            else:
                 self._last = replace(self._last, widths=self._state.width_B.tolist())
         known = None if self._lag else self._last
         shape = self._execution.shape(self._schedule.shape(known, self._active_rows()))
@@ -304,12 +307,17 @@ class Decoder:
         is_new = made != self._made
         self._made = made
         label = self._state.sources.label(shape) if names else ""
-        self._launched.append(LaunchedStep(names, shape, label, slots, tokens, report, candidates, is_new=is_new))
+        self._launched.append(
+            LaunchedStep(names, shape, label, slots, tokens, report, candidates, is_new, self._restarted)
+        )
+        self._restarted = None
 
     def _read_reports(self, *, waiting: int) -> None:
         """Read the reports of all launched steps but the last `waiting` ones."""
         while len(self._launched) > waiting:
             launched = self._launched.popleft()
+            if launched.widths is not None:
+                self._last = replace(self._last, widths=launched.widths().tolist())
             before = self._last
             rows = [row for row, runs in enumerate(self._running) if self._counts(before, row, runs=runs)]
             self._read(launched)
@@ -324,6 +332,8 @@ class Decoder:
         before = self._last
         report, is_broken = StepReport.of(launched.report().tolist(), len(self._running))
         check_samples(is_broken)
+        if not launched.shape.drafts:
+            report = report.of_text_alone(self._state.sources.branches_read_text_alone)
         self._last = report
         self._lookup.update(report)
         stopping = self._stopping

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,18 @@ class StepReport:
         )
         return report, any(broken)
 
+    def of_text_alone(self, reads_text_alone: list[bool]) -> StepReport:
+        """Return the report of a step after which only sources that read the text alone have guesses.
+
+        What the state holds of other sources is left from an earlier step, and no step sends it.
+
+        Args:
+            reads_text_alone: for each branch, whether its source is such a source.
+        """
+        nothing = [0] * len(self.widths)
+        pairs = zip(self.branches, reads_text_alone, strict=True)
+        return replace(self, widths=nothing, branches=[lengths if reads else nothing for lengths, reads in pairs])
+
     def sent(self, shape: StepShape, row: int) -> tuple[int, list[int]]:
         """Return how many valid guesses of a row the next step verifies if it has the given shape.
 
@@ -83,6 +95,7 @@ class LaunchedStep:
         report: waits for the step and returns `DecodingState.report_N` as it was after the step.
         candidates: what it verifies, if a streamer follows the steps.
         is_new: whether it was compiled or recorded when it was launched.
+        widths: if the backbone restarted for it, waits for the valid guesses of the backbone and returns them.
     """
 
     names: list[str]
@@ -93,6 +106,7 @@ class LaunchedStep:
     report: Callable[[], torch.Tensor]
     candidates: tuple[Candidate, ...] = ()
     is_new: bool = False
+    widths: Callable[[], torch.Tensor] | None = None
 
 
 class CopiedReport:

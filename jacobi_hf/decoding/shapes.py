@@ -228,6 +228,7 @@ class AdaptiveSchedule:
         self._may_make = False
         if may_make:
             self._made.add(option)
+        self._controller.exclude(other for other in self._options if other not in self._made)
         return may_make
 
     def shape(self, report: StepReport | None, rows: list[int]) -> StepShape:

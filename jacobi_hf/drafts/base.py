@@ -234,12 +234,18 @@ class DraftSource:
         """
 
     def observe(self, outcome: StepOutcome) -> None:
-        """Learn from a step; called after its tokens were committed and before `propose`."""
+        """Learn from a step; called after its tokens were committed and before `propose`.
+
+        Not called after steps in which no source takes part but those that read the text alone. A source that must
+        observe every step has `taps` or `cache_ahead` in its shape.
+        """
 
     def restart(
         self, generated_B: torch.Tensor, text_BL: torch.Tensor, length_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return guesses for a step after steps in which the source took no part; only a backbone needs this.
+        """Return guesses for a step after steps in which the source took no part.
+
+        Only a backbone is asked. One that does not define this takes part in every step.
 
         Args:
             generated_B: new tokens of each row.

@@ -63,7 +63,6 @@ class NgramLookup(DraftSource):
     wins. If fewer than `length` tokens follow the match, the branch repeats them: a text that has begun to repeat goes
     on repeating.
 
-    Args:
     On a CPU, the host looks up the tokens (`jacobi_hf.decoding.host_lookup`), because it can read the text at no cost.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jacobi_hf.drafts.base import DraftSource
 from jacobi_hf.drafts.lookup import NgramLookup
 from jacobi_hf.drafts.lora_source import LoraDraftSource
 from jacobi_hf.drafts.ngram_pool import NgramPool
@@ -13,7 +14,6 @@ from jacobi_hf.drafts.window import JacobiWindow
 if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.decoding.step import StepShape
-    from jacobi_hf.drafts.base import DraftSource
 
 # In this order: the first backbone that a call can use is its backbone, and branches keep the order of their sources.
 SOURCES: list[type[DraftSource]] = [LoraDraftSource, JacobiWindow, NgramLookup, NgramPool, TopKBranches]
@@ -34,6 +34,7 @@ class Sources:
         ranks: how many of the best tokens at each slot some source reads.
         branch_lengths, branch_starts, branch_names: of each branch, its most tokens, the backbone guesses that it
             follows, and the name of its source.
+        branches_read_text_alone: for each branch, whether its source reads nothing but the text.
     """
 
     def __init__(self, sources: list[DraftSource]) -> None:
@@ -47,6 +48,9 @@ class Sources:
         self.branch_lengths = tuple(length for source in self.branching for length in source.shape.lengths)
         self.branch_starts = tuple(start for source in self.branching for start in source.shape.segment_starts)
         self.branch_names = tuple(source.name for source in self.branching for _ in source.shape.lengths)
+        self.branches_read_text_alone = [
+            source.reads_text_alone for source in self.branching for _ in source.shape.lengths
+        ]
 
     @property
     def all(self) -> list[DraftSource]:
@@ -74,7 +78,9 @@ class Sources:
 
     @property
     def observe_every_step(self) -> bool:
-        """Whether a source keeps a state of its own that follows the text, so that it has to observe every step."""
+        """Whether a source must observe every step: it has a state that follows the text, or it cannot restart."""
+        if self.backbone is not None and type(self.backbone).restart is DraftSource.restart:
+            return True
         return any(source.shape.taps or source.shape.cache_ahead for source in self.all)
 
     @property

@@ -31,7 +31,7 @@ from jacobi_hf.tuning.costs import Costs
 from jacobi_hf.tuning.policy import POLICY, Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
 Orders = tuple[int, int, int, int]  # rows whose match has the order 0, 1 and 2, and all rows
 
@@ -179,6 +179,7 @@ class Controller:
         self._rows = 0
         self._left = 0  # steps until the plan is renewed
         self._trial = 0  # steps that are left of a trial of the backbone
+        self._excluded: frozenset[Option] = frozenset()
         self._tokens = 0.0  # per row
         self._schedule = [TrialTimes(policy) for _ in range(1 + len(self._rates.lookups))]  # backbone, then orders
         self._steps_on = 0  # steps in a row that sent the backbone
@@ -202,9 +203,12 @@ class Controller:
         if len(self._options) == 1 or not self._costs.known or not orders:
             return self._options[0]
         counts = (orders.count(0), orders.count(1), orders.count(2), len(orders))
+        if len(orders) != self._rows:  # matches of other rows say nothing of what these gain
+            self._recent.clear()
+            self._left = 0
         self._recent.append(counts)
         self._left -= 1
-        if self._left < 0 or len(orders) != self._rows:
+        if self._left < 0:
             self._renew(len(orders))
         picked = self._plan.get(counts)
         if picked is None:
@@ -216,17 +220,26 @@ class Controller:
             return self._options[0]
         return self._options[picked]
 
+    def exclude(self, options: Iterable[Option]) -> None:
+        """Choose none of these options from now on; one slot alone can be chosen always."""
+        self._excluded = frozenset(options) - {self._options[0]}
+        self._left = 0
+        if all(self._options[index] in self._excluded for index in self._members[self._base]):
+            self._base = self._alone
+            self._trial = 0
+
     def note(self, option: Option, slots: int, seconds: float, rows: Sequence[RowOutcome]) -> None:
         """Learn from a step.
 
         Args:
             option: what `choose` returned for the step.
             slots: slots that a row really had.
-            seconds: time of the step.
+            seconds: time of the step; NaN if it says nothing of other such steps.
             rows: outcomes of the rows that were unfinished before the step.
         """
         self.counts[option] += 1
-        self.seconds[option] += seconds
+        if not math.isnan(seconds):
+            self.seconds[option] += seconds
         self._costs.note(slots, seconds)
         self._steps_on = self._steps_on + 1 if option.backbone else 0
         for row in rows:
@@ -247,7 +260,9 @@ class Controller:
             self.probing_seconds += max(0.0, spent - 1) * self._costs(1)
 
     def end(self) -> None:
-        """Leave to later calls what this one has learnt and earned."""
+        """Leave to later calls what this one has learnt and earned. A call too short for either changes nothing."""
+        if not self._spent:
+            return
         policy = self._policy
         self._rates.end(first=not self._memory.calls)
         self._memory.bank = self._call * max(-policy.debt, min(policy.bank, self._credit / self._call))
@@ -316,7 +331,7 @@ class Controller:
         self._charge = []
         for option, extra in zip(self._options, self._extra, strict=True):
             steps = 2 if option.backbone else 1
-            affordable = steps * (extra - policy.allowance) <= credit
+            affordable = steps * (extra - policy.allowance) <= credit and option not in self._excluded
             self._charge.append(price * (1 + (1 + caution) * extra) if affordable else math.inf)
 
     def _choose_base(self) -> None:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import deque
 
 SAMPLES = 15  # measurements of a number of slots that count
+SUPPOSED = 16  # other forwards that count, the narrowest ones
 GROWTH = 0.7  # beyond everything known, the cost is taken to grow as slots ** GROWTH
 
 
@@ -35,15 +36,23 @@ class Costs:
         return len(self._samples.get(1, ())) > 1
 
     def suppose(self, slots: int, seconds: float) -> None:
-        """Take in what some other forward cost, such as a prefill. The lowest of several counts.
+        """Take in what some other forward cost, such as a prefill.
+
+        A forward costs at most what a wider one costs. So one that took as long as a wider one does not count: it was
+        disturbed, or the model's first.
 
         Args:
             slots: slots of the forward.
             seconds: its time. Values that are no time, such as nan or a negative one, are ignored.
         """
-        if slots > 1 and _is_time(seconds):
-            self._supposed[slots] = min(seconds, self._supposed.get(slots, math.inf))
-            self._points = []
+        if slots < 2 or not _is_time(seconds):
+            return
+        costs: dict[int, float] = {}
+        for wide, cost in sorted([*self._supposed.items(), (slots, seconds)], key=lambda point: (-point[0], point[1])):
+            if cost < min(costs.values(), default=math.inf):
+                costs[wide] = cost
+        self._supposed = dict([*costs.items()][-SUPPOSED:])
+        self._points = []
 
     def note(self, slots: int, seconds: float) -> None:
         """Take in what a step cost; arguments as in `suppose`."""

@@ -13,16 +13,17 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from jacobi_hf import JacobiConfig
 from jacobi_hf.decoding import step
+from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.decoding.report import CopiedReport, StepClock
 from jacobi_hf.decoding.shapes import AdaptiveSchedule
 from jacobi_hf.decoding.state import DecodingState
 from jacobi_hf.drafts.sources import sources_of
-from jacobi_hf.tuning.controller import Controller, Memory, Option
+from jacobi_hf.tuning.controller import Controller, Memory, Option, RowOutcome
 from tests.helpers.calls import prompt
 from tests.helpers.cases import Case, cases
 from tests.helpers.models import tiny_model
 from tests.helpers.properties import at_most
-from tests.helpers.schedules import random_shapes
+from tests.helpers.schedules import let_the_host_lag, random_shapes
 
 
 @given(case=cases().filter(lambda case: case.knobs.get("jacobi_schedule") == "adaptive"))
@@ -55,6 +56,36 @@ def test_guesses_that_were_not_sent_never_count_as_accepted(case: Case) -> None:
         stats = output.jacobi_stats
         assert stats.accepted <= stats.verified <= stats.drafted
         assert sum(length * count for length, count in stats.accepted_guesses.items()) <= stats.guesses
+
+
+@given(case=cases().filter(lambda case: case.knobs.get("jacobi_schedule") == "adaptive"), lags=st.booleans())
+@at_most(60)
+def test_counted_guesses_are_those_that_were_sent(case: Case, lags: bool) -> None:
+    """What the host counts for each row and segment is what the tensors of the step held."""
+    run_step = Decoder._step
+    count = Decoder._count
+    sent = []
+
+    def watch_step(self, shape, layout):
+        starts = [0, *(start for start, used in zip(shape.starts, shape.branches, strict=True) if used)]
+        length_BS = self._state.inputs(shape, layout).length_BS[:, : layout.verified_segments]
+        sent.append((length_BS - torch.tensor(starts)).clamp(min=0).tolist())
+        run_step(self, shape, layout)
+
+    def watch_count(self, before, launched):
+        if launched.names:
+            in_step = sent.pop(0)
+            for row, runs in enumerate(self._running):
+                backbone, branches = before.sent(launched.shape, row)
+                used = [length for length, used in zip(branches, launched.shape.branches, strict=True) if used]
+                assert not self._counts(before, row, runs=runs) or [backbone, *used] == in_step[row]
+        count(self, before, launched)
+
+    with pytest.MonkeyPatch.context() as patch:
+        let_the_host_lag(patch, lags=lags)
+        patch.setattr(Decoder, "_step", watch_step)
+        patch.setattr(Decoder, "_count", watch_count)
+        case.generate(**case.knobs)
 
 
 def test_shapes_are_named_in_the_statistics():
@@ -139,6 +170,26 @@ def test_a_call_makes_one_shape_at_most(monkeypatch):
             ran.append(schedule._option)
     assert ran[:4] == [wanted[0], wanted[0], Option(), Option()]
     assert ran[4:] == wanted
+
+
+def test_shapes_that_must_not_be_made_are_not_waited_for():
+    """A trial of a window whose steps are not made must not keep the call from a lookup that pays."""
+    memory = Memory()
+    memory.made["key"].add(Option(lookup=16))
+    for _ in range(3):
+        schedule = schedule_of(JacobiConfig(), memory, few=True, limit=128)
+        schedule._may_make = False
+        controller = schedule._controller
+        ran = []
+        for _ in range(100):
+            schedule.decide(SimpleNamespace(orders=[3]), [0])
+            option = schedule._option
+            accepted = min(option.lookup, 4)
+            outcome = RowOutcome(1 + accepted, 3, (option.lookup, accepted), (option.backbone, 0))
+            controller.note(option, schedule._slots(option), 1.0, [outcome])
+            ran.append(option)
+        controller.end()
+    assert ran.count(Option(lookup=16)) > 90
 
 
 @given(

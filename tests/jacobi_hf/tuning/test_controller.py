@@ -94,3 +94,52 @@ def test_one_option_is_returned_whatever_happens():
     total, chosen = call(World(0, lambda slots: 1.0), memory, options=(Option(),))
     assert set(chosen) == {Option()}
     assert total == 128
+
+
+def test_a_disturbed_prefill_does_not_count_once_a_longer_one_was_faster():
+    """The first call of a model is slow. A cost that follows from its prefill must not stay for good."""
+    costs = Costs()
+    costs.note(1, 0.05)
+    costs.suppose(600, 5.0)
+    assert costs(65) > 0.5
+    costs.suppose(700, 1.0)
+    assert costs(65) < 0.15
+
+
+@given(st.lists(st.tuples(st.integers(2, 10_000), st.floats(0.01, 100)), min_size=30, max_size=60))
+def test_prefills_of_any_length_take_little_memory(prefills):
+    costs = Costs()
+    for slots, seconds in prefills:
+        costs.suppose(slots, seconds)
+    points = costs._known_points()
+    assert 1 <= len(points) <= 16
+    assert points == sorted(points, key=lambda point: point[1])
+    assert points[0][1] == min(seconds for _, seconds in prefills)
+
+
+def test_a_call_without_steps_changes_nothing():
+    """A call of one token learns nothing and earns nothing, so it takes nothing from the next call either."""
+    memory = Memory(bank=3.0, calls=2)
+    options = options_for(32, 16, draft_slots=False, others=False, few=False)
+    controller = Controller(options, slots_of, memory, key="any", sampled=False, limit=1)
+    controller.start(96, 1.0)
+    controller.end()
+    assert (memory.bank, memory.calls) == (3.0, 2)
+
+
+def test_matches_of_rows_that_have_ended_do_not_count():
+    """Values are sums over rows, so steps of more rows must not be compared with the cost of steps of fewer."""
+    options = options_for(32, 16, draft_slots=False, others=False, few=False)
+    controller = Controller(options, slots_of, Memory(), key="any", sampled=False, limit=128)
+    for rows in (4, 4, 4, 1):
+        option = controller.choose([3] * rows)
+        controller.note(option, 1, 1.0, [RowOutcome(1, 3)] * rows)
+    assert {orders[3] for orders in controller._recent} == {1}
+
+
+def test_seconds_of_a_step_that_was_compiled_are_left_out():
+    options = options_for(32, 16, draft_slots=False, others=False, few=True)
+    controller = Controller(options, slots_of, Memory(), key="any", sampled=False, limit=128)
+    for seconds in (math.nan, 1.0):
+        controller.note(options[0], 1, seconds, [RowOutcome(1)])
+    assert controller.seconds[options[0]] == 1.0
