@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from jacobi_hf.tuning.controller import RowOutcome
 
 ENDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 1 << 20)  # depths 1, 2, 3-4, 5-8, .. each share an estimate
-RATES = 5  # depths from 9 on share one rate
+RATES = 6  # depths from 17 on share one rate
 CLASSES = tuple(pairwise(ENDS))
 SHARES = tuple(1 / (end - before) for before, end in CLASSES)
 FADE = 0.015  # share of what is known that fades with each measurement
 Rates = tuple[float, ...]
 KEPT = 0.9  # share of its hope that a source keeps after a call
 FIRST_KEPT = 0.5  # the same after the first call
-WEIGHTS = (6.0, 4.0, 3.0, 3.0, 3.0)  # measurements that a prior is worth, by depth
+WEIGHTS = (6.0, 4.0, 3.0, 3.0, 3.0, 3.0)  # measurements that a prior is worth, by depth
+BACKBONE_WEIGHT = 0.33  # of the weights above: a backbone is on or off by text, so two steps of a trial must be enough
 CHAIN = 3.0  # measurements that the rate of the depth before is worth
 
 
@@ -31,17 +32,20 @@ class Survival:
     step that sends few guesses teaches something about each that the model looked at, and nothing about deeper ones.
 
     Args:
-        prior: the rates before anything is measured, for the depths 1, 2, 3-4, 5-8, and 9 and more.
+        prior: the rates before anything is measured, for the depths 1, 2, 3-4, 5-8, 9-16, and 17 and more.
         hope: the highest rates to reckon with, for the same depths.
+        weight: how much the prior weighs, relative to the usual.
 
     Attributes:
         hope: rates of the source in its best call of late. They decide whether trying the source can pay.
+        tried: number of its last trial; 0 before the first one.
     """
 
-    def __init__(self, prior: Rates, hope: Rates) -> None:
+    def __init__(self, prior: Rates, hope: Rates, weight: float = 1.0) -> None:
         self.hope = hope
-        self._seen = list(WEIGHTS)
-        self._accepted = list(map(mul, WEIGHTS, prior))
+        self.tried = 0
+        self._seen = [weight * seen for seen in WEIGHTS]
+        self._accepted = list(map(mul, self._seen, prior))
         self._news = 0
 
     @property
@@ -93,7 +97,7 @@ def expected(rates: Sequence[float], length: int) -> list[float]:
     """Return how many guesses are accepted in each class of depths at the given rates.
 
     Args:
-        rates: for the depths 1, 2, 3-4, 5-8, and 9 and more.
+        rates: for the depths 1, 2, 3-4, 5-8, 9-16, and 17 and more.
         length: guesses that are sent.
     """
     found = []
@@ -132,12 +136,12 @@ def together(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 # By order of the match from 1 on: what is expected, and what to reckon with.
 LOOKUPS = (
-    ((0.22, 0.55, 0.6, 0.7, 0.8), (0.5, 0.7, 0.75, 0.8, 0.85)),
-    ((0.6, 0.65, 0.6, 0.7, 0.8), (0.8, 0.8, 0.8, 0.85, 0.9)),
-    ((0.75, 0.75, 0.8, 0.8, 0.85), (0.9, 0.9, 0.9, 0.9, 0.9)),
+    ((0.22, 0.55, 0.6, 0.7, 0.8, 0.8), (0.5, 0.7, 0.75, 0.8, 0.85, 0.85)),
+    ((0.6, 0.65, 0.6, 0.7, 0.8, 0.8), (0.8, 0.8, 0.8, 0.85, 0.9, 0.9)),
+    ((0.75, 0.75, 0.8, 0.8, 0.85, 0.85), (0.9, 0.9, 0.9, 0.9, 0.9, 0.9)),
 )
-BACKBONE = ((0.06, 0.3, 0.5, 0.6, 0.6), (0.8, 0.85, 0.9, 0.9, 0.9))
-OTHERS = ((0.4, 0.2, 0.4, 0.5, 0.5), (0.6, 0.5, 0.5, 0.5, 0.5))
+BACKBONE = ((0.06, 0.3, 0.5, 0.6, 0.6, 0.6), (0.8, 0.85, 0.9, 0.9, 0.9, 0.9))
+OTHERS = ((0.4, 0.2, 0.4, 0.5, 0.5, 0.5), (0.6, 0.5, 0.5, 0.5, 0.5, 0.5))
 
 
 @dataclass
@@ -151,14 +155,14 @@ class SourceRates:
     """
 
     lookups: list[Survival] = field(default_factory=lambda: [Survival(*rates) for rates in LOOKUPS])
-    backbone: Survival = field(default_factory=lambda: Survival(*BACKBONE))
+    backbone: Survival = field(default_factory=lambda: Survival(*BACKBONE, weight=BACKBONE_WEIGHT))
     others: Survival = field(default_factory=lambda: Survival(*OTHERS))
 
     def begin(self) -> None:
         """Begin a call."""
         for lookup in self.lookups:
             lookup.begin(8)
-        self.backbone.begin(4)
+        self.backbone.begin(2)
         self.others.begin(4)
 
     def note(self, row: RowOutcome, *, warm: bool) -> None:
@@ -169,6 +173,14 @@ class SourceRates:
             self.backbone.note(*row.backbone)
         if row.others[0]:
             self.others.note(*row.others)
+
+    def source(self, number: int) -> Survival:
+        """Return the backbone for 0, else the lookup after a match of this order."""
+        return self.lookups[number - 1] if number else self.backbone
+
+    def note_trial(self, number: int) -> None:
+        """Note that a source is tried; see `source`."""
+        self.source(number).tried = 1 + max(self.backbone.tried, *(lookup.tried for lookup in self.lookups))
 
     def end(self, *, first: bool) -> None:
         """End a call; see `Survival.end`."""

@@ -33,6 +33,7 @@ from jacobi_hf.tuning.policy import POLICY, Policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
+ORDERS = 3  # the longest n-gram that a lookup matches
 Orders = tuple[int, int, int, int]  # rows whose match has the order 0, 1 and 2, and all rows
 
 
@@ -162,11 +163,12 @@ class Controller:
         self.probing_seconds = 0.0
 
         # A base is everything but the lookup. It changes rarely, the lookup from step to step.
-        bases = [replace(option, lookup=0) for option in self._options]
-        self._members = {base: [i for i, other in enumerate(bases) if other == base] for base in bases}
-        self._alone = bases[0]
-        with_backbone = [base for base in self._members if base.backbone]
-        self._trial_base = min(with_backbone, key=lambda base: self._slots[self._members[base][0]], default=None)
+        self._bases = [replace(option, lookup=0) for option in self._options]
+        self._members = {base: [i for i, other in enumerate(self._bases) if other == base] for base in self._bases}
+        self._alone = self._bases[0]
+        by_slots = sorted(range(len(self._options)), key=self._slots.__getitem__)
+        self._backbones = [i for i in by_slots if self._options[i].backbone]
+        self._lookups = [i for i in by_slots if self._options[i].lookup and not self._options[i].backbone]
         self._base = self._alone
 
         self._call = min(max(limit, 1), policy.call)
@@ -177,11 +179,13 @@ class Controller:
         self._recent: deque[Orders] = deque(maxlen=policy.renewal)
         self._plan: dict[Orders, int] = {}
         self._rows = 0
+        self._due: set[int] = set()  # orders at which the lookup is to be tried
         self._left = 0  # steps until the plan is renewed
         self._trial = 0  # steps that are left of a trial of the backbone
         self._excluded: frozenset[Option] = frozenset()
         self._tokens = 0.0  # per row
         self._schedule = [TrialTimes(policy) for _ in range(1 + len(self._rates.lookups))]  # backbone, then orders
+        self._since_one = 0  # steps since the last one of one slot
         self._steps_on = 0  # steps in a row that sent the backbone
         self._rates.begin()
 
@@ -200,7 +204,9 @@ class Controller:
         Args:
             orders: for each unfinished row, the length of the n-gram that the lookup has matched; 0 without a match.
         """
-        if len(self._options) == 1 or not self._costs.known or not orders:
+        self._since_one += 1
+        if len(self._options) == 1 or not self._costs.known or not orders or self._measures_one():
+            self._since_one = 0
             return self._options[0]
         counts = (orders.count(0), orders.count(1), orders.count(2), len(orders))
         if len(orders) != self._rows:  # matches of other rows say nothing of what these gain
@@ -213,11 +219,13 @@ class Controller:
         picked = self._plan.get(counts)
         if picked is None:
             picked = self._plan[counts] = self._best(self._base, self._values(counts))
-        if self._extra[picked] > max(self._credit + self._policy.overdraft * self._call, 0.0) + self._policy.allowance:
+        budget = max(self._credit + self._policy.overdraft * self._call, 0.0) + self._policy.allowance
+        if self._extra[picked] > budget and not self._trial:
             self._base = self._alone
-            self._trial = 0
             self._left = 0
-            return self._options[0]
+            picked = 0
+        if not picked:
+            self._since_one = 0
         return self._options[picked]
 
     def exclude(self, options: Iterable[Option]) -> None:
@@ -254,7 +262,7 @@ class Controller:
         self._steps_of[slots] += 1
         self._tokens_of_late = self._policy.memory * self._tokens_of_late + gained
         self._time = self._policy.memory * self._time + spent
-        if spent - gained > self._policy.loss:
+        if spent - gained > self._policy.loss and not self._trial:
             self._left = 0
         if self._ends_trial(option, rows):
             self.probing_seconds += max(0.0, spent - 1) * self._costs(1)
@@ -268,6 +276,14 @@ class Controller:
         self._memory.bank = self._call * max(-policy.debt, min(policy.bank, self._credit / self._call))
         self._memory.calls += 1
 
+    def _measures_one(self) -> bool:
+        """Return whether the next step has one slot because its cost, to which all others are compared, is old.
+
+        The less there is to win by wide steps, the more often: then the cost decides, and the step costs little.
+        """
+        price = max(1.0, self._tokens_of_late / self._time) if self._time else 1.0
+        return not self._trial and self._since_one > self._policy.remeasure * price**2
+
     def _ends_trial(self, option: Option, rows: Sequence[RowOutcome]) -> bool:
         """Return whether a step belonged to a trial, and have the plan renewed if the trial is over."""
         if self._trial and option.backbone:
@@ -277,15 +293,17 @@ class Controller:
             return True
         if option.backbone or not option.lookup:
             return False
-        tried = [
-            order
-            for order in {min(row.order, 3) for row in rows}
-            if order and self._schedule[order].at <= self._tokens
-        ]
+        tried = self._due & {min(row.order, ORDERS) for row in rows}
         for order in tried:
-            self._schedule[order].postpone(self._tokens)
+            self._postpone(order)
             self._left = 0
+        self._due -= tried
         return bool(tried)
+
+    def _postpone(self, source: int) -> None:
+        """Note that a source is tried: 0 for the backbone, or the order of a lookup."""
+        self._schedule[source].postpone(self._tokens)
+        self._rates.note_trial(source)
 
     def _renew(self, rows: int) -> None:
         """Compute all values anew from costs and acceptance, and choose the base."""
@@ -296,13 +314,25 @@ class Controller:
         spent = sum(steps * self._costs(slots) for slots, steps in self._steps_of.items()) / one
         self._credit += (1 - self._policy.accrual) * (self._spent - spent)  # earlier estimates were not exact
         self._spent = spent
-        self._extra = [max(0.0, self._costs(slots) / one - 1) for slots in self._slots]
+        self._extra = [self._extra_of(slots, one) for slots in self._slots]
+        self._due = set()
         self._gain = self._gains(self._rates.backbone.rates)
         if not self._time:
             self._begin_price()
         self._set_charges(self._policy.overdraft)
         if not self._trial:
             self._choose_base()
+
+    def _extra_of(self, slots: int, one: float) -> float:
+        """Return what a step costs more than one slot.
+
+        An account that is rich tries widths that were never measured: it takes a low estimate for them if it can also
+        pay the usual estimate.
+        """
+        extra = max(0.0, self._costs(slots) / one - 1)
+        if self._policy.rich * self._call < self._credit >= extra:
+            return max(0.0, self._costs(slots, hopeful=True) / one - 1)
+        return extra
 
     def _begin_price(self) -> None:
         """Set the price of time at the start of a call to the best rate of tokens that is expected."""
@@ -330,7 +360,7 @@ class Controller:
         caution = policy.caution * min(1.0, max(0.0, 1 - self._credit / (0.04 * self._call)))
         self._charge = []
         for option, extra in zip(self._options, self._extra, strict=True):
-            steps = 2 if option.backbone else 1
+            steps = 2 if option.backbone and not self._base.backbone else 1
             affordable = steps * (extra - policy.allowance) <= credit and option not in self._excluded
             self._charge.append(price * (1 + (1 + caution) * extra) if affordable else math.inf)
 
@@ -340,17 +370,58 @@ class Controller:
         values = self._mean_values()
         best = max(values, key=lambda base: values[base])
         if values[best] > values[self._base] + least:
+            if best.backbone and not self._base.backbone:
+                self._trial = self._policy.trial
             self._base = best
-        if self._base.backbone or self._trial_base is None or self._schedule[0].at > self._tokens:
-            return
-        gain, charge = self._gain, self._charge
-        self._gain = self._gains(self._rates.backbone.hope)
-        self._set_charges(0.0)
-        if self._mean_values()[self._trial_base] > values[self._base] + least:
-            self._base = self._trial_base
-            self._trial = self._policy.trial
-            self._schedule[0].postpone(self._tokens)
-        self._gain, self._charge = gain, charge
+        if not self._base.backbone:
+            self._begin_trial()
+
+    def _begin_trial(self) -> None:
+        """Begin a trial of the backbone, or have the lookup sent once after matches of some orders.
+
+        The source that was tried least recently is first. If the account has too little for it, the account saves up,
+        and no other source is tried.
+        """
+        for _, cost, source in sorted(self._worth_a_trial()):
+            if cost > self._credit:
+                break
+            if not source:
+                self._due = set()
+                self._base = self._bases[self._allowed(self._backbones)[0]]
+                self._trial = self._policy.trial
+                self._postpone(0)
+                break
+            self._due.add(source)
+        if self._due:
+            self._gain = self._gains(self._rates.backbone.rates)
+
+    def _worth_a_trial(self) -> list[tuple[int, float, int]]:
+        """Return the sources whose trial can pay: number of the last trial, cost, source (0 or order of a lookup).
+
+        A trial can pay if the source would gain at its best rates, and if an account can have as much as it costs.
+        """
+        price = max(1.0, self._tokens_of_late / self._time)
+        found = []
+        for source, times in enumerate(self._schedule):
+            indices = self._allowed(self._lookups if source else self._backbones)
+            if times.at > self._tokens or not indices:
+                continue
+            option, extra = self._options[indices[0]], self._extra[indices[0]]
+            rates = self._rates.source(source)
+            needed = price * (1 + extra) - 1 + self._policy.switch
+
+            def gain(rates: Sequence[float], length: int = option.lookup or option.backbone) -> float:
+                return sum(expected(rates, length))
+
+            cost = extra if source else 2 * extra
+            is_known = source and gain(rates.rates) > needed
+            if gain(rates.hope) > needed and not is_known and cost <= self._policy.bank * self._call:
+                found.append((rates.tried, cost, source))
+        return found
+
+    def _allowed(self, indices: Sequence[int]) -> list[int]:
+        """Return the indices of options that are not excluded."""
+        return [index for index in indices if self._options[index] not in self._excluded]
 
     def _gains(self, backbone: Sequence[float]) -> list[list[float]]:
         """Return the expected tokens of a row by order of the match and by option, if the backbone has these rates."""
@@ -358,12 +429,11 @@ class Controller:
         widths = {option.backbone for option in self._options}
         looked_up = []
         for order, source in enumerate(self._rates.lookups, 1):
-            is_due = not self._base.backbone and self._credit > 0 and self._schedule[order].at <= self._tokens
-            rates = source.hope if is_due else source.rates
+            rates = source.hope if order in self._due else source.rates
             looked_up.append(expected_of(rates, lengths))
         windows = expected_of(backbone, widths)
         others = expected(self._rates.others.rates, 8)
-        branched = {width: together(window, others) for width, window in windows.items() if width}
+        branched = {width: together(window, others) for width, window in windows.items()}
         table: list[list[float]] = [[] for _ in range(1 + len(looked_up))]
         for option in self._options:
             guessed = branched[option.backbone] if option.others else windows[option.backbone]

@@ -11,7 +11,7 @@ from collections import deque
 
 SAMPLES = 15  # measurements of a number of slots that count
 SUPPOSED = 16  # other forwards that count, the narrowest ones
-GROWTH = 0.7  # beyond everything known, the cost is taken to grow as slots ** GROWTH
+GROWTH = 0.6  # beyond everything known, the cost is taken to grow as slots ** GROWTH
 
 
 class Costs:
@@ -66,10 +66,15 @@ class Costs:
         self._measured[slots] = sorted(samples)[(len(samples) - 1) // 2]
         self._points = []
 
-    def __call__(self, slots: int) -> float:
+    def __call__(self, slots: int, *, hopeful: bool = False) -> float:
         """Return the cost of a step: measured, between its neighbours, or extrapolated; nan if nothing is known.
 
         A step that was not measured is never estimated to cost less than a narrower one.
+
+        Args:
+            slots: slots of the step.
+            hopeful: whether a step that was not measured is estimated to cost little more than a narrower one, as
+                where slots are free up to some number. Otherwise costs lie on straight lines.
         """
         if slots in self._measured:
             return self._measured[slots]
@@ -84,7 +89,8 @@ class Costs:
         if at == 0:
             return seconds
         low, below = points[at - 1]
-        return below + max(0.0, seconds - below) * (slots - low) / (high - low)
+        share = (slots - low) / (high - low)
+        return below + max(0.0, seconds - below) * (share**2 if hopeful else share)
 
     def _known_points(self) -> list[tuple[int, float]]:
         """Return slots and seconds of what is measured, and of wider forwards that are supposed, in order."""

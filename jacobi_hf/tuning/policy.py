@@ -18,6 +18,7 @@ class Policy:
         advance: what later calls may spend at once, in addition to what is banked.
         bank: the most that a call leaves to the next.
         debt: the most that a call charges to the next.
+        rich: an account with more than this pays for steps of a width that was never measured.
         accrual: share of the time that trying may cost in the long run.
         overdraft: how far the account may go below 0 for options that are worth it by what was measured.
         allowance: what any step may cost more than one slot.
@@ -28,25 +29,28 @@ class Policy:
         gap: tokens from one trial to the next; doubles with each trial of a call up to `most_gap`.
         most_gap: see `gap`.
         renewal: steps for which a plan holds.
+        remeasure: steps after which one slot is measured anew if wide steps gain nothing; more if they gain.
         memory: share of earlier steps in the price of time that is left after a step.
         start: steps that the expected price of time is worth at the start of a call.
     """
 
     call: int = 128
     first_advance: float = 0.02
-    advance: float = 0.008
+    advance: float = 0.005
     bank: float = 0.05
     debt: float = 0.01
+    rich: float = 0.04
     accrual: float = 0.01
     overdraft: float = 0.01
     allowance: float = 0.015
-    caution: float = 0.3
+    caution: float = 0.5
     switch: float = 0.03
     loss: float = 0.9
-    trial: int = 3
+    trial: int = 2
     gap: int = 32
     most_gap: int = 512
     renewal: int = 8
+    remeasure: float = 16.0
     memory: float = 0.95
     start: float = 10.0
 
