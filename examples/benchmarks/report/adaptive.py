@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from adaptive_cells import cells as all_cells
+
 from jacobi_hf.results.schema import Cost, Measurement, Results
 
 from .documents import RESULTS, document, group
@@ -94,6 +96,7 @@ def context() -> dict[str, Any]:
     cells = sorted(found, key=lambda cell: (ORDER.index(cell.key[0]), cell.key[2:]))
     return {
         "count": len(cells),
+        "listed": len(all_cells()),
         "table": cell_table(cells),
         "bars": bar_table(cells),
         "short": short_table(cells),
