@@ -195,3 +195,24 @@ def test_a_replay_has_the_given_tokens_per_forward(per_forward, monkeypatch):
     assert torch.equal(output.sequences, reference)
     # The prefill commits one token, and the last forward can end early.
     assert output.jacobi_stats.forwards - 1 == pytest.approx((tokens - 1) / per_forward, abs=1.5)
+
+
+def test_the_simulation_replays_what_the_lookup_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    traces = importlib.import_module("adaptive_traces")
+    assert traces.looked_up([1, 2, 3, 9, 2, 3], length=5) == (2, [9, 2, 3, 9, 2])
+    assert traces.looked_up([1, 2, 3], length=5) == (0, [])
+    assert traces.looked_up([4, 4], length=3) == (1, [4, 4, 4])
+    for domains in traces.read().values():
+        for text in (text for texts in domains.values() for text in texts):
+            assert len(text.order) == len(text.lookup) == len(text.window) == len(text.others)
+            assert all(order != "0" or found == "0" for order, found in zip(text.order, text.lookup, strict=True))
+
+
+def test_a_cell_of_the_simulation_is_never_far_below_ordinary_decoding(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    simulation = importlib.import_module("adaptive_simulation")
+    cell = next(cell for cell in simulation.cells(1) if cell.model == simulation.HOPELESS)
+    measured = cell.measured(1)
+    assert 0.9 < measured.extra["first_call"] <= 1.001
+    assert 0.95 < measured.speedups[0].factor <= 1.001

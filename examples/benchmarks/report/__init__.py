@@ -11,13 +11,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import adaptive, bf16, cost, decoding, drafters, forcing, hub, peers, sources
+from . import adaptive, bf16, cost, decoding, drafters, forcing, hub, peers, simulation, sources
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 CONTEXTS: dict[str, Callable[[], dict[str, Any]]] = {
     "index": dict,
     "decoding": decoding.context,
     "adaptive": adaptive.context,
+    "simulation": simulation.context,
     "peers": peers.context,
     "forcing": forcing.context,
     "drafters": drafters.context,
