@@ -273,7 +273,9 @@ class Controller:
             return
         policy = self._policy
         self._rates.end(first=not self._memory.calls)
-        self._memory.bank = self._call * max(-policy.debt, min(policy.bank, self._credit / self._call))
+        most = max(policy.bank * self._call, self._memory.bank)  # a short call leaves what a long one has banked
+        least = min(-policy.debt * self._call, self._memory.bank)
+        self._memory.bank = max(least, min(most, self._credit))
         self._memory.calls += 1
 
     def _measures_one(self) -> bool:

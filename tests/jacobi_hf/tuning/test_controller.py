@@ -384,6 +384,17 @@ def test_a_call_without_steps_changes_nothing():
     assert (memory.bank, memory.calls) == (3.0, 2)
 
 
+def test_a_short_call_leaves_what_a_long_one_has_banked():
+    options = options_for(32, 16, draft_slots=False, others=False, few=False)
+    for bank in (6.0, -1.2):
+        memory = Memory(bank=bank, calls=2)
+        controller = Controller(options, slots_of, memory, key="any", sampled=False, limit=8)
+        for _ in range(8):
+            controller.note(options[0], 1, 1.0, [RowOutcome(1)])
+        controller.end()
+        assert abs(memory.bank - bank) < 0.5
+
+
 def test_matches_of_rows_that_have_ended_do_not_count():
     """Values are sums over rows, so steps of more rows must not be compared with the cost of steps of fewer."""
     options = options_for(32, 16, draft_slots=False, others=False, few=False)
