@@ -88,7 +88,12 @@ HEAD = ["model", "text", "dtype", "rows", "T", ""]
 
 def context() -> dict[str, Any]:
     """Return what the template shows."""
-    found = [Cell(name, results) for name, results in group("adaptive", "").items() if not name.startswith("before-")]
+    found = [
+        Cell(name, results)
+        for name, results in group("adaptive", "").items()
+        if not name.startswith(("before-", "short-"))
+    ]
+    short = [Cell(name.removeprefix("short-"), results) for name, results in group("adaptive", "short-").items()]
     before = {
         name.removeprefix("before-"): Cell(name.removeprefix("before-"), results)
         for name, results in group("adaptive", "before-").items()
@@ -100,9 +105,9 @@ def context() -> dict[str, Any]:
         "table": cell_table(cells),
         "bars": bar_table(cells),
         "short": short_table(cells),
-        "before": before_table(cells, before),
+        "before": before_table([*short, *cells], before),
         "hours": decimal(sum(c.value for cell in cells for c in cell.results.costs if c.name == "cell") / 3600, 1),
-        "sources": sources(cells, before),
+        "sources": sources([*cells, *short], before),
         "one_slot": one_slot() if (RESULTS / "one_slot.json").exists() else None,
     }
 
