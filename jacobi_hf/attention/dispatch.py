@@ -76,12 +76,13 @@ class AttentionProbe:
         return mask
 
     def arrive(
-        self, own: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, more: Any
+        self, own: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, more: Any
     ) -> None:
         """Note what arrives at an attention function.
 
         Args:
             own: name of the attention implementation.
+            module: the attention module.
             query: `(B, heads, Q, head_dim)`.
             key: `(B, key/value heads, K, head_dim)`.
             value: `(B, key/value heads, K, head_dim)`.
@@ -90,6 +91,8 @@ class AttentionProbe:
         """
         self.groups.add(query.shape[1] // key.shape[1])
         self.head_dims |= {query.shape[-1], value.shape[-1]}
+        if key.shape[1] * getattr(module, "num_key_value_groups", 1) not in (query.shape[1], key.shape[1]):
+            self.problem = "attention whose keys transformers would repeat once more under a mask"
         unknown = [name for name in _UNKNOWN if more.get(name) is not None]
         if unknown:
             self.takes_groups = False
@@ -248,7 +251,7 @@ class _Attention(_InFrontOf):
     ) -> Any:
         probe = None if torch.compiler.is_compiling() else getattr(_of_thread, "probe", None)
         if probe is not None:
-            probe.arrive(self._own, query, key, value, attention_mask, kwargs)
+            probe.arrive(self._own, module, query, key, value, attention_mask, kwargs)
         if is_of_step(self._own, query, key, attention_mask):
             return step_attention(module, query, key, value, attention_mask, *args, **kwargs)
         return self._function(module, query, key, value, attention_mask, *args, **kwargs)

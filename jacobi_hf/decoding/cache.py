@@ -257,8 +257,9 @@ class JacobiStaticCache(StaticCache):
         self.lengths_B.zero_()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the committed tokens of the longest row."""
-        return int(self.lengths_B.max())
+        """Return the committed tokens of the longest row in a layer; 0 in a layer that no forward has written to."""
+        # Cross-attention is left out by its model where its layer is empty.
+        return int(self.lengths_B.max()) if self.layers[layer_idx].is_initialized else 0
 
     def load(self, source: Cache, place_BL: torch.Tensor, row_B: torch.Tensor | None = None) -> None:
         """Copy the tokens of a padded cache into this empty one, each to its place, as far as the capacity goes.

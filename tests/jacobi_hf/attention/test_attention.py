@@ -107,7 +107,7 @@ def masks_of(own, query, key, window):
     masks = StepMasks(SimpleNamespace(config=config, dtype=torch.float32), CPU)
     probe = AttentionProbe(lambda window: torch.zeros(1, 1, 1, 1))
     mask = probe.ask(causal_mask_function if window is None else sliding_window_causal_mask_function(window), window)
-    probe.arrive(own, query, key, key, mask, {})
+    probe.arrive(own, None, query, key, key, mask, {})
     assert masks.learn(probe) is None
     return masks
 
