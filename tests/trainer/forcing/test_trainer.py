@@ -413,7 +413,11 @@ def test_overfitting_eight_samples(tmp_path):
     assert last["agreement"] > 0.95
     prompts = [record["prompt_ids"] for record in data[:8]]
     config_ = jacobi_hf.JacobiConfig(
-        jacobi_block_size=16, jacobi_max_blocks=1, jacobi_pool_size=0, jacobi_lookup_tokens=0
+        jacobi_schedule="constant",
+        jacobi_block_size=16,
+        jacobi_max_blocks=1,
+        jacobi_pool_size=0,
+        jacobi_lookup_tokens=0,
     )
     model.eval()
     report = measure_decoding(model, prompts, config_, 32)
