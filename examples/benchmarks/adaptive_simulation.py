@@ -32,7 +32,8 @@ from rich.progress import track
 
 import jacobi_hf
 from jacobi_hf.results.schema import Decoder, Measurement, Prompts, Results, Speedup
-from jacobi_hf.tuning.controller import Memory, Option, options_for
+from jacobi_hf.tuning.memory import Memory
+from jacobi_hf.tuning.options import Option, options_for
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
 WINDOW = 32

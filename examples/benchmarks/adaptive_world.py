@@ -15,7 +15,9 @@ from itertools import count, pairwise
 
 from adaptive_traces import UNKNOWN, Trace
 
-from jacobi_hf.tuning.controller import Controller, Memory, Option, RowOutcome
+from jacobi_hf.tuning.controller import Controller
+from jacobi_hf.tuning.memory import Memory
+from jacobi_hf.tuning.options import Option, RowOutcome
 from jacobi_hf.tuning.policy import POLICY, Policy
 
 POOL = (2, 8)  # branches of the pool, and their length

@@ -22,7 +22,6 @@ from jacobi_hf.decoding.layout import build_layout
 from jacobi_hf.decoding.one_by_one import OneByOne
 from jacobi_hf.decoding.prefill import prompt_forward, read_prompt_parts
 from jacobi_hf.decoding.report import CopiedReport, LaunchedStep, StepClock, StepReport
-from jacobi_hf.decoding.shapes import AdaptiveSchedule
 from jacobi_hf.decoding.step import ForwardInputs, ForwardOutput, StepInputs, StepPlan, StepShape, advance, finish_step
 from jacobi_hf.output import JacobiStats
 from jacobi_hf.streaming import candidates_of
@@ -117,8 +116,7 @@ class Decoder:
         self._clock = StepClock()
         self._prefill(prompt)
         prefilled = time.perf_counter()
-        if isinstance(self._schedule, AdaptiveSchedule):
-            self._schedule.start(prompt.inputs.shape[1], prefilled - started)
+        self._schedule.start(prompt.inputs.shape[1], prefilled - started)
         while keep_going(self._finished()):
             if self._finished():
                 self._idle_forward()
@@ -130,8 +128,7 @@ class Decoder:
         self.stats.prefill_seconds = prefilled - started
         self.stats.decode_seconds = time.perf_counter() - prefilled
         self._schedule.end()
-        if isinstance(self._schedule, AdaptiveSchedule):
-            self.stats.probing_seconds = self._schedule.probing_seconds
+        self.stats.probing_seconds = self._schedule.probing_seconds
         self._finish_statistics()
 
     def _finish_statistics(self) -> None:

@@ -7,7 +7,8 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from jacobi_hf.decoding.step import StepShape
-from jacobi_hf.tuning.controller import Controller, Option, RowOutcome, options_for
+from jacobi_hf.tuning.controller import Controller
+from jacobi_hf.tuning.options import RowOutcome, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from jacobi_hf.config import JacobiConfig
     from jacobi_hf.decoding.report import StepReport
     from jacobi_hf.drafts.sources import Sources
-    from jacobi_hf.tuning.controller import Memory
+    from jacobi_hf.tuning.memory import Memory
+    from jacobi_hf.tuning.options import Option
 
 LOOKUP = "lookup"
 _learning = threading.Lock()  # calls in several threads may share what is kept with a model
@@ -53,6 +55,13 @@ class Schedule(Protocol):
     """
 
     drafts_always: bool
+
+    @property
+    def probing_seconds(self) -> float:
+        """Seconds that the call has spent on trying shapes."""
+
+    def start(self, slots: int, seconds: float) -> None:
+        """Take in what the prefill cost: its slots of a row, and its time."""
 
     def decide(self, report: StepReport, rows: list[int]) -> bool:
         """Decide on the next step; return whether it sends guesses of the backbone or of sources that follow it.
@@ -124,11 +133,15 @@ class ConstantSchedule:
     """
 
     drafts_always = True
+    probing_seconds = 0.0
 
     def __init__(self, sources: Sources, config: JacobiConfig, limit: int) -> None:
         self._sources = sources
         self._shapes = _Shapes(sources, limit)
         self._verify_width = VerifyWidth(config)
+
+    def start(self, slots: int, seconds: float) -> None:
+        """Do nothing."""
 
     def decide(self, report: StepReport, rows: list[int]) -> bool:
         """Return True: every step sends what there is."""
@@ -197,7 +210,7 @@ class AdaptiveSchedule:
         self._options = options
         self._controller = Controller(options, self._slots, memory, key=(key, few), sampled=sampled, limit=limit)
         self._option = options[0]
-        self._made = memory.made[key] if few else set(options)
+        self._made = memory.made[key, config] if few else set(options)
         self._may_make = True
         self._chosen: list[Option] = []  # of steps that were not noted yet
 

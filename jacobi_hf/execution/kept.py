@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from jacobi_hf.tuning.controller import Memory
+from jacobi_hf.tuning.memory import Memory
 
 if TYPE_CHECKING:
     from jacobi_hf.attention.dispatch import AttentionProbe

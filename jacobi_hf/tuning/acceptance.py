@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from jacobi_hf.tuning.controller import RowOutcome
+    from jacobi_hf.tuning.options import RowOutcome
 
 ENDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 1 << 20)  # depths 1, 2, 3-4, 5-8, .. each share an estimate
 RATES = 6  # depths from 17 on share one rate

@@ -23,101 +23,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from jacobi_hf.tuning.acceptance import SourceRates, both, expected, expected_of, together
-from jacobi_hf.tuning.costs import Costs
+from jacobi_hf.tuning.acceptance import both, expected, expected_of, together
 from jacobi_hf.tuning.policy import POLICY, Policy
+from jacobi_hf.tuning.trials import TrialTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
+    from jacobi_hf.tuning.memory import Memory
+    from jacobi_hf.tuning.options import Option, RowOutcome
+
 ORDERS = 3  # the longest n-gram that a lookup matches
 Orders = tuple[int, int, int, int]  # rows whose match has the order 0, 1 and 2, and all rows
-
-
-@dataclass(frozen=True)
-class Option:
-    """A shape that a step may have; all zero is one slot alone.
-
-    Attributes:
-        backbone: guesses of the backbone that are verified.
-        draft_slots: with a drafter, guesses of the backbone that also go into draft slots.
-        lookup: most guesses of the lookup branch.
-        others: whether the other branches are sent: those of the pool, and top-k.
-    """
-
-    backbone: int = 0
-    draft_slots: int = 0
-    lookup: int = 0
-    others: bool = False
-
-
-@dataclass(frozen=True)
-class RowOutcome:
-    """What one step brought one unfinished row.
-
-    Attributes:
-        tokens: tokens committed.
-        order: length of the n-gram that the lookup had matched for this step; 0 without a match.
-        lookup: guesses of the lookup branch that were sent, and how many were accepted, whether or not it won.
-        backbone: the same for the backbone.
-        others: the same for the best of the other branches.
-    """
-
-    tokens: int
-    order: int = 0
-    lookup: tuple[int, int] = (0, 0)
-    backbone: tuple[int, int] = (0, 0)
-    others: tuple[int, int] = (0, 0)
-
-
-def options_for(width: int, lookup: int, *, draft_slots: bool, others: bool, few: bool) -> tuple[Option, ...]:
-    """Return the options of a setting, without duplicates; the first is one slot alone.
-
-    Args:
-        width: most guesses of the backbone; 0 without one.
-        lookup: most guesses of the lookup branch; 0 without one.
-        draft_slots: whether the backbone is that of a drafter with draft slots.
-        others: whether there are other branches.
-        few: at most six options, for steps that are compiled or captured one by one.
-    """
-    widths = [max(1, width // share) for share in (8, 4, 2, 1)] if width else []
-    pairs = [*zip(widths, [*widths[1:], width], strict=False)] if draft_slots else [(each, 0) for each in widths]
-    lengths = dict.fromkeys((0, lookup) if few else (0, lookup // 2, lookup))
-    found = [Option(lookup=length) for length in lengths]
-    if others and not pairs:
-        found += [Option(lookup=length, others=True) for length in (0, lookup)]
-    if few:
-        found += [Option(*pair) for pair in pairs[1:2]]
-        found += [Option(*pair, lookup=lookup) for pair in pairs[2:3]]
-        found += [Option(*pair, lookup=lookup, others=others) for pair in pairs[-1:]]
-    else:
-        branches = ((0, False), (lookup, False), (lookup, others))
-        found += [Option(*pair, lookup=length, others=other) for pair in pairs for length, other in branches]
-    return tuple(dict.fromkeys(found))
-
-
-@dataclass
-class Memory:
-    """What is kept with a model between calls. One object may serve calls of any shape.
-
-    Attributes:
-        costs: by the key that a call gives, which says what its steps have in common: rows, context, device, ...
-        greedy: acceptance in greedy calls.
-        sampled: acceptance in calls that sample.
-        made: by the same key, the options whose steps were compiled or captured.
-        bank: what earlier calls have left for trying, in steps of one slot; below 0 what they have overdrawn.
-        calls: calls that have ended.
-    """
-
-    costs: defaultdict[Hashable, Costs] = field(default_factory=lambda: defaultdict(Costs))
-    greedy: SourceRates = field(default_factory=SourceRates)
-    sampled: SourceRates = field(default_factory=SourceRates)
-    made: defaultdict[Hashable, set[Option]] = field(default_factory=lambda: defaultdict(set))
-    bank: float = 0.0
-    calls: int = 0
 
 
 class Controller:
@@ -465,21 +385,3 @@ class Controller:
             for base, members in self._members.items():
                 means[base] += times * max(values[i] for i in members)
         return {base: total / len(self._recent) for base, total in means.items()}
-
-
-class TrialTimes:
-    """When a source is tried that does not seem to pay.
-
-    Attributes:
-        at: tokens of a row after which the next trial is due.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.at = 1.0
-        self._gap = policy.gap
-        self._most = policy.most_gap
-
-    def postpone(self, tokens: float) -> None:
-        """Set the next trial after one at so many tokens; the gaps double."""
-        self.at = tokens + self._gap
-        self._gap = min(2 * self._gap, self._most)

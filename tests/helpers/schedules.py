@@ -11,7 +11,8 @@ import pytest
 
 from jacobi_hf.decoding.loop import Decoder
 from jacobi_hf.drafts.lookup import NgramLookup
-from jacobi_hf.tuning.controller import Controller, Option
+from jacobi_hf.tuning.controller import Controller
+from jacobi_hf.tuning.options import Option
 
 
 @contextlib.contextmanager

@@ -55,11 +55,11 @@ def test_the_text_is_that_of_ordinary_generate_in_fewer_forwards(folder):
     options = ["--model", folder, "--jacobi-schedule", "constant", PROMPT]
     result = run(app, ["generate", *options, *SHORT])
     assert (result.exit_code, result.stdout) == (0, text + "\n")
-    told = document(*options)
-    assert (told["text"], told["new_tokens"]) == (text, len(ids))
-    assert f"{len(ids)} tokens in {told['forwards']} forwards" in result.stderr
-    assert told["forwards"] < len(ids)
-    assert told["tokens_per_forward"] == len(ids) / told["forwards"]
+    shown = document(*options)
+    assert (shown["text"], shown["new_tokens"]) == (text, len(ids))
+    assert f"{len(ids)} tokens in {shown['forwards']} forwards" in result.stderr
+    assert shown["forwards"] < len(ids)
+    assert shown["tokens_per_forward"] == len(ids) / shown["forwards"]
 
 
 def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(tmp_path):
@@ -70,8 +70,8 @@ def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(tmp_path):
 
 
 def test_chat_puts_the_prompt_through_the_template():
-    told = document("--model", FORCED, "--chat", QUESTION)
-    assert (told["text"], told["prompt"]) == (generated(FORCED, PROMPT)[1], QUESTION)
+    shown = document("--model", FORCED, "--chat", QUESTION)
+    assert (shown["text"], shown["prompt"]) == (generated(FORCED, PROMPT)[1], QUESTION)
 
 
 def test_knobs_and_recipes_reach_generate(tmp_path):
@@ -88,15 +88,15 @@ def test_knobs_and_recipes_reach_generate(tmp_path):
 
 def test_with_a_drafter_the_text_is_the_models_own():
     options = ["--model", CHECKPOINT, "--jacobi-schedule", "constant", PROMPT]
-    told = document("--drafter", DRAFTER, *options)
-    assert told["text"] == generated(CHECKPOINT, PROMPT)[1]
-    assert told["forwards"] < document(*options)["forwards"]
+    shown = document("--drafter", DRAFTER, *options)
+    assert shown["text"] == generated(CHECKPOINT, PROMPT)[1]
+    assert shown["forwards"] < document(*options)["forwards"]
 
 
 def test_a_comparison_decodes_the_ordinary_way_too():
-    told = document("--model", FORCED, PROMPT, "--compare")
-    assert told["identical"] is True
-    assert (told["ordinary"]["text"], told["ordinary"]["forwards"]) == (told["text"], told["new_tokens"])
+    shown = document("--model", FORCED, PROMPT, "--compare")
+    assert shown["identical"] is True
+    assert (shown["ordinary"]["text"], shown["ordinary"]["forwards"]) == (shown["text"], shown["new_tokens"])
     result = run(app, ["generate", "--model", FORCED, PROMPT, *SHORT, "--compare"])
     assert "the texts are identical; speed-up" in result.stderr
 
@@ -125,9 +125,9 @@ def test_sampling_is_that_of_generate_for_the_same_seed():
     options = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "40", "--compare"]
     torch.manual_seed(7)
     wanted = generated(CHECKPOINT, "def main(", **sampled)[1]
-    told = document("--model", CHECKPOINT, "def main(", *options, "--seed", "7")
-    assert (told["text"], told["identical"]) == (wanted, True)
-    assert told["sampling"] == {"max_new_tokens": 16, **sampled, "seed": 7}
+    shown = document("--model", CHECKPOINT, "def main(", *options, "--seed", "7")
+    assert (shown["text"], shown["identical"]) == (wanted, True)
+    assert shown["sampling"] == {"max_new_tokens": 16, **sampled, "seed": 7}
     unseeded = document("--model", CHECKPOINT, "def main(", *options)
     assert unseeded["identical"] is True
     again = document("--model", CHECKPOINT, "def main(", *options, "--seed", str(unseeded["sampling"]["seed"]))
@@ -140,9 +140,9 @@ def test_a_fallback_is_reported(tmp_path):
     config = json.loads((EXAMPLE / "forced" / "generation_config.json").read_text(encoding="utf-8"))
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "generation_config.json").write_text(json.dumps({**config, "prefill_chunk_size": 8}), encoding="utf-8")
-    told = document("--model", str(tmp_path), PROMPT)
-    assert told["forwards"] == told["new_tokens"]
-    assert "does not support prefill_chunk_size" in told["warnings"][0]
+    shown = document("--model", str(tmp_path), PROMPT)
+    assert shown["forwards"] == shown["new_tokens"]
+    assert "does not support prefill_chunk_size" in shown["warnings"][0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from jacobi_hf.decoding.report import CopiedReport, StepClock
 from jacobi_hf.decoding.shapes import AdaptiveSchedule
 from jacobi_hf.decoding.state import DecodingState
 from jacobi_hf.drafts.sources import sources_of
-from jacobi_hf.tuning.controller import Controller, Memory, Option, RowOutcome
+from jacobi_hf.tuning.controller import Controller
+from jacobi_hf.tuning.memory import Memory
+from jacobi_hf.tuning.options import Option, RowOutcome
 from tests.helpers.calls import prompt
 from tests.helpers.cases import Case, cases
 from tests.helpers.models import tiny_model

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.tuning.acceptance import LOOKUPS, SourceRates, Survival, both, expected, together
-from jacobi_hf.tuning.controller import Controller, Memory, Option, RowOutcome, options_for
+from jacobi_hf.tuning.controller import Controller
 from jacobi_hf.tuning.costs import SAMPLES, Costs
+from jacobi_hf.tuning.memory import Memory
+from jacobi_hf.tuning.options import Option, RowOutcome, options_for
 from jacobi_hf.tuning.policy import POLICY
 from tests.helpers.properties import at_most
 
