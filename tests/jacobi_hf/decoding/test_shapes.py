@@ -172,14 +172,18 @@ def test_a_call_makes_one_shape_at_most(monkeypatch):
             ran.append(schedule._option)
     assert ran[:4] == [wanted[0], wanted[0], Option(), Option()]
     assert ran[4:] == wanted
+    # Steps of other knobs are other code, although their options may be equal.
+    others = schedule_of(JacobiConfig(jacobi_branch_length=3), memory, few=True)
+    assert not others._made
 
 
 def test_shapes_that_must_not_be_made_are_not_waited_for():
     """A trial of a window whose steps are not made must not keep the call from a lookup that pays."""
     memory = Memory()
-    memory.made["key"].add(Option(lookup=16))
+    config = JacobiConfig()
+    memory.made["key", config].add(Option(lookup=16))
     for _ in range(3):
-        schedule = schedule_of(JacobiConfig(), memory, few=True, limit=128)
+        schedule = schedule_of(config, memory, few=True, limit=128)
         schedule._may_make = False
         controller = schedule._controller
         ran = []
