@@ -266,12 +266,8 @@ def run_cell(cell: Cell, folders: dict[str, str], data: Path, output: Path, *, b
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the files of the texts; see adaptive_cells.py.")],
-    smollm2: Annotated[
-        str, typer.Option(help="SmolLM2-135M-Instruct: name or folder.")
-    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    qwen: Annotated[
-        str, typer.Option(help="Qwen2.5-Coder-0.5B-Instruct: name or folder.")
-    ] = "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    smollm2: adaptive_cells.SmolLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    qwen: adaptive_cells.Qwen = "Qwen/Qwen2.5-Coder-0.5B-Instruct",
     output: Annotated[Path, typer.Option(help="Folder of the documents.")] = FOLDER,
     cells: Annotated[str, typer.Option(help="Run the cells with this in their name.")] = "",
     before: Annotated[bool, typer.Option(help="Measure the default call of an earlier revision.")] = False,

@@ -12,13 +12,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import common
 import torch
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import jacobi_hf
+
+# Options of the commands that load the real models.
+SmolLM2 = Annotated[str, typer.Option(help="SmolLM2-135M-Instruct: name or folder.")]
+Qwen = Annotated[str, typer.Option(help="Qwen2.5-Coder-0.5B-Instruct: name or folder.")]
 
 LONGEST = 448
 TINY = ("base", "forced", "drafter")

@@ -205,12 +205,8 @@ def cases() -> list[tuple[Cell, bool]]:
 
 
 def main(
-    smollm2: Annotated[
-        str, typer.Option(help="SmolLM2-135M-Instruct: name or folder.")
-    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    qwen: Annotated[
-        str, typer.Option(help="Qwen2.5-Coder-0.5B-Instruct: name or folder.")
-    ] = "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    smollm2: adaptive_cells.SmolLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    qwen: adaptive_cells.Qwen = "Qwen/Qwen2.5-Coder-0.5B-Instruct",
     output: Annotated[Path, typer.Option(help="Path of the JSON document to write.")] = common.RESULTS
     / "one_slot.json",
     only: Annotated[str, typer.Option(help="Run the cases with this in their name, such as base-.")] = "",

@@ -96,7 +96,7 @@ class Schedule(Protocol):
 
 
 class _Shapes:
-    """What valid guesses, or all that a row may have, come to as a shape.
+    """How many guesses a step must have room for, so that it holds all guesses of its rows.
 
     Args:
         sources: the draft sources of the call.
@@ -177,8 +177,8 @@ class AdaptiveSchedule:
         memory: what earlier calls of the model have learnt.
         key: what the steps of the call have in common; costs are kept by it.
         sampled: whether the call samples.
-        few: whether each shape costs time to make, so that there should be few. A call then makes one slot alone and
-            at most one more.
+        few: whether each shape costs time to make, so that there should be few. A call then
+            compiles or captures one slot alone and at most one more shape.
     """
 
     def __init__(

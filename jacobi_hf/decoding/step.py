@@ -45,8 +45,8 @@ class StepShape:
         draft_slots: guesses of the backbone that also go into draft slots; 0 without such slots.
         starts: for each branch, the number of backbone guesses that it comes after; empty if all start at the pending
             token.
-        drafts: whether the sources get guesses for the next step from this one. If not, only sources that read
-            nothing but the text (`DraftSource.reads_text_alone`) do.
+        drafts: whether all sources observe this step and propose guesses for the next one. If not, only those sources
+            propose that read nothing but the text (`DraftSource.reads_text_alone`).
     """
 
     backbone: int
