@@ -32,11 +32,13 @@ class Curve:
         name: name in the results.
         cost: the cost of a step by its slots, all rows together.
         noise: standard deviation of the logarithm of a measurement.
+        load: how many times longer every step takes while other programs run, which come and go.
     """
 
     name: str
     cost: Callable[[int], float]
     noise: float = 0.15
+    load: float = 1.0
 
 
 def through(*points: tuple[int, float]) -> Callable[[int], float]:
@@ -62,7 +64,9 @@ CURVES = (
     Curve("tiny, measured", through(*TINY)),
     Curve("flat to 16, noise 30 %", through((1, 1.0), (16, 1.0), (32, 2.0)), noise=0.3),
     Curve("SmolLM2, noise 30 %", through(*SMOLLM2), noise=0.3),
+    Curve("SmolLM2, other programs", through(*SMOLLM2), load=2.5),
 )
+SWITCH = 1 / 64  # probability that other programs begin or end at a step
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Row:
         self.left -= tokens
         return RowOutcome(
             tokens,
+            len(self._places) - self.left,
             order,
             (lookup, accepted),
             (option.backbone, backbone),
@@ -162,7 +167,9 @@ def adaptive_call(
     limit = max(row.left for row in rows)
     controller = Controller(options, slots_of, memory, key=number, sampled=False, limit=limit, policy=policy)
     prompt = max(row.prompt for row in rows)
-    controller.start(prompt, 0.9 * measured(curve.cost(prompt * number), curve.noise, noise))
+    busy = noise.random() < 0.5
+    load = curve.load if busy else 1.0
+    controller.start(prompt, 0.9 * load * measured(curve.cost(prompt * number), curve.noise, noise))
     call = Call(0.0, [])
     warm = False
     while rows:
@@ -171,7 +178,9 @@ def adaptive_call(
         cost = curve.cost(slots * len(rows))
         outcomes = [row.step(option, warm=warm) for row in rows]
         warm = option.backbone > 0
-        controller.note(option, slots, measured(cost, curve.noise, noise), outcomes)
+        busy ^= noise.random() < SWITCH
+        load = curve.load if busy else 1.0
+        controller.note(option, slots, load * measured(cost, curve.noise, noise), outcomes)
         rows = [row for row in rows if row.left]
         call.seconds += cost
         call.shapes.append(option)

@@ -289,6 +289,7 @@ class AdaptiveSchedule:
         lookup = (0, 0) if self._lookup is None else found.pop(self._lookup)
         return RowOutcome(
             tokens=after.generated[row] - before.generated[row],
+            total=after.generated[row],
             order=before.orders[row],
             lookup=lookup,
             backbone=(backbone, after.accepted[row]),

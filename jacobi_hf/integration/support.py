@@ -67,6 +67,8 @@ def _reason_of_model(model: Any) -> str | None:
         return reason
     if unknown := set(layer_types(config)) - LAYER_TYPES:
         return f"layers of type {', '.join(sorted(unknown))}"
+    if getattr(model, "_is_stateful", False):
+        return "recurrent layers, whose state would keep guesses that are not accepted"
     if _frequencies_depend_on_length(config):
         return "rotary embeddings whose frequencies depend on the length (rope_type 'dynamic' and 'longrope')"
     if model.training and is_checkpointing(model):

@@ -27,6 +27,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jacobi_hf.tuning.acceptance import both, expected, expected_of, together
+from jacobi_hf.tuning.account import Account
 from jacobi_hf.tuning.policy import POLICY, Policy
 from jacobi_hf.tuning.trials import TrialTimes
 
@@ -92,10 +93,9 @@ class Controller:
         self._base = self._alone
 
         self._call = min(max(limit, 1), policy.call)
-        self._credit = memory.bank + (policy.advance if memory.calls else policy.first_advance) * self._call
+        advance = (policy.advance if memory.calls else policy.first_advance) * self._call
+        self._account = Account(memory.bank + advance, self._costs, policy, self._call)
         self._tokens_of_late = self._time = 0.0  # per row, and in steps of one slot; their ratio is the price of time
-        self._spent = 0.0  # cost of all steps, in steps of one slot
-        self._steps_of: Counter[int] = Counter()  # by slots
         self._recent: deque[Orders] = deque(maxlen=policy.renewal)
         self._plan: dict[Orders, int] = {}
         self._rows = 0
@@ -103,7 +103,6 @@ class Controller:
         self._left = 0  # steps until the plan is renewed
         self._trial = 0  # steps that are left of a trial of the backbone
         self._excluded: frozenset[Option] = frozenset()
-        self._tokens = 0.0  # per row
         self._schedule = [TrialTimes(policy) for _ in range(1 + len(self._rates.lookups))]  # backbone, then orders
         self._since_one = 0  # steps since the last one of one slot
         self._steps_on = 0  # steps in a row that sent the backbone
@@ -139,7 +138,7 @@ class Controller:
         picked = self._plan.get(counts)
         if picked is None:
             picked = self._plan[counts] = self._best(self._base, self._values(counts))
-        budget = max(self._credit + self._policy.overdraft * self._call, 0.0) + self._policy.allowance
+        budget = max(self._account.credit + self._policy.overdraft * self._call, 0.0) + self._policy.allowance
         if self._extra[picked] > budget and not self._trial:
             self._base = self._alone
             self._left = 0
@@ -174,12 +173,7 @@ class Controller:
             self._rates.note(row, warm=self._steps_on > 1)
         if not rows or not self._costs.known:
             return
-        spent = self._costs(slots) / self._costs(1)
-        gained = sum(row.tokens for row in rows) / len(rows)
-        self._tokens += gained
-        self._credit += gained - (1 - self._policy.accrual) * spent
-        self._spent += spent
-        self._steps_of[slots] += 1
+        gained, spent = self._account.note(slots, rows)
         self._tokens_of_late = self._policy.memory * self._tokens_of_late + gained
         self._time = self._policy.memory * self._time + spent
         if spent - gained > self._policy.loss and not self._trial:
@@ -189,13 +183,13 @@ class Controller:
 
     def end(self) -> None:
         """Leave to later calls what this one has learnt and earned. A call too short for either changes nothing."""
-        if not self._spent:
+        if not self._account.spent:
             return
         policy = self._policy
         self._rates.end(first=not self._memory.calls)
         most = max(policy.bank * self._call, self._memory.bank)  # a short call leaves what a long one has banked
         least = min(-policy.debt * self._call, self._memory.bank)
-        self._memory.bank = max(least, min(most, self._credit))
+        self._memory.bank = max(least, min(most, self._account.credit))
         self._memory.calls += 1
 
     def _measures_one(self) -> bool:
@@ -224,7 +218,7 @@ class Controller:
 
     def _postpone(self, source: int) -> None:
         """Note that a source is tried: 0 for the backbone, or the order of a lookup."""
-        self._schedule[source].postpone(self._tokens)
+        self._schedule[source].postpone(self._account.tokens)
         self._rates.note_trial(source)
 
     def _renew(self, rows: int) -> None:
@@ -233,9 +227,7 @@ class Controller:
         self._left = self._policy.renewal - 1
         self._plan.clear()
         one = self._costs(1)
-        spent = sum(steps * self._costs(slots) for slots, steps in self._steps_of.items()) / one
-        self._credit += (1 - self._policy.accrual) * (self._spent - spent)  # earlier estimates were not exact
-        self._spent = spent
+        self._account.settle()
         self._extra = [self._extra_of(slots, one) for slots in self._slots]
         self._due = set()
         self._gain = self._gains(self._rates.backbone.rates)
@@ -252,7 +244,7 @@ class Controller:
         pay the usual estimate.
         """
         extra = max(0.0, self._costs(slots) / one - 1)
-        if self._policy.rich * self._call < self._credit >= extra:
+        if self._policy.rich * self._call < self._account.credit >= extra:
             return max(0.0, self._costs(slots, hopeful=True) / one - 1)
         return extra
 
@@ -278,8 +270,8 @@ class Controller:
         """
         policy = self._policy
         price = max(1.0, self._tokens_of_late / self._time) * self._rows
-        credit = max(self._credit + overdraft * self._call, 0.0)
-        caution = policy.caution * min(1.0, max(0.0, 1 - self._credit / (0.04 * self._call)))
+        credit = max(self._account.credit + overdraft * self._call, 0.0)
+        caution = policy.caution * min(1.0, max(0.0, 1 - self._account.credit / (0.04 * self._call)))
         self._charge = []
         for option, extra in zip(self._options, self._extra, strict=True):
             steps = 2 if option.backbone and not self._base.backbone else 1
@@ -305,7 +297,7 @@ class Controller:
         and no other source is tried.
         """
         for _, cost, source in sorted(self._worth_a_trial()):
-            if cost > self._credit:
+            if cost > self._account.credit:
                 break
             if not source:
                 self._due = set()
@@ -326,7 +318,7 @@ class Controller:
         found = []
         for source, times in enumerate(self._schedule):
             indices = self._allowed(self._lookups if source else self._backbones)
-            if times.at > self._tokens or not indices:
+            if times.at > self._account.tokens or not indices:
                 continue
             option, extra = self._options[indices[0]], self._extra[indices[0]]
             rates = self._rates.source(source)

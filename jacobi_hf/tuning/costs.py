@@ -8,8 +8,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 SAMPLES = 15  # measurements of a number of slots that count
+SETTLED = 8  # measurements after which another one says more about the load than about the cost
+LOADS = 7  # such measurements that count
 SUPPOSED = 16  # other forwards that count, the narrowest ones
 GROWTH = 0.6  # beyond everything known, the cost is taken to grow as slots ** GROWTH
 
@@ -21,11 +27,17 @@ class Costs:
     cannot move it. The first measurement of a number of slots competes with the estimate from its neighbours, so even
     that one is believed only if it is the lower of the two, until there is a second one.
 
+    Other programs slow down steps of all widths. So what is kept is divided by a *load*: how much longer the last few
+    steps took than what was known of steps of their width. A width that is measured rarely follows those that are
+    measured often.
+
     The prefill is a measurement for nothing. It counts as long as no step of as many slots was measured.
     """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
+        self._load = 1.0
+        self._loads: deque[float] = deque([1.0] * LOADS, maxlen=LOADS)
+        self._samples: dict[int, deque[float]] = {}  # these and the following are divided by the load
         self._measured: dict[int, float] = {}
         self._supposed: dict[int, float] = {}
         self._points: list[tuple[int, float]] = []  # of what is measured, and of wider forwards that are supposed
@@ -48,7 +60,8 @@ class Costs:
         if slots < 2 or not _is_time(seconds):
             return
         costs: dict[int, float] = {}
-        for wide, cost in sorted([*self._supposed.items(), (slots, seconds)], key=lambda point: (-point[0], point[1])):
+        known = [*self._supposed.items(), (slots, seconds / self._load)]
+        for wide, cost in sorted(known, key=lambda point: (-point[0], point[1])):
             if cost < min(costs.values(), default=math.inf):
                 costs[wide] = cost
         self._supposed = dict([*costs.items()][-SUPPOSED:])
@@ -60,11 +73,25 @@ class Costs:
             return
         samples = self._samples.get(slots)
         if samples is None:
-            estimate = [self(slots)] if slots > 1 and self._measured else []
+            estimate = [self(slots) / self._load] if slots > 1 and self._measured else []
             samples = self._samples[slots] = deque(estimate, maxlen=SAMPLES)
-        samples.append(seconds)
-        self._measured[slots] = sorted(samples)[(len(samples) - 1) // 2]
+        self._follow_load(slots, seconds)
+        samples.append(seconds / self._load)
+        self._measured[slots] = _low_median(samples)
         self._points = []
+
+    def _follow_load(self, slots: int, seconds: float) -> None:
+        """Measure the load by a step.
+
+        A step costs at least what a narrower one costs. So even one of a width that is hardly known shows that the
+        load has fallen.
+        """
+        known = (width for width, samples in self._samples.items() if width <= slots and len(samples) >= SETTLED)
+        least = max((self._measured[width] for width in known), default=0.0)
+        if len(self._samples[slots]) < SETTLED and seconds >= self._load * least:
+            return
+        self._loads.append(seconds / least)
+        self._load = _low_median(self._loads)
 
     def __call__(self, slots: int, *, hopeful: bool = False) -> float:
         """Return the cost of a step: measured, between its neighbours, or extrapolated; nan if nothing is known.
@@ -76,27 +103,39 @@ class Costs:
             hopeful: whether a step that was not measured is estimated to cost little more than a narrower one, as
                 where slots are free up to some number. Otherwise costs lie on straight lines.
         """
-        if slots in self._measured:
-            return self._measured[slots]
         points = self._points = self._points or self._known_points()
-        if not points:
-            return math.nan
-        at = bisect_left(points, (slots, 0.0))
-        if at == len(points):
-            low, seconds = points[-1]
-            return seconds * (slots / low) ** GROWTH
-        high, seconds = points[at]
-        if at == 0:
-            return seconds
-        low, below = points[at - 1]
-        share = (slots - low) / (high - low)
-        return below + max(0.0, seconds - below) * (share**2 if hopeful else share)
+        return self._load * _between(points, slots, hopeful=hopeful) if points else math.nan
 
     def _known_points(self) -> list[tuple[int, float]]:
-        """Return slots and seconds of what is measured, and of wider forwards that are supposed, in order."""
+        """Return slots and their cost at a load of 1, both rising: measured, and beyond that supposed."""
         widest = max(self._measured, default=0)
-        beyond = ((slots, seconds) for slots, seconds in self._supposed.items() if slots > widest)
-        return sorted([*self._measured.items(), *beyond])
+        least = math.inf
+        points: list[tuple[int, float]] = []
+        for slots, cost in sorted(self._measured.items(), reverse=True):
+            least = min(least, cost)  # the wider step was measured later if it seems to cost less
+            points.append((slots, least))
+        points.reverse()
+        return points + sorted((slots, cost) for slots, cost in self._supposed.items() if slots > widest)
+
+
+def _low_median(samples: Iterable[float]) -> float:
+    """Return the median; of an even number of samples, the lower one of the two in the middle."""
+    ordered = sorted(samples)
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def _between(points: Sequence[tuple[int, float]], slots: int, *, hopeful: bool) -> float:
+    """Return the cost of so many slots, given that of others in order; see `Costs.__call__`."""
+    at = bisect_left(points, (slots, 0.0))
+    if at == len(points):
+        low, cost = points[-1]
+        return cost * (slots / low) ** GROWTH
+    high, cost = points[at]
+    if at == 0:
+        return cost
+    low, below = points[at - 1]
+    share = (slots - low) / (high - low)
+    return below + max(0.0, cost - below) * (share**2 if hopeful else share)
 
 
 def _is_time(seconds: float) -> bool:

@@ -28,6 +28,7 @@ class RowOutcome:
 
     Attributes:
         tokens: tokens committed.
+        total: new tokens of the row after the step.
         order: length of the n-gram that the lookup had matched for this step; 0 without a match.
         lookup: guesses of the lookup branch that were sent, and how many were accepted, whether or not it won.
         backbone: the same for the backbone.
@@ -35,6 +36,7 @@ class RowOutcome:
     """
 
     tokens: int
+    total: int
     order: int = 0
     lookup: tuple[int, int] = (0, 0)
     backbone: tuple[int, int] = (0, 0)

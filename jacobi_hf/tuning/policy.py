@@ -12,12 +12,13 @@ class Policy:
     They were chosen on recorded decodes, see `examples/benchmarks/adaptive_simulation.py`.
 
     Attributes:
-        call: advance, bank, debt, overdraft and reserve are shares of so many tokens, or of the limit of the call if
+        call: advance, bank, debt, lag, overdraft and rich are shares of so many tokens, or of the limit of the call if
             that is lower.
         first_advance: what the first call of a model may spend on trying at once.
         advance: what later calls may spend at once, in addition to what is banked.
         bank: the most that a call leaves to the next.
         debt: the most that a call charges to the next.
+        lag: how far the slowest row of a batch may fall back behind ordinary decoding.
         rich: an account with more than this pays for steps of a width that was never measured.
         accrual: share of the time that trying may cost in the long run.
         overdraft: how far the account may go below 0 for options that are worth it by what was measured.
@@ -39,6 +40,7 @@ class Policy:
     advance: float = 0.005
     bank: float = 0.05
     debt: float = 0.01
+    lag: float = 0.125
     rich: float = 0.04
     accrual: float = 0.01
     overdraft: float = 0.01

@@ -79,6 +79,8 @@ _SMALL = {
     "attention_window_size": WINDOW,
     "window_size": WINDOW,
     "attention_chunk_size": WINDOW,
+    "chunk_size": 16,  # of state space layers: with 256 some releases make tensors of 16 GiB
+    "mamba_chunk_size": 16,
     "use_sliding_window": True,
     "max_window_layers": 2,
     "num_experts": 4,

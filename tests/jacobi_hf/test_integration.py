@@ -154,6 +154,16 @@ def test_rotary_embeddings_that_depend_on_the_length_fall_back(rope, prompt):
     assert torch.equal(output, other.generate(**prompt, max_new_tokens=20))
 
 
+def test_recurrent_layers_fall_back(prompt, monkeypatch):
+    """Some releases have classes whose layers keep the state of a recurrence, and a config that names none of them."""
+    model = fresh_model("qwen3")
+    expected = model.generate(**prompt, max_new_tokens=4)
+    monkeypatch.setattr(type(model), "_is_stateful", True)
+    with pytest.warns(UserWarning, match="recurrent layers"):
+        output = model.generate(**prompt, max_new_tokens=4, **KNOBS)
+    assert torch.equal(output, expected)
+
+
 def test_training_with_gradient_checkpointing_falls_back(prompt):
     model = fresh_model("qwen3").train()
     model.gradient_checkpointing_enable()

@@ -187,11 +187,13 @@ def test_shapes_that_must_not_be_made_are_not_waited_for():
         schedule._may_make = False
         controller = schedule._controller
         ran = []
+        total = 0
         for _ in range(100):
             schedule.decide(SimpleNamespace(orders=[3]), [0])
             option = schedule._option
             accepted = min(option.lookup, 4)
-            outcome = RowOutcome(1 + accepted, 3, (option.lookup, accepted), (option.backbone, 0))
+            total += 1 + accepted
+            outcome = RowOutcome(1 + accepted, total, 3, (option.lookup, accepted), (option.backbone, 0))
             controller.note(option, schedule._slots(option), 1.0, [outcome])
             ran.append(option)
         controller.end()

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobi_hf.tuning.acceptance import LOOKUPS, SourceRates, Survival, both, expected, together
+from jacobi_hf.tuning.account import Account
 from jacobi_hf.tuning.controller import Controller
 from jacobi_hf.tuning.costs import SAMPLES, Costs
 from jacobi_hf.tuning.memory import Memory
@@ -64,12 +65,13 @@ class World:
             return self.random.choice((1e4 * self.cost(slots), 0.0, -5.0, math.nan, math.inf, 1e-9))
         return self.cost(slots) * math.exp(self.random.gauss(0, self.noise))
 
-    def outcome(self, option: Option, order: int, *, warm: bool) -> RowOutcome:
+    def outcome(self, option: Option, order: int, done: int, *, warm: bool) -> RowOutcome:
         lookup = option.lookup if order else 0
         found = self.accepted(lookup, self.lookup[order - 1])
         window = self.accepted(option.backbone, self.backbone) if warm else 0
         pool = (8 * option.others, 0)
-        return RowOutcome(1 + max(found, window), order, (lookup, found), (option.backbone, window), pool)
+        tokens = 1 + max(found, window)
+        return RowOutcome(tokens, done + tokens, order, (lookup, found), (option.backbone, window), pool)
 
     def call(
         self, memory: Memory, rows: int = 1, options: tuple[Option, ...] = ALL, tokens: int = TOKENS
@@ -86,7 +88,8 @@ class World:
             assert option in options
             slots = slots_of(option) - (0 if any(orders) else option.lookup)
             warm = bool(chosen) and chosen[-1].backbone > 0
-            outcomes = [self.outcome(option, order, warm=warm) for order in orders]
+            pairs = zip(orders, left, strict=True)
+            outcomes = [self.outcome(option, order, tokens - missing, warm=warm) for order, missing in pairs]
             time = self.measured(slots)
             controller.note(option, slots, time, outcomes)
             left = [n - one.tokens for n, one in zip(left, outcomes, strict=True) if n > one.tokens]
@@ -101,12 +104,13 @@ class World:
 
     def fixed(self, option: Option) -> float:
         """Return the time of a call whose steps all have this option."""
-        seconds = done = 0.0
+        seconds = 0.0
+        done = 0
         warm = False
         while done < TOKENS:
             order = self.random.randrange(4)
             seconds += self.cost(slots_of(option) - (0 if order else option.lookup))
-            done += self.outcome(option, order, warm=warm).tokens
+            done = self.outcome(option, order, done, warm=warm).total
             warm = option.backbone > 0
         return seconds
 
@@ -349,7 +353,7 @@ def test_a_losing_source_is_remembered_as_losing_and_hope_falls_slowly():
     hope = memory.backbone.hope
     memory.begin()
     for _ in range(40):
-        memory.note(RowOutcome(1, 0, (0, 0), (8, 0)), warm=True)
+        memory.note(RowOutcome(1, 1, 0, (0, 0), (8, 0)), warm=True)
     memory.end(first=False)
     assert memory.backbone.rates[0] < 0.1
     assert hope[0] / 2 < memory.backbone.hope[0] < hope[0]
@@ -363,6 +367,43 @@ def test_a_disturbed_prefill_does_not_count_once_a_longer_one_was_faster():
     assert known(65) > 0.5
     known.suppose(700, 1.0)
     assert known(65) < 0.15
+
+
+@given(st.sampled_from([1, 9]), st.floats(1.5, 4), st.booleans(), st.floats(0, 0.15), st.integers(0, 99))
+def test_a_width_that_is_not_measured_follows_the_load_of_the_machine(width, load, falls, noise, seed):
+    """Other programs come or go while steps of one width run; steps of the other width would be as slow or as fast."""
+    times = {1: 1.0, 9: 2.0}
+    draws = random.Random(seed)
+    known = Costs()
+
+    def note(slots: int, factor: float) -> None:
+        known.note(slots, factor * times[slots] * math.exp(draws.gauss(0, noise)))
+
+    for _ in range(2 * SAMPLES):
+        for slots in times:
+            note(slots, load if falls else 1.0)
+    for _ in range(2 * SAMPLES):
+        note(width, 1.0 if falls else load)
+    assert known(9) / known(1) == pytest.approx(2.0, rel=3 * noise + 0.01)
+    assert known(width) == pytest.approx(times[width] * (1.0 if falls else load), rel=3 * noise + 0.01)
+
+
+@given(st.integers(2, 8), st.integers(1, 127))
+def test_a_batch_gains_no_more_than_its_slowest_row_and_a_lag(rows, steps):
+    costs = Costs()
+    for _ in range(2):
+        costs.note(1, 1.0)
+        costs.note(9, 1.5)
+    account = Account(2.0, costs, POLICY, TOKENS)
+    for step in range(1, steps + 1):
+        lucky = [RowOutcome(4, 4 * step) for _ in range(rows - 1)]
+        gained, spent = account.note(9, [RowOutcome(1, step), *lucky])
+        assert spent == 1.5
+        assert gained == pytest.approx((1 + 4 * (rows - 1)) / rows)
+    lost = steps * (1 - 1.5 * (1 - POLICY.accrual))
+    assert account.credit == pytest.approx(min(2 + lost + steps * (gained - 1), 2 + lost + POLICY.lag * TOKENS))
+    alone = account.note(1, [RowOutcome(1, steps + 1)])
+    assert alone == (1.0, 1.0)
 
 
 @given(st.lists(st.tuples(st.integers(2, 10_000), st.floats(0.01, 100)), min_size=30, max_size=60))
@@ -391,8 +432,8 @@ def test_a_short_call_leaves_what_a_long_one_has_banked():
     for bank in (6.0, -1.2):
         memory = Memory(bank=bank, calls=2)
         controller = Controller(options, slots_of, memory, key="any", sampled=False, limit=8)
-        for _ in range(8):
-            controller.note(options[0], 1, 1.0, [RowOutcome(1)])
+        for total in range(1, 9):
+            controller.note(options[0], 1, 1.0, [RowOutcome(1, total)])
         controller.end()
         assert abs(memory.bank - bank) < 0.5
 
@@ -401,9 +442,9 @@ def test_matches_of_rows_that_have_ended_do_not_count():
     """Values are sums over rows, so steps of more rows must not be compared with the cost of steps of fewer."""
     options = options_for(32, 16, draft_slots=False, others=False, few=False)
     controller = Controller(options, slots_of, Memory(), key="any", sampled=False, limit=128)
-    for rows in (4, 4, 4, 1):
+    for total, rows in enumerate((4, 4, 4, 1), 1):
         option = controller.choose([3] * rows)
-        controller.note(option, 1, 1.0, [RowOutcome(1, 3)] * rows)
+        controller.note(option, 1, 1.0, [RowOutcome(1, total, 3)] * rows)
     assert {orders[3] for orders in controller._recent} == {1}
 
 
@@ -411,5 +452,5 @@ def test_seconds_of_a_step_that_was_compiled_are_left_out():
     options = options_for(32, 16, draft_slots=False, others=False, few=True)
     controller = Controller(options, slots_of, Memory(), key="any", sampled=False, limit=128)
     for seconds in (math.nan, 1.0):
-        controller.note(options[0], 1, seconds, [RowOutcome(1)])
+        controller.note(options[0], 1, seconds, [RowOutcome(1, 1)])
     assert controller.seconds[options[0]] == 1.0

@@ -1,0 +1,67 @@
+"""What a call has gained over ordinary decoding. Plain Python on the host; amounts are in steps of one slot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jacobi_hf.tuning.costs import Costs
+    from jacobi_hf.tuning.options import RowOutcome
+    from jacobi_hf.tuning.policy import Policy
+
+
+class Account:
+    """The tokens of a call, minus what its steps cost. What is left may be spent on wide steps.
+
+    In a batch the tokens are a mean over its rows. But a batch ends with its slowest row, and a row that has no luck
+    with guesses only pays for those of others. So the account never has more than that row has gained and a fixed
+    *lag*.
+
+    Args:
+        credit: what may be spent before anything is gained.
+        costs: what steps cost.
+        policy: constants.
+        call: tokens of the call, see `Policy.call`.
+
+    Attributes:
+        spent: cost of all steps.
+        tokens: new tokens of a row, in the mean.
+    """
+
+    def __init__(self, credit: float, costs: Costs, policy: Policy, call: int) -> None:
+        self._costs = costs
+        self._price = 1 - policy.accrual
+        self._lag = policy.lag * call
+        self._mean = self._slowest = credit
+        self._least: int | None = None  # new tokens of the slowest row
+        self._steps_of: Counter[int] = Counter()  # by slots
+        self.spent = 0.0
+        self.tokens = 0.0
+
+    @property
+    def credit(self) -> float:
+        """What may be spent."""
+        return min(self._mean, self._slowest + self._lag)
+
+    def note(self, slots: int, rows: Sequence[RowOutcome]) -> tuple[float, float]:
+        """Take in a step of so many slots; return its tokens of a row, in the mean, and its cost."""
+        spent = self._costs(slots) / self._costs(1)
+        gained = sum(row.tokens for row in rows) / len(rows)
+        before = min(row.total - row.tokens for row in rows) if self._least is None else self._least
+        self._least = min(row.total for row in rows)
+        self._mean += gained - self._price * spent
+        self._slowest += self._least - before - self._price * spent
+        self._steps_of[slots] += 1
+        self.spent += spent
+        self.tokens += gained
+        return gained, spent
+
+    def settle(self) -> None:
+        """Compute anew what all steps have cost: earlier estimates were not exact."""
+        spent = sum(steps * self._costs(slots) for slots, steps in self._steps_of.items()) / self._costs(1)
+        self._mean += self._price * (self.spent - spent)
+        self._slowest += self._price * (self.spent - spent)
+        self.spent = spent
