@@ -1,6 +1,7 @@
 """Parallel decoding for Hugging Face transformers without a draft model.
 
-Importing this package gives Qwen2 and Qwen3 models `generate(..., decoding="jacobi_multiblock")`.
+Importing this package gives Qwen, Llama, Mistral, Gemma, Phi and about a hundred other classes of models
+`generate(..., decoding="jacobi_multiblock")`.
 """
 
 # First, because it refuses releases of transformers that are too old.

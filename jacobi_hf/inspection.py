@@ -19,6 +19,7 @@ from jacobi_hf.attention.interface import attention_of, field_of, layer_types, u
 from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
+from jacobi_hf.integration.defaults import SERVED
 from jacobi_hf.integration.forward import problem_of
 from jacobi_hf.integration.quantisation import shared_scales
 from jacobi_hf.integration.registry import check_can_decode, registered
@@ -70,7 +71,7 @@ class Environment:
             device=device.type if device else "cpu",
             device_name=torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
             threads=torch.get_num_threads(),
-            registered=sorted(one.__name__ for one in registered()),
+            registered=sorted(SERVED.union(one.__name__ for one in registered())),
             kernels={
                 "flex_attention": is_cuda and has_flex(),
                 "flash-attn": is_cuda and flash_attn_with_kvcache() is not None,

@@ -133,11 +133,9 @@ def load(cell: Cell, folders: dict[str, str]) -> tuple[Any, Any]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         torch.nn.init.normal_(model.get_input_embeddings().weight)  # a weaker or tied one soon repeats its tokens
-        jacobi_hf.register(type(model))
         return model, AutoTokenizer.from_pretrained(folders["smollm2"])
     source = folders.get(cell.model) or str(common.MODELS["forced" if cell.model == "forced" else "base"])
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    jacobi_hf.register(type(model))
     if cell.model == "drafter":
         jacobi_hf.load_drafter(model, common.TINY / "drafter")
     return model, AutoTokenizer.from_pretrained(source)

@@ -212,7 +212,6 @@ def record(
 ) -> None:
     """Record acceptance traces of a model; texts that the file has already are skipped."""
     loaded, tokenizer, _ = common.load(model)
-    jacobi_hf.register(type(loaded))
     if drafter:
         jacobi_hf.load_drafter(loaded, drafter)
     by_domain = adaptive_traces.prompts_of(data, prompts)

@@ -52,7 +52,7 @@ def info(call: Call) -> None:
 def _environment(here: Environment) -> Iterator[tuple[str, str]]:
     yield from here.versions.items()
     yield "device", f"{here.device} ({here.device_name}), {here.threads} thread{'s' * (here.threads != 1)} on the CPU"
-    yield "registered", ", ".join(here.registered)
+    yield "registered", f"{len(here.registered)} classes of models; docs/compatibility.md names them"
     yield "kernels", ", ".join(["sdpa", *(f"{'' if there else 'no '}{name}" for name, there in here.kernels.items())])
     complete = [name for name, lacking in here.extras.items() if not lacking]
     yield "extras", ", ".join(complete) or "none"

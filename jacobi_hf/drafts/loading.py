@@ -43,7 +43,7 @@ def load_drafter(
     The text of a call does not change, nor do ordinary calls.
 
     Args:
-        model: a model of a registered class, such as Qwen2 or Qwen3.
+        model: a model of a registered class, such as Qwen3 or Llama.
         source: a folder, or a repository of the Hub.
         name: name of the drafter, if a model has several. The one loaded last is in use; `set_drafter` chooses
             another.

@@ -1,4 +1,4 @@
-"""Registration of the default classes when transformers loads their modules.
+"""Registration of classes when transformers loads their modules.
 
 Importing transformers and its models takes seconds. So importing jacobi_hf does not import them, and registers a class
 at the end of the import of its module, before anybody can use the class.
@@ -11,52 +11,77 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
-from jacobi_hf.integration.defaults import DEFAULTS
+from jacobi_hf.integration.defaults import SERVED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+_MODELS = "transformers.models."
+_GENERATE = "transformers.generation.utils"
+
 
 def register_when_loaded() -> None:
-    """Register the default classes: those of loaded modules now, all others when their module is loaded."""
+    """Register the classes of `SERVED`: those of loaded modules now, all others when their module is loaded."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in DEFAULTS:
-        if name in sys.modules:
-            _register(import_module(name))  # waits if another thread is loading it
+    for name in [*sys.modules]:
+        if (change := _change_of(name)) is not None:
+            change(import_module(name))  # waits if another thread is loading it
+
+
+def register_no_more() -> None:
+    """Leave modules that are loaded from now on as they are."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+
+
+def _change_of(name: str) -> Callable[[ModuleType], None] | None:
+    """Return what is to be done with a module of this name when it is loaded, or None."""
+    if name == _GENERATE:
+        return _advise
+    return _register if name.startswith(_MODELS) and ".modeling_" in name else None
 
 
 def _register(module: ModuleType) -> None:
-    registry = import_module("jacobi_hf.integration.registry")
-    registry.register_default(getattr(module, DEFAULTS[module.__name__]))
+    names = [name for name in vars(module) if name in SERVED]
+    classes = [one for name in names if (one := getattr(module, name)).__module__ == module.__name__]
+    registry = import_module("jacobi_hf.integration.registry") if classes else None
+    for model_class in classes:
+        registry.register_default(model_class)  # type: ignore[union-attr]
+
+
+def _advise(module: ModuleType) -> None:
+    import_module("jacobi_hf.integration.advice").give_advice(module.GenerationMixin)
 
 
 class _Finder(MetaPathFinder):
-    """Finder of the modules of the default classes. The finders after it find them; it adds a loader."""
+    """Finder of the modules in which something changes. The finders after it find them; it adds a loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in DEFAULTS:
+        change = _change_of(fullname)
+        if change is None:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, change)
         return spec
 
 
 class _Loader(Loader):
-    """Loader that registers a class of the module that another loader has loaded.
+    """Loader that changes a module after another loader has loaded it.
 
     Args:
         loader: the other loader. It becomes the module's loader, so that tools find the module's source.
+        change: gets the module.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, change: Callable[[ModuleType], None]) -> None:
         self._loader = loader
+        self._change = change
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # of a copy that is being made
@@ -72,4 +97,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register(module)
+        self._change(module)

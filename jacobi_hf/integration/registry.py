@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from importlib import import_module
 
 from transformers import GenerationMixin, PreTrainedModel
 
 from jacobi_hf.integration.compat import CACHE, parameters_of
-from jacobi_hf.integration.defaults import DEFAULTS
+from jacobi_hf.integration.defaults import ALWAYS
 from jacobi_hf.integration.mixin import JacobiGenerationMixin
+from jacobi_hf.integration.on_load import register_no_more, register_when_loaded
 from jacobi_hf.integration.releases import is_tested
 
 _registered: list[type] = []
@@ -58,40 +58,38 @@ def register(model_class: type) -> type:
 
 
 def unregister(model_class: type | None = None) -> None:
-    """Take the `decoding` argument away from a class, or from all registered ones. Other classes are left alone."""
-    _load_defaults()
+    """Take the `decoding` argument away from a class, or from all registered ones and those that are loaded later.
+
+    Other classes are left alone.
+    """
+    if model_class is None:
+        register_no_more()
     for known in [other for other in _registered if model_class in (None, other)]:
         known.__bases__ = tuple(base for base in known.__bases__ if base is not JacobiGenerationMixin)
         _registered.remove(known)
 
 
 def registered() -> list[type]:
-    """Return the classes that `register` was called for, Qwen2 and Qwen3 among them; their subclasses decode too."""
-    _load_defaults()
+    """Return the registered classes whose modules are loaded; their subclasses decode too."""
     return list(_registered)
 
 
-def _load_defaults() -> None:
-    """Load the modules of the default classes, which registers them if jacobi_hf was imported."""
-    for module in DEFAULTS:
-        import_module(module)
-
-
 def register_defaults() -> None:
-    """Register Qwen2 and Qwen3, as importing jacobi_hf does when transformers loads them."""
-    for module, name in DEFAULTS.items():
-        register_default(getattr(import_module(module), name))
+    """Register the classes that importing jacobi_hf registers, after `unregister`."""
+    register_when_loaded()
 
 
 def register_default(model_class: type) -> None:
     """Register a class that nobody asked for.
 
-    On a release of transformers that is newer than the tests, a class that cannot be registered is left out with a
-    warning, so that it can be used without this package.
+    A class may lack what it needs in an older release of transformers; then it is left out. In a release that is newer
+    than the tests, a warning says so, so that the class can be used without this package.
     """
     try:
         register(model_class)
     except TypeError as error:
-        if is_tested():
+        name = model_class.__name__
+        if not is_tested():
+            warnings.warn(f"{name} is not registered: {error}", UserWarning, stacklevel=2)
+        elif name in ALWAYS:
             raise
-        warnings.warn(f"{model_class.__name__} is not registered: {error}", UserWarning, stacklevel=2)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import jacobi_hf
+from jacobi_hf.integration.defaults import ALWAYS, SERVED
 from tests.helpers.architectures import Finding, build_that_generates, causal_classes, judge
 from tests.helpers.models import fresh_model
 
@@ -104,6 +105,12 @@ def check(model_type: str) -> None:
     assert finding.outcome != "FAILS", f"{name}: {finding.detail}"
     if name in recorded():
         assert finding.outcome == recorded()[name][0], f"{name}: {finding.detail}"
+
+
+def test_the_classes_with_equal_text_are_registered_on_import():
+    _, found = max(json.loads(RECORDED.read_text())["releases"].items(), key=lambda item: Version(item[0]))
+    assert {name for name, (outcome, _) in found.items() if outcome == "equal"} == SERVED
+    assert ALWAYS <= SERVED
 
 
 def test_the_docs_name_the_classes():

@@ -144,8 +144,10 @@ assert "class Qwen3ForCausalLM" in inspect.getsource(sys.modules[modelling])
 assert sys.modules[modelling].__loader__ is sys.modules[modelling].__spec__.loader
 assert type(sys.modules[modelling].__loader__).__name__ == "SourceFileLoader"
 from jacobi_hf.integration.registry import registered
-assert [one.__name__ for one in registered()] == ["Qwen3ForCausalLM", "Qwen2ForCausalLM"], registered()
+assert [one.__name__ for one in registered()] == ["Qwen3ForCausalLM"], registered()
 jacobi_hf.unregister()
+from transformers import LlamaForCausalLM
+assert not issubclass(LlamaForCausalLM, jacobi_hf.JacobiGenerationMixin) and not registered()
 importlib.reload(jacobi_hf)
 assert sum(type(finder).__module__ == "jacobi_hf.integration.on_load" for finder in sys.meta_path) == 1
 """
@@ -161,6 +163,25 @@ threads = [threading.Thread(target=lambda: transformers.Qwen2ForCausalLM) for _ 
 [thread.join() for thread in threads]
 assert transformers.Qwen2ForCausalLM.__bases__[0] is jacobi_hf.JacobiGenerationMixin
 """
+
+
+FAMILIES = """
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import jacobi_hf
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+sizes |= dict(num_key_value_heads=2, head_dim=8, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+for family in "llama", "mistral", "gemma2", "phi", "phi3":
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    prompt = torch.tensor([[3, 4, 5]])
+    plain = model.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert torch.equal(plain, model.generate(prompt, max_new_tokens=20, do_sample=False, decoding="jacobi_multiblock"))
+"""
+
+
+def test_the_families_of_the_readme_need_no_other_line():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FAMILIES], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("program", [LAZY, EARLY], ids=["jacobi_hf first", "transformers first"])

@@ -6,7 +6,7 @@ import json
 from importlib import metadata
 
 import pytest
-from transformers import GenerationConfig, GPT2Config, LlamaConfig, Qwen3Config, T5Config
+from transformers import GenerationConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, T5Config
 from typer.testing import CliRunner
 
 import jacobi_hf
@@ -108,9 +108,12 @@ def test_info_and_generate_fall_back_for_the_same_reasons(tmp_path, recwarn, nam
 
 def test_classes_that_are_not_registered_or_cannot_be(tmp_path):
     LlamaConfig(**SIZES, vocab_size=8).save_pretrained(tmp_path / "llama")
+    jacobi_hf.unregister(LlamaForCausalLM)
     told = document(str(tmp_path / "llama"))["model"]
     assert (told["decoding"], told["is_registered"]) == ("runs", False)
     assert "jacobi_hf.register(LlamaForCausalLM)" in run(app, ["info", str(tmp_path / "llama")]).stdout
+    jacobi_hf.register_defaults()
+    assert document(str(tmp_path / "llama"))["model"]["is_registered"]
     GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8).save_pretrained(tmp_path / "gpt2")
     assert document(str(tmp_path / "gpt2"))["model"]["model_class"] == "GPT2LMHeadModel"
 

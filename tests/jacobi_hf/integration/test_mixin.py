@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import sys
 import warnings
 
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     FalconForCausalLM,
     GenerationConfig,
@@ -79,6 +82,37 @@ def test_registration_is_idempotent_and_reversible(prompt):
         register_defaults()
     assert Qwen3ForCausalLM.__bases__ == bases
     model.generate(**prompt, max_new_tokens=3, decoding="jacobi")  # an instance from before
+
+
+def test_a_class_that_is_not_registered_says_what_to_do(prompt):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    model = Mine(fresh_model("llama").config).eval()
+    plain = model.generate(**prompt, max_new_tokens=3)
+    unregister(LlamaForCausalLM)
+    try:
+        message = "decoding='jacobi' does not work here: Mine is not registered. Call jacobi_hf.register(type(model))"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.generate(**prompt, max_new_tokens=3, decoding="jacobi")
+        with pytest.raises(ValueError, match="jacobi_block_size=4 does not work here: Mine is not registered"):
+            model.generate(**prompt, max_new_tokens=3, jacobi_block_size=4)
+        assert torch.equal(plain, model.generate(**prompt, max_new_tokens=3, decoding=None))
+        JacobiConfig().save_defaults(model)
+        with pytest.warns(UserWarning, match=r"has decoding='jacobi_multiblock', but .*: Mine is not registered"):
+            assert torch.equal(plain, model.generate(**prompt, max_new_tokens=3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(**prompt, max_new_tokens=3)
+    finally:
+        register_defaults()
+    assert model.generate(**prompt, max_new_tokens=3, return_dict_in_generate=True).jacobi_stats.forwards
+
+
+def test_a_class_that_cannot_be_registered_says_why(prompt):
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, pad_token_id=0, eos_token_id=None)
+    with pytest.raises(ValueError, match=r"does not work here: BloomForCausalLM.forward does not take"):
+        BloomForCausalLM(config).generate(**prompt, max_new_tokens=3, decoding="jacobi")
 
 
 @pytest.mark.parametrize("kind", OTHERS)
