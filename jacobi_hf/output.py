@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from jacobi_hf.integration.compat import CACHE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass
@@ -63,6 +67,18 @@ class JacobiStats:
     cuda_graphs: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """Return three lines: how fast the call was, what was accepted, and which shapes the steps had."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        tokens, forwards = sum(self.new_tokens), sum(self.row_forwards)
+        rate = f"{tokens / forwards:.2f} tokens per forward" if forwards else "no forward"
+        speed = f"{tokens} tokens in {seconds:.2f} s ({self.prefill_seconds:.2f} s of it prefill), {rate}"
+        sources = ", ".join(f"{source} {count}" for source, count in self.accepted_from.most_common())
+        share = f"{sum(self.accepted_from.values())} of {self.guesses} guesses accepted"
+        length = f"acceptance length {self.mean_acceptance_length:.2f}"
+        accepted = f"{length}, {share}" + (f": {sources}" if sources else "")
+        return f"{speed}\n{accepted}\nsteps: {steps_in_words(self.steps_by_shape) or 'none'}"
 
     def note_step(self, shape: str, seconds: float) -> None:
         """Count a decoding step.
@@ -138,6 +154,14 @@ class JacobiStats:
     def window_acceptance(self) -> float:
         """Share of the window's verified guesses that were accepted; 0 if none was verified."""
         return self.accepted / max(1, self.verified)
+
+
+def steps_in_words(steps_by_shape: Mapping[str, int], most: int = 4) -> str:
+    """Return the shapes that steps had most often: "6 of one slot, 3 of lookup 16 and 2 more shapes"."""
+    usual = sorted(steps_by_shape.items(), key=lambda one: -one[1])
+    shown = [f"{count} of {'one slot' if shape == '1' else shape}" for shape, count in usual[:most]]
+    more = len(usual) - most
+    return ", ".join(shown) + (f" and {more} more shape{'s' * (more > 1)}" if more > 0 else "")
 
 
 def acceptance_length_of(accepted_guesses: Counter[int]) -> float:

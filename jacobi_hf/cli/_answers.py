@@ -11,6 +11,8 @@ import torch
 import typer
 from transformers import TextStreamer
 
+from jacobi_hf.output import steps_in_words
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -53,14 +55,10 @@ class Answer:
 
     def __str__(self) -> str:
         f = self.figures
-        usual = sorted(self.steps_by_shape.items(), key=lambda one: -one[1])
-        shown = [(count, "one slot" if shape == "1" else shape) for shape, count in usual[:MOST_SHAPES]]
-        shapes = ", ".join(f"{count} of {shape}" for count, shape in shown)
-        rest = f" and {len(usual) - MOST_SHAPES} more" if len(usual) > MOST_SHAPES else ""
+        shapes = steps_in_words(self.steps_by_shape, MOST_SHAPES)
         return (
             f"{f['new_tokens']} tokens in {f['forwards']} forwards, {f['tokens_per_forward']:.2f} tokens per forward, "
-            f"{f['seconds']:.2f} s, {f['tokens_per_second']:.0f} tok/s"
-            + (f"; steps: {shapes}{rest}" if shapes else "")
+            f"{f['seconds']:.2f} s, {f['tokens_per_second']:.0f} tok/s" + (f"; steps: {shapes}" if shapes else "")
         )
 
 

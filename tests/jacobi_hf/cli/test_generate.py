@@ -114,7 +114,7 @@ def test_a_difference_is_shown(monkeypatch):
 def test_the_most_frequent_shapes_are_shown():
     shapes = {"window 16": 1, "1": 5, "lookup 8": 3, "lookup 16": 2, "window 8": 1}
     answer = Answer("text", [1, 2], 1, 0.1, steps_by_shape=shapes)
-    assert str(answer).endswith("tok/s; steps: 5 of one slot, 3 of lookup 8, 2 of lookup 16 and 2 more")
+    assert str(answer).endswith("tok/s; steps: 5 of one slot, 3 of lookup 8, 2 of lookup 16 and 2 more shapes")
     assert answer.figures["steps_by_shape"] == shapes
     assert str(Answer("text", [1, 2], 2, 0.1)).endswith("tok/s")
     assert "steps_by_shape" not in Answer("text", [1, 2], 2, 0.1).figures
