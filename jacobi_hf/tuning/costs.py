@@ -86,9 +86,9 @@ class Costs:
         A step costs at least what a narrower one costs. So even one of a width that is hardly known shows that the
         load has fallen.
         """
-        known = (width for width, samples in self._samples.items() if width <= slots and len(samples) >= SETTLED)
+        known = (width for width in self._samples if width <= slots and self._is_settled(width))
         least = max((self._measured[width] for width in known), default=0.0)
-        if len(self._samples[slots]) < SETTLED and seconds >= self._load * least:
+        if not self._is_settled(slots) and seconds >= self._load * least:
             return
         self._loads.append(seconds / least)
         self._load = _low_median(self._loads)
@@ -109,13 +109,23 @@ class Costs:
     def _known_points(self) -> list[tuple[int, float]]:
         """Return slots and their cost at a load of 1, both rising: measured, and beyond that supposed."""
         widest = max(self._measured, default=0)
-        least = math.inf
-        points: list[tuple[int, float]] = []
+        most = math.inf
+        bounded: list[tuple[int, float]] = []
         for slots, cost in sorted(self._measured.items(), reverse=True):
-            least = min(least, cost)  # the wider step was measured later if it seems to cost less
-            points.append((slots, least))
-        points.reverse()
+            if self._is_settled(slots):
+                most = min(most, cost)  # if a wider step costs less, it was measured later
+            bounded.append((slots, min(cost, most)))
+        least = 0.0
+        points: list[tuple[int, float]] = []
+        for slots, cost in reversed(bounded):
+            points.append((slots, max(least, cost)))
+            if self._is_settled(slots):
+                least = cost
         return points + sorted((slots, cost) for slots, cost in self._supposed.items() if slots > widest)
+
+    def _is_settled(self, slots: int) -> bool:
+        """Return whether a width was measured often enough."""
+        return len(self._samples.get(slots, ())) >= SETTLED
 
 
 def _low_median(samples: Iterable[float]) -> float:
