@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SAMPLES = 15  # measurements of a number of slots that count
 SETTLED = 8  # measurements after which another one says more about the load than about the cost
 LOADS = 7  # such measurements that count
+SLACK = 0.93  # a wide step is found to cost less than a narrow one only if it costs less than this share
 SUPPOSED = 16  # other forwards that count, the narrowest ones
 GROWTH = 0.6  # beyond everything known, the cost is taken to grow as slots ** GROWTH
 
@@ -87,10 +88,11 @@ class Costs:
         load has fallen.
         """
         known = (width for width in self._samples if width <= slots and self._is_settled(width))
-        least = max((self._measured[width] for width in known), default=0.0)
-        if not self._is_settled(slots) and seconds >= self._load * least:
+        least = SLACK * max((self._measured[width] for width in known), default=0.0)
+        cost = max(least, self._measured[slots]) if self._is_settled(slots) else least
+        if not self._is_settled(slots) and seconds >= self._load * cost:
             return
-        self._loads.append(seconds / least)
+        self._loads.append(seconds / cost)
         self._load = _low_median(self._loads)
 
     def __call__(self, slots: int, *, hopeful: bool = False) -> float:
@@ -107,20 +109,15 @@ class Costs:
         return self._load * _between(points, slots, hopeful=hopeful) if points else math.nan
 
     def _known_points(self) -> list[tuple[int, float]]:
-        """Return slots and their cost at a load of 1, both rising: measured, and beyond that supposed."""
+        """Return slots, in order, and their cost at a load of 1: measured, and beyond that supposed."""
         widest = max(self._measured, default=0)
         most = math.inf
-        bounded: list[tuple[int, float]] = []
+        points: list[tuple[int, float]] = []
         for slots, cost in sorted(self._measured.items(), reverse=True):
             if self._is_settled(slots):
                 most = min(most, cost)  # if a wider step costs less, it was measured later
-            bounded.append((slots, min(cost, most)))
-        least = 0.0
-        points: list[tuple[int, float]] = []
-        for slots, cost in reversed(bounded):
-            points.append((slots, max(least, cost)))
-            if self._is_settled(slots):
-                least = cost
+            points.append((slots, min(cost, most / SLACK)))
+        points.reverse()
         return points + sorted((slots, cost) for slots, cost in self._supposed.items() if slots > widest)
 
     def _is_settled(self, slots: int) -> bool:
