@@ -1,17 +1,13 @@
-"""Readers of prompts, text, JSON, JSONL and YAML from outside. All raise `ValueError` with file, line and fault."""
+"""Readers of text, JSON, JSONL and YAML from outside. All raise `ValueError` with file, line and fault."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from jinja2 import TemplateError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
 
 STDIN = "-"
 
@@ -117,135 +113,3 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path}{place} is not YAML: {error.problem or error.context}.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-
-
-def read_prompts(path: str | Path) -> list[Any]:
-    """Return the prompts of a file. Each is a string or a list of messages.
-
-    A `.jsonl` file has a prompt in each line. A `.json` file is a list of prompts. Both hold strings, lists of
-    messages, or objects with `prompt` or `messages`. Any other file is text with a prompt in each line. The first line
-    of a `.jsonl` file is skipped if it is an object with neither `prompt` nor `messages`. Task files of `jacobi-hf
-    eval` may have such a line.
-
-    Raises:
-        ValueError: The file cannot be read, holds something else, or holds no prompts.
-    """
-    suffix = Path(path).suffix
-    rows = _rows_of_json(path) if suffix == ".json" else read_lines(path)
-    if suffix == ".jsonl":
-        rows = [(place, parse_json(line, place)) for place, line in rows]
-        if rows and _is_options(rows[0][1]):
-            rows = rows[1:]
-    if not rows:
-        raise ValueError(f"{path} holds no prompts.")
-    return [_prompt_of(row, place) for place, row in rows]
-
-
-def _rows_of_json(path: str | Path) -> list[tuple[str, Any]]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} does not hold a list of prompts.")  # noqa: TRY004
-    return [(f"{path}, prompt {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _is_options(row: Any) -> bool:
-    return isinstance(row, dict) and "prompt" not in row and "messages" not in row
-
-
-def _prompt_of(row: Any, place: str) -> Any:
-    prompt = row.get("messages", row.get("prompt")) if isinstance(row, dict) else row
-    if _is_text(prompt) or _is_messages(prompt):
-        return prompt
-    wanted = "a text, a list of messages, or an object with prompt or messages"
-    raise ValueError(f"{place} is not a prompt. It must be {wanted}; it is {json.dumps(row)[:60]}.")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_messages(value: Any) -> bool:
-    turns = value if isinstance(value, list) else []
-    return bool(turns) and all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
-
-
-def read_prompts_by_domain(path: str | Path) -> dict[str, list[Any]]:
-    """Return the prompts of each domain. The file is JSON: `{"prompts": {"code": ["def f():"]}}`.
-
-    A prompt is a string or a list of messages.
-
-    Raises:
-        ValueError: The file cannot be read, or holds something else.
-    """
-    value = read_json(path)
-    prompts = value.get("prompts") if isinstance(value, dict) else None
-    if not isinstance(prompts, dict) or not all(isinstance(texts, list) and texts for texts in prompts.values()):
-        raise ValueError(f'{path} must hold prompts by domain, as in {{"prompts": {{"code": ["def f():"]}}}}.')
-    return prompts
-
-
-def encode_prompts(prompts: Sequence[Any], tokenizer: Any, model: str, *, chat: bool) -> list[list[int]]:
-    """Return the token ids of each prompt.
-
-    Args:
-        prompts: Strings or lists of messages.
-        tokenizer: Tokenizer of the model.
-        model: Name of the model, for errors.
-        chat: Whether strings go through the chat template too, as the turn of a user. Messages always do.
-
-    Raises:
-        ValueError: The chat template is missing or refuses a prompt, or a prompt has no tokens.
-    """
-    if tokenizer.chat_template is None and (chat or not all(isinstance(prompt, str) for prompt in prompts)):
-        raise ValueError(f"{model} has no chat template, which messages and --chat need.")
-    encoded = [_encode(prompt, tokenizer, f"prompt {at}", chat=chat) for at, prompt in enumerate(prompts, 1)]
-    if not all(encoded):
-        prompt = str(prompts[encoded.index([])])[:40]
-        raise ValueError(f"the tokenizer of {model} returns no tokens for {prompt!r}. Check the tokenizer's files.")
-    return encoded
-
-
-def _encode(prompt: Any, tokenizer: Any, where: str, *, chat: bool) -> list[int]:
-    if not isinstance(prompt, str):
-        return encode_messages(prompt, tokenizer, where)
-    if chat:
-        return encode_messages([{"role": "user", "content": prompt}], tokenizer, where)
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    return ids
-
-
-def encode_messages(
-    messages: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    where: str,
-    *,
-    system_prompt: str | None = None,
-    **template_options: Any,
-) -> list[int]:
-    """Return the token ids of a conversation and of the opening of the next answer, through the chat template.
-
-    A last turn of the assistant is left out.
-
-    Args:
-        messages: Turns with `role` and `content`.
-        tokenizer: Tokenizer with a chat template.
-        where: Name of the conversation in errors.
-        system_prompt: Text of a system turn, for conversations that do not begin with one.
-        template_options: Further arguments of `apply_chat_template`.
-
-    Raises:
-        ValueError: There is no turn to answer, or the template refuses the turns.
-    """
-    turns = [dict(turn) for turn in messages]
-    if turns and turns[-1].get("role") == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise ValueError(f"{where} has no turn to answer.")
-    if system_prompt is not None and turns[0].get("role") != "system":
-        turns = [{"role": "system", "content": system_prompt}, *turns]
-    options = {"add_generation_prompt": True, "return_dict": False, **template_options}
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(turns, **options)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses {where}: {error}.") from None
-    return ids

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from jacobi_hf.io import encode_prompts, read_jsonl, read_prompts_by_domain
+from jacobi_hf.io import read_jsonl
+from jacobi_hf.prompts import encode_prompts, read_prompts_by_domain
 from jacobi_hf.results.environment import Hardware
 from jacobi_hf.trainer.data.loading import load_packed
 from jacobi_hf.trainer.drafter.config import DrafterConfig
@@ -117,7 +118,7 @@ def build_trainer(config: RunConfig, args: BaseConfig, state: RunState) -> BaseT
     options: dict[str, Any] = {
         "args": args,
         "eval_prompts": {
-            domain: encode_prompts(texts, tokenizer, config.model, chat=False) for domain, texts in by_domain.items()
+            domain: encode_prompts(texts, tokenizer, config.model) for domain, texts in by_domain.items()
         },
         "train_dataset": load_packed(config.train_dataset, streaming=config.streaming, **checks),
         "eval_dataset": load_packed(config.eval_dataset, **checks) if config.eval_dataset else None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jacobi_hf.cli._errors import check_folder
-from jacobi_hf.cli._options import ModelOptions, Sampling, flag, option, required, verb
+from jacobi_hf.cli._options import ModelOptions, Sampling, flag, option, required, switch, verb
 
 if TYPE_CHECKING:
     from jacobi_hf.cli._recipes import Call
@@ -28,7 +28,8 @@ class AutotuneOptions(ModelOptions):
 
     prompts: str = required("File of prompts, see above; a dozen of the kind that will be decoded.")
     assistant_model: str | None = option(None, "Draft model, to try transformers' assisted decoding too.")
-    chat: bool = flag("Put prompts through the model's chat template.")
+    column: str | None = option(None, "Column of the prompts, if it has a name of its own.")
+    chat: bool | None = switch("Put prompts through the model's chat template. Questions and messages go anyway.")
     max_new_tokens: int = option(128, "Most new tokens of a text.", low=1)
     batch_size: int = option(1, "Prompts that will be decoded together.", low=1)
     seconds: float = option(60.0, "How long to try settings.")
@@ -40,14 +41,14 @@ class AutotuneOptions(ModelOptions):
 def autotune(call: Call) -> None:
     """Try settings on your prompts and print the fastest, which may be ordinary decoding. The text is always the same.
 
-    A .jsonl file of prompts has a prompt in each line. A .json file is a list of prompts. Prompts are texts, or
-    objects with "prompt" or "messages". Any other file is text with a prompt in each line.
+    Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question or text,
+    such as the files of GSM8K, HumanEval and MT-bench.
     """
     from jacobi_hf.cli._models import placement_of
-    from jacobi_hf.io import encode_prompts, read_prompts
+    from jacobi_hf.prompts import encode_prompts, read_prompts
 
     options, sampling = call.parse()
-    texts = read_prompts(options.prompts)
+    texts = read_prompts(options.prompts, options.column)
     if options.save:
         _check_can_save(options.model, options.assistant_model)
     from jacobi_hf.loading import check_length, load

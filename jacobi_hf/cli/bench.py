@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jacobi_hf.cli._errors import check_file
-from jacobi_hf.cli._options import Options, option, required, verb
+from jacobi_hf.cli._options import Options, option, required, switch, verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,7 +32,9 @@ class BenchConfig(Options):
     name: str | None = option(None, "Name of the model in the results.")
     dtype: str = option("float32", "dtype of the model; texts are compared token for token in float32.")
     output: str = required("JSON file of the results.")
-    prompts: str = required("JSON with prompts by domain.")
+    prompts: str = required("File of prompts, or JSON with prompts by domain.")
+    column: str | None = option(None, "Column of the prompts, if it has a name of its own.")
+    chat: bool | None = switch("Put prompts through the model's chat template. Questions and messages go anyway.")
     domains: str | None = option(None, "Domains to measure, separated by commas.")
     prompt_count: int = option(64, "Prompts of each domain.", low=1)
     max_new_tokens: int = option(128, "New tokens per prompt.", low=1)
@@ -55,8 +57,10 @@ class BenchConfig(Options):
 def bench(call: Call) -> None:
     """Measure tokens per forward and identity with ordinary decoding by domain, held-out loss, and right answers.
 
-    The file of prompts is JSON: {"prompts": {"code": ["def f():"]}}; a prompt is text or a list of messages. An
-    interrupted run goes on after the last finished domain when it is run again.
+    Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question or text,
+    such as the files of GSM8K, HumanEval and MT-bench. JSON may have them by domain:
+    {"prompts": {"code": ["def f():"]}}. An interrupted run goes on after the last finished domain when it is run
+    again.
     """
     (config,) = call.parse()
     file = unfinished(config)
@@ -131,9 +135,10 @@ def run(config: BenchConfig, *, quiet: bool = False) -> Results:
 
 def _read(config: BenchConfig) -> tuple[dict[str, list[Any]], dict[str, list[str]], list[dict[str, Any]]]:
     """Return prompts by domain, held-out texts by domain, and problems."""
-    from jacobi_hf.io import read_jsonl, read_prompts_by_domain
+    from jacobi_hf.io import read_jsonl
+    from jacobi_hf.prompts import read_prompts_by_domain
 
-    by_domain = read_prompts_by_domain(config.prompts)
+    by_domain = read_prompts_by_domain(config.prompts, config.column)
     domains = [domain.strip() for domain in config.domains.split(",")] if config.domains else list(by_domain)
     if unknown := [domain for domain in domains if domain not in by_domain]:
         raise ValueError(f"{config.prompts} has no domain {', '.join(unknown)}; it has {', '.join(by_domain)}.")
@@ -222,7 +227,9 @@ def _decoded(
 ) -> list[Measurement]:
     from jacobi_hf.evaluation.decoding import measurements
 
-    return measurements(model, tokenizer, prompts, decoders, config.max_new_tokens, config.drafter, bar)
+    return measurements(
+        model, tokenizer, prompts, decoders, config.max_new_tokens, config.drafter, bar, chat=config.chat
+    )
 
 
 def _show(results: Results, output: str) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from jacobi_hf.cli._options import ModelOptions, Sampling, argument, flag, option, verb
-from jacobi_hf.io import STDIN, encode_prompts, read_text
+from jacobi_hf.io import STDIN, read_text
+from jacobi_hf.prompts import encode_prompts
 
 if TYPE_CHECKING:
     from jacobi_hf.cli._answers import Answer

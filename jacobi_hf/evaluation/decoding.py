@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jacobi_hf.io import encode_prompts
 from jacobi_hf.output import acceptance_length_of
+from jacobi_hf.prompts import encode_prompts
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts
 
 if TYPE_CHECKING:
@@ -150,24 +150,27 @@ def measurements(
     max_new_tokens: int,
     drafter: str | None = None,
     track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
+    *,
+    chat: bool | None = None,
 ) -> list[Measurement]:
     """Return tokens per forward, slots per forward and agreement of each decoder on the prompts of each domain.
 
     Args:
         model: model of a registered class, in eval mode.
         tokenizer: the model's tokenizer.
-        prompts: prompts by the name of their domain; each prompt is a string or a list of messages.
+        prompts: prompts by the name of their domain, as `jacobi_hf.prompts.read_prompts` returns them.
         decoders: settings of Jacobi decoding by the name that the results give them.
         max_new_tokens: most new tokens of each prompt.
         drafter: name that the results give the drafter in use; None without a drafter.
         track: progress bar, called as `untracked` is.
+        chat: whether texts go through the chat template, see `jacobi_hf.prompts.encode_prompts`.
 
     Raises:
         ValueError: the chat template is missing or refuses a prompt, or a prompt has no tokens.
     """
     measured = []
     for domain, texts in prompts.items():
-        ids = encode_prompts(texts, tokenizer, model.name_or_path, chat=False)
+        ids = encode_prompts(texts, tokenizer, model.name_or_path, chat=chat)
         references = ordinary_outputs(model, track(ids, f"{domain}, generate"), max_new_tokens)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
         for name, config in decoders.items():

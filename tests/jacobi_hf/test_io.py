@@ -9,14 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from jinja2 import TemplateError
 
 from jacobi_hf import io
-from tests.helpers.tiny import EXAMPLE
 
 ROOT = Path(__file__).resolve().parents[2]
-MESSAGES = [{"role": "user", "content": "hi"}]
-ANSWERED = [*MESSAGES, {"role": "assistant", "content": "hello"}]
 
 
 def test_jsonl_rows_come_back_as_they_were_written(tmp_path):
@@ -54,8 +50,6 @@ READERS = [
     io.read_jsonl,
     io.read_lines,
     io.read_yaml,
-    io.read_prompts,
-    io.read_prompts_by_domain,
 ]
 
 
@@ -64,99 +58,6 @@ def test_what_cannot_be_opened_is_named(tmp_path, reader):
     for path, reason in ((tmp_path / "nowhere", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read: {reason}.")):
             reader(path)
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"prompts": []}', '{"prompts": {"code": "def f():"}}', '{"prompts": {"code": []}}', "{"]
-)
-def test_prompts_are_by_domain(tmp_path, content):
-    path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({"prompts": {"code": ["def f():"]}}))
-    assert io.read_prompts_by_domain(path) == {"code": ["def f():"]}
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"prompts.json (must hold prompts by domain|is not JSON)"):
-        io.read_prompts_by_domain(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "prompts"),
-    [
-        ("a.txt", "one\n\n  two\n", ["one", "  two"]),
-        ("a.jsonl", '"one"\n\n{"prompt": "two", "answer": 3}\n', ["one", "two"]),
-        ("a.jsonl", '"a\u2028b"\n', ["a\u2028b"]),
-        ("a.json", json.dumps(["one", {"messages": MESSAGES}, {"prompt": MESSAGES}]), ["one", MESSAGES, MESSAGES]),
-        ("a.jsonl", '{"stop": ["x"]}\n{"prompt": "one"}\n', ["one"]),
-    ],
-)
-def test_a_file_of_prompts(tmp_path, name, text, prompts):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert io.read_prompts(tmp_path / name) == prompts
-
-
-def test_a_task_file_is_a_file_of_prompts():
-    prompts = io.read_prompts(EXAMPLE / "tasks" / "arithmetic.jsonl")
-    assert len(prompts) > 1
-    assert all(isinstance(prompt, str) for prompt in prompts)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.txt", "\n \n", "holds no prompts"),
-        ("a.json", "[]", "holds no prompts"),
-        ("a.json", '{"prompt": "x"}', "a list of prompts"),
-        ("a.jsonl", '"x"\n{\n', "line 2 is not JSON"),
-        ("a.json", "[3]", "prompt 1 is not a prompt"),
-        ("a.jsonl", '"x"\n{"text": "y"}', "line 2 is not a prompt"),
-        ("a.json", "[", "is not JSON"),
-        ("a.json", '[{"messages": []}]', "prompt 1"),
-        ("a.json", '[[{"role": "user"}]]', "prompt 1"),
-        ("a.json", '[""]', "prompt 1"),
-    ],
-)
-def test_a_file_that_holds_something_else_is_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        io.read_prompts(tmp_path / name)
-
-
-class Tokenizer:
-    """A tokenizer whose ids show what it was asked to encode."""
-
-    chat_template = "there is one"
-
-    def __call__(self, text):
-        return {"input_ids": [text] if text else []}
-
-    def apply_chat_template(self, turns, **options):
-        if options.get("refuse"):
-            raise TemplateError("no such turns")
-        return [(turn["role"], turn["content"]) for turn in turns]
-
-
-def test_messages_and_chats_go_through_the_template():
-    assert io.encode_prompts(["x", ANSWERED], Tokenizer(), "m", chat=False) == [["x"], [("user", "hi")]]
-    assert io.encode_prompts(["x"], Tokenizer(), "m", chat=True) == [[("user", "x")]]
-    with pytest.raises(ValueError, match="the tokenizer of m returns no tokens for ''"):
-        io.encode_prompts([""], Tokenizer(), "m", chat=False)
-    tokenizer = Tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="m has no chat template"):
-        io.encode_prompts([MESSAGES], tokenizer, "m", chat=False)
-
-
-def test_a_system_prompt_is_put_before_messages_without_one():
-    system = {"role": "system", "content": "own"}
-    assert io.encode_messages(MESSAGES, Tokenizer(), "row 1", system_prompt="s") == [("system", "s"), ("user", "hi")]
-    assert io.encode_messages([system, *MESSAGES], Tokenizer(), "row 1", system_prompt="s")[0] == ("system", "own")
-
-
-def test_messages_that_no_template_takes_are_named():
-    for turns in ([], ANSWERED[1:]):
-        with pytest.raises(ValueError, match="row 1 has no turn to answer"):
-            io.encode_messages(turns, Tokenizer(), "row 1", system_prompt="s")
-    with pytest.raises(ValueError, match="the chat template refuses row 1: no such turns"):
-        io.encode_messages(MESSAGES, Tokenizer(), "row 1", refuse=True)
 
 
 def test_the_readers_need_neither_torch_nor_transformers():

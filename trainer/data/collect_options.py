@@ -18,8 +18,9 @@ class CollectConfig:
 
     Parameters:
         model, revision, dtype: the model.
-        dataset, split: the prompts: a JSONL or parquet file or a data set of the Hub, with a column `messages`,
-            `prompt` or `text`.
+        dataset, split: the prompts: a JSONL or parquet file or a data set of the Hub, with a column of
+            `jacobi_hf.prompts.COLUMNS`.
+        column: the column of the prompts, if it is another one.
         output_dir: folder of the shards.
         name: first part of each row's `data_id`.
         block_size: n.
@@ -42,7 +43,8 @@ class CollectConfig:
     """
 
     model: str = option("", "Model name or path.")
-    dataset: str = option("", "JSONL or parquet file, or dataset of the Hub, with messages, prompt or text.")
+    dataset: str = option("", "JSONL or parquet file, or dataset of the Hub; see docs/prompts.md.")
+    column: str | None = option(None, "Column of the prompts, if it has a name of its own.")
     output_dir: str = option("", "Folder of the shards.")
     revision: str | None = option(None, "Revision of the model.")
     dtype: str = option("auto", "dtype of the model: auto, float32, bfloat16.")

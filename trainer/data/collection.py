@@ -14,7 +14,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from jacobi_hf.io import encode_messages, read_text
+from jacobi_hf.io import read_text
+from jacobi_hf.prompts import column_of, encode_messages, is_turn, prompt_of
 from jacobi_hf.trainer.data.answers import end_ids, pad_id
 from jacobi_hf.trainer.data.loading import open_dataset
 from jacobi_hf.trainer.data.shards import (
@@ -43,43 +44,35 @@ def read_prompts(
 ) -> tuple[list[list[int]], int]:
     """Return the token ids of each prompt, and how many rows were dropped because their prompt is too long.
 
-    `messages`, or a `prompt` that is a list, goes through the chat template; a last turn of the assistant is left out.
-    A `prompt` that is a string is tokenized. Of a `text`, the first `prompt_tokens` tokens are the prompt.
+    Messages, and questions if the model has a chat template, go through the template; a last turn of the assistant is
+    left out. Of a `text`, the first `prompt_tokens` tokens are the prompt.
 
     Args:
-        rows: rows with one of these columns.
+        rows: rows as `jacobi_hf.prompts.prompt_of` reads them.
         tokenizer: tokenizer of the model.
-        config: lengths and templates.
+        config: column, lengths and templates.
 
     Raises:
-        ValueError: a row has none of these columns, or its prompt is empty. The error has the number of the row.
+        ValueError: a row holds no prompt, or an empty one. The error has the number of the row, from 1 on.
     """
     options = json.loads(config.chat_template_options) if config.chat_template_options else {}
     if config.chat_template:
         options["chat_template"] = read_text(config.chat_template)
     prompts = []
     dropped = 0
-    for number, row in enumerate(rows):
-        if config.limit is not None and number >= config.limit:
+    for number, row in enumerate(rows, 1):
+        if config.limit is not None and number > config.limit:
             break
-        prompt = row.get("prompt")
-        messages = (
-            row.get("messages") if row.get("messages") is not None else prompt if isinstance(prompt, list) else None
-        )
-        if messages is not None:
-            where = f"row {number} of {config.dataset}"
-            ids = encode_messages(messages, tokenizer, where, system_prompt=config.system_prompt, **options)
-        elif prompt is not None:
-            ids = tokenizer(prompt)["input_ids"]
-        elif row.get("text") is not None:
-            ids = tokenizer(row["text"])["input_ids"][: config.prompt_tokens]
+        where = f"row {number} of {config.dataset}"
+        prompt = prompt_of(row, where, config.column)
+        if not isinstance(prompt, str) or is_turn(prompt, tokenizer):
+            turns = [{"role": "user", "content": str(prompt)}] if isinstance(prompt, str) else prompt
+            ids = encode_messages(turns, tokenizer, where, system_prompt=config.system_prompt, **options)
         else:
-            raise ValueError(
-                f"row {number} of {config.dataset} has none of the columns messages, prompt, text; "
-                f"it has {', '.join(row) or 'none'}."
-            )
+            cut = config.prompt_tokens if column_of(row, where, config.column) == "text" else None
+            ids = tokenizer(prompt)["input_ids"][:cut]
         if not ids:
-            raise ValueError(f"row {number} of {config.dataset} is an empty prompt.")
+            raise ValueError(f"{where} is an empty prompt.")
         if len(ids) > config.max_prompt_tokens:
             if config.long_prompts == "drop":
                 dropped += 1

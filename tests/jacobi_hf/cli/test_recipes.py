@@ -161,7 +161,7 @@ def test_help_lists_every_option(verb):
     assert shown.exit_code == 0
     for kind in VERBS[verb]:
         for one in fields(kind):
-            assert not one.init or re.search(rf"--{one.name.replace('_', '-')}[ \n]", shown.stdout), one.name
+            assert not one.init or re.search(rf"--{one.name.replace('_', '-')}[ ,\n]", shown.stdout), one.name
     assert "--config" in shown.stdout
     assert shown.stdout.isascii()
 

@@ -308,7 +308,7 @@ def test_faults_are_named_before_any_work(tmp_path, monkeypatch):
         ((*bench, "--problems", "rows.jsonl"), "rows.jsonl, line 2 is not JSON"),
         ((*bench, "--problems", "good.jsonl"), "good.jsonl, row 1 has no prompt or no answer"),
         ((*bench, "--held_out", "good.jsonl"), "good.jsonl has no text of code"),
-        ((*bench, "--prompts", "good.jsonl"), "good.jsonl must hold prompts by domain"),
+        ((*bench, "--prompts", "good.jsonl", "--column", "ask"), "good.jsonl, line 1 does not have the column ask"),
         ((*bench, "--prompt_count", "0"), "prompt_count=0 must be at least 1"),
         (bench, "none cannot be loaded"),
     ):

@@ -106,6 +106,10 @@ def test_prompts_of_every_kind(tokenizer):
     assert tokenizer.decode(prompts[0]) == tokenizer.decode(prompts[1]) == "Question: two and two?\nAnswer:"
     assert tokenizer.decode(prompts[2]) == "two and"
     assert prompts[3] == tokenizer("two and two make four")["input_ids"][:2]
+    asked, _ = read_prompts([{"question": "two and two?"}, {"turns": ["two and two?", "x"]}], tokenizer, config)
+    assert asked == [prompts[0], prompts[0]]
+    own, _ = read_prompts([{"mine": "two and", "prompt": "x"}], tokenizer, CollectConfig(column="mine"))
+    assert own == [prompts[2]]
 
 
 def test_system_prompt_and_template(tokenizer, tmp_path):
@@ -129,9 +133,10 @@ def test_long_prompts_are_dropped_or_truncated(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "x"}, "row 0 of data has none of the columns messages, prompt, text; it has question"),
-        ({"prompt": ""}, "row 0 of data is an empty prompt"),
-        ({"messages": []}, "row 0 of data has no turn"),
+        ({"quest": "x"}, "row 1 of data does not have any of the columns messages, .*; it has quest"),
+        ({"prompt": ""}, "row 1 of data is not a prompt"),
+        ({"messages": []}, "row 1 of data is not a prompt"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "row 1 of data has no turn"),
     ],
 )
 def test_rows_that_are_no_prompts_are_named(tokenizer, row, message):
