@@ -1,25 +1,19 @@
-"""What is installed, where it runs, and how a model would decode, without loading weights. For `jacobi-hf info`."""
+"""How a model would decode here, without loading weights. For `jacobi-hf info MODEL`."""
 
 from __future__ import annotations
 
 import math
-import platform
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from packaging.requirements import Requirement
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-import jacobi_hf
 from jacobi_hf.attention.interface import attention_of, field_of, layer_types, usable_kernels
-from jacobi_hf.attention.kernels import flash_attn_with_kvcache, has_flex
 from jacobi_hf.config import KNOBS, JacobiConfig, reject_misspelt
 from jacobi_hf.drafts.loading import read_drafter
-from jacobi_hf.integration.defaults import SERVED
 from jacobi_hf.integration.forward import problem_of
 from jacobi_hf.integration.quantisation import shared_scales
 from jacobi_hf.integration.registry import check_can_decode, registered
@@ -32,76 +26,6 @@ if TYPE_CHECKING:
 RUNS = "runs"
 FALLS_BACK = "falls back"
 REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What is installed and where it runs.
-
-    Attributes:
-        versions: Versions by package.
-        device: Type of the device that models are moved to.
-        device_name: Name of that device.
-        threads: Threads of torch on the CPU.
-        registered: Classes that have the `decoding` argument once jacobi_hf is imported.
-        kernels: Whether each optional attention kernel can be used here.
-        extras: Packages that each extra of this package lacks.
-    """
-
-    versions: dict[str, str]
-    device: str
-    device_name: str
-    threads: int
-    registered: list[str]
-    kernels: dict[str, bool]
-    extras: dict[str, list[str]]
-
-    @classmethod
-    def here(cls) -> Environment:
-        """Return the environment of this process."""
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        is_cuda = device is not None and device.type == "cuda"
-        return cls(
-            versions={
-                "jacobi_hf": jacobi_hf.__version__,
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            device=device.type if device else "cpu",
-            device_name=torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
-            threads=torch.get_num_threads(),
-            registered=sorted(SERVED.union(one.__name__ for one in registered())),
-            kernels={
-                "flex_attention": is_cuda and has_flex(),
-                "flash-attn": is_cuda and flash_attn_with_kvcache() is not None,
-            },
-            extras=_extras(),
-        )
-
-
-def _extras() -> dict[str, list[str]]:
-    """Return the packages that each extra lacks. There are no extras if this package is not installed."""
-    try:
-        about = metadata.metadata("jacobi-hf")
-    except metadata.PackageNotFoundError:
-        return {}
-    needed = [Requirement(one) for one in about.get_all("Requires-Dist") or []]
-    return {
-        extra: [
-            one.name
-            for one in needed
-            if one.marker and one.marker.evaluate({"extra": extra}) and not _is_installed(one)
-        ]
-        for extra in about.get_all("Provides-Extra") or []
-    }
-
-
-def _is_installed(requirement: Requirement) -> bool:
-    try:
-        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
-    except metadata.PackageNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import typer
 from jacobi_hf.cli._options import Options, argument, option, verb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from jacobi_hf.cli._recipes import Call
-    from jacobi_hf.inspection import Environment, ModelFacts
+    from jacobi_hf.environment import Environment
+    from jacobi_hf.inspection import ModelFacts
 
 
 @dataclass
@@ -38,19 +39,32 @@ def info(call: Call) -> None:
         raise ValueError(
             f"--drafter {drafter} is for a model, and none is named: jacobi-hf info MODEL --drafter {drafter}"
         )
-    from jacobi_hf.inspection import Environment, inspect_model
+    from jacobi_hf.environment import Environment, versions
 
+    if not call.as_json:
+        _show(versions().items())  # at once; the rest has to import torch
     here = Environment.here()
-    facts = None if model is None else inspect_model(model, drafter)
+    if not call.as_json:
+        _show(_environment(here))
+    facts = None if model is None else _facts_of(model, drafter)
     if call.as_json:
         typer.echo(json.dumps({**asdict(here), "model": asdict(facts) if facts else None}, indent=1))
-        return
-    for name, value in [*_environment(here), *(_model(facts) if facts else ())]:
+    elif facts is not None:
+        _show(_model(facts))
+
+
+def _show(lines: Iterable[tuple[str, str]]) -> None:
+    for name, value in lines:
         typer.echo(f"{name:<14}{value}" if name else "")
 
 
+def _facts_of(model: str, drafter: str | None) -> ModelFacts:
+    from jacobi_hf.inspection import inspect_model  # imports transformers, which takes seconds
+
+    return inspect_model(model, drafter)
+
+
 def _environment(here: Environment) -> Iterator[tuple[str, str]]:
-    yield from here.versions.items()
     yield "device", f"{here.device} ({here.device_name}), {here.threads} thread{'s' * (here.threads != 1)} on the CPU"
     yield "registered", f"{len(here.registered)} classes of models; docs/compatibility.md names them"
     yield "kernels", ", ".join(["sdpa", *(f"{'' if there else 'no '}{name}" for name, there in here.kernels.items())])
