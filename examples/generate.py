@@ -1,4 +1,4 @@
-"""Write the same text twice with a Qwen2, Qwen2.5 or Qwen3 model: by ordinary decoding, then by Jacobi decoding.
+"""Write the same text twice with a model: by ordinary decoding, then by Jacobi decoding.
 
     python examples/generate.py --model Qwen/Qwen3-1.7B --prompt "def quicksort(items):"
 

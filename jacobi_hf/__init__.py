@@ -1,6 +1,6 @@
 """Parallel decoding for Hugging Face transformers without a draft model.
 
-Importing this package gives Qwen, Llama, Mistral, Gemma, Phi and about a hundred other classes of models
+Importing this package gives about a hundred classes of models, such as Qwen3, Llama, Mistral and Gemma,
 `generate(..., decoding="jacobi_multiblock")`.
 """
 

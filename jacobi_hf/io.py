@@ -19,7 +19,7 @@ def read_text(path: str | Path) -> str:
         ValueError: The file cannot be opened, or is not UTF-8.
     """
     try:
-        return sys.stdin.read() if path == STDIN else Path(path).read_text(encoding="utf-8")
+        return sys.stdin.read() if path == STDIN else Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:

@@ -72,7 +72,8 @@ class JacobiStats:
         """Return three lines: how fast the call was, what was accepted, and which shapes the steps had."""
         seconds = self.prefill_seconds + self.decode_seconds
         tokens, forwards = sum(self.new_tokens), sum(self.row_forwards)
-        rate = f"{tokens / forwards:.2f} tokens per forward" if forwards else "no forward"
+        unit = "tokens per forward" + (" and row" if len(self.new_tokens) > 1 else "")
+        rate = f"{tokens / forwards:.2f} {unit}" if forwards else "no forward"
         speed = f"{tokens} tokens in {seconds:.2f} s ({self.prefill_seconds:.2f} s of it prefill), {rate}"
         sources = ", ".join(f"{source} {count}" for source, count in self.accepted_from.most_common())
         share = f"{sum(self.accepted_from.values())} of {self.guesses} guesses accepted"

@@ -26,7 +26,8 @@ _ASKED = ("question", "turns", "instruction")
 _TESTS = "test_list"
 # Fields of a first line that holds options of a task file, see jacobi_hf/evaluation/tasks.py.
 _OPTIONS = {"answer_pattern", "max_new_tokens", "stop", "source"}
-_SUFFIXES = {".jsonl", ".json", ".parquet"}
+_SUFFIXES = {".jsonl", ".json", ".parquet", ".txt", ".md"}
+FROM_HUB = 1000  # rows of a data set of the Hub that are read
 
 
 class Question(str):
@@ -50,13 +51,18 @@ def prompt_of(row: Any, where: str, column: str | None = None) -> str | list[dic
     prompt = row if name is None else row[name]
     if name == "turns" and isinstance(prompt, list) and prompt:
         prompt = prompt[0]
+    if name == "instruction" and isinstance(prompt, str) and row.get("input"):
+        prompt = f"{prompt}\n\n{row['input']}"
     if isinstance(prompt, str) and prompt.strip():
         is_asked = name in _ASKED or (isinstance(row, Mapping) and _TESTS in row)
         return Question(prompt) if is_asked else prompt
     if _is_messages(prompt):
         return [dict(turn) for turn in prompt]
-    wanted = "a text" if column else f"a text, a list of messages, or an object with {', '.join(COLUMNS[:-1])} or text"
-    raise ValueError(f"{where} is not a prompt. It must be {wanted}; it is {json.dumps(row, default=str)[:60]}.")
+    what = where if name is None else f"the column {name} of {where}"
+    raise ValueError(
+        f"{what} is not a prompt. It must be a text that is not blank, or a list of messages with role and content; "
+        f"it is {json.dumps(prompt, default=str)[:60]}."
+    )
 
 
 def column_of(row: Any, where: str, column: str | None = None) -> str | None:
@@ -67,13 +73,16 @@ def column_of(row: Any, where: str, column: str | None = None) -> str | None:
     found = next((name for name in names if row.get(name) is not None), None)
     if found is None:
         wanted = f"the column {column}" if column else f"any of the columns {', '.join(COLUMNS)}"
-        raise ValueError(f"{where} does not have {wanted}; it has {', '.join(row) or 'none'}.")
+        there = [str(name) for name, value in row.items() if value is not None]
+        raise ValueError(f"{where} does not have {wanted}; it has {', '.join(there) or 'none'}.")
     return found
 
 
 def _is_messages(value: Any) -> bool:
     turns = value if isinstance(value, list) else []
-    return bool(turns) and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in turns)
+    return bool(turns) and all(
+        isinstance(turn, Mapping) and "role" in turn and ("content" in turn or "tool_calls" in turn) for turn in turns
+    )
 
 
 def read_prompts(source: str | Path, column: str | None = None) -> list[Any]:
@@ -83,7 +92,8 @@ def read_prompts(source: str | Path, column: str | None = None) -> list[Any]:
     file and a data set of the Hub have rows. Any other file is text with a prompt in each line.
 
     Args:
-        source: path, or name of a data set on the Hub, of which the split "train" is read, or else "test".
+        source: path, or name of a data set on the Hub, such as "openai/gsm8k:main". Of its split "train", or else
+            "test", the first `FROM_HUB` rows are read.
         column: column of the prompts, if it is none of `COLUMNS`.
 
     Raises:
@@ -98,17 +108,20 @@ def read_prompts(source: str | Path, column: str | None = None) -> list[Any]:
 def _rows(source: str | Path) -> list[tuple[str, Any]]:
     """Return the rows of a source, each with its place for errors."""
     path = Path(source)
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         value = read_json(path)
-        if isinstance(value, dict) and isinstance(value.get("prompts"), dict):
-            value = [row for rows in value["prompts"].values() for row in rows]
+        if isinstance(value, dict):
+            value = [row for rows in _domains_in(value, source).values() for row in rows]
         if not isinstance(value, list):
-            raise ValueError(f"{path} does not hold a list of prompts.")
+            raise ValueError(f"{path} holds neither a list of prompts nor prompts by domain.")
         return [(f"{path}, prompt {number}", row) for number, row in enumerate(value, 1)]
-    if path.suffix == ".jsonl":
+    if suffix in (".csv", ".gz", ".zip"):
+        raise ValueError(f"{path} cannot be read: save it as JSONL, JSON or parquet.")
+    if suffix == ".jsonl":
         rows = [(place, parse_json(line, place)) for place, line in read_lines(path)]
         return rows[1:] if rows and _is_options(rows[0][1]) else rows
-    if path.suffix == ".parquet" or _is_hub_name(str(source)):
+    if suffix == ".parquet" or _is_hub_name(str(source)):
         return [(f"{source}, row {number}", row) for number, row in enumerate(_open(str(source)), 1)]
     return list(read_lines(path))
 
@@ -120,7 +133,7 @@ def _is_options(row: Any) -> bool:
 def _is_hub_name(source: str) -> bool:
     """Return whether a source is `owner/name` and no path."""
     path = Path(source)
-    is_path = path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in (*_SUFFIXES, ".txt")
+    is_path = path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in _SUFFIXES
     return not is_path and source.count("/") == 1
 
 
@@ -131,14 +144,17 @@ def _open(source: str) -> Any:
         from jacobi_hf.trainer.data.loading import open_dataset
     except ImportError as error:
         raise ValueError(f"reading {source} needs {error.name}: pip install 'jacobi-hf[train]'") from None
+    is_file = Path(source).suffix.lower() == ".parquet"
     for split in ("train", "test"):
         try:
-            return open_dataset(source, split)
+            rows = open_dataset(source, split, streaming=not is_file)
+            return rows if is_file else list(rows.take(FROM_HUB))
         except (FileNotFoundError, DatasetNotFoundError, ConnectionError) as error:
-            raise ValueError(f"{source} cannot be read: {str(error).splitlines()[0]}") from None
+            where = "cannot be read" if is_file else "is no file, and no data set of the Hub that can be read"
+            raise ValueError(f"{source} {where}: {str(error).splitlines()[0]}") from None
         except ValueError as error:
             if split == "test" or "split" not in str(error):
-                raise
+                raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return []
 
 
@@ -154,17 +170,22 @@ def read_prompts_by_domain(source: str | Path, column: str | None = None) -> dic
     value = read_json(source) if Path(source).suffix == ".json" else None
     if not isinstance(value, dict):
         return {Path(source).stem: read_prompts(source, column)}
-    prompts = value.get("prompts")
-    if (
-        not isinstance(prompts, dict)
-        or not prompts
-        or not all(isinstance(rows, list) and rows for rows in prompts.values())
-    ):
-        raise ValueError(f'{source} must hold prompts by domain, as in {{"prompts": {{"code": ["def f():"]}}}}.')
     return {
         domain: [prompt_of(row, f"{source}, prompt {at} of {domain}", column) for at, row in enumerate(rows, 1)]
-        for domain, rows in prompts.items()
+        for domain, rows in _domains_in(value, source).items()
     }
+
+
+def _domains_in(value: dict[str, Any], source: str | Path) -> dict[str, list[Any]]:
+    """Return the rows of each domain of a JSON object."""
+    prompts = value.get("prompts")
+    if not isinstance(prompts, dict) or not prompts:
+        prompts = {"": None}
+    if not all(isinstance(rows, list) and rows for rows in prompts.values()):
+        raise ValueError(
+            f'{source} must hold a list of prompts, or prompts by domain: {{"prompts": {{"code": ["def f():"]}}}}.'
+        )
+    return prompts
 
 
 def encode_prompts(prompts: Sequence[Any], tokenizer: Any, model: str, *, chat: bool | None = None) -> list[list[int]]:

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-import jacobi_hf  # noqa: F401  (registers Qwen2 and Qwen3)
+import jacobi_hf  # noqa: F401  (registers classes of models)
 from tests.helpers.models import TINY, tiny_model
 
 torch.set_num_threads(1)

@@ -133,14 +133,16 @@ def test_workflows_run_what_is_there(workflow):
     assert all(job.get("timeout-minutes") for job in jobs.values())
 
 
-def test_ci_tests_the_oldest_and_the_newest_release_and_the_docs_show_what_came_out():
+def test_ci_tests_the_oldest_release_beside_the_newest_and_the_docs_show_what_came_out():
     from tests import versions
 
     numbers = [[int(n) for n in release.split(".")] for release in versions.RELEASES]
     assert numbers == sorted(numbers)
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     (tested,) = re.findall(r'make test-versions ARGS="([^"]*)"', ci)
-    assert {versions.RELEASES[0], versions.RELEASES[-1]} <= set(tested.split()) <= set(versions.RELEASES)
+    assert versions.RELEASES[0] in tested.split()
+    assert set(tested.split()) <= set(versions.RELEASES)
+    # All other tests of CI run with the newest one.
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"\ntransformers=={versions.RELEASES[-1]}\n" in pinned
     results = json.loads(versions.RESULTS.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ class RunConfig:
     streaming: bool = option(False, "Read train_dataset while training.")
     eval_dataset: str | None = option(None, "Packed records for evaluation.")
     replay_dataset: str | None = option(None, "JSONL with text, messages or input_ids; finetune only.")
-    eval_prompts: str | None = option(None, "JSON with prompts by domain, decoded at each evaluation.")
+    eval_prompts: str | None = option(None, "File of prompts, or JSON with prompts by domain; decoded in evaluations.")
     ref_model: str | None = option(None, "Frozen model of kl_loss_weight, model if not given; finetune only.")
     off_policy: bool = option(False, "Train on trajectories of another model than `model`.")
     lora_r: int = option(

@@ -28,8 +28,8 @@ class AutotuneOptions(ModelOptions):
 
     prompts: str = required("File of prompts, see above; a dozen of the kind that will be decoded.")
     assistant_model: str | None = option(None, "Draft model, to try transformers' assisted decoding too.")
-    column: str | None = option(None, "Column of the prompts, if it has a name of its own.")
-    chat: bool | None = switch("Put prompts through the model's chat template. Questions and messages go anyway.")
+    column: str | None = option(None, "Column of the prompts, if it has another name; its texts are no questions.")
+    chat: bool | None = switch("Put all texts through the chat template, or none. The default is questions only.")
     max_new_tokens: int = option(128, "Most new tokens of a text.", low=1)
     batch_size: int = option(1, "Prompts that will be decoded together.", low=1)
     seconds: float = option(60.0, "How long to try settings.")
@@ -41,8 +41,8 @@ class AutotuneOptions(ModelOptions):
 def autotune(call: Call) -> None:
     """Try settings on your prompts and print the fastest, which may be ordinary decoding. The text is always the same.
 
-    Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question or text,
-    such as the files of GSM8K, HumanEval and MT-bench.
+    Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question, turns,
+    instruction or text, such as the files of GSM8K, HumanEval and MT-bench.
     """
     from jacobi_hf.cli._models import placement_of
     from jacobi_hf.prompts import encode_prompts, read_prompts

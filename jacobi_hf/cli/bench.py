@@ -33,8 +33,8 @@ class BenchConfig(Options):
     dtype: str = option("float32", "dtype of the model; texts are compared token for token in float32.")
     output: str = required("JSON file of the results.")
     prompts: str = required("File of prompts, or JSON with prompts by domain.")
-    column: str | None = option(None, "Column of the prompts, if it has a name of its own.")
-    chat: bool | None = switch("Put prompts through the model's chat template. Questions and messages go anyway.")
+    column: str | None = option(None, "Column of the prompts, if it has another name; its texts are no questions.")
+    chat: bool | None = switch("Put all texts through the chat template, or none. The default is questions only.")
     domains: str | None = option(None, "Domains to measure, separated by commas.")
     prompt_count: int = option(64, "Prompts of each domain.", low=1)
     max_new_tokens: int = option(128, "New tokens per prompt.", low=1)
@@ -57,8 +57,8 @@ class BenchConfig(Options):
 def bench(call: Call) -> None:
     """Measure tokens per forward and identity with ordinary decoding by domain, held-out loss, and right answers.
 
-    Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question or text,
-    such as the files of GSM8K, HumanEval and MT-bench. JSON may have them by domain:
+    Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question, turns,
+    instruction or text, such as the files of GSM8K, HumanEval and MT-bench. JSON may have them by domain:
     {"prompts": {"code": ["def f():"]}}. An interrupted run goes on after the last finished domain when it is run
     again.
     """

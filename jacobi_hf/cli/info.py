@@ -41,16 +41,14 @@ def info(call: Call) -> None:
         )
     from jacobi_hf.environment import Environment, versions
 
+    facts = None if model is None else _facts_of(model, drafter)
     if not call.as_json:
         _show(versions().items())  # at once; the rest has to import torch
     here = Environment.here()
-    if not call.as_json:
-        _show(_environment(here))
-    facts = None if model is None else _facts_of(model, drafter)
     if call.as_json:
         typer.echo(json.dumps({**asdict(here), "model": asdict(facts) if facts else None}, indent=1))
-    elif facts is not None:
-        _show(_model(facts))
+    else:
+        _show([*_environment(here), *(_model(facts) if facts else ())])
 
 
 def _show(lines: Iterable[tuple[str, str]]) -> None:
@@ -66,7 +64,7 @@ def _facts_of(model: str, drafter: str | None) -> ModelFacts:
 
 def _environment(here: Environment) -> Iterator[tuple[str, str]]:
     yield "device", f"{here.device} ({here.device_name}), {here.threads} thread{'s' * (here.threads != 1)} on the CPU"
-    yield "registered", f"{len(here.registered)} classes of models; docs/compatibility.md names them"
+    yield "registered", f"up to {len(here.registered)} classes of transformers; jacobi-hf info MODEL says it of one"
     yield "kernels", ", ".join(["sdpa", *(f"{'' if there else 'no '}{name}" for name, there in here.kernels.items())])
     complete = [name for name, lacking in here.extras.items() if not lacking]
     yield "extras", ", ".join(complete) or "none"
@@ -78,11 +76,9 @@ def _environment(here: Environment) -> Iterator[tuple[str, str]]:
 def _model(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "model", facts.name
-    how = (
-        "registered"
-        if facts.is_registered
-        else f"jacobi_hf.register({facts.model_class}) in Python; commands do it themselves"
-    )
+    how = "registered" if facts.is_registered else "not registered"
+    if not facts.is_registered and facts.decoding == "runs":
+        how = f"jacobi_hf.register({facts.model_class}) in Python; commands do it themselves"
     yield "class", f"{facts.model_class} ({how})"
     limit = f", {facts.positions} positions" if facts.positions else ""
     yield (

@@ -11,47 +11,61 @@ import warnings
 from typing import Any
 
 from jacobi_hf.config import KNOBS
+from jacobi_hf.integration.compat import parameters_of
 
 _warned: set[type] = set()
 
 
 def give_advice(mixin: Any) -> None:
-    """Wrap the check of arguments of `GenerationMixin`: unregistered classes say how they would be registered."""
-    check = mixin._validate_model_kwargs
-    if getattr(check, "is_advice", False):
+    """Wrap the stage of `GenerationMixin.generate` that sees the arguments, for classes that are not registered."""
+    prepare = mixin._prepare_generation_config
+    if getattr(prepare, "is_advice", False):
         return
 
-    @functools.wraps(check)
-    def checked(self: Any, model_kwargs: dict[str, Any]) -> None:
-        if any(hasattr(one, "_default_decoding") for one in type(self).__mro__):  # it is registered
-            check(self, model_kwargs)
-            return
-        given = [name for name in KNOBS if model_kwargs.get(name) is not None]
-        if given:
-            raise ValueError(f"{given[0]}={model_kwargs[given[0]]!r} does not work here: {advice(type(self))}")
-        for name in KNOBS:
-            model_kwargs.pop(name, None)
-        saved = getattr(self.generation_config, "decoding", None)
-        if saved is not None and type(self) not in _warned:
-            _warned.add(type(self))
-            warnings.warn(
-                f"The generation config has decoding={saved!r}, but this model decodes ordinarily: "
-                f"{advice(type(self))}",
-                UserWarning,
-                stacklevel=4,
-            )
-        check(self, model_kwargs)
+    @functools.wraps(prepare)
+    def advising(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        is_registered = any("_default_decoding" in vars(one) for one in type(self).__mro__)
+        if not is_registered and not {"decoding", *KNOBS} & parameters_of(self.forward):
+            _check(self, generation_config, kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in KNOBS}
+        return prepare(self, generation_config, *args, **kwargs)
 
-    checked.is_advice = True  # type: ignore[attr-defined]
-    mixin._validate_model_kwargs = checked
+    advising.is_advice = True  # type: ignore[attr-defined]
+    mixin._prepare_generation_config = advising
 
 
-def advice(model_class: type) -> str:
-    """Return what to do so that models of a class do Jacobi decoding, or why they cannot."""
+def _check(model: Any, generation_config: Any, arguments: dict[str, Any]) -> None:
+    """Refuse a call that names a decoding, and warn once of a saved one.
+
+    Raises:
+        ValueError: the arguments or the generation config of the call have knobs.
+    """
+    saved = getattr(model.generation_config, "decoding", None)
+    in_config = getattr(generation_config, "decoding", None)
+    given = {name: arguments[name] for name in KNOBS if arguments.get(name) is not None}
+    if in_config != saved and in_config is not None:
+        given.setdefault("decoding", in_config)
+    for name, value in given.items():
+        raise ValueError(f"{name}={value!r} does not work here: {advice(model)}")
+    if saved is not None and "decoding" not in arguments and type(model) not in _warned:
+        _warned.add(type(model))
+        warnings.warn(
+            f"The generation config has decoding={saved!r}, but this model decodes ordinarily: {advice(model)}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def advice(model: Any) -> str:
+    """Return what to do so that a model does Jacobi decoding, or why it cannot."""
     from jacobi_hf.integration.registry import check_can_decode
+    from jacobi_hf.integration.support import reason_of_model
 
+    name = type(model).__name__
     try:
-        check_can_decode(model_class)
+        check_can_decode(type(model))
     except TypeError as error:
         return str(error)
-    return f"{model_class.__name__} is not registered. Call jacobi_hf.register(type(model)) first."
+    if reason := reason_of_model(model):
+        return f"{name} has what Jacobi decoding does not support: {reason}."
+    return f"{name} is not registered. Call jacobi_hf.register(type(model)) first."

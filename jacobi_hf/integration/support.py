@@ -57,10 +57,10 @@ def fallback_reason(model: Any, generation_config: GenerationConfig, *, own_posi
         return "position_ids given by the caller"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
-    return _reason_of_model(model)
+    return reason_of_model(model)
 
 
-def _reason_of_model(model: Any) -> str | None:
+def reason_of_model(model: Any) -> str | None:
     """Return why a model does not decode with our masks and cache, as far as it can be seen without a forward."""
     config = model.config.get_text_config(decoder=True)
     if reason := cannot_attend(config):

@@ -24,7 +24,7 @@ class Account:
         credit: what may be spent before anything is gained.
         costs: what steps cost.
         policy: constants.
-        call: tokens of the call, see `Policy.call`.
+        call: most new tokens of the call, or `Policy.call` if that is lower.
 
     Attributes:
         spent: cost of all steps.
@@ -33,7 +33,7 @@ class Account:
 
     def __init__(self, credit: float, costs: Costs, policy: Policy, call: int) -> None:
         self._costs = costs
-        self._price = 1 - policy.accrual
+        self._price = 1 - policy.accrual  # the rest of the time is for trying
         self._lag = policy.lag * call
         self._mean = self._slowest = credit
         self._least: int | None = None  # new tokens of the slowest row

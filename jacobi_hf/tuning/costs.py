@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 15  # measurements of a number of slots that count
 SETTLED = 8  # measurements after which another one says more about the load than about the cost
-LOADS = 7  # such measurements that count
+LOADS = 7  # steps of which the median is the load
 SLACK = 0.93  # a wide step is found to cost less than a narrow one only if it costs less than this share
 SUPPOSED = 16  # other forwards that count, the narrowest ones
 GROWTH = 0.6  # beyond everything known, the cost is taken to grow as slots ** GROWTH
@@ -29,8 +29,7 @@ class Costs:
     that one is believed only if it is the lower of the two, until there is a second one.
 
     Other programs slow down steps of all widths. So what is kept is divided by a *load*: how much longer the last few
-    steps took than what was known of steps of their width. A width that is measured rarely follows those that are
-    measured often.
+    steps took than what was known of steps of their width. It is learnt from widths that run often, and holds for all.
 
     The prefill is a measurement for nothing. It counts as long as no step of as many slots was measured.
     """
@@ -84,8 +83,8 @@ class Costs:
     def _follow_load(self, slots: int, seconds: float) -> None:
         """Measure the load by a step.
 
-        A step costs at least what a narrower one costs. So even one of a width that is hardly known shows that the
-        load has fallen.
+        A step costs at least what a narrower one costs. So a step that was faster than that shows that the load has
+        fallen, even if its width was hardly measured before.
         """
         known = (width for width in self._samples if width <= slots and self._is_settled(width))
         least = SLACK * max((self._measured[width] for width in known), default=0.0)

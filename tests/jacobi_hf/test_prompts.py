@@ -13,6 +13,7 @@ from tests.helpers.tiny import EXAMPLE
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ANSWERED = [*MESSAGES, {"role": "assistant", "content": "hello"}]
+CALLED = [*MESSAGES, {"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "3"}]
 PUBLISHED = {
     "GSM8K": ({"question": "How many?", "answer": "2"}, Question("How many?")),
     "HumanEval": ({"task_id": "HumanEval/0", "prompt": "def f():", "test": "check"}, "def f():"),
@@ -20,6 +21,8 @@ PUBLISHED = {
     "MBPP, sanitized": ({"prompt": "Write f.", "test_list": ["assert f()"]}, Question("Write f.")),
     "Spec-Bench": ({"question_id": 81, "category": "writing", "turns": ["First.", "Second."]}, Question("First.")),
     "Alpaca": ({"instruction": "Add.", "input": "", "output": "3"}, Question("Add.")),
+    "Alpaca, with input": ({"instruction": "Add.", "input": "1 2", "output": "3"}, Question("Add.\n\n1 2")),
+    "TRL, with tools": ({"messages": CALLED}, CALLED),
     "TRL": ({"messages": ANSWERED}, ANSWERED),
     "C4": ({"text": "Once upon a time", "url": "x"}, "Once upon a time"),
 }
@@ -33,6 +36,33 @@ def test_published_files_are_read_as_they_are(tmp_path, row, expected):
     assert found == [expected, expected]
     assert type(found[0]) is type(expected)
     assert prompts.read_prompts_by_domain(path) == {"rows": found}
+
+
+def test_prompts_by_domain_are_one_list_too(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"prompts": {"code": ["one", "two"], "prose": ["three"]}}')
+    assert prompts.read_prompts(path) == ["one", "two", "three"]
+    for wrong in ('"abc"', "null", "5", "[]"):
+        path.write_text(f'{{"prompts": {{"code": {wrong}}}}}')
+        with pytest.raises(ValueError, match=r"a.json must hold a list of prompts, or prompts by domain"):
+            prompts.read_prompts(path)
+
+
+def test_what_no_prompt_is_read_from_is_refused(tmp_path):
+    for name in ("a.csv", "a.jsonl.gz"):
+        (tmp_path / name).write_text("prompt\nx\n")
+        with pytest.raises(ValueError, match=f"{name} cannot be read: save it as JSONL, JSON or parquet"):
+            prompts.read_prompts(tmp_path / name)
+    with pytest.raises(ValueError, match=r"the column prompt of row 1 is not a prompt. .* it is \"\""):
+        prompts.prompt_of({"prompt": "", "question": "hi"}, "row 1")
+    with pytest.raises(ValueError, match=r"row 1 does not have any of the columns .*; it has a"):
+        prompts.prompt_of({"a": 1, "prompt": None}, "row 1")
+
+
+def test_a_file_with_a_mark_of_its_byte_order(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "x"}\n', encoding="utf-8-sig")
+    assert prompts.read_prompts(path) == ["x"]
 
 
 def test_a_parquet_file(tmp_path):
@@ -82,7 +112,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
 
 def test_a_dataset_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="nobody/nothing cannot be read"):
+    with pytest.raises(ValueError, match="nobody/nothing is no file, and no data set of the Hub that can be read"):
         prompts.read_prompts("nobody/nothing")
 
 
@@ -94,7 +124,10 @@ def test_prompts_are_by_domain(tmp_path, content):
     path.write_text(json.dumps({"prompts": {"code": ["def f():"]}}))
     assert prompts.read_prompts_by_domain(path) == {"code": ["def f():"]}
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"prompts.json (must hold prompts by domain|is not JSON|holds no prompts)"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompts.json (must hold a list of prompts|is not JSON|holds no prompts)",
+    ):
         prompts.read_prompts_by_domain(path)
 
 
@@ -125,6 +158,7 @@ def test_a_task_file_is_a_file_of_prompts():
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.json", "[]", "holds no prompts"),
         ("a.json", '{"prompt": "x"}', "a list of prompts"),
+        ("a.json", "3", "neither a list of prompts nor prompts by domain"),
         ("a.jsonl", '"x"\n{\n', "line 2 is not JSON"),
         ("a.json", "[3]", "prompt 1 is not a prompt"),
         ("a.jsonl", '"x"\n{"code": "y"}', "line 2 does not have any of the columns"),

@@ -44,7 +44,7 @@ class CollectConfig:
 
     model: str = option("", "Model name or path.")
     dataset: str = option("", "JSONL or parquet file, or dataset of the Hub; see docs/prompts.md.")
-    column: str | None = option(None, "Column of the prompts, if it has a name of its own.")
+    column: str | None = option(None, "Column of the prompts, if it has another name; its texts are no questions.")
     output_dir: str = option("", "Folder of the shards.")
     revision: str | None = option(None, "Revision of the model.")
     dtype: str = option("auto", "dtype of the model: auto, float32, bfloat16.")

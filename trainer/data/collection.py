@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jacobi_hf.io import read_text
-from jacobi_hf.prompts import column_of, encode_messages, is_turn, prompt_of
+from jacobi_hf.prompts import Question, column_of, encode_messages, is_turn, prompt_of
 from jacobi_hf.trainer.data.answers import end_ids, pad_id
 from jacobi_hf.trainer.data.loading import open_dataset
 from jacobi_hf.trainer.data.shards import (
@@ -69,7 +69,8 @@ def read_prompts(
             turns = [{"role": "user", "content": str(prompt)}] if isinstance(prompt, str) else prompt
             ids = encode_messages(turns, tokenizer, where, system_prompt=config.system_prompt, **options)
         else:
-            cut = config.prompt_tokens if column_of(row, where, config.column) == "text" else None
+            is_text = column_of(row, where, config.column) == "text" and not isinstance(prompt, Question)
+            cut = config.prompt_tokens if is_text else None
             ids = tokenizer(prompt)["input_ids"][:cut]
         if not ids:
             raise ValueError(f"{where} is an empty prompt.")

@@ -68,7 +68,7 @@ def open_dataset(source: str, split: str = "train", *, streaming: bool = False, 
     """Return the rows of a JSONL or parquet file, of a folder of parquet files, or of a dataset of the Hub.
 
     Args:
-        source: path, or Hub id.
+        source: path, or Hub id; "owner/name:part" names one of several configurations.
         split: split of a Hub dataset.
         streaming: read the rows while iterating.
         options: further arguments of `datasets.load_dataset`.
@@ -94,7 +94,9 @@ def open_dataset(source: str, split: str = "train", *, streaming: bool = False, 
     try:
         if kind:
             return load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
-        return load_dataset(source, split=split, streaming=streaming, **options)
+        name, _, part = source.partition(":")
+        options = options | ({"name": part} if part else {})
+        return load_dataset(name, split=split, streaming=streaming, **options)
     except (DatasetGenerationError, pa.ArrowInvalid) as error:
         raise ValueError(f"the dataset {source} cannot be read: {error.__cause__ or error}") from error
 

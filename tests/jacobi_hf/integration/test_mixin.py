@@ -104,9 +104,31 @@ def test_a_class_that_is_not_registered_says_what_to_do(prompt):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model.generate(**prompt, max_new_tokens=3)
+            model.generate(**prompt, max_new_tokens=3, decoding=None)
+        with pytest.raises(ValueError, match="decoding='jacobi' does not work here"):  # although one is saved
+            model.generate(**prompt, max_new_tokens=3, decoding="jacobi")
+        named = GenerationConfig(decoding="jacobi", max_new_tokens=3, do_sample=False)
+        with pytest.raises(ValueError, match="decoding='jacobi' does not work here"):
+            model.generate(**prompt, generation_config=named)
     finally:
         register_defaults()
     assert model.generate(**prompt, max_new_tokens=3, return_dict_in_generate=True).jacobi_stats.forwards
+
+
+def test_a_class_with_an_argument_of_this_name_keeps_it():
+    seen = []
+
+    class Own(BloomForCausalLM):
+        def forward(self, *args, decoding=None, **kwargs):
+            seen.append(decoding)
+            return super().forward(*args, **kwargs)
+
+        def prepare_inputs_for_generation(self, *args, decoding=None, **kwargs):
+            return super().prepare_inputs_for_generation(*args, **kwargs) | {"decoding": decoding}
+
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, pad_token_id=0, eos_token_id=None)
+    Own(config).generate(torch.tensor([[5, 6]]), max_new_tokens=1, decoding="mine")
+    assert seen == ["mine"]
 
 
 def test_a_class_that_cannot_be_registered_says_why(prompt):

@@ -108,6 +108,8 @@ def test_prompts_of_every_kind(tokenizer):
     assert prompts[3] == tokenizer("two and two make four")["input_ids"][:2]
     asked, _ = read_prompts([{"question": "two and two?"}, {"turns": ["two and two?", "x"]}], tokenizer, config)
     assert asked == [prompts[0], prompts[0]]
+    long = [{"text": "two and two make four", "test_list": []}]  # a question is not cut
+    assert tokenizer.decode(read_prompts(long, tokenizer, config)[0][0]) == "Question: two and two make four\nAnswer:"
     own, _ = read_prompts([{"mine": "two and", "prompt": "x"}], tokenizer, CollectConfig(column="mine"))
     assert own == [prompts[2]]
 
