@@ -179,13 +179,13 @@ def read_prompts_by_domain(source: str | Path, column: str | None = None) -> dic
 def _domains_in(value: dict[str, Any], source: str | Path) -> dict[str, list[Any]]:
     """Return the rows of each domain of a JSON object."""
     prompts = value.get("prompts")
-    if not isinstance(prompts, dict) or not prompts:
-        prompts = {"": None}
-    if not all(isinstance(rows, list) and rows for rows in prompts.values()):
+    lists = list(prompts.values()) if isinstance(prompts, dict) else []
+    if not lists or not all(isinstance(rows, list) and rows for rows in lists):
         raise ValueError(
             f'{source} must hold a list of prompts, or prompts by domain: {{"prompts": {{"code": ["def f():"]}}}}.'
         )
-    return prompts
+    domains: dict[str, list[Any]] = value["prompts"]
+    return domains
 
 
 def encode_prompts(prompts: Sequence[Any], tokenizer: Any, model: str, *, chat: bool | None = None) -> list[list[int]]:

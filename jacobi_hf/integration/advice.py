@@ -25,7 +25,7 @@ def give_advice(mixin: Any) -> None:
     @functools.wraps(prepare)
     def advising(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         is_registered = any("_default_decoding" in vars(one) for one in type(self).__mro__)
-        if not is_registered and not {"decoding", *KNOBS} & parameters_of(self.forward):
+        if not is_registered and not set(KNOBS) & parameters_of(self.forward):
             _check(self, generation_config, kwargs)
             kwargs = {name: value for name, value in kwargs.items() if name not in KNOBS}
         return prepare(self, generation_config, *args, **kwargs)
@@ -35,17 +35,18 @@ def give_advice(mixin: Any) -> None:
 
 
 def _check(model: Any, generation_config: Any, arguments: dict[str, Any]) -> None:
-    """Refuse a call that names a decoding, and warn once of a saved one.
+    """Refuse a call that names a decoding, and warn once for each class of a saved one.
 
     Raises:
-        ValueError: the arguments or the generation config of the call have knobs.
+        ValueError: the call has a knob among its arguments, or a generation config with a decoding.
     """
     saved = getattr(model.generation_config, "decoding", None)
     in_config = getattr(generation_config, "decoding", None)
-    given = {name: arguments[name] for name in KNOBS if arguments.get(name) is not None}
-    if in_config != saved and in_config is not None:
-        given.setdefault("decoding", in_config)
-    for name, value in given.items():
+    given = [(name, arguments[name]) for name in KNOBS if arguments.get(name) is not None]
+    if in_config not in (None, saved):
+        given.append(("decoding", in_config))
+    if given:
+        name, value = given[0]
         raise ValueError(f"{name}={value!r} does not work here: {advice(model)}")
     if saved is not None and "decoding" not in arguments and type(model) not in _warned:
         _warned.add(type(model))

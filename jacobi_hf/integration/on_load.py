@@ -46,9 +46,8 @@ def _change_of(name: str) -> Callable[[ModuleType], None] | None:
 def _register(module: ModuleType) -> None:
     names = [name for name in vars(module) if name in SERVED]
     classes = [one for name in names if (one := getattr(module, name)).__module__ == module.__name__]
-    registry = import_module("jacobi_hf.integration.registry") if classes else None
     for model_class in classes:
-        registry.register_default(model_class)  # type: ignore[union-attr]
+        import_module("jacobi_hf.integration.registry").register_default(model_class)
 
 
 def _advise(module: ModuleType) -> None:

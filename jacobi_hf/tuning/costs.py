@@ -88,8 +88,11 @@ class Costs:
         """
         known = (width for width in self._samples if width <= slots and self._is_settled(width))
         least = SLACK * max((self._measured[width] for width in known), default=0.0)
-        cost = max(least, self._measured[slots]) if self._is_settled(slots) else least
-        if not self._is_settled(slots) and seconds >= self._load * cost:
+        if self._is_settled(slots):
+            cost = max(least, self._measured[slots])
+        elif seconds < self._load * least:
+            cost = least
+        else:
             return
         self._loads.append(seconds / cost)
         self._load = _low_median(self._loads)

@@ -18,7 +18,7 @@ class Policy:
         advance: what later calls may spend at once, in addition to what is banked.
         bank: the most that a call leaves to the next.
         debt: the most that a call charges to the next.
-        lag: how far the slowest row of a batch may fall back behind ordinary decoding.
+        lag: how many tokens the slowest row of a batch may have less than with ordinary decoding.
         rich: an account with more than this pays for steps of a width that was never measured.
         accrual: share of the time that trying may cost in the long run.
         overdraft: how far the account may go below 0 for options that are worth it by what was measured.
