@@ -17,7 +17,7 @@ class Account:
     """The tokens of a call, minus what its steps cost. What is left may be spent on wide steps.
 
     In a batch the tokens are a mean over its rows. But a batch ends with its slowest row, and a row that has no luck
-    with guesses only pays for those of others. So the account never has more than that row has gained and a fixed
+    with guesses only pays for those of others. So the account has at most what that row has gained, plus a fixed
     *lag*.
 
     Args:
