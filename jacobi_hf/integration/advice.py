@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 from jacobi_hf.config import KNOBS
-from jacobi_hf.integration.compat import parameters_of
 
 _warned: set[type] = set()
 
@@ -24,6 +23,8 @@ def give_advice(mixin: Any) -> None:
 
     @functools.wraps(prepare)
     def advising(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from jacobi_hf.integration.compat import parameters_of  # here, because its import may be what brought us here
+
         is_registered = any("_default_decoding" in vars(one) for one in type(self).__mro__)
         if not is_registered and not set(KNOBS) & parameters_of(self.forward):
             _check(self, generation_config, kwargs)

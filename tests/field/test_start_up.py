@@ -191,6 +191,32 @@ def test_the_classes_are_registered_when_they_are_loaded_in_either_order(program
     assert done.returncode == 0, done.stderr
 
 
+ANY_FIRST = """
+import os, pkgutil, sys, traceback
+import torch  # once for all
+from jacobi_hf import integration
+
+assert "transformers" not in sys.modules
+for module in pkgutil.iter_modules(integration.__path__, "jacobi_hf.integration."):
+    child = os.fork()
+    if child == 0:
+        try:
+            __import__(module.name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, module.name
+"""
+
+
+@pytest.mark.slow
+def test_any_module_that_touches_transformers_can_be_the_first_to_import_it():
+    """Importing transformers calls this package, which then must not need the module that imports it."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ANY_FIRST], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def options_of(parser):
     return {
         name: action for action in parser._actions for name in action.option_strings if name not in ("-h", "--help")
