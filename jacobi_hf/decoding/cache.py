@@ -152,12 +152,14 @@ class JacobiStaticCache(StaticCache):
         self._first_columns: dict[int, torch.Tensor] = {}  # views, by their length
         self._used = 0  # columns that have been written or read since the cache was empty
 
-    def columns(self, slots: int, longest: int) -> torch.Tensor:
+    def columns(self, slots: int, longest: int, *, exact: bool = False) -> torch.Tensor:
         """Return `key_column_K`, the numbers of the columns that a forward reads, without waiting for the device.
 
         Args:
             slots: Q, slots of the forward.
             longest: the largest of `lengths_B`.
+            exact: whether no column is read that no row needs. Otherwise their number is a multiple of
+                `EXTENT_MULTIPLE`, so that forwards have few shapes.
 
         Raises:
             RuntimeError: the slots do not fit.
@@ -167,7 +169,7 @@ class JacobiStaticCache(StaticCache):
             raise RuntimeError(
                 f"a step of {slots} slots after {longest} tokens does not fit into a cache of {self.capacity} tokens."
             )
-        extent = self._extent(needed)
+        extent = needed if exact else self._extent(needed)
         self._used = max(self._used, extent)
         return self.first_columns(extent)
 

@@ -95,6 +95,7 @@ class Decoder:
         self._text_start = int(state.start_B.max())
         device_is_async = self._cache.lengths_B.device.type in self.LAGS_ON
         self._lag = int(wants_tokens_alone and not stopping.is_one_by_one and device_is_async)
+        self._reads_exactly = not device_is_async and not execution.few_shapes
         self._launched: deque[LaunchedStep] = deque()
         self._running = [True] * rows
         self._made = execution.compiled, execution.recorded
@@ -223,7 +224,7 @@ class Decoder:
         """Make room for a step, and return the columns of the cache that it reads; the text has no more in use."""
         longest = max(self._longest_cached(), self._text_columns(layout) - layout.slots)
         self._state.reserve(longest + layout.slots)
-        return self._cache.columns(layout.slots, longest)
+        return self._cache.columns(layout.slots, longest, exact=self._reads_exactly)
 
     def _past(self) -> int | None:
         """Return the cached tokens of every row, if the host knows that all have as many."""
@@ -357,6 +358,8 @@ class Decoder:
             last = self._last.generated[row]
             accepted = self._last.accepted[row]
             self._runs.append((row, first, last, launched.names[self._last.best[row]], last - first - 1))
+            if launched.slots == 1:
+                continue
             shape = launched.shape
             stats.drafted += min(before.widths[row], max(shape.backbone, shape.draft_slots))
             stats.verified += min(before.widths[row], shape.backbone)

@@ -262,8 +262,9 @@ class AdaptiveSchedule:
 
     def note(self, before: StepReport, after: StepReport, shape: StepShape, rows: list[int], seconds: float) -> None:
         """Report the step to the controller; see `Schedule`."""
-        outcomes = [self._outcome(before, after, shape, row) for row in rows]
         slots = 1 + shape.backbone + shape.draft_slots + sum(shape.branches)
+        outcome_of = self._outcome if slots > 1 else self._outcome_of_one_slot
+        outcomes = [outcome_of(before, after, shape, row) for row in rows]
         with _learning:
             self._controller.note(self._chosen.pop(0), slots, seconds, outcomes)
 
@@ -277,6 +278,11 @@ class AdaptiveSchedule:
         backbone = min(option.backbone, self._verify_width or option.backbone)
         other = sum(length for number, length in enumerate(self._sources.branch_lengths) if number != self._lookup)
         return 1 + backbone + option.draft_slots + option.lookup + (other if option.others else 0)
+
+    @staticmethod
+    def _outcome_of_one_slot(before: StepReport, after: StepReport, _: StepShape, row: int) -> RowOutcome:
+        generated = after.generated[row]
+        return RowOutcome(generated - before.generated[row], generated, before.orders[row])
 
     def _outcome(self, before: StepReport, after: StepReport, shape: StepShape, row: int) -> RowOutcome:
         """Return what a step brought a row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -17,25 +18,29 @@ class Account:
     """The tokens of a call, minus what its steps cost. What is left may be spent on wide steps.
 
     In a batch the tokens are a mean over its rows. But a batch ends with its slowest row, and a row that has no luck
-    with guesses only pays for those of others. So the account has at most what that row has gained, plus a fixed
-    *lag*.
+    with guesses only pays for those of others. So the account has at most what that row has gained, plus a *lag*: the
+    row may be so far behind ordinary decoding for a while. What it is behind at the end of the call is taken from the
+    lag of the next call, and what it is ahead is added.
 
     Args:
         credit: what may be spent before anything is gained.
         costs: what steps cost.
+        lag: tokens that the slowest row may be behind.
         policy: constants.
-        call: most new tokens of the call, or `Policy.call` if that is lower.
+        grows: whether the lag is at first a share of the tokens so far (`Policy.first_lag`), for a call that may be
+            short.
 
     Attributes:
         spent: cost of all steps.
         tokens: new tokens of a row, in the mean.
     """
 
-    def __init__(self, credit: float, costs: Costs, policy: Policy, call: int) -> None:
+    def __init__(self, credit: float, costs: Costs, lag: float, policy: Policy, *, grows: bool = False) -> None:
         self._costs = costs
         self._price = 1 - policy.accrual  # the rest of the time is for trying
-        self._lag = policy.lag * call
-        self._mean = self._slowest = credit
+        self._lag = lag
+        self._share = policy.first_lag if grows else math.inf
+        self._mean = self._slowest = self._start = credit
         self._least: int | None = None  # new tokens of the slowest row
         self._steps_of: Counter[int] = Counter()  # by slots
         self.spent = 0.0
@@ -44,7 +49,13 @@ class Account:
     @property
     def credit(self) -> float:
         """What may be spent."""
-        return min(self._mean, self._slowest + self._lag)
+        lag = min(self._lag, self._share * self._least) if self._least else 0.0
+        return min(self._mean, self._slowest + lag)
+
+    @property
+    def lag_left(self) -> float:
+        """Tokens that the slowest row of the next call may be behind, by how this one went."""
+        return max(0.0, self._lag + self._slowest - self._start)
 
     def note(self, slots: int, rows: Sequence[RowOutcome]) -> tuple[float, float]:
         """Take in a step of so many slots; return its tokens of a row, in the mean, and its cost."""

@@ -94,11 +94,12 @@ class Controller:
 
         self._call = min(max(limit, 1), policy.call)
         advance = (policy.advance if memory.calls else policy.first_advance) * self._call
-        self._account = Account(memory.bank + advance, self._costs, policy, self._call)
+        lag = policy.first_lag * self._call if memory.lag is None else min(policy.lag * self._call, memory.lag)
+        self._account = Account(memory.bank + advance, self._costs, lag, policy, grows=memory.lag is None)
         self._tokens_of_late = self._time = 0.0  # per row, and in steps of one slot; their ratio is the price of time
         self._recent: deque[Orders] = deque(maxlen=policy.renewal)
         self._plan: dict[Orders, int] = {}
-        self._rows = 0
+        self._rows = self._rows_at_most = 0
         self._due: set[int] = set()  # orders at which the lookup is to be tried
         self._left = 0  # steps until the plan is renewed
         self._trial = 0  # steps that are left of a trial of the backbone
@@ -171,6 +172,7 @@ class Controller:
         self._steps_on = self._steps_on + 1 if option.backbone else 0
         for row in rows:
             self._rates.note(row, warm=self._steps_on > 1)
+        self._rows_at_most = max(self._rows_at_most, len(rows))
         if not rows or not self._costs.known:
             return
         gained, spent = self._account.note(slots, rows)
@@ -191,6 +193,8 @@ class Controller:
         least = min(-policy.debt * self._call, self._memory.bank)
         self._memory.bank = max(least, min(most, self._account.credit))
         self._memory.calls += 1
+        if self._rows_at_most > 1:
+            self._memory.lag = min(policy.lag * self._call, self._account.lag_left)
 
     def _measures_one(self) -> bool:
         """Return whether the next step has one slot because its cost, to which all others are compared, is old.

@@ -25,6 +25,8 @@ class Memory:
         sampled: acceptance in calls that sample.
         made: by that key and the knobs, the options whose steps were compiled or captured.
         bank: what earlier calls have left for trying, in steps of one slot; below 0 what they have overdrawn.
+        lag: tokens that the slowest row of a batch may be behind ordinary decoding for a while, by how earlier batches
+            went; None before the first one.
         calls: calls that have ended.
     """
 
@@ -33,4 +35,5 @@ class Memory:
     sampled: SourceRates = field(default_factory=SourceRates)
     made: defaultdict[Hashable, set[Option]] = field(default_factory=lambda: defaultdict(set))
     bank: float = 0.0
+    lag: float | None = None
     calls: int = 0

@@ -18,7 +18,8 @@ class Policy:
         advance: what later calls may spend at once, in addition to what is banked.
         bank: the most that a call leaves to the next.
         debt: the most that a call charges to the next.
-        lag: how many tokens the slowest row of a batch may have less than with ordinary decoding.
+        lag: the most that the slowest row of a batch may be behind ordinary decoding for a while.
+        first_lag: the same in the first batch of a model, where it is also a share of the tokens so far.
         rich: an account with more than this pays for steps of a width that was never measured.
         accrual: share of the time that trying may cost in the long run.
         overdraft: how far the account may go below 0 for options that are worth it by what was measured.
@@ -40,7 +41,8 @@ class Policy:
     advance: float = 0.005
     bank: float = 0.05
     debt: float = 0.01
-    lag: float = 0.125
+    lag: float = 0.25
+    first_lag: float = 0.06
     rich: float = 0.04
     accrual: float = 0.01
     overdraft: float = 0.01

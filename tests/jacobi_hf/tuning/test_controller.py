@@ -388,22 +388,49 @@ def test_a_width_that_is_not_measured_follows_the_load_of_the_machine(width, loa
     assert known(width) == pytest.approx(times[width] * (1.0 if falls else load), rel=3 * noise + 0.01)
 
 
-@given(st.integers(2, 8), st.integers(1, 127))
-def test_a_batch_gains_no_more_than_its_slowest_row_and_a_lag(rows, steps):
+@given(st.integers(2, 8), st.integers(1, 127), st.floats(0, 30), st.booleans())
+def test_a_batch_gains_no_more_than_its_slowest_row_and_a_lag(rows, steps, lag, grows):
     costs = Costs()
     for _ in range(2):
         costs.note(1, 1.0)
         costs.note(9, 1.5)
-    account = Account(2.0, costs, POLICY, TOKENS)
+    account = Account(2.0, costs, lag, POLICY, grows=grows)
     for step in range(1, steps + 1):
         lucky = [RowOutcome(4, 4 * step) for _ in range(rows - 1)]
         gained, spent = account.note(9, [RowOutcome(1, step), *lucky])
         assert spent == 1.5
         assert gained == pytest.approx((1 + 4 * (rows - 1)) / rows)
     lost = steps * (1 - 1.5 * (1 - POLICY.accrual))
-    assert account.credit == pytest.approx(min(2 + lost + steps * (gained - 1), 2 + lost + POLICY.lag * TOKENS))
+    allowed = min(lag, POLICY.first_lag * steps) if grows else lag
+    assert account.credit == pytest.approx(min(2 + lost + steps * (gained - 1), 2 + lost + allowed))
+    assert account.lag_left == pytest.approx(max(0, lag + lost))
     alone = account.note(1, [RowOutcome(1, steps + 1)])
     assert alone == (1.0, 1.0)
+
+
+def test_a_batch_whose_slowest_row_has_lost_leaves_less_lag_to_the_next_and_wins_it_back():
+    options = options_for(0, 8, draft_slots=False, others=False, few=False)
+    memory = Memory()
+
+    def call(tokens: int) -> None:
+        controller = Controller(options, slots_of, memory, key="any", sampled=False, limit=TOKENS)
+        controller.start(9, 5.0)
+        for step in range(1, 41):
+            controller.note(options[0], 1, 1.0, [RowOutcome(1, step)] * 2)
+        slow = RowOutcome(tokens, 40 + tokens)
+        controller.note(options[1], 9, 5.0, [slow, replace(slow, tokens=9, total=49)])
+        controller.end()
+
+    call(1)
+    assert memory.lag == pytest.approx(POLICY.first_lag * TOKENS + 41 - 0.99 * 45, abs=0.02)
+    before = memory.lag
+    call(9)
+    assert memory.lag == pytest.approx(before + 49 - 0.99 * 45, abs=0.02)
+    call(30)
+    assert memory.lag == POLICY.lag * TOKENS  # no more than this
+    batches = memory.lag
+    World(lambda slots: slots).call(memory)  # one row says nothing of batches
+    assert memory.lag == batches
 
 
 @given(st.lists(st.tuples(st.integers(2, 10_000), st.floats(0.01, 100)), min_size=30, max_size=60))
