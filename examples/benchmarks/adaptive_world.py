@@ -173,9 +173,9 @@ def adaptive_call(
     call = Call(0.0, [])
     warm = False
     while rows:
-        option = controller.choose([row.order for row in rows])
+        option = controller.choose([(limit - row.left, row.order) for row in rows])
         slots = slots_of(option) - (0 if any(row.order for row in rows) else option.lookup)
-        cost = curve.cost(slots * len(rows))
+        cost = curve.cost(slots * number)  # rows that have ended are still in the batch
         outcomes = [row.step(option, warm=warm) for row in rows]
         warm = option.backbone > 0
         busy ^= noise.random() < SWITCH
@@ -190,11 +190,12 @@ def adaptive_call(
 
 def fixed_call(rows: list[Row], curve: Curve, option: Option) -> float:
     """Return the time of a call in which all steps have the same option."""
+    number = len(rows)
     seconds = 0.0
     warm = False
     while rows:
         slots = slots_of(option) - (0 if any(row.order for row in rows) else option.lookup)
-        seconds += curve.cost(slots * len(rows))
+        seconds += curve.cost(slots * number)
         for row in rows:
             row.step(option, warm=warm)
         warm = True

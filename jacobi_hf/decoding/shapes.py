@@ -226,9 +226,9 @@ class AdaptiveSchedule:
 
     def decide(self, report: StepReport, rows: list[int]) -> bool:
         """Ask the controller; see `Schedule`. Where only pads are missing, the widest backbone brings most of them."""
-        orders = [report.orders[row] for row in rows]
+        states = [(report.generated[row], report.orders[row]) for row in rows]
         with _learning:
-            option = self._controller.choose(orders) if rows else max(self._options, key=lambda o: o.backbone)
+            option = self._controller.choose(states) if rows else max(self._options, key=lambda o: o.backbone)
             self._option = option if self._is_made(option) else self._options[0]
         self._chosen.append(self._option)
         return self._option.backbone > 0 or self._option.others

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from jacobi_hf.tuning.costs import Costs
     from jacobi_hf.tuning.options import RowOutcome
     from jacobi_hf.tuning.policy import Policy
 
+T = TypeVar("T")
+
 
 class Account:
     """The tokens of a call, minus what its steps cost. What is left may be spent on wide steps.
 
-    In a batch the tokens are a mean over its rows. But a batch ends with its slowest row, and a row that has no luck
-    with guesses only pays for those of others. So the account has at most what that row has gained, plus a *lag*: the
-    row may be so far behind ordinary decoding for a while. What it is behind at the end of the call is taken from the
-    lag of the next call, and what it is ahead is added.
+    A batch ends with its slowest row, and a row that has no luck with guesses only pays for those of others. So the
+    tokens are a mean over the slow rows (`slowest`), and the account has at most what the very slowest row has gained,
+    plus a *lag*: that row may be so far behind ordinary decoding for a while. What it is behind at the end of the call
+    is taken from the lag of the next call, and what it is ahead is added.
 
     Args:
         credit: what may be spent before anything is gained.
@@ -32,13 +35,14 @@ class Account:
 
     Attributes:
         spent: cost of all steps.
-        tokens: new tokens of a row, in the mean.
+        tokens: new tokens of a slow row, in the mean.
     """
 
     def __init__(self, credit: float, costs: Costs, lag: float, policy: Policy, *, grows: bool = False) -> None:
         self._costs = costs
         self._price = 1 - policy.accrual  # the rest of the time is for trying
         self._lag = lag
+        self._slow = policy.slow
         self._share = policy.first_lag if grows else math.inf
         self._mean = self._slowest = self._start = credit
         self._least: int | None = None  # new tokens of the slowest row
@@ -58,9 +62,10 @@ class Account:
         return max(0.0, self._lag + self._slowest - self._start)
 
     def note(self, slots: int, rows: Sequence[RowOutcome]) -> tuple[float, float]:
-        """Take in a step of so many slots; return its tokens of a row, in the mean, and its cost."""
+        """Take in a step of so many slots; return its tokens of a slow row, in the mean, and its cost."""
         spent = self._costs(slots) / self._costs(1)
-        gained = sum(row.tokens for row in rows) / len(rows)
+        slow = slowest(((row.total - row.tokens, row.tokens) for row in rows), self._slow)
+        gained = sum(tokens for _, tokens in slow) / len(slow)
         before = min(row.total - row.tokens for row in rows) if self._least is None else self._least
         self._least = min(row.total for row in rows)
         self._mean += gained - self._price * spent
@@ -76,3 +81,14 @@ class Account:
         self._mean += self._price * (self.spent - spent)
         self._slowest += self._price * (self.spent - spent)
         self.spent = spent
+
+
+def slowest(rows: Iterable[tuple[int, T]], share: float) -> list[tuple[int, T]]:
+    """Return the rows with the fewest new tokens, at least one.
+
+    Args:
+        rows: for each unfinished row, its new tokens and something else.
+        share: of the rows that are returned.
+    """
+    ordered = sorted(rows, key=itemgetter(0))
+    return ordered[: math.ceil(share * len(ordered))]

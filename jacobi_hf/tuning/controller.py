@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jacobi_hf.tuning.acceptance import both, expected, expected_of, together
-from jacobi_hf.tuning.account import Account
+from jacobi_hf.tuning.account import Account, slowest
 from jacobi_hf.tuning.policy import POLICY, Policy
 from jacobi_hf.tuning.trials import TrialTimes
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from jacobi_hf.tuning.options import Option, RowOutcome
 
 ORDERS = 3  # the longest n-gram that a lookup matches
-Orders = tuple[int, int, int, int]  # rows whose match has the order 0, 1 and 2, and all rows
+Orders = tuple[int, int, int, int]  # slow rows whose match has the order 0, 1 and 2, and all slow rows
 
 
 class Controller:
@@ -118,12 +118,14 @@ class Controller:
         """
         self._costs.suppose(prefill_slots, prefill_seconds)
 
-    def choose(self, orders: Sequence[int]) -> Option:
-        """Return the option of the next step.
+    def choose(self, rows: Sequence[tuple[int, int]]) -> Option:
+        """Return the option of the next step: the one that is best for the slow rows, because a batch ends with them.
 
         Args:
-            orders: for each unfinished row, the length of the n-gram that the lookup has matched; 0 without a match.
+            rows: for each unfinished row, its new tokens, and the length of the n-gram that the lookup has matched; 0
+                without a match.
         """
+        orders = [order for _, order in slowest(rows, self._policy.slow)]
         self._since_one += 1
         if len(self._options) == 1 or not self._costs.known or not orders or self._measures_one():
             self._since_one = 0

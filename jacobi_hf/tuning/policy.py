@@ -18,6 +18,7 @@ class Policy:
         advance: what later calls may spend at once, in addition to what is banked.
         bank: the most that a call leaves to the next.
         debt: the most that a call charges to the next.
+        slow: share of a batch's rows, the slowest ones, by whose gains steps are chosen.
         lag: the most that the slowest row of a batch may be behind ordinary decoding for a while.
         first_lag: the same in the first batch of a model, where it is also a share of the tokens so far.
         rich: an account with more than this pays for steps of a width that was never measured.
@@ -41,7 +42,8 @@ class Policy:
     advance: float = 0.005
     bank: float = 0.05
     debt: float = 0.01
-    lag: float = 0.25
+    slow: float = 0.25
+    lag: float = 0.125
     first_lag: float = 0.06
     rich: float = 0.04
     accrual: float = 0.01

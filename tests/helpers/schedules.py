@@ -21,7 +21,7 @@ def random_shapes(seed: int) -> Iterator[list[Option]]:
     generator = random.Random(seed)
     chosen: list[Option] = []
 
-    def choose(self: Any, orders: Sequence[int]) -> Option:
+    def choose(self: Any, _: Sequence[tuple[int, int]]) -> Option:
         # Runs of the same option are likely, because a window shows what it can in its second step only.
         option = chosen[-1] if chosen and generator.random() < 0.4 else generator.choice(self._options)
         option = option if option in self._options else self._options[-1]
