@@ -34,7 +34,8 @@ def prompt_forward(
     cache = state.cache
     last_B1 = prompt.length_B[:, None] - 1
     columns = prompt.inputs.shape[1]
-    cached = int(cache.lengths_B.max())
+    lengths = cache.lengths_B.tolist()
+    cached = max(lengths)
     size = part_slots if forward.needs_mask(columns, without_past=not cached) else columns
     logits_B1V: torch.Tensor | None = None
     features = []
@@ -48,6 +49,7 @@ def prompt_forward(
             None if prompt.ids_BP is None else prompt.ids_BP[:, part],
             None if prompt.embeds_BPH is None else prompt.embeds_BPH[:, part],
             place_B1.clamp(0, slots - 1),
+            past=cached if not first and min(lengths) == cached else None,
         )
         output = forward(inputs)
         # A row that ended in an earlier part keeps the logits from there.

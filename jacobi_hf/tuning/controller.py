@@ -15,6 +15,8 @@ and from a small advance. So a text that nobody can guess costs a few percent at
 A backbone that is off has to be tried now and then. Such a *trial* takes three steps, because a window restarts from
 fillers, so its first step says nothing.
 
+A batch ends with its slowest row. So in a batch all of this is about the slow rows alone, a quarter of them.
+
 The controller is plain Python on the host: no tensors, no clock and no random numbers of its own. The same
 measurements give the same choices.
 """
@@ -119,7 +121,7 @@ class Controller:
         self._costs.suppose(prefill_slots, prefill_seconds)
 
     def choose(self, rows: Sequence[tuple[int, int]]) -> Option:
-        """Return the option of the next step: the one that is best for the slow rows, because a batch ends with them.
+        """Return the option of the next step.
 
         Args:
             rows: for each unfinished row, its new tokens, and the length of the n-gram that the lookup has matched; 0
@@ -172,7 +174,7 @@ class Controller:
             self.seconds[option] += seconds
         self._costs.note(slots, seconds)
         self._steps_on = self._steps_on + 1 if option.backbone else 0
-        for row in rows:
+        for _, row in slowest(((row.total - row.tokens, row) for row in rows), self._policy.slow):
             self._rates.note(row, warm=self._steps_on > 1)
         self._rows_at_most = max(self._rows_at_most, len(rows))
         if not rows or not self._costs.known:
