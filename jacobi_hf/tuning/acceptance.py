@@ -22,6 +22,7 @@ KEPT = 0.9  # share of its hope that a source keeps after a call
 FIRST_KEPT = 0.5  # the same after the first call
 WEIGHTS = (6.0, 4.0, 3.0, 3.0, 3.0, 3.0)  # measurements that a prior is worth, by depth
 BACKBONE_WEIGHT = 0.33  # of the weights above: a backbone is on or off by text, so two steps of a trial must be enough
+OTHERS_LENGTH = 8  # guesses of one of the other branches, about
 CHAIN = 3.0  # measurements that the rate of the depth before is worth
 
 
@@ -119,19 +120,57 @@ def expected_of(rates: Sequence[float], lengths: Iterable[int]) -> dict[int, lis
     return {length: longest[: ENDS.index(length)] if length in ENDS else expected(rates, length) for length in lengths}
 
 
-def both(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return how many guesses two sources accept twice, if they are sent in one step and err independently.
+class Overlap:
+    """How many accepted guesses two sources have in common if a step sends both.
 
-    Args:
-        first, second: guesses accepted in each class of depths.
+    Two sources may err independently. Or the worse one is right only where the better one is, as in a text that
+    repeats itself: then sending both gains nothing. The truth is between these extremes, and steps that send both show
+    where.
     """
-    return sum(map(mul, map(mul, first, second), SHARES))
 
+    KEPT = 0.97  # share of what is known that is left after a measurement
+    WEIGHT = 2.0  # guesses that it takes to learn that two sources do not err independently
 
-def together(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Return what at least one of two sources accepts in each class of depths; arguments as in `both`."""
-    pairs = zip_longest(first, second, SHARES[: max(len(first), len(second))], fillvalue=0.0)
-    return [one + two - one * two * share for one, two, share in pairs]
+    def __init__(self) -> None:
+        self._above = 0.0  # common guesses, beyond those of independent sources
+        self._most = self.WEIGHT  # what that would be if the worse source were right only where the better one is
+
+    @property
+    def share(self) -> float:
+        """Where the truth is: 0 if the sources err independently, 1 at the other extreme."""
+        return min(1.0, max(0.0, self._above / self._most))
+
+    def __call__(self, first: Sequence[float], second: Sequence[float]) -> float:
+        """Return how many accepted guesses are common.
+
+        Args:
+            first, second: guesses of each source that are accepted in each class of depths.
+        """
+        return sum(self._by_class(first, second))
+
+    def _by_class(self, first: Sequence[float], second: Sequence[float]) -> list[float]:
+        share = self.share
+        return [
+            (1 - share) * one * two * part + share * min(one, two)
+            for one, two, part in zip(first, second, SHARES, strict=False)
+        ]
+
+    def union(self, first: Sequence[float], second: Sequence[float]) -> list[float]:
+        """Return what at least one of two sources accepts in each class of depths; arguments as in `__call__`."""
+        triples = zip_longest(first, second, self._by_class(first, second), fillvalue=0.0)
+        return [one + two - common for one, two, common in triples]
+
+    def note(self, first: Sequence[float], second: Sequence[float], common: int) -> None:
+        """Take in how many guesses a step accepted from both sources.
+
+        Args:
+            first, second: what was expected, as in `__call__`.
+            common: what was found.
+        """
+        least = sum(map(mul, map(mul, first, second), SHARES))
+        most = sum(map(min, first, second))
+        self._above = self.KEPT * self._above + common - least
+        self._most = self.KEPT * self._most + most - least
 
 
 # By order of the match from 1 on: what is expected, and what to reckon with.
@@ -152,11 +191,15 @@ class SourceRates:
         lookups: the lookup, by order of the match from 1 on; longer matches count as the last one.
         backbone: the backbone, without its first step after a pause.
         others: the best of the other branches.
+        guessed: what the backbone and the other branches have in common.
+        looked_up: what these and the lookup have in common.
     """
 
     lookups: list[Survival] = field(default_factory=lambda: [Survival(*rates) for rates in LOOKUPS])
     backbone: Survival = field(default_factory=lambda: Survival(*BACKBONE, weight=BACKBONE_WEIGHT))
     others: Survival = field(default_factory=lambda: Survival(*OTHERS))
+    guessed: Overlap = field(default_factory=Overlap)
+    looked_up: Overlap = field(default_factory=Overlap)
 
     def begin(self) -> None:
         """Begin a call."""
@@ -167,12 +210,26 @@ class SourceRates:
 
     def note(self, row: RowOutcome, *, warm: bool) -> None:
         """Learn from what a step brought a row; `warm` says whether the step before it sent the backbone, too."""
+        if row.backbone[0] and warm:
+            self._note_common(row)
         if row.order and row.lookup[0]:
             self.lookups[min(row.order, len(self.lookups)) - 1].note(*row.lookup)
         if row.backbone[0] and warm:
             self.backbone.note(*row.backbone)
         if row.others[0]:
             self.others.note(*row.others)
+
+    def _note_common(self, row: RowOutcome) -> None:
+        """Learn from a step that sent the backbone what sources have in common."""
+        guessed = expected(self.backbone.rates, row.backbone[0])
+        if row.others[0]:
+            others = expected(self.others.rates, OTHERS_LENGTH)
+            self.guessed.note(guessed, others, min(row.backbone[1], row.others[1]))
+            guessed = self.guessed.union(guessed, others)
+        if row.order and row.lookup[0]:
+            rates = self.lookups[min(row.order, len(self.lookups)) - 1].rates
+            looked_up = expected(rates, row.lookup[0])
+            self.looked_up.note(guessed, looked_up, min(row.lookup[1], max(row.backbone[1], row.others[1])))
 
     def source(self, number: int) -> Survival:
         """Return the backbone for 0, else the lookup after a match of this order."""

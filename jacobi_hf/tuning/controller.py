@@ -28,7 +28,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from jacobi_hf.tuning.acceptance import both, expected, expected_of, together
+from jacobi_hf.tuning.acceptance import OTHERS_LENGTH, expected, expected_of
 from jacobi_hf.tuning.account import Account, slowest
 from jacobi_hf.tuning.policy import POLICY, Policy
 from jacobi_hf.tuning.trials import TrialTimes
@@ -354,8 +354,8 @@ class Controller:
             rates = source.hope if order in self._due else source.rates
             looked_up.append(expected_of(rates, lengths))
         windows = expected_of(backbone, widths)
-        others = expected(self._rates.others.rates, 8)
-        branched = {width: together(window, others) for width, window in windows.items()}
+        others = expected(self._rates.others.rates, OTHERS_LENGTH)
+        branched = {width: self._rates.guessed.union(window, others) for width, window in windows.items()}
         table: list[list[float]] = [[] for _ in range(1 + len(looked_up))]
         for option in self._options:
             guessed = branched[option.backbone] if option.others else windows[option.backbone]
@@ -363,7 +363,7 @@ class Controller:
             table[0].append(total)
             for gains, by_length in zip(table[1:], looked_up, strict=True):
                 lookup = by_length[option.lookup]
-                gains.append(total + sum(lookup) - both(guessed, lookup))
+                gains.append(total + sum(lookup) - self._rates.looked_up(guessed, lookup))
         return table
 
     def _values(self, counts: Orders) -> list[float]:

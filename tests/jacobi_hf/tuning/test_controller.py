@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jacobi_hf.tuning.acceptance import LOOKUPS, SourceRates, Survival, both, expected, together
+from jacobi_hf.tuning.acceptance import LOOKUPS, Overlap, SourceRates, Survival, expected
 from jacobi_hf.tuning.account import Account
 from jacobi_hf.tuning.controller import Controller
 from jacobi_hf.tuning.costs import SAMPLES, Costs
@@ -84,7 +85,9 @@ class World:
         chosen: list[Option] = []
         while left:
             orders = [self.random.randrange(4) for _ in left]
-            option = controller.choose([(tokens - missing, order) for missing, order in zip(left, orders, strict=True)])
+            option = controller.choose(
+                [(tokens - missing, order) for missing, order in zip(left, orders, strict=True)]
+            )
             assert option in options
             slots = slots_of(option) - (0 if any(orders) else option.lookup)
             warm = bool(chosen) and chosen[-1].backbone > 0
@@ -330,12 +333,40 @@ def test_expected_guesses_are_a_sum_of_products(rate, length):
     assert sum(expected(rate, length)) == pytest.approx(total, abs=1e-9)
 
 
-@given(st.tuples(*[st.floats(0, 1)] * 6), st.tuples(*[st.floats(0, 1)] * 6), st.integers(0, 40), st.integers(0, 40))
-def test_two_sources_accept_no_less_than_the_better_and_no_more_than_their_sum(first, second, one, other):
-    a, b = expected(first, one), expected(second, other)
-    joint = sum(together(a, b))
-    assert max(sum(a), sum(b)) - 1e-9 <= joint <= sum(a) + sum(b) + 1e-9
-    assert joint == pytest.approx(sum(a) + sum(b) - both(a, b))
+@given(
+    st.tuples(*[st.floats(0, 1)] * 6),
+    st.tuples(*[st.floats(0, 1)] * 6),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.lists(st.integers(0, 32), max_size=20),
+)
+def test_two_sources_accept_no_less_than_the_better_and_no_more_than_their_sum(first, second, one, other, found):
+    overlap = Overlap()
+    alone = [expected(first, one), expected(second, other)]
+    for common in found:
+        overlap.note(*alone, common)
+    sums = [sum(guesses) for guesses in alone]
+    assert overlap(*alone) <= min(sums) + 1e-9
+    assert max(sums) - 1e-9 <= sum(overlap.union(*alone)) <= sum(sums) + 1e-9
+    assert sum(overlap.union(*alone)) == pytest.approx(sum(sums) - overlap(*alone))
+
+
+@given(st.floats(0.7, 0.95), st.booleans(), st.integers(0, 99))
+def test_what_two_sources_have_in_common_is_learnt(rate, same, seed):
+    """Two sources of equal rate err together, or independently."""
+    draws = random.Random(seed)
+    overlap = Overlap()
+    alone = expected([rate] * 6, 8)
+
+    def accepted() -> int:
+        return next((n for n in range(8) if draws.random() >= rate), 8)
+
+    shares = []
+    for _ in range(400):
+        first = accepted()
+        overlap.note(alone, alone, first if same else min(first, accepted()))
+        shares.append(overlap.share)
+    assert statistics.mean(shares) > 0.6 if same else statistics.mean(shares) < 0.45
 
 
 @at_most(20)
