@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -41,8 +41,9 @@ class BenchConfig(Options):
     decoders: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Knobs of each decoder, by name. If not given, the model decodes with its own knobs. The schedule "
-            "is constant unless the knobs say adaptive, because adaptive counts depend on the machine."
+            "help": "Knobs of each decoder, by name. If not given, the model decodes with its own knobs, once with "
+            "the constant schedule and once adaptively. Given knobs are constant unless they say adaptive, because "
+            "adaptive counts depend on the machine."
         },
     )
     held_out: str | None = option(None, "JSONL with domain and text, for the held-out loss.")
@@ -55,7 +56,9 @@ class BenchConfig(Options):
 
 @verb(lambda: (BenchConfig,), json=True)
 def bench(call: Call) -> None:
-    """Measure tokens per forward and identity with ordinary decoding by domain, held-out loss, and right answers.
+    """Measure speed, tokens per forward and identity with ordinary decoding, on prompts by domain.
+
+    `eval` scores answers to benchmark questions instead, and `autotune` looks for the fastest knobs.
 
     Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question, turns,
     instruction or text, such as the files of GSM8K, HumanEval and MT-bench. JSON may have them by domain:
@@ -178,7 +181,10 @@ def _own(model: Any) -> dict[str, JacobiConfig]:
     from jacobi_hf.config import CONSTANT
 
     own = decoding_of(model, {})
-    return {own.decoding: replace(own, jacobi_schedule=CONSTANT)} if own else {}
+    if not own:
+        return {}
+    found = {own.decoding: replace(own, jacobi_schedule=CONSTANT)}
+    return found | ({"adaptive": own} if own.is_adaptive else {})
 
 
 def _kept(progress: Progress, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
@@ -237,32 +243,32 @@ def _show(results: Results, output: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    columns: dict[str, Callable[[Measurement], str]] = {
+        "domain": lambda m: m.prompts.domain,
+        "decoder": lambda m: m.decoder.name,
+        "tok/s": lambda m: _number(m.tokens_per_second, 1),
+        "speed-up": lambda m: _number(m.speedups[0].factor) if m.speedups else "",
+        "identical": lambda m: f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else "",
+        "tokens per forward": lambda m: _number(m.tokens_per_forward),
+        "without loops": lambda m: _number(m.tokens_per_forward_loop_free),
+        "slots": lambda m: _number(m.mean_slots, 1),
+        "loss": lambda m: _number(m.held_out_loss, 4),
+        "right answers": lambda m: (
+            f"{m.quality.value:.3f} ({m.quality.low:.2f}\u2013{m.quality.high:.2f})" if m.quality else ""
+        ),
+    }
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in (
-        "domain",
-        "decoder",
-        "tokens per forward",
-        "without loops",
-        "slots",
-        "identical",
-        "loss",
-        "right answers",
-    ):
-        table.add_column(
-            column, justify="left" if column in ("domain", "decoder") else "right", no_wrap=" " not in column
-        )
-    for m in results.measurements:
-        table.add_row(
-            m.prompts.domain,
-            m.decoder.name,
-            _number(m.tokens_per_forward),
-            _number(m.tokens_per_forward_loop_free),
-            _number(m.mean_slots, 1),
-            f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else "",
-            _number(m.held_out_loss, 4),
-            f"{m.quality.value:.3f} ({m.quality.low:.2f}\u2013{m.quality.high:.2f})" if m.quality else "",
-        )
+    filled = {name: cells for name, of in columns.items() if any(cells := [of(m) for m in results.measurements])}
+    for name in filled:
+        justify: Literal["left", "right"] = "left" if name in ("domain", "decoder") else "right"
+        table.add_column(name, justify=justify, no_wrap=" " not in name)
+    for row in zip(*filled.values(), strict=True):
+        table.add_row(*row)
     Console().print(table)
+    Console().print(
+        "one prompt at a time, greedily; the decoders take turns. speed-up, identical: to eager generate().",
+        style="dim",
+    )
     Console().print(output, style="dim")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 
 from jacobi_hf.output import acceptance_length_of
 from jacobi_hf.prompts import encode_prompts
-from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts
+from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Speedup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from jacobi_hf.config import JacobiConfig
+
+ORDINARY = "generate"  # name of ordinary decoding in results
+_WARM_UP = 8  # tokens that each decoder writes before the clock runs
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class DecodingReport:
         outputs: ids of the new tokens of each prompt.
         steps_by_shape: number of steps by their shape, as in `JacobiStats`.
         accepted_guesses: number of steps that verified guesses by how many they accepted, as in `JacobiStats`.
+        seconds: wall time of each prompt.
     """
 
     new_tokens: list[int]
@@ -39,6 +44,25 @@ class DecodingReport:
     outputs: list[list[int]]
     steps_by_shape: Counter[str] = field(default_factory=Counter)
     accepted_guesses: Counter[int] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, calls: Sequence[_Call]) -> DecodingReport:
+        """Return the counts of several calls."""
+        return cls(
+            [len(call.output) for call in calls],
+            [call.forwards for call in calls],
+            sum(call.slots for call in calls) / max(1, sum(call.steps for call in calls)),
+            [call.output for call in calls],
+            sum((call.shapes for call in calls), Counter()),
+            sum((call.accepted for call in calls), Counter()),
+            [call.seconds for call in calls],
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over seconds, all prompts together."""
+        return sum(self.new_tokens) / sum(self.seconds)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -93,8 +117,6 @@ def measure_decoding(
     prompts: Sequence[Sequence[int]],
     config: JacobiConfig,
     max_new_tokens: int,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
-    what: str = "",
 ) -> DecodingReport:
     """Decode prompts greedily with Jacobi decoding, one prompt at a time, and return the counts.
 
@@ -103,26 +125,66 @@ def measure_decoding(
         prompts: token ids of each prompt.
         config: how to decode.
         max_new_tokens: most new tokens of each prompt.
+    """
+    return DecodingReport.of([_call(model, prompt, config, max_new_tokens) for prompt in prompts])
+
+
+def compare_decoding(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    decoders: Mapping[str, JacobiConfig | None],
+    max_new_tokens: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = untracked,
+    what: str = "",
+) -> dict[str, DecodingReport]:
+    """Decode each prompt greedily with each decoder, and return the counts of each decoder by its name.
+
+    The decoders take turns, so that whatever else the machine does slows down all of them. Before that, each decodes a
+    few tokens that do not count.
+
+    Args:
+        model: model of a registered class, in eval mode.
+        prompts: token ids of each prompt.
+        decoders: how to decode, by name; None is ordinary decoding.
+        max_new_tokens: most new tokens of each prompt.
         track: progress bar, called as `untracked` is.
         what: label of the progress bar.
     """
-    tokens: list[int] = []
-    forwards: list[int] = []
-    outputs: list[list[int]] = []
-    shapes = Counter[str]()
-    accepted = Counter[int]()
-    slots = steps = 0
-    for prompt in track(prompts, what):
-        output = _generate(model, prompt, max_new_tokens, return_dict_in_generate=True, **config.to_knobs())
-        stats = output.jacobi_stats
-        tokens.append(stats.new_tokens[0])
-        forwards.append(stats.forwards)
-        slots += stats.slots
-        steps += stats.slots_by_width.total()
-        shapes += stats.steps_by_shape
-        accepted += stats.accepted_guesses
-        outputs.append(output.sequences[0, len(prompt) :].tolist())
-    return DecodingReport(tokens, forwards, slots / max(1, steps), outputs, shapes, accepted)
+    calls: dict[str, list[_Call]] = {name: [] for name in decoders}
+    names = list(decoders)
+    for config in decoders.values() if prompts else ():
+        _call(model, prompts[0], config, min(max_new_tokens, _WARM_UP))
+    for number, prompt in enumerate(track(prompts, what)):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            calls[name].append(_call(model, prompt, decoders[name], max_new_tokens))
+    return {name: DecodingReport.of(found) for name, found in calls.items()}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `generate` for one prompt."""
+
+    output: list[int]
+    seconds: float
+    forwards: int
+    slots: int
+    steps: int
+    shapes: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[int] = field(default_factory=Counter)
+
+
+def _call(model: PreTrainedModel, prompt: Sequence[int], config: JacobiConfig | None, max_new_tokens: int) -> _Call:
+    options = {"decoding": None} if config is None else config.to_knobs()
+    started = time.perf_counter()
+    output = _generate(model, prompt, max_new_tokens, return_dict_in_generate=True, **options)
+    ids = output.sequences[0, len(prompt) :].tolist()
+    seconds = time.perf_counter() - started
+    if config is None:
+        return _Call(ids, seconds, len(ids), len(ids) - 1, len(ids) - 1)
+    stats = output.jacobi_stats
+    steps = stats.slots_by_width.total()
+    return _Call(ids, seconds, stats.forwards, stats.slots, steps, stats.steps_by_shape, stats.accepted_guesses)
 
 
 def ordinary_outputs(model: PreTrainedModel, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -153,7 +215,7 @@ def measurements(
     *,
     chat: bool | None = None,
 ) -> list[Measurement]:
-    """Return tokens per forward, slots per forward and agreement of each decoder on the prompts of each domain.
+    """Return speed, tokens per forward and agreement of each decoder, and of ordinary decoding, by domain.
 
     Args:
         model: model of a registered class, in eval mode.
@@ -171,17 +233,22 @@ def measurements(
     measured = []
     for domain, texts in prompts.items():
         ids = encode_prompts(texts, tokenizer, model.name_or_path, chat=chat)
-        references = ordinary_outputs(model, track(ids, f"{domain}, generate"), max_new_tokens)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
-        for name, config in decoders.items():
-            report = measure_decoding(model, ids, config, max_new_tokens, track, f"{domain}, {name}")
-            measured.append(_measurement(Decoder.of(name, config, drafter), described, report, references))
+        reports = compare_decoding(model, ids, {ORDINARY: None, **decoders}, max_new_tokens, track, domain)
+        ordinary = reports.pop(ORDINARY)
+        measured.append(_measurement(Decoder(name=ORDINARY, kind="generate"), described, ordinary))
+        for name, report in reports.items():
+            one = _measurement(Decoder.of(name, decoders[name], drafter), described, report)
+            factor = report.tokens_per_second / ordinary.tokens_per_second
+            beside = {
+                "agreement": Agreement.between(report.outputs, ordinary.outputs),
+                "speedups": [Speedup(baseline=ORDINARY, factor=factor)],
+            }
+            measured.append(one.model_copy(update=beside))
     return measured
 
 
-def _measurement(
-    decoder: Decoder, prompts: Prompts, report: DecodingReport, references: Sequence[list[int]]
-) -> Measurement:
+def _measurement(decoder: Decoder, prompts: Prompts, report: DecodingReport) -> Measurement:
     return Measurement(
         decoder=decoder,
         prompts=prompts,
@@ -193,6 +260,7 @@ def _measurement(
         looping=report.looping,
         mean_slots=report.mean_slots,
         mean_acceptance_length=report.mean_acceptance_length,
-        agreement=Agreement.between(report.outputs, references),
+        seconds=sum(report.seconds),
+        tokens_per_second=report.tokens_per_second,
         extra={"steps_by_shape": dict(report.steps_by_shape)} if decoder.adaptive else {},
     )
