@@ -249,11 +249,11 @@ def _show(results: Results, output: str) -> None:
         "tok/s": lambda m: _number(m.tokens_per_second, 1),
         "speed-up": lambda m: _number(m.speedups[0].factor) if m.speedups else "",
         "identical": lambda m: f"{m.agreement.identical}/{m.agreement.total}" if m.agreement else "",
-        "tokens per forward": lambda m: _number(m.tokens_per_forward),
-        "without loops": lambda m: _number(m.tokens_per_forward_loop_free),
+        "TPF": lambda m: _number(m.tokens_per_forward),
+        "loop-free\nTPF": lambda m: _number(m.tokens_per_forward_loop_free),
         "slots": lambda m: _number(m.mean_slots, 1),
         "loss": lambda m: _number(m.held_out_loss, 4),
-        "right answers": lambda m: (
+        "right\nanswers": lambda m: (
             f"{m.quality.value:.3f} ({m.quality.low:.2f}\u2013{m.quality.high:.2f})" if m.quality else ""
         ),
     }
@@ -261,12 +261,13 @@ def _show(results: Results, output: str) -> None:
     filled = {name: cells for name, of in columns.items() if any(cells := [of(m) for m in results.measurements])}
     for name in filled:
         justify: Literal["left", "right"] = "left" if name in ("domain", "decoder") else "right"
-        table.add_column(name, justify=justify, no_wrap=" " not in name)
+        table.add_column(name, justify=justify, no_wrap=True)
     for row in zip(*filled.values(), strict=True):
         table.add_row(*row)
     Console().print(table)
     Console().print(
-        "one prompt at a time, greedily; the decoders take turns. speed-up, identical: to eager generate().",
+        "One prompt at a time, greedily; the decoders take turns. speed-up and identical: to eager generate(). "
+        "TPF: tokens per forward.",
         style="dim",
     )
     Console().print(output, style="dim")
