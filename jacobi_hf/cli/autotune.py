@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jacobi_hf.tuning.strategies import Strategy
 
 GENERATION_CONFIG = "generation_config.json"
+ROWS = 8  # of the table that is shown, besides ordinary decoding and what is recommended
 
 
 @dataclass
@@ -34,12 +35,14 @@ class AutotuneOptions(ModelOptions):
     batch_size: int = option(1, "Prompts that will be decoded together.", low=1)
     seconds: float = option(60.0, "How long to try settings.")
     compile: bool = flag("Compile all strategies; allow ten minutes on a CPU.")
-    save: bool = flag("Write the fastest setting into the model folder's generation config.")
+    save: bool = flag("Write the recommended setting into the model folder's generation config, if it is faster.")
 
 
 @verb(lambda: (AutotuneOptions, Sampling), json=True)
 def autotune(call: Call) -> None:
-    """Try settings on your prompts and print the fastest, which may be ordinary decoding. The text is always the same.
+    """Try settings on your prompts and recommend one, which may be ordinary decoding. The text is always the same.
+
+    `bench` measures given settings instead, and `eval` scores answers to benchmark questions.
 
     Prompts come from JSONL, JSON, parquet or text files, or from the Hub: with messages, prompt, question, turns,
     instruction or text, such as the files of GSM8K, HumanEval and MT-bench.
@@ -69,7 +72,7 @@ def autotune(call: Call) -> None:
         **sampling.arguments(model),
         **_compile_config(compiled=options.compile),
     )
-    saved = _save(model, tuning, Path(options.model)) if options.save else None
+    saved = _save(model, tuning, Path(options.model)) if options.save and _is_worth_saving(model, tuning) else None
     if call.as_json:
         document = {
             "model": options.model,
@@ -83,7 +86,17 @@ def autotune(call: Call) -> None:
         }
         typer.echo(json.dumps(document, indent=1))
     else:
-        _show(tuning, saved)
+        _show(tuning)
+        if saved:
+            typer.echo(f"saved in {saved}")
+        elif options.save:
+            typer.echo("nothing saved: no setting is surely faster than what the model does without one")
+
+
+def _is_worth_saving(model: Any, tuning: Tuning) -> bool:
+    """Return whether the recommended strategy is a win, or is ordinary decoding and the model has a saved one."""
+    has_saved = getattr(model.generation_config, "decoding", None) is not None
+    return tuning.is_win or (tuning.strategy is None and has_saved)
 
 
 def _compile_config(*, compiled: bool) -> dict[str, Any]:
@@ -148,36 +161,45 @@ def _document(tuning: Tuning) -> dict[str, Any]:
             "mean_slots": number(one.mean_slots),
             "seconds": one.seconds,
             "speedup": one.speedup,
+            "interval": [one.low, one.high] if one.prompts > 1 else None,
         }
         for one in tuning.table
     ]
     return {
+        "recommended": table[tuning.table.index(tuning.recommended)],
+        "is_surely_faster": tuning.is_win,
         "fastest": table[0],
         "table": table,
         "untried": [describe(strategy, drafted=tuning.drafted) for strategy in tuning.untried],
     }
 
 
-def _show(tuning: Tuning, saved: str | None) -> None:
+def _show(tuning: Tuning) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
+    from jacobi_hf.tuning.autotune import interval_of
     from jacobi_hf.tuning.strategies import describe
 
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("strategy", "prompts", "tokens per forward", "slots", "speed-up"):
+    for column in ("strategy", "prompts", "TPF", "slots", "speed-up", "90 % interval"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
-    for one in tuning.table:
-        figures = (f"{one.tokens_per_forward:.2f}", f"{one.mean_slots:.1f}", f"{one.speedup:.2f}")
+    shown = [*tuning.table[:ROWS], *(one for one in tuning.table[ROWS:] if one.strategy in (None, tuning.strategy))]
+    for one in shown:
+        figures = (f"{one.tokens_per_forward:.2f}", f"{one.mean_slots:.1f}", f"{one.speedup:.2f}", interval_of(one))
         table.add_row(describe(one.strategy, drafted=tuning.drafted), str(one.prompts), *figures)
     Console().print(table)
+    if len(shown) < len(tuning.table):
+        typer.echo(f"{len(tuning.table) - len(shown)} more were slower; --json has all")
     if tuning.untried:
         untried = [describe(strategy, drafted=tuning.drafted) for strategy in tuning.untried]
-        typer.echo(f"no time for: {'; '.join(untried)}")
-    best = tuning.table[0]
-    fastest = describe(best.strategy, drafted=tuning.drafted)
-    typer.echo(f"fastest: {fastest}, {best.speedup:.2f} times as fast as ordinary decoding")
-    typer.echo(", ".join(f"{name}={value!r}" for name, value in _knobs_of(best.strategy).items()))
-    if saved:
-        typer.echo(f"saved in {saved}")
+        typer.echo(f"no time for: {'; '.join(untried)} (give more --seconds)")
+    best = tuning.recommended
+    name = describe(best.strategy, drafted=tuning.drafted)
+    speed = "" if best.strategy is None else f", {best.speedup:.2f} times as fast as ordinary decoding"
+    typer.echo(f"recommended: {name}{speed}")
+    if tuning.comparison:
+        typer.echo(tuning.comparison)
+    knobs = ", ".join(f"{name}={value!r}" for name, value in _knobs_of(best.strategy).items())
+    typer.echo(f"model.generate(**inputs, {knobs})")

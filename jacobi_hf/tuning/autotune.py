@@ -14,7 +14,7 @@ from jacobi_hf.config import CONSTANT, MULTIBLOCK, JacobiConfig
 from jacobi_hf.drafts.loading import drafter_of
 from jacobi_hf.tuning.inputs import batches_of, check_arguments, prompt_rows, take_compile_config
 from jacobi_hf.tuning.strategies import ASSISTED, Strategy, describe, knobs_of, sources_of
-from jacobi_hf.tuning.timing import Comparison, Prices, Stopwatch, Timing
+from jacobi_hf.tuning.timing import Comparison, Prices, Run, Stopwatch, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    Messages = Sequence[dict[str, str]]
 
 _WINDOW = JacobiConfig(jacobi_schedule=CONSTANT, jacobi_pool_size=0, jacobi_lookup_tokens=0)
 _LOOKUP = JacobiConfig(jacobi_schedule=CONSTANT, jacobi_pool_size=0, jacobi_max_blocks=0)
@@ -50,16 +51,21 @@ class Grid:
         return [config for pair in zip_longest(lookups, windows) for config in pair if config is not None]
 
 
+# To find the best of m strategies takes about RUNS * m calls.
+RUNS = 4
+PROMPTS = 6  # prompts that it takes to tell strategies apart
+LEAST = 0.97  # the adaptive schedule is recommended if it has at least so much of the speed of ordinary decoding
+
 COMPILED = Grid(windows=((16, 1), (8, 1), (32, 1)), lookups=(8, 16), combined=1, pools=(0,))
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Result of `autotune`: the fastest strategy, and the timing of each one that was tried.
+    """Result of `autotune`: the recommended strategy, and the timing of each one that was tried.
 
     Attributes:
-        strategy: the fastest: a config for Jacobi decoding, `"assisted decoding"` with the draft model that was given,
-            or None for ordinary decoding.
+        strategy: the recommended one: a config for Jacobi decoding, `"assisted decoding"` with the given draft model,
+            or None for ordinary decoding. See `recommended`.
         table: timings of all strategies that were tried, the fastest first. Strategies that were dropped early come
             after those that beat them, since they ran on fewer prompts.
         milliseconds: median time of a step in milliseconds, by the number of its slots, for each set of draft sources
@@ -80,7 +86,7 @@ class Tuning:
 
     @property
     def config(self) -> JacobiConfig | None:
-        """The fastest setting of Jacobi decoding; None if another strategy is faster."""
+        """The recommended setting of Jacobi decoding; None if another strategy is recommended."""
         return self.strategy if isinstance(self.strategy, JacobiConfig) else None
 
     @property
@@ -90,12 +96,22 @@ class Tuning:
         return next(timings, None)
 
     @property
+    def recommended(self) -> Timing:
+        """The timing of the recommended strategy."""
+        return next(one for one in self.table if one.strategy == self.strategy)
+
+    @property
+    def is_win(self) -> bool:
+        """Whether the recommended strategy is surely faster than ordinary decoding."""
+        return self.strategy is not None and self.recommended.low > 1
+
+    @property
     def comparison(self) -> str:
         """A sentence that compares the fastest strategy with the adaptive schedule; empty without a timing of it."""
         if self.adaptive is None or self.adaptive.prompts != self.table[0].prompts:
             return ""
         if self.adaptive.strategy == self.strategy:
-            return "The adaptive schedule is the fastest, so no knob is needed."
+            return "No setting is surely faster than the adaptive schedule, so no knob is needed."
         share = self.table[0].seconds / self.adaptive.seconds
         return f"The adaptive schedule, which needs no tuning, has {share:.2f} of the speed of the fastest strategy."
 
@@ -110,19 +126,26 @@ class Tuning:
     def __str__(self) -> str:
         names = [describe(timing.strategy, drafted=self.drafted) for timing in self.table]
         widest = max(map(len, names), default=0)
-        lines = [f"{'strategy':{widest}s} {'prompts':>7s} {'TPF':>6s} {'slots':>6s} {'speed-up':>8s}"]
+        lines = [f"{'strategy':{widest}s} {'prompts':>7s} {'TPF':>6s} {'slots':>6s} {'speed-up':>8s} {'90 %':>9s}"]
         lines += [
-            f"{name:{widest}s} {t.prompts:7d} {t.tokens_per_forward:6.2f} {t.mean_slots:6.1f} {t.speedup:8.2f}"
+            f"{name:{widest}s} {t.prompts:7d} {t.tokens_per_forward:6.2f} {t.mean_slots:6.1f} {t.speedup:8.2f} "
+            f"{interval_of(t):>9s}"
             for name, t in zip(names, self.table, strict=True)
         ]
         untried = "; ".join(describe(strategy, drafted=self.drafted) for strategy in self.untried)
-        notes = [f"no time for: {untried}" if untried else "", self.comparison]
+        answer = f"recommended: {describe(self.strategy, drafted=self.drafted)}"
+        notes = [f"no time for: {untried}" if untried else "", answer, self.comparison]
         return "\n".join([*lines, *filter(None, notes)])
+
+
+def interval_of(timing: Timing) -> str:
+    """Return the interval of a speed-up in words; empty if it is not known."""
+    return f"{timing.low:.2f}\u2013{timing.high:.2f}" if timing.prompts > 1 else ""
 
 
 def autotune(
     model: PreTrainedModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[torch.Tensor] | torch.Tensor,
+    prompts: Sequence[str] | Sequence[Messages] | Sequence[Sequence[int]] | Sequence[torch.Tensor] | torch.Tensor,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int = 128,
@@ -132,15 +155,17 @@ def autotune(
     assistant_model: PreTrainedModel | None = None,
     **generate_kwargs: Any,
 ) -> Tuning:
-    """Find the fastest strategy for a model on this machine, measured on prompts like those that will be decoded.
+    """Recommend how to decode with a model on this machine, measured on prompts like those that will be decoded.
 
     The strategies are windows and lookups of several sizes with a constant schedule, the adaptive schedule, ordinary
-    decoding, the setting saved with the model, and assisted decoding if there is a draft model. All of them run on two
-    prompts. So do combinations of the best window and the best lookup and, with a drafter, several verify widths of
-    the best window. The faster half then runs on twice the prompts, until one strategy is left, or the prompts or the
-    time are used up. Ordinary decoding and the adaptive schedule run on all of these prompts. Strategies are compared
-    on the prompts that they have in common. The text is the same with every strategy. The state of torch's random
-    generator does not change.
+    decoding, the setting saved with the model, and assisted decoding if there is a draft model. As many of them are
+    tried as there is time for on half a dozen prompts. All of these run on two prompts. If there is time for all, so
+    do combinations of the best window and the best lookup and, with a drafter, several verify widths of the best
+    window. The faster half then runs on twice the prompts, until the prompts or the time are used up. Ordinary
+    decoding and the adaptive schedule run on all of these prompts. Strategies are compared on the prompts that they
+    have in common. The text is the same with every strategy. The state of torch's random generator does not change.
+
+    The adaptive schedule is recommended unless another strategy is surely faster, or ordinary decoding is faster.
 
     The adaptive schedule learns from its runs, as from any call: what it measured of costs and acceptance stays with
     the model, and later calls begin with it.
@@ -153,9 +178,9 @@ def autotune(
 
     Args:
         model: model to decode with.
-        prompts: a dozen prompts of the kind that will be decoded: strings, or token ids without padding, as lists,
-            tensors, or one tensor with a prompt in each row.
-        tokenizer: the model's tokenizer; needed for strings.
+        prompts: a dozen prompts of the kind that will be decoded: strings, lists of messages, which go through the
+            chat template, or token ids without padding, as lists, tensors, or one tensor with a prompt in each row.
+        tokenizer: the model's tokenizer; needed for strings and messages.
         max_new_tokens: most new tokens of each prompt, as in the later calls.
         batch_size: prompts that are decoded together, as in the later calls.
         seconds: when to stop. The run at that moment is finished, and no other starts. Ordinary decoding of one prompt
@@ -166,7 +191,7 @@ def autotune(
             `compile_config`.
 
     Returns:
-        The fastest strategy, with the timings of all that were tried.
+        The recommended strategy, with the timings of all that were tried.
 
     Raises:
         ValueError: there are no prompts, all prompts end at their first new token, or a prompt or an argument cannot
@@ -187,12 +212,39 @@ def autotune(
         adaptive = saved if saved.is_adaptive else adaptive
         first.append(saved)
     with tqdm(total=round(seconds), unit="s", desc="autotune", disable=not progress) as bar:
+
+        def measure(strategy: Strategy, batch: dict[str, torch.Tensor]) -> Run:
+            bar.set_postfix_str(describe(strategy, drafted=drafted))
+            return stopwatch.measure(strategy, batch)
+
+        deadline = _Deadline(seconds, bar)
         sources = partial(sources_of, model=model)
-        comparison = Comparison(stopwatch.measure, batches, _Deadline(seconds, bar), sources, drafted=drafted)
+        comparison = Comparison(measure, batches, deadline, sources, drafted=drafted, left=deadline.left)
         stopwatch.warm_up(batches[0])
         table, untried = search(comparison, first, Grid() if compile_config is None else COMPILED, [adaptive])
     prices = comparison.prices()
-    return Tuning(table[0].strategy, table, prices, assistant_model, compile_config, drafted, tuple(untried))
+    strategy = recommended(comparison, table)
+    return Tuning(strategy, table, prices, assistant_model, compile_config, drafted, tuple(untried))
+
+
+def recommended(comparison: Comparison, table: Sequence[Timing]) -> Strategy:
+    """Return the strategy to use.
+
+    It is the fastest one if that is surely faster than the adaptive schedule, by the 90 % interval. Otherwise it is
+    the adaptive schedule, or ordinary decoding where the schedule is slower than that.
+
+    Args:
+        comparison: what was run.
+        table: timings, the fastest first.
+    """
+    count = table[0].prompts
+    on_all = [one for one in table if one.prompts == count]
+    adaptive = [one for one in on_all if isinstance(one.strategy, JacobiConfig) and one.strategy.is_adaptive]
+    reference = next((one.strategy for one in adaptive if one.speedup >= LEAST), None)
+    fastest = table[0].strategy
+    if fastest != reference and comparison.interval(fastest, reference, count)[0] > 1:
+        return fastest
+    return reference
 
 
 def search(
@@ -208,17 +260,21 @@ def search(
     """
     comparison.open()
     kept = [None, *kept]
-    strategies: list[Strategy] = list(dict.fromkeys([*kept, *first, *grid.apart()]))
+    comparison.run(kept, 1)
+    everything: list[Strategy] = list(dict.fromkeys([*kept, *first, *grid.apart()]))
+    strategies = [*kept, *_affordable(comparison, kept, everything)]
+    refinements = (_verify_widths, partial(_combinations, grid=grid)) if len(strategies) == len(everything) else ()
     tried = min(2, len(comparison.batches))
     for batches in range(1, tried + 1):
         comparison.run(strategies, batches)
-        for refine in (_verify_widths, partial(_combinations, grid=grid)):
+        for refine in refinements:
             if not comparison.is_over():
                 strategies = list(dict.fromkeys([*strategies, *refine(comparison, strategies)]))
                 comparison.run(strategies, batches)
+    everything = list(dict.fromkeys([*everything, *strategies]))
     rivals = [strategy for strategy in comparison.ranked(strategies) if strategy not in kept]
     beaten: list[list[Strategy]] = []
-    while len(rivals) > 1 and tried < len(comparison.batches) and not comparison.is_over():
+    while tried < len(comparison.batches) and not comparison.is_over():
         half = -(-len(rivals) // 2)
         beaten = [rivals[half:], *beaten]
         rivals = rivals[:half]
@@ -226,7 +282,21 @@ def search(
         comparison.run([*kept, *rivals], tried)
         rivals = comparison.ranked(rivals)
     table = [timing for tier in ([*kept, *rivals], *beaten) for timing in comparison.timings(tier)]
-    return table, [strategy for strategy in strategies if not comparison.runs[strategy]]
+    return table, [strategy for strategy in everything if not comparison.runs[strategy]]
+
+
+def _affordable(
+    comparison: Comparison, kept: Sequence[Strategy], strategies: Sequence[Strategy]
+) -> Sequence[Strategy]:
+    """Return the first strategies, without those that are kept, as many as there is time to compare.
+
+    Few strategies on several prompts say more than many on one.
+    """
+    runs = [run.seconds for strategy in kept for run in comparison.runs[strategy]]
+    prompts = min(PROMPTS, len(comparison.batches))
+    calls = comparison.left() * len(runs) / sum(runs) - len(kept) * (prompts - 1)
+    rivals = [strategy for strategy in strategies if strategy not in kept]
+    return rivals if calls >= RUNS * len(rivals) else rivals[: max(0, int(calls / RUNS))]
 
 
 def _verify_widths(comparison: Comparison, strategies: list[Strategy]) -> list[JacobiConfig]:
@@ -273,7 +343,11 @@ class _Deadline:
         self._bar = bar
 
     def __call__(self) -> bool:
-        elapsed = time.perf_counter() - self._started
-        self._bar.n = min(self._bar.total, round(elapsed))
+        left = self.left()
+        self._bar.n = min(self._bar.total, round(self._seconds - left))
         self._bar.refresh()
-        return elapsed > self._seconds
+        return left < 0
+
+    def left(self) -> float:
+        """Return the seconds until the time is up."""
+        return self._seconds - (time.perf_counter() - self._started)

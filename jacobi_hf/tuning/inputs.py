@@ -13,6 +13,7 @@ import torch
 from jacobi_hf.config import KNOBS
 from jacobi_hf.integration.compat import CACHE_NAMES
 from jacobi_hf.integration.support import cannot_compile
+from jacobi_hf.prompts import encode_messages
 
 if TYPE_CHECKING:
     from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,11 +47,12 @@ def prompt_rows(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list
     """Return the token ids of each prompt.
 
     Args:
-        prompts: strings or token ids, as `autotune` takes them.
-        tokenizer: tokenizer for strings.
+        prompts: strings, messages or token ids, as `autotune` takes them.
+        tokenizer: tokenizer for strings and messages.
 
     Raises:
-        ValueError: there are no prompts, a prompt is empty or no prompt, or strings come without a tokenizer.
+        ValueError: there are no prompts, a prompt is empty or no prompt, strings or messages come without a tokenizer,
+            or the chat template refuses messages.
     """
     given = _not_a_list(prompts)
     prompts = [] if given else list(prompts)
@@ -73,14 +75,22 @@ def _not_a_list(prompts: Any) -> str | None:
 
 
 def _prompt_row(number: int, prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    if isinstance(prompt, str) and tokenizer is None:
+    is_messages = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
+    if (is_messages or isinstance(prompt, str)) and tokenizer is None:
+        given = "messages" if is_messages else "strings"
         raise ValueError(
-            "the prompts are strings: give their tokenizer, autotune(model, prompts, tokenizer=tokenizer)."
+            f"the prompts are {given}: give their tokenizer, autotune(model, prompts, tokenizer=tokenizer)."
         )
-    ids: Any = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) and tokenizer is not None else prompt
+    ids: Any = prompt
+    if tokenizer is not None and is_messages:
+        ids = encode_messages(prompt, tokenizer, f"prompt {number}")
+    elif tokenizer is not None and isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors of torch and arrays of numpy
     if not isinstance(ids, (list, tuple)) or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in ids):
-        raise ValueError(f"prompt {number} is neither a string nor a list or tensor (one-dimensional) of ids.")
+        raise ValueError(
+            f"prompt {number} is neither a string nor messages nor a list or tensor (one-dimensional) of ids."
+        )
     if not ids:
         raise ValueError(f"prompt {number} is empty.")
     return [int(i) for i in ids]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from jacobi_hf.output import JacobiStats
 
+# Quantile of 95 % of Student's distribution for 1, 2, .. prompts; the last one stands for more.
+_STUDENT = (math.inf, 6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81, 1.80)
 Prices = dict[tuple[str, ...], dict[int, float]]
 
 
@@ -43,6 +45,7 @@ class Timing:
         mean_slots: positions per decoding forward; nan for assisted decoding.
         seconds: time for these prompts.
         speedup: seconds of ordinary decoding for these prompts, divided by `seconds`.
+        low, high: 90 % interval of `speedup`, from its spread over the prompts.
     """
 
     strategy: Strategy
@@ -51,6 +54,8 @@ class Timing:
     mean_slots: float
     seconds: float
     speedup: float
+    low: float = 0.0
+    high: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Run:
     tokens: int
     forwards: int
     compiled: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole call."""
+        return self.fixed + sum(map(sum, self.seconds_by_width.values()))
 
 
 class _Ticks(BaseStreamer):
@@ -207,6 +217,7 @@ class Comparison:
         is_over: returns whether the time is up; called before each measurement.
         sources: returns the names of the draft sources of a strategy. Strategies with the same sources share prices.
         drafted: whether the model has a drafter in use.
+        left: returns the seconds until the time is up.
 
     Attributes:
         runs: the runs of each strategy, on the first batches in order.
@@ -220,8 +231,10 @@ class Comparison:
         sources: Callable[[Strategy], tuple[str, ...]],
         *,
         drafted: bool = False,
+        left: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self._measure = measure
+        self.left = left
         self.batches = list(batches)
         self.is_over = is_over
         self.sources = sources
@@ -298,15 +311,34 @@ class Comparison:
         tokens_per_forward = sum(run.tokens for run in runs) / forwards if forwards else math.nan
         slots = sum(width * number for width, number in steps.items())
         mean_slots = slots / max(1, steps.total()) if forwards else math.nan
-        seconds = self._seconds(strategy, count, prices)
-        speedup = self._seconds(None, count, prices) / seconds
-        return Timing(strategy, count, tokens_per_forward, mean_slots, seconds, speedup)
+        seconds = sum(self._seconds(strategy, count, prices))
+        speedup = sum(self._seconds(None, count, prices)) / seconds
+        interval = (1.0, 1.0) if strategy is None else self.interval(strategy, None, count)
+        return Timing(strategy, count, tokens_per_forward, mean_slots, seconds, speedup, *interval)
 
-    def _seconds(self, strategy: Strategy, count: int, prices: Prices) -> float:
-        """Return the time of a strategy for the first `count` batches, each step at the pooled price of its width."""
+    def _seconds(self, strategy: Strategy, count: int, prices: Prices) -> list[float]:
+        """Return the times of a strategy for the first `count` batches, each step at the pooled price of its width."""
         price = prices.get(self.sources(strategy), {})
-        runs = self.runs[strategy][:count]
-        return sum(
+        return [
             run.fixed + sum(len(seconds) * price[width] / 1e3 for width, seconds in run.seconds_by_width.items())
-            for run in runs
-        )
+            for run in self.runs[strategy][:count]
+        ]
+
+    def interval(self, strategy: Strategy, baseline: Strategy, count: int) -> tuple[float, float]:
+        """Return the 90 % interval of how many times as fast a strategy is as a baseline on prompts like these.
+
+        The two are compared prompt by prompt. The interval is Student's, of the logarithms. With one prompt nothing is
+        known: the interval is `(0, inf)`.
+
+        Args:
+            strategy: it has run on `count` batches.
+            baseline: it too.
+            count: batches that count.
+        """
+        if count < 2:
+            return 0.0, math.inf
+        prices = self.prices()
+        times = zip(self._seconds(baseline, count, prices), self._seconds(strategy, count, prices), strict=True)
+        logs = [math.log(theirs / ours) for theirs, ours in times]
+        half = _STUDENT[min(count, len(_STUDENT)) - 1] * statistics.stdev(logs) / math.sqrt(count)
+        return math.exp(statistics.mean(logs) - half), math.exp(statistics.mean(logs) + half)

@@ -25,7 +25,7 @@ FOUND = JacobiConfig(jacobi_block_size=8, jacobi_max_blocks=1, jacobi_pool_size=
 
 
 def tuned(fastest, *others):
-    timings = [Timing(strategy, 2, 2.0, 9.0, 1.5, 1.25) for strategy in (fastest, *others)]
+    timings = [Timing(strategy, 2, 2.0, 9.0, 1.5, 1.25, 1.1, 1.4) for strategy in (fastest, *others)]
     return Tuning(fastest, timings, {}, untried=(JacobiConfig.paper(),))
 
 
@@ -62,6 +62,7 @@ def test_strategies_are_measured_and_the_fastest_is_reported(prompts):
     report = json.loads(result.stdout)
     assert report["prompts"] == 2
     assert report["fastest"] == report["table"][0]
+    assert report["recommended"] in report["table"]
     assert "ordinary decoding" in [one["strategy"] for one in report["table"]]
     assert report["saved"] is None
     assert "autotune" not in result.stderr  # no bar beside JSON
@@ -96,7 +97,7 @@ def test_options_reach_autotune(asked, prompts):
         "assistant_model": None,
     }
     assert given == {**wanted, "progress": True}
-    assert f"fastest: {describe(FOUND)}, 1.25 times" in " ".join(result.stdout.split())
+    assert f"recommended: {describe(FOUND)}, 1.25 times" in " ".join(result.stdout.split())
     assert "jacobi_block_size=8" in result.stdout
     assert "no time for: n=64" in result.stdout
 
@@ -128,6 +129,16 @@ def test_ordinary_decoding_is_saved_as_no_decoding(monkeypatch, prompts, folder)
     assert run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"]).exit_code == 0
     saved = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     assert not [name for name in saved if name.startswith(("jacobi", "decoding")) and saved[name] is not None]
+
+
+def test_what_is_not_surely_faster_is_not_saved(monkeypatch, prompts, folder):
+    before = (folder / "generation_config.json").read_bytes()
+    unsure = [Timing(FOUND, 2, 2.0, 9.0, 1.5, 1.25, 0.9, 1.4), Timing(None, 2, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0)]
+    monkeypatch.setattr(jacobi_hf.tuning.autotune, "autotune", lambda *_, **__: Tuning(FOUND, unsure, {}))
+    result = run(app, ["autotune", "--model", str(folder), "--prompts", prompts, "--save"])
+    assert result.exit_code == 0, result.output
+    assert "nothing saved: no setting is surely faster" in result.stdout
+    assert (folder / "generation_config.json").read_bytes() == before
 
 
 def test_ctrl_c_saves_nothing(monkeypatch, prompts, folder):

@@ -40,7 +40,9 @@ def test_every_strategy_is_tried_and_the_fastest_comes_first():
     }
     ordinary = next(timing for timing in tuning.table if timing.strategy is None)
     assert (ordinary.speedup, ordinary.tokens_per_forward, ordinary.mean_slots) == (1, 1, 1)
-    assert tuning.strategy == tuning.table[0].strategy
+    assert tuning.recommended in tuning.table
+    assert tuning.strategy in (tuning.table[0].strategy, JacobiConfig(), None)
+    assert all(timing.low <= timing.speedup * 1.5 for timing in tuning.table)
     assert all(describe(timing.strategy) in str(tuning) for timing in tuning.table)
     assert set(tuning.milliseconds) == kinds
     assert not tuning.untried
@@ -61,7 +63,7 @@ def test_the_answer_is_compared_with_the_adaptive_schedule():
     assert lost.adaptive == adaptive
     assert str(lost).endswith("needs no tuning, has 0.75 of the speed of the fastest strategy.")
     assert str(Tuning(JacobiConfig(), [adaptive, timing(None, 3.0)], {})).endswith(
-        "is the fastest, so no knob is needed."
+        "is surely faster than the adaptive schedule, so no knob is needed."
     )
     assert Tuning(None, [timing(None, 3.0)], {}).adaptive is None
     assert Tuning(None, [timing(None, 3.0), timing(JacobiConfig(), 1.0, prompts=1)], {}).comparison == ""
@@ -211,6 +213,7 @@ def test_results_may_be_dictionaries_and_the_random_generator_keeps_its_state():
         ("one text", {}, "got a string"),
         (["text"], {}, "give their tokenizer"),
         ([[3], []], {}, "prompt 1 is empty"),
+        ([[{"role": "user", "content": "hello"}]], {}, "the prompts are messages: give their tokenizer"),
         ([[3]], {"jacobi_block_size": 4}, "takes none; drop jacobi_block_size"),
         ([[3]], {"seconds": 0}, "leave nothing to measure"),
         ([[3]], {"batch_size": 0}, "batch_size=0"),

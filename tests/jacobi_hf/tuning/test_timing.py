@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 from collections import Counter, defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from transformers import CompileConfig
 
 from jacobi_hf import JacobiConfig
 from jacobi_hf.output import JacobiStats
-from jacobi_hf.tuning.autotune import COMPILED, Grid, search
+from jacobi_hf.tuning.autotune import COMPILED, Grid, recommended, search
 from jacobi_hf.tuning.strategies import ASSISTED, describe, sources_of
 from jacobi_hf.tuning.timing import Comparison, Run, Stopwatch
 from tests.helpers.drafters import drafting, random_drafter
@@ -52,7 +54,12 @@ class World:
         self.order = []
         sources = with_drafter if drafted else plain
         self.comparison = Comparison(
-            self.measure, list(range(batches)), lambda: self.now > self.budget, sources, drafted=drafted
+            self.measure,
+            list(range(batches)),
+            lambda: self.now > self.budget,
+            sources,
+            drafted=drafted,
+            left=lambda: self.budget - self.now,
         )
 
     def seconds(self, strategy, batch):
@@ -126,6 +133,52 @@ def test_a_round_that_time_cuts_short_does_not_narrow_the_answer():
     assert {len(runs) for runs in cut.comparison.runs.values()} == {1, 2}
     assert table[0].strategy == fastest
     assert {timing.prompts for timing in table} == {1}
+
+
+def test_little_time_goes_to_few_strategies_on_several_prompts():
+    world = World(0, 9, 60 * 22)
+    table, untried = world.search()
+    on_all = {timing.strategy for timing in table if timing.prompts >= 4}
+    assert {None, ADAPTIVE} <= on_all
+    assert untried
+    assert len(table) + len(untried) == 2 + 1 + len(Grid().apart())
+    nearly_none = World(0, 9, 60 * 5)
+    table, _ = nearly_none.search()
+    assert [timing.strategy for timing in table if timing.prompts > 1] in ([None, ADAPTIVE], [ADAPTIVE, None])
+
+
+@pytest.mark.parametrize(
+    ("window", "adaptive", "answer"),
+    [
+        ([5, 5, 5, 5], [9, 9, 9, 9], WINDOW),  # surely faster
+        ([5, 5, 5, 5], [5.1, 5.0, 5.2, 5.0], ADAPTIVE),  # within the noise
+        ([5, 30, 5, 3], [9, 9, 9, 9], ADAPTIVE),  # faster on three of four prompts
+        ([20, 20, 20, 20], [12, 12, 12, 12], None),  # the schedule loses to ordinary decoding
+    ],
+)
+def test_what_is_recommended(window, adaptive, answer):
+    times = {None: [10.0] * 4, WINDOW: window, ADAPTIVE: adaptive}
+    comparison = Comparison(
+        lambda strategy, batch: Run({1: [1.0]}, times[strategy][batch] - 1, 10, 9), [0, 1, 2, 3], lambda: False, plain
+    )
+    comparison.open()
+    comparison.run(times, 4)
+    assert recommended(comparison, comparison.timings(times)) == answer
+
+
+@given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1, max_size=20))
+def test_intervals_hold_the_paired_ratio(times):
+    comparison = Comparison(
+        lambda strategy, batch: Run({1: []}, times[batch][strategy is None], 10, 9), range(len(times)), list, plain
+    )
+    comparison.run([None, WINDOW], len(times))
+    low, high = comparison.interval(WINDOW, None, len(times))
+    mean = math.exp(statistics.mean(math.log(theirs / ours) for ours, theirs in times))
+    assert low <= mean * (1 + 1e-9)
+    assert high >= mean * (1 - 1e-9)
+    assert (low, high) == (0, math.inf) if len(times) == 1 else high < math.inf
+    there, back = comparison.interval(None, WINDOW, len(times))
+    assert len(times) == 1 or (1 / back, 1 / there) == pytest.approx((low, high))
 
 
 def test_without_time_ordinary_decoding_is_the_answer_and_the_rest_is_listed():
