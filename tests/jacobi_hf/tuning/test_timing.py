@@ -169,7 +169,10 @@ def test_what_is_recommended(window, adaptive, answer):
 @given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1, max_size=20))
 def test_intervals_hold_the_paired_ratio(times):
     comparison = Comparison(
-        lambda strategy, batch: Run({1: []}, times[batch][strategy is None], 10, 9), range(len(times)), list, plain
+        lambda strategy, batch: Run({1: [0.5]}, times[batch][strategy is None] - 0.5, 10, 9),
+        range(len(times)),
+        list,
+        plain,
     )
     comparison.run([None, WINDOW], len(times))
     low, high = comparison.interval(WINDOW, None, len(times))
