@@ -23,8 +23,8 @@ REASONS: dict[str, str] = {
     "smollm2-chat-fp32-b1-t0-eager": "guesses hardly pay on this text: every fixed setting is slower than ordinary "
     "decoding, see the table",
     **{
-        f"{name}-arithmetic-fp32-b8-t0-eager": "the answers are short, so the few wide steps that try and the fixed cost "
-        "of a call weigh more than in answers of full length"
+        f"{name}-arithmetic-fp32-b8-t0-eager": "the answers are short, so the few wide steps that try and the fixed "
+        "cost of a call weigh more than in answers of full length"
         for name in ("base", "drafter")
     },
     **{f"{name}-fp32-b1-t0-eager": LOOPS for name in ("base-chat", "base-code", "forced-chat", "forced-math")},
