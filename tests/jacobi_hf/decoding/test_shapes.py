@@ -166,7 +166,7 @@ def test_a_call_makes_one_shape_at_most(monkeypatch):
         schedule = schedule_of(config, memory, few=True)
         options = iter(wanted)
         monkeypatch.setattr(schedule._controller, "choose", lambda orders, options=options: next(options))
-        report = SimpleNamespace(orders=[1])
+        report = SimpleNamespace(generated=[1], orders=[1])
         for _ in wanted:
             schedule.decide(report, [0])
             ran.append(schedule._option)
@@ -189,7 +189,7 @@ def test_shapes_that_must_not_be_made_are_not_waited_for():
         ran = []
         total = 0
         for _ in range(100):
-            schedule.decide(SimpleNamespace(orders=[3]), [0])
+            schedule.decide(SimpleNamespace(generated=[1], orders=[3]), [0])
             option = schedule._option
             accepted = min(option.lookup, 4)
             total += 1 + accepted
