@@ -17,7 +17,6 @@ LATER = 0.97  # of ordinary decoding
 FIRST = 0.92
 OF_BEST = 0.85  # of the best fixed setting, where eight slots cost at most CHEAP times one slot
 CHEAP = 2.2
-LOOPS = "the text loops: window and pool are right where the lookup is, and are sent as if they erred independently"
 REASONS: dict[str, str] = {
     "smollm2-math-fp32-b1-t0-eager": "on these prompts no fixed setting gets there either, see the table",
     "smollm2-chat-fp32-b1-t0-eager": "guesses hardly pay on this text: every fixed setting is slower than ordinary "
@@ -27,7 +26,6 @@ REASONS: dict[str, str] = {
         "cost of a call weigh more than in answers of full length"
         for name in ("base", "drafter")
     },
-    **{f"{name}-fp32-b1-t0-eager": LOOPS for name in ("base-chat", "base-code", "forced-chat", "forced-math")},
 }
 """Why a cell falls short, by its name. Every figure is in the tables."""
 
