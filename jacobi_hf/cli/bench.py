@@ -261,7 +261,7 @@ def _show(results: Results, output: str) -> None:
     filled = {name: cells for name, of in columns.items() if any(cells := [of(m) for m in results.measurements])}
     for name in filled:
         justify: Literal["left", "right"] = "left" if name in ("domain", "decoder") else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
+        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # texts make room
     for row in zip(*filled.values(), strict=True):
         table.add_row(*row)
     Console().print(table)

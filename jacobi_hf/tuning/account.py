@@ -22,13 +22,13 @@ class Account:
 
     A batch ends with its slowest row, and a row that has no luck with guesses only pays for those of others. So the
     tokens are a mean over the slow rows (`slowest`), and the account has at most what the very slowest row has gained,
-    plus a *lag*: that row may be so far behind ordinary decoding for a while. What it is behind at the end of the call
-    is taken from the lag of the next call, and what it is ahead is added.
+    plus a *lag*: for a while, that row may have so many tokens less than with ordinary decoding. What it lacks at the
+    end of the call is taken from the lag of the next call, and what it has more is added.
 
     Args:
         credit: what may be spent before anything is gained.
         costs: what steps cost.
-        lag: tokens that the slowest row may be behind.
+        lag: tokens that the slowest row may lack.
         policy: constants.
         grows: whether the lag is at first a share of the tokens so far (`Policy.first_lag`), for a call that may be
             short.
@@ -58,7 +58,7 @@ class Account:
 
     @property
     def lag_left(self) -> float:
-        """Tokens that the slowest row of the next call may be behind, by how this one went."""
+        """Tokens that the slowest row of the next call may lack, by how this one went."""
         return max(0.0, self._lag + self._slowest - self._start)
 
     def note(self, slots: int, rows: Sequence[RowOutcome]) -> tuple[float, float]:

@@ -25,8 +25,8 @@ class Memory:
         sampled: acceptance in calls that sample.
         made: by that key and the knobs, the options whose steps were compiled or captured.
         bank: what earlier calls have left for trying, in steps of one slot; below 0 what they have overdrawn.
-        lag: tokens that the slowest row of a batch may be behind ordinary decoding for a while, by how earlier batches
-            went; None before the first one.
+        lag: tokens that the slowest row of a batch may have less than with ordinary decoding for a while, by how
+            earlier batches went; None before the first one.
         calls: calls that have ended.
     """
 

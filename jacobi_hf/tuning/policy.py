@@ -19,7 +19,7 @@ class Policy:
         bank: the most that a call leaves to the next.
         debt: the most that a call charges to the next.
         slow: share of a batch's rows, the slowest ones, from which the controller learns and for which it chooses.
-        lag: the most that the slowest row of a batch may be behind ordinary decoding for a while.
+        lag: the most tokens that the slowest row of a batch may have less than with ordinary decoding for a while.
         first_lag: the same in the first batch of a model, where it is also a share of the tokens so far.
         rich: an account with more than this pays for steps of a width that was never measured.
         accrual: share of the time that trying may cost in the long run.

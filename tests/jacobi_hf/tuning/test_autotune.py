@@ -42,7 +42,8 @@ def test_every_strategy_is_tried_and_the_fastest_comes_first():
     assert (ordinary.speedup, ordinary.tokens_per_forward, ordinary.mean_slots) == (1, 1, 1)
     assert tuning.recommended in tuning.table
     assert tuning.strategy in (tuning.table[0].strategy, JacobiConfig(), None)
-    assert all(timing.low <= timing.speedup * 1.5 for timing in tuning.table)
+    assert all(timing.low <= timing.high for timing in tuning.table)
+    assert (ordinary.low, ordinary.high) == (1, 1)
     assert all(describe(timing.strategy) in str(tuning) for timing in tuning.table)
     assert set(tuning.milliseconds) == kinds
     assert not tuning.untried
