@@ -138,7 +138,8 @@ def run(options: Evaluation, *, quiet: bool = False) -> Results:
     from rich.progress import track
 
     from jacobi_hf.cli._models import arguments_of
-    from jacobi_hf.evaluation.harness import BASELINE, AlternatingLM, Journal, measure
+    from jacobi_hf.evaluation.decoding import BASELINE
+    from jacobi_hf.evaluation.harness import AlternatingLM, Journal, measure
     from jacobi_hf.evaluation.tasks import TaskFile, load_tasks
     from jacobi_hf.loading import load
     from jacobi_hf.results.schema import Results

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jacobi_hf.config import JacobiConfig
 
-ORDINARY = "generate"  # name of ordinary decoding in results
+BASELINE = "generate"  # name of ordinary decoding in results
 _WARM_UP = 8  # tokens that each decoder writes before the clock runs
 
 
@@ -234,15 +234,15 @@ def measurements(
     for domain, texts in prompts.items():
         ids = encode_prompts(texts, tokenizer, model.name_or_path, chat=chat)
         described = Prompts(domain=domain, source="held-out prompts", count=len(ids), max_new_tokens=max_new_tokens)
-        reports = compare_decoding(model, ids, {ORDINARY: None, **decoders}, max_new_tokens, track, domain)
-        ordinary = reports.pop(ORDINARY)
-        measured.append(_measurement(Decoder(name=ORDINARY, kind="generate"), described, ordinary))
+        reports = compare_decoding(model, ids, {BASELINE: None, **decoders}, max_new_tokens, track, domain)
+        ordinary = reports.pop(BASELINE)
+        measured.append(_measurement(Decoder(name=BASELINE, kind="generate"), described, ordinary))
         for name, report in reports.items():
             one = _measurement(Decoder.of(name, decoders[name], drafter), described, report)
             factor = report.tokens_per_second / ordinary.tokens_per_second
             beside = {
                 "agreement": Agreement.between(report.outputs, ordinary.outputs),
-                "speedups": [Speedup(baseline=ORDINARY, factor=factor)],
+                "speedups": [Speedup(baseline=BASELINE, factor=factor)],
             }
             measured.append(one.model_copy(update=beside))
     return measured

@@ -19,6 +19,7 @@ import torch
 from lm_eval import evaluate as score_tasks
 from lm_eval.models.huggingface import HFLM
 
+from jacobi_hf.evaluation.decoding import BASELINE
 from jacobi_hf.loading import positions_of
 from jacobi_hf.output import acceptance_length_of
 from jacobi_hf.results.schema import Agreement, Decoder, Measurement, Prompts, Quality, Speedup
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from jacobi_hf.output import JacobiStats
     from jacobi_hf.resume import Progress
 
-BASELINE = "generate"
 BOOTSTRAPS = 1000  # for scores that are not means
 
 

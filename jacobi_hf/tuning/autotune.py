@@ -65,7 +65,7 @@ class Tuning:
 
     Attributes:
         strategy: the recommended one: a config for Jacobi decoding, `"assisted decoding"` with the given draft model,
-            or None for ordinary decoding. See `recommended`.
+            or None for ordinary decoding. See `recommend`.
         table: timings of all strategies that were tried, the fastest first. Strategies that were dropped early come
             after those that beat them, since they ran on fewer prompts.
         milliseconds: median time of a step in milliseconds, by the number of its slots, for each set of draft sources
@@ -223,11 +223,11 @@ def autotune(
         stopwatch.warm_up(batches[0])
         table, untried = search(comparison, first, Grid() if compile_config is None else COMPILED, [adaptive])
     prices = comparison.prices()
-    strategy = recommended(comparison, table)
+    strategy = recommend(comparison, table)
     return Tuning(strategy, table, prices, assistant_model, compile_config, drafted, tuple(untried))
 
 
-def recommended(comparison: Comparison, table: Sequence[Timing]) -> Strategy:
+def recommend(comparison: Comparison, table: Sequence[Timing]) -> Strategy:
     """Return the strategy to use.
 
     It is the fastest one if that is surely faster than the adaptive schedule, by the 90 % interval. Otherwise it is

@@ -17,7 +17,7 @@ from transformers import CompileConfig
 
 from jacobi_hf import JacobiConfig
 from jacobi_hf.output import JacobiStats
-from jacobi_hf.tuning.autotune import COMPILED, Grid, recommended, search
+from jacobi_hf.tuning.autotune import COMPILED, Grid, recommend, search
 from jacobi_hf.tuning.strategies import ASSISTED, describe, sources_of
 from jacobi_hf.tuning.timing import Comparison, Run, Stopwatch
 from tests.helpers.drafters import drafting, random_drafter
@@ -163,7 +163,7 @@ def test_what_is_recommended(window, adaptive, answer):
     )
     comparison.open()
     comparison.run(times, 4)
-    assert recommended(comparison, comparison.timings(times)) == answer
+    assert recommend(comparison, comparison.timings(times)) == answer
 
 
 @given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1, max_size=20))
